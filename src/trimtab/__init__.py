@@ -1,0 +1,35 @@
+"""trimtab fits a pretrained vision-language model to a task under a budget.
+
+Three levers on one description of a backbone: prune weights (MULTIFLOW), skip blocks (DAS), tune beside (UniPT).
+Public names are imported when they are first used, so that `import trimtab` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_PUBLIC = {
+    "Anatomy": "trimtab.anatomy", "AnatomyError": "trimtab.anatomy", "Block": "trimtab.anatomy",
+    "Sublayer": "trimtab.anatomy", "Tap": "trimtab.anatomy", "Tower": "trimtab.anatomy",
+    "describes": "trimtab.anatomy",
+    "load": "trimtab.backbones",
+    "METHODS": "trimtab.methods", "TASKS": "trimtab.tasks", "BACKBONES": "trimtab.backbones",
+    "DAS": "trimtab.methods.skip.das", "LoRA": "trimtab.methods.tune.lora", "UniPT": "trimtab.methods.tune.unipt",
+    "Multiflow": "trimtab.methods.prune.multiflow",
+    "Recipe": "trimtab.recipe", "RecipeError": "trimtab.recipe", "read_recipe": "trimtab.recipe:read",
+    "run": "trimtab.run:run", "load_run": "trimtab.run:load", "RunError": "trimtab.run",
+    "estimate_cost": "trimtab.cost:estimate", "write_report": "trimtab.report",
+}  # fmt: skip
+__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
+    module, _, attribute = _PUBLIC[name].partition(":")
+    return getattr(import_module(module), attribute or name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,415 @@
+"""The seam between models and methods: what a method may know about a model.
+
+    Anatomy
+      Tower "vision"  (modality, layout, where its result is handed on, where its mask is found)
+        Block "encoder.layers.0"  (module path, width, where an adapter may read and write)
+        Block "encoder.layers.1"
+      Tower "text" ...
+      heads: modules that belong to a task or to a projection and are never pruned
+
+A model never imports a method and a method never imports a model: each model family registers one function that
+describes it (`@describes("ViltModel")`), and every method works on the description. Models that nobody described are
+discovered from their repeated blocks; `Anatomy.table` prints the result so that a person can correct it.
+
+Everything is named by dotted module paths relative to the model. Values inside a forward pass are named by `Tap`s, and
+`read` and `rewrite` attach to them from outside with forward hooks, so that no model's code is touched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from trimtab.registry import unknown
+
+Modality = Literal["vision", "text", "fusion"]
+
+
+class AnatomyError(ValueError):
+    """A description that does not fit its model; the message names the module path, what was expected and what is there."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One value at the call of a module.
+
+    Attributes:
+        path: dotted path of the module; the empty path is the model itself.
+        side: whether the value goes into the module or comes out of it.
+        key: which one: position or keyword of an input, position or field of an output that is a tuple or a
+            `ModelOutput`. An output that is one tensor ignores it.
+    """
+
+    path: str
+    side: Literal["input", "output"] = "output"
+    key: int | str = 0
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A part of a block with its own residual connection, where a parallel adapter can be set.
+
+    Attributes:
+        kind: `attention`, `cross-attention` or `mlp`.
+        read: the un-normalised stream that enters the part, (B, L, D).
+        write: a value that is summed into the stream after the part, (B, L, D); an adapter's output is added to it.
+    """
+
+    kind: Literal["attention", "cross-attention", "mlp"]
+    read: Tap
+    write: Tap
+
+
+@dataclass(frozen=True)
+class Block:
+    """One of a tower's repeated layers.
+
+    Its first argument (or the keyword in `stream`) is the stream that it carries on; what it returns has the stream as
+    its first or only element. A block that reads a second stream (METER's fusion layers, a decoder's memory) gets it as
+    a further argument, which skipping simply ignores.
+
+    Attributes:
+        path: dotted module path.
+        width: channels of its output, the last axis for tokens, the second for a grid.
+        sublayers: where parallel adapters go, in the order of computation.
+        keeps_shape: whether input and output have the same shape; only then can it be skipped.
+        stream: keyword of the carried stream, used when it is not passed by position.
+        returns_tuple: whether it returns the stream as the first element of a tuple, not by itself.
+    """
+
+    path: str
+    width: int
+    sublayers: tuple[Sublayer, ...] = ()
+    keeps_shape: bool = True
+    stream: str = "hidden_states"
+    returns_tuple: bool = False
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A stack of blocks through which one stream flows.
+
+    Attributes:
+        name: unique within the anatomy.
+        modality: whose share of a pruning budget it counts to.
+        blocks: in the order of computation.
+        scope: path prefixes of everything that belongs to it (blocks, embeddings, norms).
+        output: where the stream is handed on after the last block and its norm, (B, L, D) or (B, C, H, W).
+        layout: `tokens` for (B, L, D), `grid` for (B, C, H, W).
+        mask: where the mask of valid tokens is seen, (B, L) with non-zero = valid; None if all are valid.
+        pooled: where the tower's one-vector summary is handed on, (B, E), if it makes one.
+        pooled_token: which token the summary is read from: the `first`, or the `last` valid one (an end-of-text token).
+        memory: name of the tower whose output the blocks also read (decoders, paired fusion towers).
+        causal: whether a token sees only those before it (then a key-value cache may be in use).
+    """
+
+    name: str
+    modality: Modality
+    blocks: tuple[Block, ...]
+    scope: tuple[str, ...]
+    output: Tap
+    layout: Literal["tokens", "grid"] = "tokens"
+    mask: Tap | None = None
+    pooled: Tap | None = None
+    pooled_token: Literal["first", "last"] = "first"
+    memory: str | None = None
+    causal: bool = False
+
+
+class Weight(NamedTuple):
+    """A prunable matrix: the module that holds it, the parameter's name in it, and its modality. Shape (out, in)."""
+
+    module: str
+    parameter: str
+    modality: Modality
+
+    @property
+    def path(self) -> str:
+        return f"{self.module}.{self.parameter}"
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A model described for methods.
+
+    Attributes:
+        towers: in the order in which data flows.
+        heads: path prefixes of task heads, projections and poolers: never pruned; a method may train them.
+        ignored: path prefixes of repeated modules that are no blocks (a list of classifiers, say).
+        source: how the description came about, for error messages and the table.
+    """
+
+    towers: tuple[Tower, ...]
+    heads: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    source: str = field(default="given", compare=False)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Anatomy:
+        """The registered description of a model's class, or of the base model inside it, or what discovery finds.
+
+        Raises:
+            AnatomyError: if nothing is registered and no repeated blocks are found, or if the description does not
+                fit the model.
+        """
+        anatomy = _registered(model) or _discover(model)
+        anatomy.check(model)
+        return anatomy
+
+    def blocks(self, tower: str | None = None) -> Iterator[Block]:
+        """All blocks in order, or those of one tower."""
+        for t in self.towers if tower is None else (self.tower(tower),):
+            yield from t.blocks
+
+    def tower(self, name: str) -> Tower:
+        """The tower of that name; ValueError with the nearest names if there is none."""
+        for t in self.towers:
+            if t.name == name:
+                return t
+        raise ValueError(unknown("tower", name, [t.name for t in self.towers]))
+
+    def modality(self, path: str) -> Modality | None:
+        """Modality of the tower to whose scope a module or parameter belongs, None for heads and the rest."""
+        if _under(path, self.heads):
+            return None
+        return next((t.modality for t in self.towers if _under(path, t.scope)), None)
+
+    def weights(self, model: nn.Module) -> list[Weight]:
+        """The prunable matrices in the order of `named_modules`, each tied one once.
+
+        Every `nn.Linear` in a tower's scope and the fused projection of every `nn.MultiheadAttention`; biases, norms,
+        embeddings, convolutions and heads are left out (MULTIFLOW, section 3.3 of its code's description).
+        """
+        found, seen = [], set()
+        for path, module in model.named_modules():
+            names = [n for n, wanted in (("weight", nn.Linear), ("in_proj_weight", nn.MultiheadAttention))
+                     if isinstance(module, wanted)]  # fmt: skip
+            modality = self.modality(path) if names else None
+            for name in names if modality else ():
+                parameter = getattr(module, name)
+                if parameter is not None and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    found.append(Weight(path, name, modality))
+        return found
+
+    def check(self, model: nn.Module) -> None:
+        """Raise an AnatomyError unless every path exists and no repeated block is left out."""
+        modules = dict(model.named_modules())
+        for path, what in self._paths():
+            if path not in modules:
+                near = unknown("path", path, list(modules)).split("valid:")[0]
+                raise AnatomyError(f"the {what} is described at '{path}', but the model has no such module ({near})")
+        described = {b.path for b in self.blocks()}
+        for path, children in _repeated(model):
+            if _under(path, self.ignored) or _under(path, self.heads):
+                continue
+            missing = [c for c in children if c not in described and not any(d.startswith(c + ".") for d in described)]
+            if missing and not any(path.startswith(d + ".") for d in described):
+                raise AnatomyError(
+                    f"'{path}' holds {len(children)} repeated blocks, but the anatomy ({self.source}) misses "
+                    f"{', '.join(missing[:4])}: describe them in a tower, or name '{path}' in `ignored`"
+                )
+
+    def _paths(self) -> Iterator[tuple[str, str]]:
+        for tower in self.towers:
+            for tap, what in ((tower.output, "output"), (tower.mask, "mask"), (tower.pooled, "pooled output")):
+                if tap is not None:
+                    yield tap.path, f"{what} of tower {tower.name!r}"
+            for block in tower.blocks:
+                yield block.path, f"block of tower {tower.name!r}"
+                for part in block.sublayers:
+                    yield part.read.path, f"{part.kind} input of block '{block.path}'"
+                    yield part.write.path, f"{part.kind} output of block '{block.path}'"
+
+    def prefixed(self, prefix: str) -> Anatomy:
+        """The same anatomy for a model that holds the described one under `prefix` (`vilt`, say)."""
+
+        def tap(t: Tap | None) -> Tap | None:
+            return t and replace(t, path=f"{prefix}.{t.path}".rstrip("."))
+
+        def block(b: Block) -> Block:
+            parts = tuple(replace(s, read=tap(s.read), write=tap(s.write)) for s in b.sublayers)
+            return replace(b, path=f"{prefix}.{b.path}", sublayers=parts)
+
+        def paths(p: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(f"{prefix}.{x}" for x in p)
+
+        towers = tuple(
+            replace(t, blocks=tuple(map(block, t.blocks)), scope=paths(t.scope), output=tap(t.output),
+                    mask=tap(t.mask), pooled=tap(t.pooled))
+            for t in self.towers
+        )  # fmt: skip
+        return replace(self, towers=towers, heads=paths(self.heads), ignored=paths(self.ignored))
+
+    def rows(self, model: nn.Module) -> list[dict[str, Any]]:
+        """One row a tower: name, modality, layout, blocks, widths, parameters, share, prunable weights."""
+        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        total = sum(sizes.values())
+        prunable = {w.path: sizes.get(w.path, 0) for w in self.weights(model)}
+        rows = []
+        for t in self.towers:
+            own = {n: s for n, s in sizes.items() if _under(n, t.scope) and not _under(n, self.heads)}
+            widths = sorted({b.width for b in t.blocks})
+            rows.append({
+                "tower": t.name, "modality": t.modality, "layout": t.layout, "blocks": len(t.blocks),
+                "widths": "-".join(map(str, widths)), "params": sum(own.values()),
+                "share": sum(own.values()) / max(total, 1), "prunable": sum(prunable.get(n, 0) for n in own),
+                "first_block": t.blocks[0].path,
+            })  # fmt: skip
+        rest = total - sum(r["params"] for r in rows)
+        rows.append({"tower": "heads and rest", "modality": "-", "layout": "-", "blocks": 0, "widths": "-",
+                     "params": rest, "share": rest / max(total, 1), "prunable": 0, "first_block": ""})  # fmt: skip
+        return rows
+
+
+# --- registered descriptions ------------------------------------------------------------------------------------------
+
+_DESCRIPTIONS: dict[str, Callable[[Any], Anatomy]] = {}
+
+
+def describes(*class_names: str) -> Callable[[Callable[[Any], Anatomy]], Callable[[Any], Anatomy]]:
+    """Register a function that describes models of these classes, named so that no class need be imported."""
+
+    def add(function: Callable[[Any], Anatomy]) -> Callable[[Any], Anatomy]:
+        for name in class_names:
+            _DESCRIPTIONS[name] = function
+        return function
+
+    return add
+
+
+def _registered(model: nn.Module) -> Anatomy | None:
+    import trimtab.backbones  # noqa: F401  (the descriptions stand beside the backbones)
+
+    for kind in type(model).__mro__:
+        if kind.__name__ in _DESCRIPTIONS:
+            return replace(_DESCRIPTIONS[kind.__name__](model), source=f"registered for {kind.__name__}")
+    # A task model of transformers holds its base model under a known name; everything beside it is a head.
+    prefix = getattr(model, "base_model_prefix", "")
+    base = getattr(model, prefix, None) if prefix else None
+    if not isinstance(base, nn.Module):
+        return None
+    inner = _registered(base)
+    if inner is None:
+        return None
+    outer = inner.prefixed(prefix)
+    return replace(outer, heads=outer.heads + tuple(n for n, _ in model.named_children() if n != prefix))
+
+
+# --- discovery --------------------------------------------------------------------------------------------------------
+
+_VISION = re.compile(r"vis|image|img|patch|pixel|vit|swin|resnet|conv|stage")
+_TEXT = re.compile(r"text|lang|bert|gpt|llama|decoder|word|token|lm")
+_FUSION = re.compile(r"cross|fusion|joint|multi_?modal|lxmert|qformer")
+
+
+def _repeated(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
+    """Outermost lists of two or more modules of one class that hold weights: (path, paths of the children)."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or any(path.startswith(f + ".") for f in found):
+            continue
+        children = [(f"{path}.{n}".lstrip("."), c) for n, c in module.named_children()]
+        kinds = {type(c) for _, c in children}
+        weighty = any(isinstance(m, (nn.Linear, nn.Conv2d)) for _, c in children for m in list(c.modules())[1:])
+        if len(children) >= 2 and len(kinds) == 1 and weighty:
+            found.append(path)
+            yield path, [p for p, _ in children]
+
+
+def _discover(model: nn.Module) -> Anatomy:
+    towers: list[Tower] = []
+    for path, children in _repeated(model):
+        lowered = path.lower()
+        modality: Modality = "vision"
+        for name, pattern in (("fusion", _FUSION), ("vision", _VISION), ("text", _TEXT)):
+            if pattern.search(lowered):
+                modality = name  # type: ignore[assignment]
+                break
+        modules = [model.get_submodule(c) for c in children]
+        widths = [_width(m) for m in modules]
+        grid = not any(isinstance(m, nn.Linear) for m in modules[0].modules())
+        blocks = tuple(Block(c, w, keeps_shape=len(set(widths)) == 1) for c, w in zip(children, widths, strict=True))
+        towers.append(Tower(path or modality, modality, blocks, (path,) if path else tuple(children),
+                            Tap(children[-1]), "grid" if grid else "tokens"))  # fmt: skip
+    if not towers:
+        raise AnatomyError(
+            f"{type(model).__name__} has no list of repeated blocks to discover: describe it with an `Anatomy` of its "
+            "own, or register a function with `@trimtab.describes('" + type(model).__name__ + "')`"
+        )
+    return Anatomy(tuple(towers), source=f"discovered in {type(model).__name__}; check it")
+
+
+def _width(block: nn.Module) -> int:
+    """Channels that a block puts out: those of its first norm if it has one, else of its last linear or convolution."""
+    last = 0
+    for module in block.modules():
+        if isinstance(module, nn.LayerNorm):
+            return module.normalized_shape[-1]
+        if type(module).__name__.endswith("RMSNorm"):
+            return next(module.parameters()).numel()
+        last = getattr(module, "out_features", getattr(module, "out_channels", last))
+    return last
+
+
+def _under(path: str, prefixes: Iterable[str]) -> bool:
+    return any(path == p or path.startswith(p + ".") for p in prefixes)
+
+
+# --- taps: reading and rewriting values from outside ------------------------------------------------------------------
+
+
+def pick(value: Any, key: int | str) -> Any:
+    """The element of a module's output that a tap names."""
+    if isinstance(value, Tensor) or value is None:
+        return value
+    return value[key] if not isinstance(key, str) or hasattr(value, "keys") else getattr(value, key)
+
+
+def put(value: Any, key: int | str, new: Any) -> Any:
+    """The module's output with that element replaced, of the same kind."""
+    if isinstance(value, Tensor):
+        return new
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        items = list(value)
+        items[key] = new  # type: ignore[index]
+        return type(value)(items)
+    value[key] = new
+    return value
+
+
+def read(model: nn.Module, tap: Tap, then: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call `then` with the tapped value at every forward pass; returns the handle that takes the hook away."""
+    module = model.get_submodule(tap.path)
+    if tap.side == "output":
+        return module.register_forward_hook(lambda m, args, out: then(pick(out, tap.key)))
+
+    def before(m: nn.Module, args: tuple, kwargs: dict) -> None:
+        then(argument(tap, args, kwargs))
+
+    return module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def argument(tap: Tap, args: tuple, kwargs: dict) -> Any:
+    """The input that a tap names: by keyword, by position, or the first of all when position 0 came as a keyword."""
+    if isinstance(tap.key, str):
+        return kwargs.get(tap.key)
+    if tap.key < len(args):
+        return args[tap.key]
+    values = list(kwargs.values())
+    if tap.key - len(args) < len(values):
+        return values[tap.key - len(args)]
+    raise AnatomyError(f"module '{tap.path}' was called with {len(args)} inputs, the tap asks for number {tap.key}")
+
+
+def rewrite(model: nn.Module, tap: Tap, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Replace a tapped output by `change(output)` at every forward pass; returns the handle that undoes it."""
+    if tap.side != "output":
+        raise AnatomyError(f"only outputs can be rewritten, the tap at '{tap.path}' is an input")
+    module = model.get_submodule(tap.path)
+    return module.register_forward_hook(lambda m, args, out: put(out, tap.key, change(pick(out, tap.key))))

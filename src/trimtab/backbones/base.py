@@ -1,0 +1,163 @@
+"""What a task may ask of a backbone, whatever its family: pictures in, texts in, features out.
+
+    images(list of pictures) -> pixel_values (B, 3, H, W)      texts(list of strings) -> input_ids, attention_mask (B, L)
+    kind "dual": image(...) and text(...) give one vector each; kind "joint": pair(...) gives fused tokens and a vector
+
+`Backbone.model` is the plain (transformers) module that methods see through its `Anatomy`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trimtab.anatomy import Anatomy
+from trimtab.registry import Registry
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Features of a batch.
+
+    Attributes:
+        pooled: (B, D), one vector a sample.
+        tokens: (B, L, D), or None where a family gives only vectors.
+        mask: (B, L), 1 = valid.
+        image_tokens: which of the L tokens are image patches, in row-major order and without class tokens.
+    """
+
+    pooled: Tensor
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+    image_tokens: slice | None = None
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """How pictures become tensors: resized to a square of `size` pixels, scaled to 0..1, then normalised."""
+
+    size: int
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __call__(self, pictures: Sequence[Any]) -> Tensor:
+        """From PIL images (any mode, any size) to (B, 3, size, size) float32."""
+        from PIL import Image
+
+        side = (self.size, self.size)
+        arrays = []
+        for picture in pictures:
+            picture = picture.convert("RGB")
+            arrays.append(np.asarray(picture if picture.size == side else picture.resize(side, Image.Resampling.BICUBIC)))
+        pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+        return (pixels - torch.tensor(self.mean).view(3, 1, 1)) / torch.tensor(self.std).view(3, 1, 1)
+
+
+class Backbone(nn.Module):
+    """A pretrained vision-language model and what is needed to feed it.
+
+    Attributes:
+        name: registered name or path from which it was loaded.
+        model: the plain module; all paths of the anatomy are relative to it.
+        anatomy: its description.
+        kind: `dual` (two towers, one vector each) or `joint` (one fused stream).
+        width: width of `Encoded.pooled`.
+    """
+
+    kind: ClassVar[Literal["dual", "joint"]]
+
+    def __init__(self, name: str, model: nn.Module, tokenizer: Any, pictures: Pictures, width: int, max_text: int = 32):
+        super().__init__()
+        self.name = name
+        self.model = model
+        self.tokenizer = tokenizer
+        self.pictures = pictures
+        self.width = width
+        self.max_text = max_text
+        self.anatomy = Anatomy.of(model)
+
+    def images(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
+        """PIL images -> `pixel_values` (B, 3, H, W)."""
+        return {"pixel_values": self.pictures(pictures)}
+
+    def texts(self, sentences: Sequence[str]) -> dict[str, Tensor]:
+        """Strings -> `input_ids` and `attention_mask` (B, L), padded to the longest, cut at `max_text` tokens."""
+        encoded = self.tokenizer(
+            list(sentences), padding=True, truncation=True, max_length=self.max_text, return_tensors="pt"
+        )
+        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+
+    def image(self, pixel_values: Tensor) -> Encoded:
+        raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not encode images alone")
+
+    def text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not encode texts alone")
+
+    def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not fuse image and text")
+
+    def start_from(self, other: Backbone) -> None:
+        """Fill what has the same role with another backbone's weights."""
+        raise ValueError(f"a {type(self).__name__} cannot start from {other.name!r}")
+
+    def example(self, batch: int = 1, text_tokens: int = 20) -> dict[str, Tensor]:
+        """A batch of random inputs of the usual sizes, to count operations and bytes without data."""
+        generator = torch.Generator().manual_seed(0)
+        size = self.pictures.size
+        return {
+            "pixel_values": torch.randn(batch, 3, size, size, generator=generator),
+            "input_ids": torch.randint(5, len(self.tokenizer), (batch, text_tokens), generator=generator),
+            "attention_mask": torch.ones(batch, text_tokens, dtype=torch.long),
+        }
+
+
+BACKBONES: Registry[Any] = Registry("backbone")
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def load_pretrained(model_class: Any, folder: Path, pretrained: bool, **options: Any) -> nn.Module:
+    """A transformers model from its folder in float32, or with fresh random weights of the same configuration.
+
+    Raises:
+        FileNotFoundError: if the folder or its config is not there.
+        ValueError: if the weights cannot be read (truncated file), are missing, or have other shapes.
+    """
+    from transformers.utils import logging
+
+    config = model_class.config_class.from_pretrained(folder)
+    if not pretrained:
+        return model_class._from_config(config)
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: expected safetensors weights beside config.json, found none")
+    for file in files:
+        check_safetensors(file)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, report = model_class.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **options
+        )
+    finally:
+        logging.set_verbosity(level)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(f"{folder}: {len(missing)} weights of {model_class.__name__} are missing, first '{missing[0]}'")
+    return model.eval()
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise a ValueError that names the file unless it is a whole safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error

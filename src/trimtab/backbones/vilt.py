@@ -1,0 +1,104 @@
+"""ViLT (Kim et al., ICML 2021): one stream of text and image tokens. transformers' classes, and our `tiny-vilt`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes
+from trimtab.backbones.base import BACKBONES, WEIGHTS, Backbone, Encoded, Pictures, load_pretrained
+
+
+@describes("ViltModel")
+def describe(model: Any) -> Anatomy:
+    width = model.config.hidden_size
+    blocks = []
+    for i in range(len(model.encoder.layer)):
+        path = f"encoder.layer.{i}"
+        blocks.append(Block(path, width, (
+            # The norms come first in ViLT, so the input of each norm is the un-normalised stream.
+            Sublayer("attention", Tap(f"{path}.layernorm_before", "input"), Tap(f"{path}.attention.output")),
+            Sublayer("mlp", Tap(f"{path}.layernorm_after", "input"), Tap(f"{path}.output")),
+        ), returns_tuple=True))  # fmt: skip
+    tower = Tower(
+        "fusion", "fusion", tuple(blocks), ("embeddings", "encoder", "layernorm"),
+        output=Tap("layernorm"), mask=Tap("embeddings", key=1), pooled=Tap("pooler") if model.pooler else None,
+    )  # fmt: skip
+    return Anatomy((tower,), heads=("pooler",))
+
+
+class ViltBackbone(Backbone):
+    """A ViLT with its image-text matching head (`ViltForImageAndTextRetrieval`), which the matching tasks start from."""
+
+    kind = "joint"
+
+    def image_embeds(self, pixel_values: Tensor) -> Tensor:
+        """Patch and position embeddings of full square images, (B, 1 + P, D), in row-major order.
+
+        transformers' `visual_embed` computes the same and then draws a random order of the patches, image by image, in
+        evaluation too. Position embeddings are added before, so that the order carries no meaning; a fixed one makes
+        results repeatable and lets grounding know which token is which patch. Passed on as `image_embeds`.
+        """
+        embeddings = self.model.vilt.embeddings
+        patches = embeddings.patch_embeddings(pixel_values).flatten(2).transpose(1, 2)  # (B, P, D)
+        tokens = torch.cat([embeddings.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        return embeddings.dropout(tokens + embeddings.position_embeddings)
+
+    def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        image = self.image_embeds(pixel_values)
+        seen = torch.ones(image.shape[:2], dtype=torch.long, device=image.device)
+        out = self.model.vilt(
+            input_ids=input_ids, attention_mask=attention_mask, image_embeds=image, pixel_mask=seen
+        )
+        start = input_ids.shape[1] + 1  # after the text and the image's class token
+        tokens = out.last_hidden_state  # (B, L + 1 + P, D)
+        mask = torch.cat([attention_mask, seen], dim=1)
+        return Encoded(out.pooler_output, tokens, mask, slice(start, tokens.shape[1]))
+
+    def start_from(self, other: Backbone) -> None:
+        """Take patch, position and class embeddings and the blocks from a CLIP vision tower of the same sizes.
+
+        ViLT itself starts from a pretrained vision transformer (section 3.1 of its paper).
+        """
+        source, own = other.model.vision_model, self.model.vilt
+        pairs = [
+            (own.embeddings.patch_embeddings.projection.weight, source.embeddings.patch_embedding.weight),
+            (own.embeddings.position_embeddings, source.embeddings.position_embedding.weight[None]),
+            (own.embeddings.cls_token, source.embeddings.class_embedding[None, None]),
+        ]
+        names = {
+            "attention.attention.query": "self_attn.q_proj", "attention.attention.key": "self_attn.k_proj",
+            "attention.attention.value": "self_attn.v_proj", "attention.output.dense": "self_attn.out_proj",
+            "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2",
+            "layernorm_before": "layer_norm1", "layernorm_after": "layer_norm2",
+        }  # fmt: skip
+        for mine, theirs in zip(own.encoder.layer, source.encoder.layers, strict=True):
+            for a, b in names.items():
+                left, right = mine.get_submodule(a), theirs.get_submodule(b)
+                pairs += [(left.weight, right.weight), (left.bias, right.bias)]
+        with torch.no_grad():
+            for target, value in pairs:
+                target.copy_(value)
+
+    def match(self, encoded: Encoded) -> Tensor:
+        """Logit that text and image belong together, (B,)."""
+        return self.model.rank_output(encoded.pooled).squeeze(-1)
+
+
+def load(folder: Path, name: str, pretrained: bool = True) -> ViltBackbone:
+    """A transformers ViLT folder: config.json, model.safetensors, the tokenizer's files."""
+    from transformers import AutoTokenizer, ViltForImageAndTextRetrieval
+
+    model = load_pretrained(ViltForImageAndTextRetrieval, folder, pretrained)
+    config = model.config
+    return ViltBackbone(name, model, AutoTokenizer.from_pretrained(folder), Pictures(config.image_size),
+                        config.hidden_size, min(config.max_position_embeddings, 40))  # fmt: skip
+
+
+@BACKBONES.register("tiny-vilt")
+def tiny_vilt(pretrained: bool = True) -> ViltBackbone:
+    """8 blocks, 128 wide, 64 px, patch 8; pretrained by us on Twemoji scenes (recipes/pretrain/tiny-vilt.yaml)."""
+    return load(WEIGHTS / "tiny-vilt", "tiny-vilt", pretrained)

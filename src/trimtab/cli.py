@@ -1,0 +1,252 @@
+"""The command line. Everything slow (torch, transformers) is imported inside the commands, so that help is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+DESCRIPTION = "Fit a pretrained vision-language model to a task under a budget: prune weights, skip blocks, tune beside."
+OVERRIDES = "changes to the recipe, such as training.steps=100 methods.0.sparsity=0.9 seeds=[0,1,2] variants=[full]"
+DEMO = ("demo/retrieval", "demo/vqa", "demo/grounding", "demo/easy-vqa")
+KINDS = ("methods", "backbones", "tasks", "data", "recipes", "training")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, or 2 after a message about bad input."""
+    parser = _parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help()
+        return 0
+    options = parser.parse_args(arguments)
+    command = options.subcommand
+    try:
+        return globals()[f"_{command}"](options[command]) or 0
+    except (ValueError, ImportError, OSError) as error:
+        if os.environ.get("TRIMTAB_DEBUG"):
+            raise
+        print(f"trimtab {command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="trimtab", description=DESCRIPTION)
+    commands = parser.add_subcommands(metavar="COMMAND", title="commands")
+
+    def command(name: str, help: str) -> ArgumentParser:
+        sub = ArgumentParser(description=help)
+        commands.add_subcommand(name, sub, help=help.splitlines()[0])
+        return sub
+
+    run = command("run", "Carry out a recipe, one run for each of its variants and seeds; finished runs are kept.")
+    run.add_argument("recipe", type=str, help="a YAML file or the name of a shipped recipe (`trimtab list recipes`)")
+    run.add_argument("overrides", nargs="*", type=str, help=OVERRIDES)
+    run.add_argument("--out", type=Path, default=Path("runs"), help="folder of run folders")
+    run.add_argument("--redo", action="store_true", help="run again what is finished")
+
+    demo = command("demo", "Adapt the built-in models to new tasks with every lever, and write a report.")
+    demo.add_argument("overrides", nargs="*", type=str, help=OVERRIDES)
+    demo.add_argument("--out", type=Path, default=Path("runs"), help="folder of run folders and of the report")
+    demo.add_argument("--redo", action="store_true", help="run again what is finished")
+
+    report = command("report", "Write one HTML page and pictures about run folders.")
+    report.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold them")
+    report.add_argument("--out", type=Path, default=Path("runs/report"), help="folder of the page")
+    report.add_argument("--markdown", action="store_true", help="print the tables as Markdown too")
+
+    cost = command("cost", "What a recipe will cost, without data or weights: parameters, MACs, bytes.")
+    cost.add_argument("recipe", type=str, help="a YAML file or the name of a shipped recipe")
+    cost.add_argument("overrides", nargs="*", type=str, help=OVERRIDES)
+    cost.add_argument("--json", action="store_true", help="print JSON: an object, or a list if there are several runs")
+
+    anatomy = command("anatomy", "The towers of a model as methods see them: modality, blocks, widths, parameters.")
+    anatomy.add_argument("model", type=str, help="a registered backbone or a transformers folder")
+
+    names = command("list", "What is there: methods, backbones, tasks, data sources, recipes, training settings.")
+    names.add_argument("kind", nargs="?", type=str, help=f"one of {', '.join(KINDS)}; all of them if left out")
+    names.add_argument("name", nargs="?", type=str, help="one of these: its settings, their defaults and meaning")
+    return parser
+
+
+def _run(options: Any) -> None:
+    _carry_out([options.recipe], options.overrides, options.out, options.redo)
+
+
+def _demo(options: Any) -> None:
+    folders = _carry_out(list(DEMO), options.overrides, options.out, options.redo)
+    from trimtab.report import write_report
+
+    print(f"report: {write_report(folders, options.out / 'report', 'trimtab demo')}")
+
+
+def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) -> list[Path]:
+    """Run everything that recipes stand for; prints a line a run and the table of each recipe."""
+    from rich.console import Console
+
+    from trimtab import recipe as recipe_module
+
+    console = Console()
+    todo = [r for name in recipes for r in recipe_module.read(name, overrides)]  # all are checked before the first runs
+    with console.status("loading torch and transformers"):
+        _quiet()
+        from trimtab import run as run_module
+        from trimtab.report import load_runs, summary_table
+        for r in todo:
+            run_module.check(r)
+    done: list[Path] = []
+    for number, r in enumerate(todo, 1):
+        folder = out / r.name / f"{r.variant}-seed{r.seed}"
+        label = f"[{number}/{len(todo)}] {r.name} {r.variant} seed {r.seed}"
+        fresh = redo or not run_module.is_finished(folder, r)
+        if fresh:
+            run_module.run(r, folder)
+        done.append(folder)
+        result, info = (json.loads((folder / f).read_text()) for f in ("metrics.json", "run.json"))
+        score = f"{result['primary']} {100 * result['test'][result['primary']]:.1f} %"
+        console.print(f"{label}: {score}" + (f", {info['seconds']:.0f} s" if fresh else ", kept"), highlight=False)
+    for name in dict.fromkeys(r.name for r in todo):
+        console.print(summary_table(load_runs(p for p, r in zip(done, todo, strict=True) if r.name == name)))
+    return done
+
+
+def _report(options: Any) -> None:
+    from trimtab.report import load_runs, markdown_table, write_report
+
+    page = write_report(options.runs, options.out)
+    if options.markdown:
+        print(markdown_table(load_runs(options.runs)))
+    print(f"report: {page}")
+
+
+def _cost(options: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from trimtab import recipe
+
+    recipes = recipe.read(options.recipe, options.overrides)
+    _quiet()
+    from trimtab import cost
+
+    found = [{"variant": r.variant, **cost.estimate(r)} for r in recipes]
+    if options.json:
+        print(json.dumps(found[0] if len(found) == 1 else found, indent=1))
+        return
+    table = Table(title=f"{options.recipe}: before any data or weights")
+    for column in found[0]:
+        table.add_column(column.replace("_", " "), justify="left" if column == "variant" else "right")
+    for row in found:
+        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
+    Console().print(table)
+    print("MACs: one sample, one multiply-add = 1; saved activation bytes: one training batch of `batch size` rows")
+
+
+def _anatomy(options: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    _quiet()
+    from trimtab.backbones import load_model
+
+    model, anatomy = load_model(options.model)
+    table = Table(title=f"{options.model}: {type(model).__name__}, {anatomy.source}")
+    columns = ("tower", "modality", "layout", "blocks", "widths", "params", "share", "prunable", "first_block")
+    for column in columns:
+        right = column in ("blocks", "params", "share", "prunable")
+        table.add_column(column.replace("_", " "), justify="right" if right else "left", overflow="fold")
+    for row in anatomy.rows(model):
+        shown = {**row, "share": f"{100 * row['share']:.1f} %"}
+        table.add_row(*(f"{shown[c]:,}" if isinstance(shown[c], int) else str(shown[c]) for c in columns))
+    Console().print(table)
+
+
+def _list(options: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from trimtab.registry import unknown
+
+    console = Console()
+    if options.kind and options.kind not in KINDS:
+        raise ValueError(unknown("kind", options.kind, KINDS))
+    _quiet()
+    for kind in (options.kind,) if options.kind else KINDS:
+        entries = _entries(kind)
+        if options.name:
+            if options.name not in entries:
+                raise ValueError(unknown(kind.removesuffix("s"), options.name, entries))
+            console.print(_settings(options.name, entries[options.name]))
+            continue
+        if kind == "training":
+            console.print(_settings("training", entries["training"]))
+            continue
+        table = Table(title=kind, title_justify="left", show_header=False)
+        for name, item in entries.items():
+            table.add_row(name, _first_line(item))
+        console.print(table)
+
+
+def _entries(kind: str) -> dict[str, Any]:
+    """Name -> what is registered under it (for recipes: the first line of the file's text)."""
+    from trimtab import recipe
+
+    if kind == "recipes":
+        return {name: recipe.title(name) for name in recipe.names()}
+    if kind == "training":
+        return {"training": recipe.TrainingSpec, "backbone": recipe.BackboneSpec}
+    from trimtab import backbones, methods, tasks
+    from trimtab.data.sources import SOURCES
+
+    registries: dict[str, Any] = {
+        "methods": methods.METHODS, "backbones": backbones.BACKBONES, "tasks": tasks.TASKS, "data": SOURCES,
+    }  # fmt: skip
+    return dict(registries[kind].items())
+
+
+def _first_line(item: Any) -> str:
+    text = item if isinstance(item, str) else (item.__doc__ or "")
+    lever = f"{item.lever}: " if hasattr(item, "lever") else ""
+    return lever + text.strip().split("\n\n")[0].replace("\n    ", " ")
+
+
+def _settings(name: str, item: Any) -> Any:
+    """A table of settings with defaults and meaning, from the dataclass that defines them."""
+    from docstring_parser import parse_from_object
+    from rich.table import Table
+
+    from trimtab.recipe import defaults
+
+    if isinstance(item, str):
+        return f"{name}: {item}"
+    source = getattr(item, "Settings", item)
+    meaning = {p.arg_name: p.description for kind in reversed(source.__mro__[:-1] if isinstance(source, type) else ())
+               for p in parse_from_object(kind).params}  # fmt: skip
+    table = Table(title=f"{name}: {_first_line(item)}", title_justify="left")
+    for column in ("setting", "default", "meaning"):
+        table.add_column(column)
+    for key, value in defaults(source).items():
+        table.add_row(key, "required" if value is None and key in ("name",) else str(value), meaning.get(key) or "")
+    return table
+
+
+def _quiet() -> None:
+    """Keep libraries from talking over our own output."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import logging
+    import warnings
+
+    import datasets
+
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", module="torch")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

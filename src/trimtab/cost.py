@@ -1,0 +1,206 @@
+"""What a model with its methods costs, before and after paying it.
+
+    params, trainable_params       numbers
+    macs, dense_macs               multiply-adds of one forward pass of one sample, with and without the methods; one
+                                   multiply-add is 1 MAC (torch counts 2 FLOPs); matrix products, convolutions, attention
+    saved_activation_bytes         what autograd keeps for backward in one training batch, each storage once, without
+                                   parameters and buffers
+    checkpoint_bytes               the learned part as safetensors
+    peak_memory_bytes              of one training step: CUDA's peak, or without a GPU the growth of the resident set
+    latency_ms                     one sample, one forward pass: median, and the 10th and 90th percentile
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from trimtab.recipe import Recipe
+from trimtab.tasks.base import TaskModel
+
+if TYPE_CHECKING:
+    from trimtab.run import Assembly
+
+
+def count_macs(function: Callable[[], Any]) -> int:
+    """Multiply-adds of everything that a call computes (half of what `torch.utils.flop_counter` calls FLOPs)."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    # The counter knows the matrix products inside the plain attention kernel, but not the CPU's fused one.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops() // 2
+
+
+def saved_bytes(function: Callable[[], Tensor], model: nn.Module) -> int:
+    """Bytes that autograd keeps for the backward pass of `function()`, each storage once; the model's own are left out."""
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor  # kept alive by the graph, so that no storage's address is used twice
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = function()
+    del result
+    return sum(kept.values())
+
+
+def safetensors_size(tensors: dict[str, Tensor]) -> int:
+    """Bytes of a safetensors file with these tensors, without writing it."""
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
+    header, offset = {}, 0
+    # The library writes wide types first, then by name; only the digits of the offsets depend on that.
+    for name, t in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        end = offset + t.numel() * t.element_size()
+        header[name] = {"dtype": names.get(t.dtype, "F32"), "shape": list(t.shape), "data_offsets": [offset, end]}
+        offset = end
+    length = len(json.dumps(header, separators=(",", ":")).encode())
+    return 8 + length + -length % 8 + offset
+
+
+def latency(function: Callable[[], Any], repeats: int = 20, warmup: int = 3) -> dict[str, float]:
+    """Milliseconds of a call: median, 10th and 90th percentile of `repeats` after `warmup`."""
+    times = []
+    with torch.inference_mode():
+        for i in range(warmup + repeats):
+            _synchronize()
+            start = time.perf_counter()
+            function()
+            _synchronize()
+            if i >= warmup:
+                times.append((time.perf_counter() - start) * 1000)
+    times.sort()
+    return {
+        "median": round(statistics.median(times), 3),
+        "p10": round(times[len(times) // 10], 3),
+        "p90": round(times[-1 - len(times) // 10], 3),
+    }
+
+
+def peak_memory(function: Callable[[], Any]) -> int | None:
+    """Peak bytes while a call runs: allocated on the GPU, else by how much the resident set grows (Linux), else None."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # give freed pages back, or the growth hides in them
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
+        before = _status("VmRSS")
+        function()
+        return _status("VmHWM") - before
+    except (OSError, AttributeError, StopIteration):
+        return None
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure(parts: Assembly, dense_macs: int, batch_size: int, weights: Path) -> dict[str, Any]:
+    """All costs of an assembled, attached model; `weights` is the file of its learned part."""
+    model = parts.model
+    device = next(model.parameters()).device
+    one, batch = ({k: v.to(device) for k, v in model.example(n).items()} for n in (1, batch_size))
+    model.train()
+
+    def step() -> None:
+        loss = model(**batch)["loss"]
+        if loss.requires_grad:
+            loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    costs = _counts(model, one, batch)
+    costs |= {
+        "dense_macs": dense_macs,
+        "checkpoint_bytes": weights.stat().st_size,
+        "peak_memory_bytes": peak_memory(step),
+    }
+    model.eval()
+    costs["latency_ms"] = latency(lambda: model(**one))
+    return costs
+
+
+def _counts(model: TaskModel, one: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Any]:
+    model.eval()
+    macs = count_macs(lambda: model(**one))
+    model.train()
+    parameters = list(model.parameters())
+    return {
+        "params": sum(p.numel() for p in parameters),
+        "trainable_params": sum(p.numel() for p in parameters if p.requires_grad),
+        "macs": macs,
+        "saved_activation_bytes": saved_bytes(lambda: model(**batch)["loss"], model),
+        "batch_size": len(next(iter(batch.values()))),
+    }
+
+
+def dense(recipe: Recipe) -> int:
+    """Multiply-adds of a recipe's model before any method changes it."""
+    from trimtab.run import assemble
+
+    parts = assemble(replace(recipe, methods=(), backbone=replace(recipe.backbone, pretrained=False, start_from=None)))
+    parts.model.eval()
+    one = parts.model.example(1)
+    return count_macs(lambda: parts.model(**one))
+
+
+def estimate(recipe: Recipe) -> dict[str, Any]:
+    """The costs that need no data and no weights: random weights, and fake tensors where the model allows them.
+
+    Plans and masks that only data could give are assumed: DAS skips the last k blocks, a pruner keeps its share.
+
+    Returns:
+        `params`, `trainable_params`, `macs`, `dense_macs`, `saved_activation_bytes` (for the recipe's batch size, which
+        is in `batch_size`), `checkpoint_bytes`, and `nonzero_params`.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    blind = replace(recipe, backbone=replace(recipe.backbone, pretrained=False, start_from=None))
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return _estimate(blind)
+    except RuntimeError:
+        # A model that looks at values while it runs, or a library that moves modules between devices (PEFT), cannot
+        # work on fake tensors: count on real random weights. An error of another cause comes again there.
+        return _estimate(blind)
+
+
+def _estimate(recipe: Recipe) -> dict[str, Any]:
+    from trimtab.run import assemble
+
+    dense_macs = dense(recipe)
+    parts = assemble(recipe)
+    parts.model.backbone.requires_grad_(False)
+    anatomy = parts.model.backbone.anatomy
+    for method in parts.methods:
+        method.assume(parts.subject, anatomy)
+        anatomy = method.attach(parts.subject, anatomy)
+    costs = _counts(parts.model, parts.model.example(1), parts.model.example(recipe.training.batch_size))
+    zeros = sum(m.state.get("prunable", 0) - m.state.get("kept", 0) for m in parts.methods)
+    return {
+        **costs,
+        "dense_macs": dense_macs,
+        "checkpoint_bytes": safetensors_size(parts.detach_learned()),
+        "nonzero_params": costs["params"] - zeros,
+    }

@@ -1,0 +1,119 @@
+"""Where a recipe's rows come from: each source gives train, validation and test tables of a task's schema."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from trimtab.registry import Registry, unknown
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SOURCES: Registry[type] = Registry("data source")
+
+
+@SOURCES.register("pictograms")
+@dataclass(frozen=True)
+class Pictograms:
+    """The built-in world (`trimtab.data.pictograms`)."""
+
+    style: Literal["twemoji", "openmoji"] = "openmoji"
+    """Whose drawings: our small models are pretrained on `twemoji`, so that `openmoji` is a new style to them."""
+    train: int = 2000
+    """Rows to train on."""
+    test: int = 500
+    """Rows to evaluate on."""
+    validation: int = 500
+    """Rows from which searches draw their rewards."""
+    split: Literal["test", "unseen-concepts", "unseen-combinations"] = "test"
+    """Which scenes to evaluate on."""
+    seed: int = 0
+    """Seed of the scenes, apart from the recipe's: every method sees the same rows."""
+    size: int = 64
+    """Side of the pictures in pixels."""
+    per_scene: int = 2
+    """At most this many rows of one scene."""
+    count: int = 240
+    """Concepts in the world."""
+    skip_bad_images: bool = False
+    """Leave out images that cannot be decoded instead of stopping."""
+
+    tasks = {"retrieval": "retrieval", "matching": "retrieval", "vqa": "vqa", "grounding": "grounding"}
+
+    def load(self, task: str, split: Literal["train", "validation", "test"]) -> Dataset:
+        """The table of a split for a task; made once, then read from the cache folder."""
+        from trimtab.data import pictograms
+
+        if task not in self.tasks:
+            raise ValueError(f"data 'pictograms': {unknown('task', task, self.tasks)}")
+        name = self.split if split == "test" else split
+        return pictograms.load(self.tasks[task], self.style, name, getattr(self, split), self.seed, self.size,
+                               self.per_scene, self.count)  # fmt: skip
+
+    def answers(self) -> Sequence[str]:
+        """The classes of a VQA task on this source."""
+        from trimtab.data import pictograms
+
+        return pictograms.answers(self.count)
+
+
+@SOURCES.register("easy-vqa")
+@dataclass(frozen=True)
+class EasyVQA:
+    """easy-VQA (Victor Zhou, MIT licence, from PyPI): 5,000 pictures of one coloured shape, 48,248 questions."""
+
+    train: int | None = None
+    """Rows to train on, the first of a fixed random order; None for all that validation leaves."""
+    test: int | None = None
+    """Rows of the published test split; None for all 9,673."""
+    validation: int = 500
+    """Rows taken from the end of the published training split's random order."""
+    seed: int = 0
+    """Seed of that order."""
+    skip_bad_images: bool = False
+    """Leave out images that cannot be decoded instead of stopping."""
+
+    def load(self, task: str, split: Literal["train", "validation", "test"]) -> Dataset:
+        """Columns `image`, `question`, `answer`.
+
+        Raises:
+            ImportError: if the package `easy-vqa` (extra `world`) is not installed.
+            ValueError: for a task other than `vqa`.
+        """
+        if task != "vqa":
+            raise ValueError(f"data 'easy-vqa': {unknown('task', task, ['vqa'])}")
+        package = _easy_vqa()
+        published = "test" if split == "test" else "train"
+        questions, answers, images = getattr(package, f"get_{published}_questions")()
+        paths = getattr(package, f"get_{published}_image_paths")()
+        import numpy as np
+        from datasets import Dataset, Features, Image, Value
+
+        order = np.random.default_rng(self.seed).permutation(len(questions))
+        if split == "validation":
+            order = order[len(order) - self.validation :]
+        elif split == "train":
+            order = order[: len(order) - self.validation][: self.train]
+        else:
+            order = order[: self.test]
+        rows = {
+            "image": [{"path": paths[images[i]], "bytes": None} for i in order],
+            "question": [questions[i] for i in order],
+            "answer": [answers[i] for i in order],
+        }
+        schema = Features({"image": Image(), "question": Value("string"), "answer": Value("string")})
+        return Dataset.from_dict(rows, features=schema)
+
+    def answers(self) -> Sequence[str]:
+        """The 13 answers of the set."""
+        return sorted(_easy_vqa().get_answers())
+
+
+def _easy_vqa():
+    try:
+        import easy_vqa
+    except ImportError as error:
+        raise ImportError("the easy-VQA data need their package: pip install 'trimtab[world]'") from error
+    return easy_vqa

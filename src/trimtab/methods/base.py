@@ -1,0 +1,97 @@
+"""What a method is: one lever on a model, seen only through its `Anatomy`.
+
+    prepare(session)            what needs data: calibration of a pruner, search of a plan -> fills the method's state
+    attach(model, anatomy)      changes the model from outside, from settings and state alone; nothing else does
+    callbacks()                 what must happen during training (zeros kept, gates updated)
+    finish(model)               after training: make permanent what training only simulated
+
+A saved run stores settings and state, so that loading is `load_state` and `attach` again: no search, no calibration.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from torch import Tensor, nn
+
+from trimtab.anatomy import Anatomy
+from trimtab.registry import Registry
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+METHODS: Registry[Any] = Registry("method")
+
+
+class Session(Protocol):
+    """What a method may ask for while it prepares: the model with its task, data, and a way to train."""
+
+    model: nn.Module
+    anatomy: Anatomy
+    seed: int
+
+    @property
+    def subject(self) -> nn.Module:
+        """The plain model inside `model` to which the anatomy's paths belong."""
+
+    def batches(self, split: Literal["train", "validation"], size: int | None = None) -> Iterator[dict[str, Tensor]]:
+        """Endless batches of a split, on the model's device; `size` defaults to the training batch size."""
+
+    def fit(self, model: nn.Module, steps: int, callbacks: list[TrainerCallback]) -> list[dict[str, float]]:
+        """Train a model as the recipe says, for another number of steps; returns the logged history."""
+
+    def locate(self, model: nn.Module) -> nn.Module:
+        """The plain model inside a copy of `model`."""
+
+
+class Method(ABC):
+    """One lever.
+
+    Attributes:
+        name: registered name.
+        lever: `prune`, `skip` or `tune`.
+        Settings: frozen dataclass; its attribute docstrings are the method's help text.
+        state: what `prepare` found, as plain JSON (a plan, say).
+        tensors: what `prepare` found, as tensors (masks, say).
+    """
+
+    name: ClassVar[str]
+    lever: ClassVar[Literal["prune", "skip", "tune"]]
+    Settings: ClassVar[type]
+
+    def __init__(self, **settings: Any):
+        self.settings = self.Settings(**settings)
+        self.state: dict[str, Any] = {}
+        self.tensors: dict[str, Tensor] = {}
+
+    def prepare(self, session: Session) -> None:  # noqa: B027 (most methods need no data)
+        """Find what needs data and keep it in `state` and `tensors`."""
+
+    @abstractmethod
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
+        """Change the model in place; returns the anatomy that the next method shall see.
+
+        Everything is frozen when the first method is attached; a method sets `requires_grad` on what it trains.
+
+        Raises:
+            ValueError: if the method does not apply to this model, with the reason.
+        """
+
+    def assume(self, model: nn.Module, anatomy: Anatomy) -> None:  # noqa: B027
+        """Fill `state` with something of the right size without data, so that costs can be counted beforehand."""
+
+    def callbacks(self) -> list[TrainerCallback]:
+        return []
+
+    def finish(self, model: nn.Module) -> None:  # noqa: B027
+        """Make permanent what training only simulated."""
+
+    def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.state, self.tensors = state, tensors
+
+    def describe(self) -> dict[str, Any]:
+        """Name and settings, as they stand in a recipe."""
+        return {"name": self.name, **asdict(self.settings)}

@@ -1,0 +1,3 @@
+"""Lever 1: remove weights."""
+
+from trimtab.methods.prune import baselines, multiflow  # noqa: F401

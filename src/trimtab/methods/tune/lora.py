@@ -1,0 +1,56 @@
+"""LoRA (Hu et al., ICLR 2022), from the PEFT library: W x + (alpha / r) B A x beside chosen linear layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from trimtab.anatomy import Anatomy
+from trimtab.methods.base import METHODS, Method
+from trimtab.registry import unknown
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """Settings of LoRA."""
+
+    rank: int = 4
+    """Rank r of the update. DAS's METER and ViLT baselines use 4."""
+    alpha: float = 8.0
+    """The update is scaled by alpha / r."""
+    dropout: float = 0.0
+    """Dropout of the input of A."""
+    targets: tuple[str, ...] = ("query", "value", "q_proj", "v_proj", "q", "v")
+    """Last names of the linear layers inside the towers that get an update; those that a model lacks are passed over."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, found {self.rank}")
+
+
+@METHODS.register("lora")
+class LoRA(Method):
+    """Low-rank updates of the attention's query and value maps; everything else is frozen."""
+
+    name = "lora"
+    lever = "tune"
+    Settings = LoRASettings
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        s = self.settings
+        linears = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and anatomy.modality(p)]
+        chosen = [p for p in linears if p.rsplit(".", 1)[-1] in s.targets]
+        if not chosen:
+            valid = sorted({p.rsplit(".", 1)[-1] for p in linears})
+            raise ValueError(f"lora found none of its targets: {unknown('target', s.targets[0], valid)}")
+        trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+        # Whole paths: PEFT takes a list entry as the end of a name, and a full path ends only itself.
+        config = LoraConfig(r=s.rank, lora_alpha=s.alpha, lora_dropout=s.dropout, target_modules=chosen)
+        inject_adapter_in_model(config, model)
+        for name, parameter in model.named_parameters():  # PEFT froze everything, also what an earlier method trains
+            if name in trainable:
+                parameter.requires_grad_(True)
+        return anatomy

@@ -1,0 +1,292 @@
+"""Recipes: every experiment is a YAML file that names a backbone, a task, data, methods and how to train.
+
+    backbone: {name: tiny-vilt}
+    task: {name: vqa}
+    data: {name: pictograms, style: openmoji, train: 2000, test: 500}
+    methods: [{name: multiflow, sparsity: 0.63}, {name: full}]
+    training: {steps: 200, batch_size: 32, learning_rate: 3.0e-4}
+    seed: 0
+
+A recipe may hold `variants` (label -> what differs) and `seeds`; it then stands for one run of each with each. The
+sections `task`, `data` and each of `methods` are settings of what their `name` registers; their types, defaults and
+help come from the dataclasses there, through jsonargparse. An unknown key or name is an error with the nearest ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from trimtab.registry import unknown
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message names the file or field, what is wrong and what would be right."""
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """The model to start from."""
+
+    name: str
+    """Registered name (`trimtab list`) or path of a transformers folder."""
+    pretrained: bool = True
+    """False: the same model with fresh random weights."""
+    start_from: str | None = None
+    """Another backbone whose weights fill what has the same role (a ViLT can start from a CLIP's vision tower)."""
+    attention: Literal["eager", "sdpa"] | None = None
+    """transformers' attention implementation; None leaves the model's default."""
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """How to train, on `transformers.Trainer` with AdamW."""
+
+    steps: int = 200
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Rows a step and device, before accumulation."""
+    accumulate: int = 1
+    """Batches whose gradients are summed before a step."""
+    learning_rate: float = 3e-4
+    """Peak learning rate of everything but the head."""
+    head_multiplier: float = 1.0
+    """The head's learning rate as a multiple of `learning_rate`."""
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
+    """Course of the learning rate after warm-up."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: float = 0.01
+    """AdamW's decay of matrices; biases, norms and scalars have none."""
+    beta2: float = 0.999
+    """AdamW's second-moment decay."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 for none."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Mixed precision of the forward pass."""
+    log_every: int = 20
+    """Steps between two points of the training curve."""
+    save_every: int | None = None
+    """Steps between checkpoints from which an interrupted run resumes; None keeps none."""
+    evaluation_batch: int = 64
+    """Rows a batch in evaluation."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "log_every", "evaluation_batch"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"training.{name} must be at least 1, found {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment, resolved: no variants left. `task`, `data` and `methods` are names with their settings."""
+
+    backbone: BackboneSpec
+    task: dict[str, Any]
+    data: dict[str, Any]
+    methods: tuple[dict[str, Any], ...] = ()
+    training: TrainingSpec = field(default_factory=TrainingSpec)
+    seed: int = 0
+    title: str = ""
+    name: str = "recipe"
+    variant: str = "default"
+
+    def to_dict(self) -> dict[str, Any]:
+        out = dataclasses.asdict(self)
+        out["methods"] = [dict(m) for m in self.methods]
+        return out
+
+
+_TOP = ("title", "backbone", "task", "data", "methods", "training", "seed", "seeds", "variants")
+
+
+def build(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    """An instance of `cls` from plain values, converted and checked by its signature.
+
+    Raises:
+        RecipeError: if a key is unknown (with the nearest), one is missing, or a value has the wrong type.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    known = [n for n in inspect.signature(cls).parameters if n != "self"]
+    for key in values:
+        if key not in known:
+            raise RecipeError(f"{where}: {unknown('key', key, known)}")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, None, as_group=False, fail_untyped=False)
+    try:
+        parsed = parser.parse_object(dict(values))
+        return cls(**{k: getattr(parsed, k) for k in known if hasattr(parsed, k)})
+    except (ArgumentError, TypeError) as error:
+        raise RecipeError(f"{where}: {' '.join(str(error).split())}") from error
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def read(path: str | Path, overrides: Iterable[str] = ()) -> list[Recipe]:
+    """The runs that a recipe file stands for, one of each variant with each seed.
+
+    Args:
+        path: a YAML file, or the name of a shipped recipe (`trimtab list`).
+        overrides: `key=value` with dotted keys (`training.steps=10`, `methods.0.sparsity=0.9`); the value is YAML. They
+            come last, after the variants.
+
+    Raises:
+        RecipeError: if the file cannot be read, or a key, name or value in it is wrong.
+    """
+    import yaml
+
+    file = find(path)
+    try:
+        raw = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{file}: not YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{file}: expected a mapping with the keys {', '.join(_TOP)}")
+    return expand(raw, _short_name(file), overrides, str(file))
+
+
+def find(path: str | Path) -> Path:
+    """The file of that path, or the shipped recipe of that name (with or without `.yaml`)."""
+    file = Path(path)
+    if file.is_file():
+        return file
+    shipped = recipes_dir()
+    for candidate in (shipped / file, shipped / f"{file}.yaml"):
+        if candidate.is_file():
+            return candidate
+    raise RecipeError(f"no recipe file '{path}', and {unknown('recipe', str(path), names())}")
+
+
+def names() -> list[str]:
+    """Names of the shipped recipes: their paths below `recipes/` without `.yaml`."""
+    root = recipes_dir()
+    return sorted(str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml"))
+
+
+def title(name: str) -> str:
+    """The title of a shipped recipe."""
+    import yaml
+
+    return str(yaml.safe_load(find(name).read_text()).get("title", ""))
+
+
+def recipes_dir() -> Path:
+    """Where the shipped recipes stand: in the installed package, or in the repository beside `src`."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def _short_name(file: Path) -> str:
+    root = recipes_dir().resolve()
+    whole = file.resolve()
+    return str(whole.relative_to(root).with_suffix("")) if whole.is_relative_to(root) else file.stem
+
+
+def expand(raw: dict[str, Any], name: str, overrides: Iterable[str] = (), where: str = "recipe") -> list[Recipe]:
+    """The same from a mapping."""
+    for key in raw:
+        if key not in _TOP:
+            raise RecipeError(f"{where}: {unknown('key', key, _TOP)}")
+    changes = [_override(o) for o in overrides]
+    wanted = {k: v for (k, v) in changes if k in ("variants", "seeds")}
+    variants = raw.get("variants") or {"default": {}}
+    if "variants" in wanted:  # variants=[full,unipt] keeps these
+        for label in wanted["variants"]:
+            if label not in variants:
+                raise RecipeError(f"{where}: {unknown('variant', label, variants)}")
+        variants = {k: v for k, v in variants.items() if k in wanted["variants"]}
+    seeds = wanted.get("seeds") or raw.get("seeds") or [raw.get("seed", 0)]
+    out = []
+    for label, difference in variants.items():
+        for key in difference or {}:
+            if key not in _TOP:
+                raise RecipeError(f"{where}: variants.{label}: {unknown('key', key, _TOP)}")
+        for seed in seeds:
+            merged = _merge({k: v for k, v in raw.items() if k not in ("variants", "seeds")}, difference or {})
+            merged["seed"] = seed
+            for key, value in changes:
+                if key not in ("variants", "seeds"):
+                    _assign(merged, key, value, where)
+            out.append(_resolve(merged, name, label, where))
+    return out
+
+
+def _resolve(raw: dict[str, Any], name: str, variant: str, where: str) -> Recipe:
+    for key in ("backbone", "task", "data"):
+        if key not in raw:
+            raise RecipeError(f"{where}: the key '{key}' is missing")
+    section = {k: {"name": v} if isinstance(v, str) else v for k, v in raw.items()}
+    methods = [{"name": m} if isinstance(m, str) else dict(m) for m in raw.get("methods") or ()]
+    for what, part in [("task", section["task"]), ("data", section["data"]), *(("methods", m) for m in methods)]:
+        if "name" not in part:
+            raise RecipeError(f"{where}: every entry of '{what}' needs a 'name'")
+    return Recipe(
+        backbone=build(BackboneSpec, section["backbone"], f"{where}: backbone"),
+        task=section["task"],
+        data=section["data"],
+        methods=tuple(methods),
+        training=build(TrainingSpec, raw.get("training") or {}, f"{where}: training"),
+        seed=int(raw.get("seed", 0)),
+        title=raw.get("title", ""),
+        name=name,
+        variant=variant,
+    )
+
+
+def _merge(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings are merged key by key, everything else is replaced."""
+    out = deepcopy(base)
+    for key, value in change.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), dict)
+        out[key] = _merge(out[key], value) if both else deepcopy(value)
+    return out
+
+
+def _override(text: str) -> tuple[str, Any]:
+    import yaml
+
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise RecipeError(f"'{text}': expected key=value, such as training.steps=10")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"'{text}': the value is not YAML: {error}") from error
+
+
+def _assign(tree: Any, key: str, value: Any, where: str) -> None:
+    *path, last = key.split(".")
+    if path == [] and last not in _TOP:
+        raise RecipeError(f"{where}: {unknown('key', last, _TOP)}")
+    if path and path[0] not in _TOP:
+        raise RecipeError(f"{where}: {unknown('key', path[0], _TOP)}")
+    try:
+        for part in path:
+            if isinstance(tree, list):
+                tree = tree[int(part)]
+            else:
+                if isinstance(tree.get(part), str):  # `data: pictograms` is short for a mapping with a name
+                    tree[part] = {"name": tree[part]}
+                tree = tree.setdefault(part, {})
+        if isinstance(tree, list):
+            tree[int(last)] = value
+        else:
+            tree[last] = value
+    except (IndexError, ValueError, AttributeError, TypeError) as error:
+        raise RecipeError(f"{where}: '{key}' does not name a field of the recipe ({error})") from error
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """Settings and their defaults, for tables and help."""
+    out: dict[str, Any] = {}
+    for name, parameter in inspect.signature(cls).parameters.items():
+        out[name] = None if parameter.default is inspect.Parameter.empty else parameter.default
+    return out

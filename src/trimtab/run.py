@@ -1,0 +1,360 @@
+"""A run: what a recipe leaves behind, as a folder of plain files, and the way back from it to a model.
+
+    recipe.yaml           resolved: nothing in it depends on anything outside
+    run.json              name, variant, seed, git state, versions, time; written last: a folder without it is not a run
+    metrics.json          test metrics and the training curve
+    costs.json            see trimtab.cost
+    methods.json          what each method found (a plan, say)
+    weights.safetensors   the learned part only: trained parameters, masks
+    samples/              predictions on a few test rows, with pictures
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import set_seed
+
+from trimtab import backbones, training
+from trimtab.anatomy import Anatomy
+from trimtab.backbones.base import check_safetensors
+from trimtab.data.cache import replace_file
+from trimtab.data.sources import SOURCES
+from trimtab.methods import METHODS, Method
+from trimtab.recipe import Recipe, RecipeError, build, expand
+from trimtab.registry import unknown
+from trimtab.tasks import TASKS, Task, TaskModel
+
+FORMAT = 1
+log = logging.getLogger(__name__)
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used; the message names the file, what was expected and what was found."""
+
+
+@dataclass
+class Assembly:
+    """A recipe's parts, built: model with task, data source, methods (not yet attached)."""
+
+    model: TaskModel
+    source: Any
+    task: Task
+    methods: list[Method]
+
+    @property
+    def subject(self) -> nn.Module:
+        """The plain model that methods change."""
+        return self.model.backbone.model
+
+    def attach(self) -> Anatomy:
+        """Freeze the backbone, then attach the methods in order; returns the anatomy that remains."""
+        self.model.backbone.requires_grad_(False)
+        anatomy = self.model.backbone.anatomy
+        for method in self.methods:
+            anatomy = method.attach(self.subject, anatomy)
+        return anatomy
+
+    def detach_learned(self) -> dict[str, Tensor]:
+        """What must be stored to get this model back: trained tensors, buffers beside them, and the methods' tensors."""
+        out = learned_part(self.model)
+        for i, method in enumerate(self.methods):
+            out |= {f"methods.{i}.{k}": v.contiguous() for k, v in method.tensors.items()}
+        return out
+
+
+def assemble(recipe: Recipe) -> Assembly:
+    """Build what a recipe names, seeded by it.
+
+    Raises:
+        RecipeError: if a name or setting is wrong, or parts do not fit each other.
+    """
+    set_seed(recipe.seed)
+    where = f"recipe {recipe.name}"
+    try:
+        source = _named(SOURCES, recipe.data, f"{where}: data")
+        task = _task(recipe.task, source, f"{where}: task")
+        methods = [_method(entry, f"{where}: methods.{i}") for i, entry in enumerate(recipe.methods)]
+        spec = recipe.backbone
+        backbone = backbones.load(spec.name, spec.pretrained)
+    except (ValueError, FileNotFoundError) as error:
+        raise error if isinstance(error, RecipeError) else RecipeError(f"{where}: {error}") from error
+    if spec.attention:
+        backbone.model.set_attn_implementation(spec.attention)
+    if spec.start_from:
+        backbone.start_from(backbones.load(spec.start_from))
+    return Assembly(TaskModel(backbone, task), source, task, methods)
+
+
+def check(recipe: Recipe) -> None:
+    """Raise a RecipeError for a wrong name or setting anywhere in a recipe, without building a model."""
+    where = f"recipe {recipe.name}"
+    try:
+        source = _named(SOURCES, recipe.data, f"{where}: data")
+        _task(recipe.task, source, f"{where}: task")
+        for i, entry in enumerate(recipe.methods):
+            _method(entry, f"{where}: methods.{i}")
+        for name in filter(None, (recipe.backbone.name, recipe.backbone.start_from)):
+            if name not in backbones.BACKBONES and not Path(name).is_dir():
+                raise ValueError(f"{unknown('backbone', name, backbones.BACKBONES)}; nor is there a folder of that name")
+    except ValueError as error:
+        raise error if isinstance(error, RecipeError) else RecipeError(f"{where}: {error}") from error
+
+
+def _method(entry: dict[str, Any], where: str) -> Method:
+    cls = METHODS[entry["name"]]
+    settings = {k: v for k, v in entry.items() if k != "name"}
+    checked = build(cls.Settings, settings, f"{where} ({cls.name})")
+    return cls(**{k: getattr(checked, k) for k in settings})
+
+
+def _named(registry: Any, entry: dict[str, Any], where: str) -> Any:
+    return build(registry[entry["name"]], {k: v for k, v in entry.items() if k != "name"}, where)
+
+
+def _task(entry: dict[str, Any], source: Any, where: str) -> Task:
+    cls = TASKS[entry["name"]]
+    values = {k: v for k, v in entry.items() if k != "name"}
+    if entry["name"] == "vqa":
+        values.setdefault("answers", list(source.answers()))
+    return build(cls, {"skip_bad_images": source.skip_bad_images, **values}, where)
+
+
+def learned_part(model: nn.Module) -> dict[str, Tensor]:
+    """Trainable parameters, and the buffers of the modules that hold them, each tied one once."""
+    out, seen = {}, set()
+    for path, module in model.named_modules():
+        own = list(module.named_parameters(recurse=False))
+        trained = [(n, p) for n, p in own if p.requires_grad]
+        kept = set(module.state_dict(keep_vars=True)) if trained else ()
+        buffers = [(n, b) for n, b in module.named_buffers(recurse=False) if n in kept]
+        for name, tensor in trained + buffers:
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                out[f"{path}.{name}".lstrip(".")] = tensor.detach().cpu().contiguous()
+    return out
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a model's tensor names, shapes and a sample of their values, to tell whether weights belong to it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 512)][:512].float().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
+    """Carry out a recipe and write its run folder.
+
+    An interrupted run leaves no run.json and is done again, from its last checkpoint if `training.save_every` is set.
+
+    Args:
+        recipe: one resolved recipe.
+        folder: the run folder.
+        measure_costs: False leaves costs.json empty (pretraining needs none).
+
+    Returns:
+        The folder.
+
+    Raises:
+        RecipeError: if the recipe's parts do not fit each other.
+    """
+    import yaml
+
+    started = time.time()
+    gc.collect()  # an earlier run's model lives on in cycles of hooks until it is collected
+    parts = assemble(recipe)
+    model, spec = parts.model, recipe.training
+    train, validation, test = (parts.source.load(recipe.task["name"], s) for s in ("train", "validation", "test"))
+    for table in (train, test):
+        parts.task.check(model.backbone, table)
+    print_ = fingerprint(model.backbone.model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    label = f"{recipe.name} {recipe.variant}"
+    session = training.TrainingSession(model, train, validation, spec, recipe.seed, label)
+    model.backbone.requires_grad_(False)
+    anatomy = model.backbone.anatomy
+    for method in parts.methods:
+        session.anatomy = anatomy
+        method.prepare(session)
+        anatomy = method.attach(parts.subject, anatomy)
+    callbacks = [c for m in parts.methods for c in m.callbacks()]
+    set_seed(recipe.seed)
+    checkpoints = folder / "checkpoints"
+    history = training.fit(model, train, spec, recipe.seed, callbacks, label, checkpoints=checkpoints)
+    for method in parts.methods:
+        method.finish(parts.subject)
+    metrics, records = training.evaluate(model, test, spec.evaluation_batch)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").unlink(missing_ok=True)
+    _write(folder / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    tensors = parts.detach_learned()
+    with replace_file(folder / "weights.safetensors") as partial:
+        save_file(tensors, partial)
+    _write_json(folder / "methods.json", [{"name": m.name, "state": m.state} for m in parts.methods])
+    for method in parts.methods:
+        if "skip" in method.state:
+            _write_json(folder / "plan.json", method.state)
+    result = {"primary": parts.task.primary, "chance": parts.task.chance(test), "test": metrics, "history": history}
+    _write_json(folder / "metrics.json", result)
+    if measure_costs:
+        from trimtab import cost
+
+        costs = cost.measure(parts, cost.dense(recipe), spec.batch_size, folder / "weights.safetensors")
+        _write_json(folder / "costs.json", costs)
+    _gallery(parts.task, records, test, folder / "samples")
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    info = {
+        "format": FORMAT, "status": "finished", "name": recipe.name, "variant": recipe.variant, "seed": recipe.seed,
+        "recipe_title": recipe.title, "task": recipe.task["name"], "data": _data_label(recipe.data),
+        "backbone": recipe.backbone.name, "fingerprint": print_, "git": _git(), "versions": _versions(),
+        "started": datetime.fromtimestamp(started, timezone.utc).isoformat(), "seconds": round(time.time() - started, 2),
+        "command": " ".join(["trimtab", *sys.argv[1:]]),
+    }  # fmt: skip
+    _write_json(folder / "run.json", info)
+    return folder
+
+
+def is_finished(folder: Path, recipe: Recipe | None = None) -> bool:
+    """Whether a folder holds a whole run (of that recipe, if one is given)."""
+    try:
+        done = json.loads((folder / "run.json").read_text())["status"] == "finished"
+        return done and (recipe is None or load_recipe(folder) == recipe)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def load_recipe(folder: Path) -> Recipe:
+    """The resolved recipe of a run folder."""
+    import yaml
+
+    raw = yaml.safe_load((folder / "recipe.yaml").read_text())
+    name, variant = raw.pop("name"), raw.pop("variant")
+    return expand({**raw, "variants": {variant: {}}}, name, where=str(folder / "recipe.yaml"))[0]
+
+
+def load(folder: str | Path) -> TaskModel:
+    """The trained model of a run, ready to answer: see `TaskModel.predict` and `trimtab.training.evaluate`.
+
+    Raises:
+        RunError: if the folder is no finished run, its weights are truncated, or they do not fit the backbone.
+    """
+    folder = Path(folder)
+    if not is_finished(folder):
+        raise RunError(f"{folder}: not a finished run (no run.json that says so); run its recipe again")
+    info = json.loads((folder / "run.json").read_text())
+    if info["format"] != FORMAT:
+        raise RunError(f"{folder / 'run.json'}: format {info['format']}, this version reads {FORMAT}")
+    file = folder / "weights.safetensors"
+    try:
+        check_safetensors(file)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    recipe = load_recipe(folder)
+    parts = assemble(recipe)
+    found = fingerprint(parts.model.backbone.model)
+    if found != info["fingerprint"]:
+        raise RunError(
+            f"{folder}: its weights were learned on a backbone {recipe.backbone.name!r} with fingerprint "
+            f"{info['fingerprint']}, the one here has {found}: another version or another checkpoint"
+        )
+    tensors = load_file(file)
+    states = json.loads((folder / "methods.json").read_text())
+    for i, (method, stored) in enumerate(zip(parts.methods, states, strict=True)):
+        prefix = f"methods.{i}."
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        method.load_state(stored["state"], own)
+    parts.attach()
+    load_learned(parts.model, {k: v for k, v in tensors.items() if not k.startswith("methods.")}, file)
+    for method in parts.methods:
+        method.finish(parts.subject)
+    return parts.model.eval()
+
+
+def load_learned(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
+    """Copy stored tensors into a model; RunError unless they are exactly its learned part, shape by shape."""
+    expected = learned_part(model)
+    wrong = [f"'{k}' {tuple(expected[k].shape)}, found {tuple(v.shape)}"
+             for k, v in tensors.items() if k in expected and v.shape != expected[k].shape]  # fmt: skip
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if wrong or missing or extra:
+        problem = (
+            f"expected {wrong[0]}" if wrong else f"'{missing[0]}' is missing" if missing else f"'{extra[0]}' is not in it"
+        )
+        raise RunError(f"{where}: the weights do not fit the model: {problem} "
+                       f"({len(wrong)} of another shape, {len(missing)} missing, {len(extra)} extra)")  # fmt: skip
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def _gallery(task: Task, records: list[dict[str, Any]], table: Any, folder: Path, count: int = 8) -> None:
+    from trimtab.data.images import decode
+
+    rows = training.encoded(table)
+    indices = list(range(min(count, len(records))))
+    entries = task.gallery(records, rows, indices)
+    if not entries or len(records) != len(rows):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, entry in zip(indices, entries, strict=True):
+        entry["image"] = f"{i}.png"
+        decode(rows[i]["image"]).convert("RGB").save(folder / entry["image"])
+    _write_json(folder / "samples.json", entries)
+
+
+def _write(path: Path, text: str) -> None:
+    with replace_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def _data_label(data: dict[str, Any]) -> str:
+    return ":".join(str(data[k]) for k in ("name", "style", "split") if k in data)
+
+
+def _git() -> dict[str, Any]:
+    """Commit and whether the tree is changed, of the repository that holds this package, if it is in one."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "--short", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+
+
+def _versions() -> dict[str, str]:
+    names = ("trimtab", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy")
+    out = {"python": sys.version.split()[0], "threads": str(torch.get_num_threads()), "cores": str(os.cpu_count())}
+    for name in names:
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return out

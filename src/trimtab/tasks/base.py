@@ -1,0 +1,111 @@
+"""A task: head, loss, prediction and metrics over rows of one schema. It knows neither methods nor model families.
+
+    rows --collate--> batch --loss--> scalar                      (training)
+                            --predict--> one dict a row --score--> metrics   (evaluation)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from trimtab.data.images import decode_rows
+from trimtab.registry import Registry
+
+Batch = dict[str, Tensor]
+TASKS: Registry[Any] = Registry("task")
+
+
+class Task(ABC):
+    """One task.
+
+    Attributes:
+        name: registered name.
+        columns: columns that its tables must have beside `image`.
+        primary: the metric by which methods are compared; larger is better.
+        kinds: which kinds of backbone it works on (`dual`, `joint`).
+    """
+
+    name: ClassVar[str]
+    columns: ClassVar[tuple[str, ...]]
+    primary: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]]
+
+    def __init__(self, skip_bad_images: bool = False):
+        self.skip_bad_images = skip_bad_images
+
+    @abstractmethod
+    def head(self, backbone: Any) -> nn.Module:
+        """The trainable module on top of the backbone's features."""
+
+    @abstractmethod
+    def collate(self, backbone: Any, rows: list[dict[str, Any]], train: bool) -> Batch:
+        """Rows with decoded images -> tensors. The first axis of every tensor is the sample."""
+
+    @abstractmethod
+    def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
+        """Mean loss of a batch, a scalar."""
+
+    @abstractmethod
+    def predict(self, backbone: Any, head: nn.Module, batch: Batch) -> list[dict[str, Any]]:
+        """One record a sample: what `score` and the gallery need."""
+
+    @abstractmethod
+    def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
+        """Metrics over all records of a table, fractions in 0..1; the one named `primary` is among them."""
+
+    def example(self, backbone: Any, size: int) -> Batch:
+        """A training batch of random inputs, to count operations and bytes without data."""
+        return backbone.example(size)
+
+    def gallery(self, records: list[dict[str, Any]], rows: Any, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """For the given rows: query, prediction, target and whether it is right, as a person reads them."""
+        return []
+
+    def chance(self, rows: Any) -> float | None:
+        """The primary metric of guessing, None if there is no simple figure."""
+        return None
+
+    def decode(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return decode_rows(rows, self.skip_bad_images)
+
+    def check(self, backbone: Any, table: Any) -> None:
+        """Raise a ValueError unless the backbone is of a fitting kind and the table has the task's columns."""
+        if backbone.kind not in self.kinds:
+            raise ValueError(
+                f"task {self.name!r} needs a {' or '.join(self.kinds)} backbone, {backbone.name!r} is {backbone.kind}"
+            )
+        missing = [c for c in ("image", *self.columns) if c not in table.column_names]
+        if missing:
+            raise ValueError(f"task {self.name!r} needs the columns {missing}, the table has {table.column_names}")
+
+
+class TaskModel(nn.Module):
+    """A backbone with a task's head: what the trainer trains. `forward(**batch)` returns `{"loss": scalar}`."""
+
+    def __init__(self, backbone: nn.Module, task: Task):
+        super().__init__()
+        self.backbone = backbone
+        self.task = task
+        self.head = task.head(backbone)
+
+    def train(self, mode: bool = True) -> TaskModel:
+        """As in torch, but modules without trainable parameters stay in evaluation mode: no dropout, fixed statistics."""
+        super().train(mode)
+        for module in self.modules() if mode else ():
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
+        return self
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.task.loss(self.backbone, self.head, batch)}
+
+    def example(self, size: int) -> Batch:
+        return self.task.example(self.backbone, size)
+
+    def predict(self, batch: Batch) -> list[dict[str, Any]]:
+        return self.task.predict(self.backbone, self.head, batch)

@@ -1,0 +1,127 @@
+"""Image-text matching, with masked language modelling beside it in training: how single-stream VLMs are pretrained.
+
+One pass serves both (ViLT, section 3.2, makes two): half of a batch is matched and has words masked, for the language
+loss; the other half is unmasked, and half of that gets a wrong caption, for the matching loss. Wrong captions are, in
+equal parts, another picture's and the picture's own with one thing or direction changed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trimtab.tasks.base import TASKS, Batch, Task
+from trimtab.tasks.retrieval import recalls
+
+IGNORED = -100
+
+
+class MaskedWords(nn.Module):
+    """BERT's masked-language head; the decoder shares the word embeddings of the backbone."""
+
+    def __init__(self, width: int, vocabulary: int):
+        super().__init__()
+        self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+
+    def forward(self, tokens: Tensor, embeddings: Tensor) -> Tensor:
+        return self.transform(tokens) @ embeddings.T + self.bias  # (N, D) -> (N, V)
+
+
+@TASKS.register("matching")
+class Matching(Task):
+    """Columns `image`, `captions`, `foils`. Evaluation ranks the captions of blocks of `pool` pictures against each other.
+
+    The metric is recall@1 within such blocks: every picture is fused with every caption of its block, so that its cost
+    grows with the pool.
+    """
+
+    name = "matching"
+    columns = ("captions", "foils")
+    primary = "recall@1"
+    kinds = ("joint",)
+
+    def __init__(self, mask_share: float = 0.3, pool: int = 50, skip_bad_images: bool = False):
+        super().__init__(skip_bad_images)
+        self.mask_share = mask_share
+        self.pool = pool
+
+    def head(self, backbone: Any) -> nn.Module:
+        return MaskedWords(backbone.width, len(backbone.tokenizer))
+
+    def collate(self, backbone: Any, rows: list[dict[str, Any]], train: bool) -> Batch:
+        rows = self.decode(rows)
+        pick = torch.randint(4, (len(rows),)).tolist() if train else [0] * len(rows)
+        texts = [r["captions"][k % len(r["captions"])] for r, k in zip(rows, pick, strict=True)]
+        batch = backbone.images([r["image"] for r in rows])
+        if not train:
+            return {**batch, **backbone.texts(texts)}
+        half, quarter = len(rows) // 2, 3 * len(rows) // 4
+        matched = torch.ones(len(rows))
+        for i in range(quarter, len(rows)):  # the last quarter is mismatched
+            own = rows[i]["foils"][pick[i] % len(rows[i]["foils"])]
+            other = texts[(i + 1) % quarter]
+            texts[i] = own if torch.rand(()) < 0.5 else other
+            matched[i] = 0
+        encoded = backbone.texts(texts)
+        tokenizer = backbone.tokenizer
+        ids, words = encoded["input_ids"], encoded["input_ids"].clone()
+        special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
+        hidden = (torch.rand(ids.shape) < self.mask_share) & ~special
+        hidden[half:] = False
+        words[~hidden] = IGNORED
+        encoded["input_ids"] = ids.masked_fill(hidden, tokenizer.mask_token_id)
+        matched[:half] = IGNORED
+        return {**batch, **encoded, "words": words, "matched": matched}
+
+    def example(self, backbone: Any, size: int) -> Batch:
+        batch = backbone.example(size)
+        words = torch.full_like(batch["input_ids"], IGNORED)
+        words[:, 1:3] = 5
+        return {**batch, "words": words, "matched": torch.ones(size)}
+
+    def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
+        encoded = backbone.pair(batch["pixel_values"], batch["input_ids"], batch["attention_mask"])
+        words = batch["words"]
+        hidden = words != IGNORED
+        tokens = encoded.tokens[:, : words.shape[1]][hidden]
+        logits = head(tokens, backbone.model.get_input_embeddings().weight)
+        judged = batch["matched"] != IGNORED
+        matching = F.binary_cross_entropy_with_logits(backbone.match(encoded)[judged].float(), batch["matched"][judged])
+        language = F.cross_entropy(logits.float(), words[hidden]) if hidden.any() else matching.new_zeros(())
+        return language + 2 * matching
+
+    def predict(self, backbone: Any, head: nn.Module, batch: Batch) -> list[dict[str, Any]]:
+        length = batch["input_ids"].shape[1]
+        return [
+            {"pixels": p.cpu(), "ids": i.cpu(), "mask": m.cpu(), "length": length}
+            for p, i, m in zip(batch["pixel_values"], batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+
+    def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
+        captions = [c[0] for c in rows["captions"]]
+        blocks = [records[i : i + self.pool] for i in range(0, len(records) - self.pool + 1, self.pool)]
+        if not blocks:
+            raise ValueError(f"matching ranks blocks of {self.pool} pictures, the table has {len(records)} rows")
+        found = [
+            recalls(self._similarity(backbone, block), captions[i * self.pool : (i + 1) * self.pool])
+            for i, block in enumerate(blocks)
+        ]
+        return {key: sum(f[key] for f in found) / len(found) for key in found[0]}
+
+    def _similarity(self, backbone: Any, block: list[dict[str, Any]]) -> Tensor:
+        longest = max(int(r["mask"].sum()) for r in block)
+        pad = lambda x: F.pad(x, (0, max(0, longest - len(x))))[:longest]  # noqa: E731
+        ids, mask = torch.stack([pad(r["ids"]) for r in block]), torch.stack([pad(r["mask"]) for r in block])
+        device = next(backbone.parameters()).device
+        out = []
+        for record in block:
+            pixels = record["pixels"].to(device).expand(len(block), -1, -1, -1)
+            out.append(backbone.match(backbone.pair(pixels, ids.to(device), mask.to(device))).float().cpu())
+        return torch.stack(out)
+
+    def chance(self, rows: Any) -> float | None:
+        return 1 / self.pool

@@ -1,0 +1,224 @@
+"""Training on `transformers.Trainer`, and evaluation.
+
+The trainer brings Accelerate, mixed precision, gradient accumulation, logging and resuming; methods act on it through
+callbacks. What is added here: parameter groups with a learning rate of their own for the head, and one progress bar.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from trimtab.anatomy import Anatomy
+from trimtab.recipe import TrainingSpec
+from trimtab.tasks.base import TaskModel
+
+
+class _Trainer(Trainer):
+    """Trainer with the recipe's parameter groups. Matrices decay; biases, norms and scalars do not."""
+
+    def __init__(self, *args: Any, spec: TrainingSpec, **kwargs: Any):
+        self.spec = spec
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    key = (name.startswith("head."), parameter.ndim > 1)
+                    groups.setdefault(key, []).append(parameter)
+            rate = self.spec.learning_rate
+            self.optimizer = torch.optim.AdamW(
+                [
+                    {
+                        "params": parameters,
+                        "lr": rate * (self.spec.head_multiplier if head else 1.0),
+                        "weight_decay": self.spec.weight_decay if decays else 0.0,
+                    }
+                    for (head, decays), parameters in groups.items()
+                ],
+                betas=(0.9, self.spec.beta2),
+            )
+        return self.optimizer
+
+
+class _Progress(TrainerCallback):
+    """One rich progress bar with the running loss."""
+
+    def __init__(self, title: str):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, TextColumn("loss {task.fields[loss]}"), transient=True)
+        self.title = title
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar.start()
+        self.job = self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step, loss="-")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(self.job, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self.bar.update(self.job, loss=f"{float(logs['loss']):.3f}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.stop()
+
+
+def fit(
+    model: TaskModel,
+    table: Any,
+    spec: TrainingSpec,
+    seed: int,
+    callbacks: list[TrainerCallback] | None = None,
+    title: str = "training",
+    steps: int | None = None,
+    checkpoints: Path | None = None,
+) -> list[dict[str, float]]:
+    """Train what requires gradients and return the logged history.
+
+    Args:
+        model: a model with its task; frozen parts stay as they are.
+        table: rows of the task's schema.
+        spec: steps, batch size, learning rate and so on.
+        seed: of the order of rows, of dropout and of drawn captions.
+        callbacks: of the methods.
+        title: shown by the progress bar.
+        steps: instead of the recipe's number.
+        checkpoints: folder for checkpoints when `spec.save_every` is set; training resumes from the last one there.
+
+    Returns:
+        One dict a logged step: `step`, `loss`, `learning_rate`, `grad_norm`.
+    """
+    steps = steps or spec.steps
+    with tempfile.TemporaryDirectory() as scratch:
+        saving = bool(spec.save_every and checkpoints)
+        args = TrainingArguments(
+            output_dir=str(checkpoints) if saving else scratch,
+            max_steps=steps,
+            per_device_train_batch_size=spec.batch_size,
+            gradient_accumulation_steps=spec.accumulate,
+            learning_rate=spec.learning_rate,
+            lr_scheduler_type=spec.schedule,
+            warmup_steps=int(spec.warmup * steps),
+            max_grad_norm=spec.clip,
+            bf16=spec.precision == "bf16",
+            fp16=spec.precision == "fp16",
+            use_cpu=not torch.cuda.is_available(),
+            logging_steps=min(spec.log_every, max(1, steps // 10)),
+            logging_nan_inf_filter=False,
+            save_strategy="steps" if saving else "no",
+            save_steps=spec.save_every or 1,
+            save_total_limit=1,
+            remove_unused_columns=False,
+            dataloader_drop_last=len(table) >= spec.batch_size,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            disable_tqdm=True,
+            report_to="none",
+            seed=seed,
+            data_seed=seed,
+        )
+        trainer = _Trainer(
+            model=model,
+            args=args,
+            spec=spec,
+            train_dataset=_Rows(table),
+            data_collator=partial(model.task.collate, model.backbone, train=True),
+            callbacks=[*(callbacks or []), _Progress(title)],
+        )
+        trainer.remove_callback(PrinterCallback)  # it prints every log; the progress bar shows the last
+        last = saving and any(Path(args.output_dir).glob("checkpoint-*"))
+        trainer.train(resume_from_checkpoint=bool(last))
+    model.zero_grad(set_to_none=True)
+    keep = ("step", "loss", "learning_rate", "grad_norm")
+    return [{k: float(e[k]) for k in keep if k in e} for e in trainer.state.log_history if "loss" in e]
+
+
+class _Rows(torch.utils.data.Dataset):
+    """A table as the trainer wants it, with images left encoded: the task decodes them and names a bad one."""
+
+    def __init__(self, table: Any):
+        self.table = encoded(table)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.table[index]
+
+
+def encoded(table: Any) -> Any:
+    """The table with its `image` column as bytes and path instead of decoded pictures."""
+    from datasets import Image
+
+    return table.cast_column("image", Image(decode=False))
+
+
+def batches(
+    model: TaskModel, table: Any, size: int, train: bool, seed: int | None = None
+) -> Iterator[tuple[list[dict[str, Any]], dict[str, Tensor]]]:
+    """Rows and collated batches on the model's device: once in order, or endlessly shuffled when a seed is given."""
+    table = encoded(table)
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed) if seed is not None else None
+    while True:
+        order = torch.randperm(len(table), generator=generator).tolist() if generator else range(len(table))
+        for start in range(0, len(table), size):
+            rows = [table[i] for i in order[start : start + size]]
+            if generator and len(rows) < min(size, len(table)):
+                continue
+            batch = model.task.collate(model.backbone, rows, train)
+            yield rows, {k: v.to(device) for k, v in batch.items()}
+        if generator is None:
+            return
+
+
+@torch.inference_mode()
+def evaluate(model: TaskModel, table: Any, size: int = 64) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Metrics over a table, and one prediction record a row."""
+    was = model.training
+    model.eval()
+    records: list[dict[str, Any]] = []
+    for _, batch in batches(model, table, size, train=False):
+        records += model.predict(batch)
+    metrics = model.task.score(model.backbone, model.head, records, table)
+    model.train(was)
+    return metrics, records
+
+
+class TrainingSession:
+    """What methods get while they prepare: see `trimtab.methods.Session`."""
+
+    def __init__(self, model: TaskModel, train: Any, validation: Any, spec: TrainingSpec, seed: int, title: str):
+        self.model = model
+        self.anatomy: Anatomy = model.backbone.anatomy
+        self.spec = spec
+        self.seed = seed
+        self._tables = {"train": train, "validation": validation}
+        self._title = title
+
+    @property
+    def subject(self) -> nn.Module:
+        return self.locate(self.model)
+
+    def locate(self, model: nn.Module) -> nn.Module:
+        return model.backbone.model
+
+    def batches(self, split: Literal["train", "validation"], size: int | None = None) -> Iterator[dict[str, Tensor]]:
+        table = self._tables[split]
+        for _, batch in batches(self.model, table, size or self.spec.batch_size, train=True, seed=self.seed):
+            yield batch
+
+    def fit(self, model: TaskModel, steps: int, callbacks: list[TrainerCallback]) -> list[dict[str, float]]:
+        return fit(model, self._tables["train"], self.spec, self.seed, callbacks, f"{self._title}: search", steps)
