@@ -21,7 +21,7 @@ _PUBLIC = {
     "run": "trimtab.run:run", "load_run": "trimtab.run:load", "RunError": "trimtab.run",
     "estimate_cost": "trimtab.cost:estimate", "write_report": "trimtab.report",
 }  # fmt: skip
-__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

@@ -31,7 +31,7 @@ Modality = Literal["vision", "text", "fusion"]
 
 
 class AnatomyError(ValueError):
-    """A description that does not fit its model; the message names the module path, what was expected and what is there."""
+    """A description that does not fit its model; the message names the path, what was expected and what is there."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,9 @@ class Anatomy:
             names = [n for n, wanted in (("weight", nn.Linear), ("in_proj_weight", nn.MultiheadAttention))
                      if isinstance(module, wanted)]  # fmt: skip
             modality = self.modality(path) if names else None
-            for name in names if modality else ():
+            if modality is None:
+                continue
+            for name in names:
                 parameter = getattr(module, name)
                 if parameter is not None and id(parameter) not in seen:
                     seen.add(id(parameter))
@@ -229,8 +231,8 @@ class Anatomy:
     def prefixed(self, prefix: str) -> Anatomy:
         """The same anatomy for a model that holds the described one under `prefix` (`vilt`, say)."""
 
-        def tap(t: Tap | None) -> Tap | None:
-            return t and replace(t, path=f"{prefix}.{t.path}".rstrip("."))
+        def tap(t: Tap) -> Tap:
+            return replace(t, path=f"{prefix}.{t.path}".rstrip("."))
 
         def block(b: Block) -> Block:
             parts = tuple(replace(s, read=tap(s.read), write=tap(s.write)) for s in b.sublayers)
@@ -241,7 +243,7 @@ class Anatomy:
 
         towers = tuple(
             replace(t, blocks=tuple(map(block, t.blocks)), scope=paths(t.scope), output=tap(t.output),
-                    mask=tap(t.mask), pooled=tap(t.pooled))
+                    mask=t.mask and tap(t.mask), pooled=t.pooled and tap(t.pooled))
             for t in self.towers
         )  # fmt: skip
         return replace(self, towers=towers, heads=paths(self.heads), ignored=paths(self.ignored))
@@ -251,7 +253,7 @@ class Anatomy:
         sizes = {name: p.numel() for name, p in model.named_parameters()}
         total = sum(sizes.values())
         prunable = {w.path: sizes.get(w.path, 0) for w in self.weights(model)}
-        rows = []
+        rows: list[dict[str, Any]] = []
         for t in self.towers:
             own = {n: s for n, s in sizes.items() if _under(n, t.scope) and not _under(n, self.heads)}
             widths = sorted({b.width for b in t.blocks})
@@ -261,7 +263,7 @@ class Anatomy:
                 "share": sum(own.values()) / max(total, 1), "prunable": sum(prunable.get(n, 0) for n in own),
                 "first_block": t.blocks[0].path,
             })  # fmt: skip
-        rest = total - sum(r["params"] for r in rows)
+        rest = total - sum(int(r["params"]) for r in rows)
         rows.append({"tower": "heads and rest", "modality": "-", "layout": "-", "blocks": 0, "widths": "-",
                      "params": rest, "share": rest / max(total, 1), "prunable": 0, "first_block": ""})  # fmt: skip
         return rows

@@ -11,7 +11,9 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-DESCRIPTION = "Fit a pretrained vision-language model to a task under a budget: prune weights, skip blocks, tune beside."
+DESCRIPTION = (
+    "Fit a pretrained vision-language model to a task under a budget: prune weights, skip blocks, tune beside."
+)
 OVERRIDES = "changes to the recipe, such as training.steps=100 methods.0.sparsity=0.9 seeds=[0,1,2] variants=[full]"
 DEMO = ("demo/retrieval", "demo/vqa", "demo/grounding", "demo/easy-vqa")
 KINDS = ("methods", "backbones", "tasks", "data", "recipes", "training")
@@ -96,6 +98,7 @@ def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) 
         _quiet()
         from trimtab import run as run_module
         from trimtab.report import load_runs, summary_table
+
         for r in todo:
             run_module.check(r)
     done: list[Path] = []
@@ -155,14 +158,17 @@ def _anatomy(options: Any) -> None:
 
     model, anatomy = load_model(options.model)
     table = Table(title=f"{options.model}: {type(model).__name__}, {anatomy.source}")
-    columns = ("tower", "modality", "layout", "blocks", "widths", "params", "share", "prunable", "first_block")
+    columns = ("tower", "modality", "layout", "blocks", "widths", "params", "share", "prunable")
     for column in columns:
         right = column in ("blocks", "params", "share", "prunable")
-        table.add_column(column.replace("_", " "), justify="right" if right else "left", overflow="fold")
+        table.add_column(column.replace("_", " "), justify="right" if right else "left", no_wrap=True)
     for row in anatomy.rows(model):
         shown = {**row, "share": f"{100 * row['share']:.1f} %"}
         table.add_row(*(f"{shown[c]:,}" if isinstance(shown[c], int) else str(shown[c]) for c in columns))
     Console().print(table)
+    for tower in anatomy.towers:
+        first, last = tower.blocks[0].path, tower.blocks[-1].path
+        print(f"{tower.name}: {first} ... {last}, handed on at {tower.output.path}")
 
 
 def _list(options: Any) -> None:

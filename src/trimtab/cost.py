@@ -1,13 +1,13 @@
 """What a model with its methods costs, before and after paying it.
 
-    params, trainable_params       numbers
-    macs, dense_macs               multiply-adds of one forward pass of one sample, with and without the methods; one
-                                   multiply-add is 1 MAC (torch counts 2 FLOPs); matrix products, convolutions, attention
-    saved_activation_bytes         what autograd keeps for backward in one training batch, each storage once, without
-                                   parameters and buffers
-    checkpoint_bytes               the learned part as safetensors
-    peak_memory_bytes              of one training step: CUDA's peak, or without a GPU the growth of the resident set
-    latency_ms                     one sample, one forward pass: median, and the 10th and 90th percentile
+params, trainable_params       numbers
+macs, dense_macs               multiply-adds of one forward pass of one sample, with and without the methods; one
+                               multiply-add is 1 MAC (torch counts 2 FLOPs); matrix products, convolutions, attention
+saved_activation_bytes         what autograd keeps for backward in one training batch, each storage once, without
+                               parameters and buffers
+checkpoint_bytes               the learned part as safetensors
+peak_memory_bytes              of one training step: CUDA's peak, or without a GPU the growth of the resident set
+latency_ms                     one sample, one forward pass: median, and the 10th and 90th percentile
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ def count_macs(function: Callable[[], Any]) -> int:
 
 
 def saved_bytes(function: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes that autograd keeps for the backward pass of `function()`, each storage once; the model's own are left out."""
+    """Bytes that autograd keeps for the backward pass of `function()`, each storage once, without the model's own."""
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
@@ -92,7 +92,7 @@ def latency(function: Callable[[], Any], repeats: int = 20, warmup: int = 3) -> 
 
 
 def peak_memory(function: Callable[[], Any]) -> int | None:
-    """Peak bytes while a call runs: allocated on the GPU, else by how much the resident set grows (Linux), else None."""
+    """Peak bytes while a call runs: allocated on the GPU, else the growth of the resident set (Linux), else None."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         function()
@@ -159,10 +159,17 @@ def dense(recipe: Recipe) -> int:
     """Multiply-adds of a recipe's model before any method changes it."""
     from trimtab.run import assemble
 
-    parts = assemble(replace(recipe, methods=(), backbone=replace(recipe.backbone, pretrained=False, start_from=None)))
-    parts.model.eval()
-    one = parts.model.example(1)
-    return count_macs(lambda: parts.model(**one))
+    bare = replace(recipe, methods=(), backbone=replace(recipe.backbone, pretrained=False, start_from=None))
+    key = json.dumps([asdict(bare.backbone), bare.task, bare.data])
+    if key not in _DENSE:  # every variant of a recipe asks for the same figure
+        parts = assemble(bare)
+        parts.model.eval()
+        one = parts.model.example(1)
+        _DENSE[key] = count_macs(lambda: parts.model(**one))
+    return _DENSE[key]
+
+
+_DENSE: dict[str, int] = {}
 
 
 def estimate(recipe: Recipe) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class TrainingSpec:
     """How to train, on `transformers.Trainer` with AdamW."""
 
     steps: int = 200
-    """Optimiser steps."""
+    """Optimiser steps; 0 evaluates the model as it is."""
     batch_size: int = 32
     """Rows a step and device, before accumulation."""
     accumulate: int = 1
@@ -67,8 +67,8 @@ class TrainingSpec:
     """AdamW's second-moment decay."""
     clip: float = 1.0
     """Largest norm of the gradient; 0 for none."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Mixed precision of the forward pass."""
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Mixed precision of the forward pass; `auto` takes bf16 where the device multiplies it natively, else fp32."""
     log_every: int = 20
     """Steps between two points of the training curve."""
     save_every: int | None = None
@@ -77,9 +77,10 @@ class TrainingSpec:
     """Rows a batch in evaluation."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "evaluation_batch"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"training.{name} must be at least 1, found {getattr(self, name)}")
+        least = {"steps": 0, "batch_size": 1, "accumulate": 1, "log_every": 1, "evaluation_batch": 1}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise RecipeError(f"training.{name} must be at least {smallest}, found {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

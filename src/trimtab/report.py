@@ -7,7 +7,6 @@ that differ only in their seed are averaged into one row.
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Iterable
@@ -117,7 +116,7 @@ def _replace(file: Path, content: bytes) -> None:
     """Write a file under a temporary name first, so that a reader never meets half of it."""
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_bytes(content)
-    os.replace(temporary, file)
+    Path.replace(temporary, file)
 
 
 def _slug(name: str, taken: set[str]) -> str:
@@ -188,7 +187,7 @@ def _footnote(section: Section) -> str:
 
 
 def _figures(section: Section, styles: dict[str, plots.Style], slug: str) -> list[dict[str, Any]]:
-    figures = [
+    figures: list[dict[str, Any]] = [
         {
             "file": f"{slug}-pareto.png",
             "png": plots.pareto_figure(_panels(section), section.metric_title, styles),
@@ -304,7 +303,7 @@ def _texts(values: Any) -> tuple[str, ...]:
 def _origin(runs: list[RunRecord]) -> dict[str, str]:
     """Sum up what the runs came from: library versions, code and seeds."""
     versions: dict[str, dict[str, None]] = {}
-    commits = {}
+    commits: dict[str, None] = {}
     for run in runs:
         for package, version in mapping(run.info.get("versions")).items():
             versions.setdefault(package, {})[str(version)] = None

@@ -1,12 +1,12 @@
 """A run: what a recipe leaves behind, as a folder of plain files, and the way back from it to a model.
 
-    recipe.yaml           resolved: nothing in it depends on anything outside
-    run.json              name, variant, seed, git state, versions, time; written last: a folder without it is not a run
-    metrics.json          test metrics and the training curve
-    costs.json            see trimtab.cost
-    methods.json          what each method found (a plan, say)
-    weights.safetensors   the learned part only: trained parameters, masks
-    samples/              predictions on a few test rows, with pictures
+recipe.yaml           resolved: nothing in it depends on anything outside
+run.json              name, variant, seed, git state, versions, time; written last: a folder without it is not a run
+metrics.json          test metrics and the training curve
+costs.json            see trimtab.cost
+methods.json          what each method found (a plan, say)
+weights.safetensors   the learned part only: trained parameters, masks
+samples/              predictions on a few test rows, with pictures
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Assembly:
         return anatomy
 
     def detach_learned(self) -> dict[str, Tensor]:
-        """What must be stored to get this model back: trained tensors, buffers beside them, and the methods' tensors."""
+        """What must be stored to get this model back: trained tensors, buffers beside them, methods' tensors."""
         out = learned_part(self.model)
         for i, method in enumerate(self.methods):
             out |= {f"methods.{i}.{k}": v.contiguous() for k, v in method.tensors.items()}
@@ -96,7 +96,7 @@ def assemble(recipe: Recipe) -> Assembly:
     except (ValueError, FileNotFoundError) as error:
         raise error if isinstance(error, RecipeError) else RecipeError(f"{where}: {error}") from error
     if spec.attention:
-        backbone.model.set_attn_implementation(spec.attention)
+        backbone.set_attention(spec.attention)
     if spec.start_from:
         backbone.start_from(backbones.load(spec.start_from))
     return Assembly(TaskModel(backbone, task), source, task, methods)
@@ -112,7 +112,9 @@ def check(recipe: Recipe) -> None:
             _method(entry, f"{where}: methods.{i}")
         for name in filter(None, (recipe.backbone.name, recipe.backbone.start_from)):
             if name not in backbones.BACKBONES and not Path(name).is_dir():
-                raise ValueError(f"{unknown('backbone', name, backbones.BACKBONES)}; nor is there a folder of that name")
+                raise ValueError(
+                    f"{unknown('backbone', name, backbones.BACKBONES)}; nor is there a folder of that name"
+                )
     except ValueError as error:
         raise error if isinstance(error, RecipeError) else RecipeError(f"{where}: {error}") from error
 
@@ -227,7 +229,8 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
         "format": FORMAT, "status": "finished", "name": recipe.name, "variant": recipe.variant, "seed": recipe.seed,
         "recipe_title": recipe.title, "task": recipe.task["name"], "data": _data_label(recipe.data),
         "backbone": recipe.backbone.name, "fingerprint": print_, "git": _git(), "versions": _versions(),
-        "started": datetime.fromtimestamp(started, timezone.utc).isoformat(), "seconds": round(time.time() - started, 2),
+        "started": datetime.fromtimestamp(started, timezone.utc).isoformat(),
+        "seconds": round(time.time() - started, 2),
         "command": " ".join(["trimtab", *sys.argv[1:]]),
     }  # fmt: skip
     _write_json(folder / "run.json", info)
@@ -298,7 +301,11 @@ def load_learned(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> N
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if wrong or missing or extra:
         problem = (
-            f"expected {wrong[0]}" if wrong else f"'{missing[0]}' is missing" if missing else f"'{extra[0]}' is not in it"
+            f"expected {wrong[0]}"
+            if wrong
+            else f"'{missing[0]}' is missing"
+            if missing
+            else f"'{extra[0]}' is not in it"
         )
         raise RunError(f"{where}: the weights do not fit the model: {problem} "
                        f"({len(wrong)} of another shape, {len(missing)} missing, {len(extra)} extra)")  # fmt: skip
@@ -341,7 +348,9 @@ def _git() -> dict[str, Any]:
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return {"commit": git("rev-parse", "--short", "HEAD"), "dirty": bool(git("status", "--porcelain"))}

@@ -107,7 +107,7 @@ def test_anatomy_fits_and_its_table_has_both_towers(pretrained):
     assert text["widths"] == "384" and text["prunable"] == 6 * 12 * 384**2
     assert rest["params"] == 512 * (1280 + 384)
     assert vision["share"] + text["share"] + rest["share"] == pytest.approx(1)
-    assert vision["params"] == 4_652_008 - 1000 * 1281  # the published count without the classifier
+    assert vision["params"] == 4_652_008 - 1000 * 1281  # Lite0 without its classifier
     assert {w.modality for w in anatomy.weights(model)} == {"text"}
 
 
@@ -171,6 +171,16 @@ def test_frozen_towers_do_not_change_in_training(random):
     random.train()
     for a, b in zip(before, vectors(random), strict=True):
         assert torch.equal(a, b)
+    assert torch.equal(statistics(random), kept)
+
+
+def test_frozen_batch_norms_keep_their_statistics_in_a_tower_that_is_partly_trained(random):
+    random.requires_grad_(False)
+    random.model.vision._conv_head.requires_grad_(True)
+    kept = statistics(random)
+    random.train()
+    vectors(random)
+    assert random.model.vision.training and not random.model.text.training
     assert torch.equal(statistics(random), kept)
 
 

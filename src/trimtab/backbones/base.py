@@ -1,6 +1,6 @@
 """What a task may ask of a backbone, whatever its family: pictures in, texts in, features out.
 
-    images(list of pictures) -> pixel_values (B, 3, H, W)      texts(list of strings) -> input_ids, attention_mask (B, L)
+    images(list of pictures) -> pixel_values (B, 3, H, W)    texts(list of strings) -> input_ids, attention_mask (B, L)
     kind "dual": image(...) and text(...) give one vector each; kind "joint": pair(...) gives fused tokens and a vector
 
 `Backbone.model` is the plain (transformers) module that methods see through its `Anatomy`.
@@ -54,7 +54,9 @@ class Pictures:
         arrays = []
         for picture in pictures:
             picture = picture.convert("RGB")
-            arrays.append(np.asarray(picture if picture.size == side else picture.resize(side, Image.Resampling.BICUBIC)))
+            arrays.append(
+                np.asarray(picture if picture.size == side else picture.resize(side, Image.Resampling.BICUBIC))
+            )
         pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
         return (pixels - torch.tensor(self.mean).view(3, 1, 1)) / torch.tensor(self.std).view(3, 1, 1)
 
@@ -102,6 +104,13 @@ class Backbone(nn.Module):
     def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not fuse image and text")
 
+    def set_attention(self, implementation: str) -> None:
+        """transformers' attention implementation (`eager`, `sdpa`); ValueError if the model has no choice."""
+        choose = getattr(self.model, "set_attn_implementation", None)
+        if choose is None:
+            raise ValueError(f"{self.name}: {type(self.model).__name__} does not let its attention be chosen")
+        choose(implementation)
+
     def start_from(self, other: Backbone) -> None:
         """Fill what has the same role with another backbone's weights."""
         raise ValueError(f"a {type(self).__name__} cannot start from {other.name!r}")
@@ -148,7 +157,9 @@ def load_pretrained(model_class: Any, folder: Path, pretrained: bool, **options:
         logging.set_verbosity(level)
     missing = sorted(report["missing_keys"])
     if missing:
-        raise ValueError(f"{folder}: {len(missing)} weights of {model_class.__name__} are missing, first '{missing[0]}'")
+        raise ValueError(
+            f"{folder}: {len(missing)} weights of {model_class.__name__} are missing, first '{missing[0]}'"
+        )
     return model.eval()
 
 

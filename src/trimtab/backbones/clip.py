@@ -19,7 +19,8 @@ def describe(model: Any) -> Anatomy:
         pooled=Tap("visual_projection"), pooled_token="first",
     )  # fmt: skip
     text = Tower(
-        "text", "text", _blocks(model.text_model, "text_model"), ("text_model",), output=Tap("text_model.final_layer_norm"),
+        "text", "text", _blocks(model.text_model, "text_model"), ("text_model",),
+        output=Tap("text_model.final_layer_norm"),
         mask=Tap("text_model", "input", "attention_mask"), pooled=Tap("text_projection"), pooled_token="last",
         causal=True,
     )  # fmt: skip

@@ -106,6 +106,7 @@ class DualEncoder(nn.Module):
 
 class DualBackbone(Backbone):
     kind = "dual"
+    model: DualEncoder
 
     def image(self, pixel_values: Tensor) -> Encoded:
         vectors, grid = self.model.encode_image(pixel_values)
@@ -139,7 +140,7 @@ def lite0_minilm(pretrained: bool = True) -> DualBackbone:
     # The pretrained backbone is one fixed thing, projections included: runs must find it again, whatever their seed.
     generator = torch.Generator().manual_seed(0) if pretrained else None
     model = DualEncoder(vision, text, WIDTH, generator).eval()
-    # Lite models take (x - 127) / 128 of bytes, for zeros that quantise exactly (tensorflow/tpu, efficientnet/lite).
+    # Lite models take bytes as (x - 127) / 128, other than EfficientNet itself (tensorflow/tpu, efficientnet/lite).
     pictures = Pictures(PIXELS, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
     # 128 tokens are what all-MiniLM-L6-v2 was trained with.
     return DualBackbone("lite0-minilm", model, AutoTokenizer.from_pretrained(folder), pictures, WIDTH, max_text=128)
@@ -163,4 +164,5 @@ def _read(model: nn.Module, file: Path) -> None:
         model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{file}: expected whole weights of a {type(model).__name__}; reinstall it ({reason})") from error
+        expected = f"expected whole weights of a {type(model).__name__}"
+        raise ValueError(f"{file}: {expected}; install its package again ({reason})") from error

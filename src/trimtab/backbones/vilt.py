@@ -31,7 +31,7 @@ def describe(model: Any) -> Anatomy:
 
 
 class ViltBackbone(Backbone):
-    """A ViLT with its image-text matching head (`ViltForImageAndTextRetrieval`), which the matching tasks start from."""
+    """A ViLT with its image-text matching head (`ViltForImageAndTextRetrieval`), which matching starts from."""
 
     kind = "joint"
 
@@ -50,9 +50,7 @@ class ViltBackbone(Backbone):
     def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         image = self.image_embeds(pixel_values)
         seen = torch.ones(image.shape[:2], dtype=torch.long, device=image.device)
-        out = self.model.vilt(
-            input_ids=input_ids, attention_mask=attention_mask, image_embeds=image, pixel_mask=seen
-        )
+        out = self.model.vilt(input_ids=input_ids, attention_mask=attention_mask, image_embeds=image, pixel_mask=seen)
         start = input_ids.shape[1] + 1  # after the text and the image's class token
         tokens = out.last_hidden_state  # (B, L + 1 + P, D)
         mask = torch.cat([attention_mask, seen], dim=1)

@@ -12,7 +12,9 @@ from pathlib import Path
 
 def cache_dir() -> Path:
     """The cache folder: `$TRIMTAB_CACHE`, or `trimtab` in the user's cache folder. It is made if it is not there."""
-    root = os.environ.get("TRIMTAB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "trimtab"
+    root = (
+        os.environ.get("TRIMTAB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "trimtab"
+    )
     path = Path(root)
     path.mkdir(parents=True, exist_ok=True)
     return path
@@ -31,9 +33,11 @@ def replace_file(path: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.chmod(0o644)  # mkstemp makes private files; these are ordinary ones
-        os.replace(partial, path)
+        partial.replace(path)
     except OSError as error:
-        raise OSError(error.errno, f"{path}: not written ({error.strerror or error}); what was there before stands") from error
+        raise OSError(
+            error.errno, f"{path}: not written ({error.strerror or error}); what was there before stands"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -50,7 +54,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
         yield partial
         partial.chmod(0o755)
         try:
-            os.replace(partial, path)
+            partial.replace(path)
         except OSError:
             if not path.is_dir():
                 raise

@@ -31,7 +31,7 @@ def decode(cell: Any, where: str = "image") -> Any:
         return image
     except (UnidentifiedImageError, OSError, SyntaxError, TypeError, AttributeError) as error:
         raise ImageError(
-            f"{name}: cannot be decoded as an image ({error}); mend it, or set data.skip_bad_images=true to go on without"
+            f"{name}: cannot be decoded as an image ({error}); mend it, or leave it out with data.skip_bad_images=true"
         ) from error
 
 

@@ -29,7 +29,7 @@ METHODS: Registry[Any] = Registry("method")
 class Session(Protocol):
     """What a method may ask for while it prepares: the model with its task, data, and a way to train."""
 
-    model: nn.Module
+    model: Any
     anatomy: Anatomy
     seed: int
 
@@ -40,10 +40,10 @@ class Session(Protocol):
     def batches(self, split: Literal["train", "validation"], size: int | None = None) -> Iterator[dict[str, Tensor]]:
         """Endless batches of a split, on the model's device; `size` defaults to the training batch size."""
 
-    def fit(self, model: nn.Module, steps: int, callbacks: list[TrainerCallback]) -> list[dict[str, float]]:
+    def fit(self, model: Any, steps: int, callbacks: list[TrainerCallback]) -> list[dict[str, float]]:
         """Train a model as the recipe says, for another number of steps; returns the logged history."""
 
-    def locate(self, model: nn.Module) -> nn.Module:
+    def locate(self, model: Any) -> nn.Module:
         """The plain model inside a copy of `model`."""
 
 

@@ -1,7 +1,7 @@
 """A task: head, loss, prediction and metrics over rows of one schema. It knows neither methods nor model families.
 
-    rows --collate--> batch --loss--> scalar                      (training)
-                            --predict--> one dict a row --score--> metrics   (evaluation)
+rows --collate--> batch --loss--> scalar                      (training)
+                        --predict--> one dict a row --score--> metrics   (evaluation)
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from trimtab.data.images import decode_rows
@@ -27,12 +28,14 @@ class Task(ABC):
         columns: columns that its tables must have beside `image`.
         primary: the metric by which methods are compared; larger is better.
         kinds: which kinds of backbone it works on (`dual`, `joint`).
+        blank: what stands for the target columns of a row whose answer is not known.
     """
 
     name: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
     primary: ClassVar[str]
     kinds: ClassVar[tuple[str, ...]]
+    blank: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, skip_bad_images: bool = False):
         self.skip_bad_images = skip_bad_images
@@ -88,12 +91,12 @@ class TaskModel(nn.Module):
 
     def __init__(self, backbone: nn.Module, task: Task):
         super().__init__()
-        self.backbone = backbone
+        self.backbone: Any = backbone
         self.task = task
-        self.head = task.head(backbone)
+        self.head: Any = task.head(backbone)
 
     def train(self, mode: bool = True) -> TaskModel:
-        """As in torch, but modules without trainable parameters stay in evaluation mode: no dropout, fixed statistics."""
+        """As in torch, but modules without trainable parameters stay in evaluation mode (dropout, statistics)."""
         super().train(mode)
         for module in self.modules() if mode else ():
             parameters = list(module.parameters())
@@ -103,6 +106,21 @@ class TaskModel(nn.Module):
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         return {"loss": self.task.loss(self.backbone, self.head, batch)}
+
+    @torch.inference_mode()
+    def answer(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Predictions for rows as a person has them: an `image` and the text that the task asks for.
+
+        Args:
+            rows: `{"image": PIL image, "question": ...}` for VQA, `"phrase"` for grounding, `"captions"` for retrieval.
+
+        Returns:
+            One record a row: `answer`, or `box` in pixels of the picture, or unit vectors `image` and `text`.
+        """
+        self.eval()
+        device = next(self.parameters()).device
+        batch = self.task.collate(self.backbone, [{**self.task.blank, **row} for row in rows], train=False)
+        return self.predict({k: v.to(device) for k, v in batch.items()})
 
     def example(self, size: int) -> Batch:
         return self.task.example(self.backbone, size)

@@ -39,6 +39,7 @@ class Grounding(Task):
     columns = ("phrase", "box")
     primary = "accuracy@0.5"
     kinds = ("joint",)
+    blank = {"box": (0, 0, 1, 1)}
 
     def head(self, backbone: Any) -> nn.Module:
         return BoxHead(backbone.width)

@@ -33,7 +33,7 @@ class MaskedWords(nn.Module):
 
 @TASKS.register("matching")
 class Matching(Task):
-    """Columns `image`, `captions`, `foils`. Evaluation ranks the captions of blocks of `pool` pictures against each other.
+    """Columns `image`, `captions`, `foils`. Evaluation ranks the captions of every block of `pool` pictures.
 
     The metric is recall@1 within such blocks: every picture is fused with every caption of its block, so that its cost
     grows with the pool.

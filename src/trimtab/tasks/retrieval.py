@@ -97,5 +97,7 @@ def recalls(similarity: Tensor, captions: list[str]) -> dict[str, float]:
         hit = label[order] == label[:, None]
         for k in (1, 5, 10):
             out[f"{direction} recall@{k}"] = hit[:, :k].any(dim=1).float().mean().item()
-    means = {f"recall@{k}": (out[f"image to text recall@{k}"] + out[f"text to image recall@{k}"]) / 2 for k in (1, 5, 10)}
+    means = {
+        f"recall@{k}": (out[f"image to text recall@{k}"] + out[f"text to image recall@{k}"]) / 2 for k in (1, 5, 10)
+    }
     return {**means, **out}

@@ -1,4 +1,4 @@
-"""Visual question answering as classification over a fixed set of answers (ViLT, section 4.2, and most of the field)."""
+"""Visual question answering as classification over a fixed set of answers (ViLT, section 4.2)."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class VQA(Task):
     columns = ("question", "answer")
     primary = "accuracy"
     kinds = ("joint",)
+    blank = {"answer": ""}
 
     def __init__(self, answers: Sequence[str], skip_bad_images: bool = False):
         super().__init__(skip_bad_images)

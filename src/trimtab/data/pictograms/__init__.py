@@ -1,7 +1,7 @@
 """The built-in world: pictures composed from real art, with language that is true of them.
 
-`load(kind, ...)` gives a `datasets.Dataset`, made once and then read from the cache folder. A kind is one schema; to add
-one (video, image pairs, classification, ...) write a function from scenes to rows and register it in `KINDS`.
+`load(kind, ...)` gives a `datasets.Dataset`, made once and then read from the cache folder. A kind is one schema; to
+add one (video, image pairs, classification, ...) write a function from scenes to rows and register it in `KINDS`.
 """
 
 from __future__ import annotations
@@ -85,9 +85,10 @@ def load(
 
             raise ValueError(unknown(what, value, valid))
     schema = KINDS[kind]
-    settings = dict(
-        kind=kind, style=style, split=split, rows=rows, seed=seed, size=size, per_scene=per_scene, count=count
-    )
+    settings = {
+        "kind": kind, "style": style, "split": split, "rows": rows, "seed": seed, "size": size,
+        "per_scene": per_scene, "count": count,
+    }  # fmt: skip
     stamp = hashlib.sha256(json.dumps([settings, _code_stamp()], sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_dir() / f"pictograms-{kind}-{style}-{split}-{rows}-{stamp}"
     if not folder.is_dir():

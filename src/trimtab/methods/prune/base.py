@@ -82,7 +82,9 @@ class InputNorms:
             if tower.mask is not None:
                 keep = lambda mask, name=tower.name: self.masks.__setitem__(name, mask)  # noqa: E731
                 self.handles.append(read(model, tower.mask, keep))
-        self.tower_of = {w.path: next((t.name for t in anatomy.towers if _inside(w.module, t.scope)), "") for w in weights}
+        self.tower_of = {
+            w.path: next((t.name for t in anatomy.towers if _inside(w.module, t.scope)), "") for w in weights
+        }
         for weight in weights:
             add = lambda x, path=weight.path: self._add(path, x)  # noqa: E731
             self.handles.append(read(model, Tap(weight.module, "input", 0), add))

@@ -39,12 +39,14 @@ class SkipSettings:
     """Towers whose blocks are candidates; None for all."""
     plan: tuple[str, ...] | None = None
     """Paths of the blocks to skip; given, nothing is searched."""
-    plan_seed: int = 0
-    """Seed of a random plan (`random-skip` only)."""
+    plan_seed: int | None = None
+    """Seed of a random plan (`random-skip` only); None takes the recipe's."""
 
     def __post_init__(self) -> None:
         if self.skip < 0 or self.reduction < 1:
-            raise ValueError(f"skip must be at least 0 and reduction at least 1, found {self.skip} and {self.reduction}")
+            raise ValueError(
+                f"skip must be at least 0 and reduction at least 1, found {self.skip} and {self.reduction}"
+            )
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Gates:
             self.values[subset] += self.rate * advantage * slope[subset]
 
     def best(self) -> list[int]:
-        """The `skip` candidates with the largest gates; among equals the last, as a stable ascending sort leaves them."""
+        """The `skip` candidates with the largest gates; among equals the last, as a stable ascending sort has them."""
         order = self.values.sort(stable=True).indices.tolist()
         return sorted(order[len(order) - self.skip :])
 
@@ -176,9 +178,9 @@ def train_adapters(model: nn.Module, anatomy: Anatomy) -> None:
     heads = anatomy.heads
     for name, parameter in model.named_parameters():
         parts = name.split(".")
-        if any(p.startswith("das_") or p in ("adapter", "replacement") for p in parts):
-            parameter.requires_grad_(True)
-        elif any(name.startswith(h + ".") for h in heads):
+        if any(p.startswith("das_") or p in ("adapter", "replacement") for p in parts) or any(
+            name.startswith(h + ".") for h in heads
+        ):
             parameter.requires_grad_(True)
 
 

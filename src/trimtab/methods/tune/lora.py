@@ -22,7 +22,7 @@ class LoRASettings:
     dropout: float = 0.0
     """Dropout of the input of A."""
     targets: tuple[str, ...] = ("query", "value", "q_proj", "v_proj", "q", "v")
-    """Last names of the linear layers inside the towers that get an update; those that a model lacks are passed over."""
+    """Last names of the linear layers inside the towers that get an update; those a model lacks are passed over."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:

@@ -41,7 +41,7 @@ class UniPTSettings:
     towers: tuple[str, ...] | None = None
     """Which towers get a side network; None for all."""
     form: Literal["auto", "token", "vector"] = "auto"
-    """`vector` replaces the tower's pooled vector, `token` its tokens; `auto` takes what fits the tower's pooled tap."""
+    """`vector` replaces the tower's pooled vector, `token` its tokens; `auto` takes what fits the tower."""
 
     def __post_init__(self) -> None:
         if self.reduction < 1:
@@ -104,7 +104,7 @@ class TokenUniPT(nn.Module):
 
 
 class VectorUniPT(nn.Module):
-    """Side network of a tower that hands on one vector of width E: adds to it what all layers know (CLIP4Clip's form)."""
+    """Side network of a tower that hands on one vector of width E: adds what all layers know (CLIP4Clip's form)."""
 
     def __init__(self, width: int, layers: int, out: int, reduction: int):
         super().__init__()
@@ -198,8 +198,8 @@ class _Listener:
         if value.shape != self.maps[0].shape:
             block = self.tower.blocks[len(self.maps) - 1]
             raise AnatomyError(
-                f"unipt: block '{block.path}' put out {tuple(value.shape)}, expected {tuple(self.maps[0].shape)} as its "
-                f"tower {self.tower.name!r} takes in"
+                f"unipt: block '{block.path}' put out {tuple(value.shape)}, expected {tuple(self.maps[0].shape)}, "
+                f"which its tower {self.tower.name!r} takes in"
             )
         self.maps.append(value.detach())
 
@@ -222,5 +222,3 @@ class _Listener:
             else:
                 position = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1)
         return self.side(maps, mask, value.detach().to(dtype), position).to(value.dtype)
-
-

@@ -1,0 +1,140 @@
+"""Run folders: what they hold, that they come back, and that broken ones are refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from trimtab import recipe, run
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_raw, tmp_path_factory):
+    r = recipe.expand(tiny_raw("tiny-vilt", "vqa", ["unipt"]), "test")[0]
+    return run.run(r, tmp_path_factory.mktemp("runs") / "run"), r
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+def test_a_run_is_plain_files_and_only_the_learned_part(finished):
+    folder, r = finished
+    names = {p.name for p in folder.iterdir()}
+    wanted = {"recipe.yaml", "run.json", "metrics.json", "costs.json", "methods.json", "weights.safetensors", "samples"}
+    assert names == wanted
+    assert all(k.startswith(("head.", "backbone.model.unipt.")) for k in load_file(folder / "weights.safetensors"))
+    info = json.loads((folder / "run.json").read_text())
+    assert info["seed"] == r.seed and info["versions"]["torch"] and "commit" in info["git"]
+    costs = json.loads((folder / "costs.json").read_text())
+    assert costs["checkpoint_bytes"] == (folder / "weights.safetensors").stat().st_size
+    samples = json.loads((folder / "samples" / "samples.json").read_text())
+    assert samples and all((folder / "samples" / s["image"]).is_file() for s in samples)
+    assert run.load_recipe(folder) == r
+
+
+def test_one_call_gives_a_model_that_answers(finished):
+    from PIL import Image
+
+    model = run.load(finished[0])
+    answers = model.answer([{"image": Image.new("RGB", (100, 80)), "question": "how many things are there?"}])
+    assert answers[0]["answer"] in model.task.answers
+
+
+def test_the_same_recipe_gives_the_same_metrics_twice(finished, tmp_path):
+    again = run.run(finished[1], tmp_path / "again")
+    first, second = (json.loads((f / "metrics.json").read_text()) for f in (finished[0], again))
+    assert first == second
+    assert json.loads((finished[0] / "run.json").read_text())["seconds"] > 0
+
+
+def test_another_seed_gives_another_model(finished, tmp_path, tiny_raw):
+    other = recipe.expand({**tiny_raw("tiny-vilt", "vqa", ["unipt"]), "seed": 1}, "test")[0]
+    first, second = (load_file(f / "weights.safetensors") for f in (finished[0], run.run(other, tmp_path / "other")))
+    assert not torch.equal(first["head.0.weight"], second["head.0.weight"])
+
+
+def test_weights_of_another_model_are_refused(copy):
+    tensors = load_file(copy / "weights.safetensors")
+    name = "backbone.model.unipt.fusion.up.weight"
+    tensors[name] = tensors[name][:, :-1].contiguous()
+    save_file(tensors, copy / "weights.safetensors")
+    with pytest.raises(run.RunError, match=rf"weights.safetensors: .*'{name}' \(128, 64\), found \(128, 63\)"):
+        run.load(copy)
+
+
+def test_missing_weights_are_named(copy):
+    tensors = load_file(copy / "weights.safetensors")
+    del tensors["head.3.bias"]
+    save_file(tensors, copy / "weights.safetensors")
+    with pytest.raises(run.RunError, match="'head.3.bias' is missing"):
+        run.load(copy)
+
+
+def test_a_truncated_file_is_named(copy):
+    file = copy / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(run.RunError, match=r"weights.safetensors: not a whole safetensors file"):
+        run.load(copy)
+
+
+def test_another_backbone_is_refused(copy):
+    info = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps({**info, "fingerprint": "0" * 16}))
+    with pytest.raises(run.RunError, match="fingerprint 0000000000000000"):
+        run.load(copy)
+
+
+def test_an_unfinished_run_is_no_run(copy):
+    (copy / "run.json").unlink()
+    assert not run.is_finished(copy)
+    with pytest.raises(run.RunError, match="not a finished run"):
+        run.load(copy)
+
+
+@pytest.mark.parametrize("broken", ["save_file", "_gallery"])
+def test_an_interrupted_save_leaves_no_finished_run(broken, finished, copy, monkeypatch):
+    """A full disk while an old run is replaced: neither the old nor the new one may be taken for whole."""
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, broken, full)
+    with pytest.raises(OSError, match="No space left"):
+        run.run(finished[1], copy)
+    assert not run.is_finished(copy)
+    assert not list(copy.rglob(".*")), "no temporary files stay behind"
+
+
+def test_an_interrupted_training_resumes_from_its_checkpoint(tiny_raw, tmp_path):
+    from transformers import TrainerCallback
+
+    raw = tiny_raw("tiny-clip", "retrieval", ["lora"], steps=6, save_every=2)
+    r = recipe.expand(raw, "test")[0]
+    whole = run.run(r, tmp_path / "whole", measure_costs=False)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    from trimtab.methods.tune.lora import LoRA
+
+    original = LoRA.callbacks
+    LoRA.callbacks = lambda self: [Stop()]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run.run(r, tmp_path / "stopped", measure_costs=False)
+    finally:
+        LoRA.callbacks = original
+    assert not run.is_finished(tmp_path / "stopped")
+    assert (tmp_path / "stopped" / "checkpoints" / "checkpoint-4").is_dir()
+    run.run(r, tmp_path / "stopped", measure_costs=False)
+    first, second = (load_file(f / "weights.safetensors") for f in (whole, tmp_path / "stopped"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-5)
