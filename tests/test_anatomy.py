@@ -27,6 +27,7 @@ from trimtab import anatomy
 from trimtab.anatomy import Anatomy, AnatomyError, Block, Tap, Tower, argument, describes, pick, put, read, rewrite
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+CLIP_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
 PICTURE = {"image_size": 16, "patch_size": 8}
 IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 0, 0]])
 MASK = (IDS > 0).long()
@@ -37,7 +38,7 @@ MODELS = {
     "CLIPModel": (
         CLIPModel,
         CLIPConfig(
-            text_config={**SMALL, "vocab_size": 30, "max_position_embeddings": 12, "bos_token_id": 1, "eos_token_id": 2},
+            text_config={**SMALL, "vocab_size": 30, "max_position_embeddings": 12, **CLIP_TOKENS},
             vision_config={**SMALL, "hidden_size": 24, "num_hidden_layers": 3, **PICTURE},
             projection_dim=8,
         ),
@@ -279,7 +280,7 @@ def test_discovery_finds_repeated_layers():
 
 @pytest.mark.parametrize(
     ("name", "modality"),
-    [("vision_tower", "vision"), ("bert", "text"), ("decoder", "text"), ("cross_attention", "fusion"), ("stages", "vision")],
+    [("vision_tower", "vision"), ("bert", "text"), ("decoder", "text"), ("cross", "fusion"), ("stages", "vision")],
 )
 def test_discovery_guesses_the_modality_from_the_path(name, modality):
     model = nn.Module()
@@ -317,7 +318,8 @@ def test_discovery_in_t5():
 
 
 def test_discovery_in_swin():
-    model = SwinModel(SwinConfig(image_size=32, patch_size=2, embed_dim=8, depths=[1, 2], num_heads=[1, 2], window_size=4))
+    small = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4}
+    model = SwinModel(SwinConfig(**small))
     (tower,) = Anatomy.of(model).towers
     assert tower.modality == "vision" and [b.path for b in tower.blocks] == ["encoder.layers.0", "encoder.layers.1"]
     assert not any(b.keeps_shape for b in tower.blocks)
@@ -345,15 +347,18 @@ def test_weights_count_tied_ones_once_and_fused_projections_too():
     shared = nn.Linear(8, 8)
     model.text_layers = nn.ModuleList(Attending(shared) for _ in range(2))
     model.text_layers.append(nn.Module())
-    found = Anatomy(
-        (Tower("text", "text", tuple(Block(f"text_layers.{i}", 8) for i in range(2)), ("text_layers",), Tap("text_layers.1")),),
-        heads=("text_layers.2",),
-    )  # fmt: skip
     model.text_layers[2].classifier = nn.Linear(8, 2)
-    assert [w.path for w in found.weights(model)] == [
-        "text_layers.0.attention.in_proj_weight", "text_layers.0.attention.out_proj.weight", "text_layers.0.shared.weight",
-        "text_layers.1.attention.in_proj_weight", "text_layers.1.attention.out_proj.weight",
-    ]  # fmt: skip
+    blocks = tuple(Block(f"text_layers.{i}", 8) for i in range(2))
+    tower = Tower("text", "text", blocks, ("text_layers",), Tap("text_layers.1"))
+    found = Anatomy((tower,), heads=("text_layers.2",)).weights(model)
+    assert [w.path.removeprefix("text_layers.") for w in found] == [
+        "0.attention.in_proj_weight",
+        "0.attention.out_proj.weight",
+        "0.shared.weight",
+        "1.attention.in_proj_weight",
+        "1.attention.out_proj.weight",
+    ]
+    assert {w.modality for w in found} == {"text"}
 
 
 # --- descriptions that do not fit -------------------------------------------------------------------------------------

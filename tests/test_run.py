@@ -114,7 +114,8 @@ def test_an_interrupted_save_leaves_no_finished_run(broken, finished, copy, monk
 def test_an_interrupted_training_resumes_from_its_checkpoint(tiny_raw, tmp_path):
     from transformers import TrainerCallback
 
-    raw = tiny_raw("tiny-clip", "retrieval", ["lora"], steps=6, save_every=2)
+    # VQA, because retrieval draws wordings: those of one batch after a resume are drawn anew.
+    raw = tiny_raw("tiny-vilt", "vqa", ["lora"], steps=6, save_every=2)
     r = recipe.expand(raw, "test")[0]
     whole = run.run(r, tmp_path / "whole", measure_costs=False)
 
@@ -137,4 +138,4 @@ def test_an_interrupted_training_resumes_from_its_checkpoint(tiny_raw, tmp_path)
     run.run(r, tmp_path / "stopped", measure_costs=False)
     first, second = (load_file(f / "weights.safetensors") for f in (whole, tmp_path / "stopped"))
     for name, tensor in first.items():
-        torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(second[name], tensor, rtol=1e-5, atol=1e-6)

@@ -61,6 +61,11 @@ def _parser() -> ArgumentParser:
     report.add_argument("--out", type=Path, default=Path("runs/report"), help="folder of the page")
     report.add_argument("--markdown", action="store_true", help="print the tables as Markdown too")
 
+    export = command("export", "Write the backbone of a fine-tuned run as a transformers folder.")
+    export.add_argument("run", type=Path, help="a run folder")
+    export.add_argument("folder", type=Path, help="where to write; must not be there yet")
+    export.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of the weights")
+
     cost = command("cost", "What a recipe will cost, without data or weights: parameters, MACs, bytes.")
     cost.add_argument("recipe", type=str, help="a YAML file or the name of a shipped recipe")
     cost.add_argument("overrides", nargs="*", type=str, help=OVERRIDES)
@@ -124,6 +129,13 @@ def _report(options: Any) -> None:
     if options.markdown:
         print(markdown_table(load_runs(options.runs)))
     print(f"report: {page}")
+
+
+def _export(options: Any) -> None:
+    _quiet()
+    from trimtab.run import export
+
+    print(f"wrote {export(options.run, options.folder, options.dtype)}")
 
 
 def _cost(options: Any) -> None:

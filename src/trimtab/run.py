@@ -35,6 +35,7 @@ from trimtab import backbones, training
 from trimtab.anatomy import Anatomy
 from trimtab.backbones.base import check_safetensors
 from trimtab.data.cache import replace_file
+from trimtab.data.images import decode, encoded, readable
 from trimtab.data.sources import SOURCES
 from trimtab.methods import METHODS, Method
 from trimtab.recipe import Recipe, RecipeError, build, expand
@@ -135,7 +136,7 @@ def _task(entry: dict[str, Any], source: Any, where: str) -> Task:
     values = {k: v for k, v in entry.items() if k != "name"}
     if entry["name"] == "vqa":
         values.setdefault("answers", list(source.answers()))
-    return build(cls, {"skip_bad_images": source.skip_bad_images, **values}, where)
+    return build(cls, values, where)
 
 
 def learned_part(model: nn.Module) -> dict[str, Tensor]:
@@ -185,7 +186,7 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
     gc.collect()  # an earlier run's model lives on in cycles of hooks until it is collected
     parts = assemble(recipe)
     model, spec = parts.model, recipe.training
-    train, validation, test = (parts.source.load(recipe.task["name"], s) for s in ("train", "validation", "test"))
+    train, validation, test = tables(recipe, parts)
     for table in (train, test):
         parts.task.check(model.backbone, table)
     print_ = fingerprint(model.backbone.model)
@@ -235,6 +236,16 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
     }  # fmt: skip
     _write_json(folder / "run.json", info)
     return folder
+
+
+def tables(recipe: Recipe, parts: Assembly) -> tuple[Any, Any, Any]:
+    """Train, validation and test tables, without undecodable images if the recipe says so."""
+    found = []
+    for split in ("train", "validation", "test"):
+        table = parts.source.load(recipe.task["name"], split)
+        skip = parts.source.skip_bad_images
+        found.append(readable(table, f"{recipe.data['name']} {split}") if skip else table)
+    return found[0], found[1], found[2]
 
 
 def is_finished(folder: Path, recipe: Recipe | None = None) -> bool:
@@ -293,6 +304,29 @@ def load(folder: str | Path) -> TaskModel:
     return parts.model.eval()
 
 
+def export(folder: str | Path, out: str | Path, dtype: str = "float32") -> Path:
+    """Write the backbone of a fully fine-tuned run as a transformers folder, which `trimtab.load` reads too.
+
+    Args:
+        folder: the run.
+        out: a folder that is not there yet.
+        dtype: `float32`, `float16` or `bfloat16`.
+
+    Raises:
+        RunError: if the run cannot be loaded, its methods changed the model's architecture, or `out` exists.
+    """
+    out = Path(out)
+    if out.exists():
+        raise RunError(f"{out}: is there already; name a new folder")
+    changed = [m["name"] for m in load_recipe(Path(folder)).methods if m["name"] not in ("full", "linear-probe")]
+    if changed:
+        raise RunError(f"{folder}: {', '.join(changed)} changed the model; only plain fine-tuned models are exported")
+    model = load(folder)
+    model.task.fold(model.backbone, model.head)
+    model.backbone.save_pretrained(out, getattr(torch, dtype))
+    return out
+
+
 def load_learned(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
     """Copy stored tensors into a model; RunError unless they are exactly its learned part, shape by shape."""
     expected = learned_part(model)
@@ -316,9 +350,7 @@ def load_learned(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> N
 
 
 def _gallery(task: Task, records: list[dict[str, Any]], table: Any, folder: Path, count: int = 8) -> None:
-    from trimtab.data.images import decode
-
-    rows = training.encoded(table)
+    rows = encoded(table)
     indices = list(range(min(count, len(records))))
     entries = task.gallery(records, rows, indices)
     if not entries or len(records) != len(rows):

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from trimtab.anatomy import Anatomy
+from trimtab.data.images import encoded
 from trimtab.recipe import TrainingSpec
 from trimtab.tasks.base import TaskModel
 
@@ -184,13 +185,6 @@ class _Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.table[index]
-
-
-def encoded(table: Any) -> Any:
-    """The table with its `image` column as bytes and path instead of decoded pictures."""
-    from datasets import Image
-
-    return table.cast_column("image", Image(decode=False))
 
 
 def batches(

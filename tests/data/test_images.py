@@ -3,9 +3,11 @@ from __future__ import annotations
 import io
 
 import pytest
+from datasets import Dataset, Features, Value
+from datasets import Image as DatasetImage
 from PIL import Image
 
-from trimtab.data.images import ImageError, decode, decode_rows
+from trimtab.data.images import ImageError, decode, decode_rows, encoded, readable
 
 
 def png(colour: str = "red") -> bytes:
@@ -56,24 +58,39 @@ def test_a_cell_without_an_image_is_an_image_error(cell):
         decode_rows([{"image": cell}])
 
 
-def test_skip_leaves_bad_rows_out_with_a_warning(file, caplog):
-    rows = [
-        {"image": {"bytes": png(), "path": None}, "question": "first"},
-        {"image": {"bytes": b"no image", "path": "bad.png"}, "question": "second"},
-        {"image": {"bytes": None, "path": str(file)}, "question": "third"},
-    ]
-    kept = decode_rows(rows, skip=True)
-    assert [r["question"] for r in kept] == ["first", "third"]
-    assert all(isinstance(r["image"], Image.Image) for r in kept)
-    assert [r.levelname for r in caplog.records] == ["WARNING"] and "bad.png" in caplog.text
-    assert isinstance(rows[0]["image"], dict)  # the table's own rows are not touched
+def test_decode_rows_leaves_the_tables_own_rows_alone():
+    rows = [{"image": {"bytes": png(), "path": None}, "question": "what?"}]
+    (row,) = decode_rows(rows)
+    assert row["image"].size == (32, 16) and row["question"] == "what?"
+    assert rows[0]["image"] == {"bytes": png(), "path": None}
+    assert decode_rows([]) == []
 
 
-@pytest.mark.parametrize("skip", [False, True])
-def test_nothing_but_bad_images_is_an_error(skip):
-    with pytest.raises(ImageError, match=r"only\.png"):
-        decode_rows([{"image": {"bytes": b"no image", "path": "only.png"}}], skip=skip)
+def table(*cells: dict) -> Dataset:
+    rows = {"image": list(cells), "number": list(range(len(cells)))}
+    return Dataset.from_dict(rows, Features({"image": DatasetImage(), "number": Value("int32")}))
 
 
-def test_no_rows_are_no_error():
-    assert decode_rows([], skip=True) == []
+def test_encoded_gives_bytes_instead_of_pictures():
+    plain = table({"bytes": png(), "path": None})
+    assert encoded(plain)[0]["image"] == {"bytes": png(), "path": None}
+    assert isinstance(plain[0]["image"], Image.Image)
+
+
+def test_readable_leaves_bad_rows_out_with_a_warning(file, caplog):
+    good, bad, nameless = {"bytes": png(), "path": None}, {"bytes": png()[:60], "path": "bad.png"}, {"bytes": b"no"}
+    kept = readable(table(good, bad, {"bytes": None, "path": str(file)}, nameless | {"path": None}), "data test")
+    assert kept["number"][:] == [0, 2]
+    assert kept[1]["image"].getpixel((3, 3)) == (0, 0, 255)
+    assert [r.levelname for r in caplog.records] == ["WARNING"] * 2
+    assert "bad.png" in caplog.messages[0] and "row 3 of data test" in caplog.messages[1]
+
+
+def test_readable_keeps_a_whole_table(caplog):
+    whole = table(*[{"bytes": png(), "path": None}] * 3)
+    assert readable(whole)["number"][:] == [0, 1, 2] and not caplog.records
+
+
+def test_a_table_without_a_readable_image_is_an_error():
+    with pytest.raises(ImageError, match="data train: none of its 2 images can be decoded"):
+        readable(table(*[{"bytes": b"no image", "path": "bad.png"}] * 2), "data train")

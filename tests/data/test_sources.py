@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import pytest
 from datasets import Image
+from PIL import Image as Picture
 
-from trimtab.data.sources import SOURCES, EasyVQA, Pictograms
+from trimtab.data.sources import SOURCES, EasyVQA, Files, Pictograms
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +106,58 @@ def test_easy_vqa_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "easy_vqa", None)
     with pytest.raises(ImportError, match=r"pip install 'trimtab\[world\]'"):
         SOURCES["easy-vqa"]().load("vqa", "train")
+
+
+# --- own files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two JSON-lines files beside a folder of pictures."""
+    (tmp_path / "pictures").mkdir()
+    for i, colour in enumerate(("red", "blue")):
+        Picture.new("RGB", (8, 8), colour).save(tmp_path / "pictures" / f"{i}.png")
+    rows = [
+        {"image": f"pictures/{i}.png", "question": f"é {i}?", "answer": a} for i, a in ((0, "b"), (1, "a"), (1, "b"))
+    ]
+    text = "\n".join(json.dumps(r, ensure_ascii=False) for r in rows)
+    (tmp_path / "train.jsonl").write_text(text + "\n\n", encoding="utf-8")
+    (tmp_path / "test.jsonl").write_text(text.splitlines()[1], encoding="utf-8")
+    return tmp_path
+
+
+def test_files_give_rows_with_pictures_beside_them(folder, monkeypatch):
+    source = Files(folder / "train.jsonl", folder / "test.jsonl")
+    train, validation, test = (source.load("vqa", s) for s in ("train", "validation", "test"))
+    assert (len(train), len(test)) == (3, 1) and set(train.column_names) == {"image", "question", "answer"}
+    assert train["question"][:] == validation["question"][:] == ["é 0?", "é 1?", "é 1?"]
+    assert train[0]["image"].getpixel((0, 0)) == (255, 0, 0) and test[0]["image"].getpixel((0, 0)) == (0, 0, 255)
+    assert list(source.answers()) == ["a", "b"]
+    monkeypatch.chdir(folder)
+    relative = Files("train.jsonl", "test.jsonl", validation="test.jsonl")
+    assert len(relative.load("vqa", "validation")) == 1 and relative.load("vqa", "test")[0]["image"].size == (8, 8)
+
+
+@pytest.mark.parametrize("line", ["{broken", "[1, 2]", '{"question": "?"}', '{"image": 5}', "7"])
+def test_a_bad_line_is_named_by_its_number(line, folder):
+    with (folder / "train.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 5: expected a JSON object with 'image'"):
+        Files(folder / "train.jsonl", folder / "test.jsonl").load("vqa", "train")
+
+
+def test_files_that_are_empty_or_missing(folder):
+    (folder / "test.jsonl").write_text("\n")
+    source = Files(folder / "gone.jsonl", folder / "test.jsonl")
+    with pytest.raises(ValueError, match=r"test\.jsonl: holds no rows"):
+        source.load("vqa", "test")
+    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl"):
+        source.load("vqa", "train")
+
+
+@pytest.mark.parametrize("line", ['{"image": "pictures/0.png", "question": "?"}', "{broken"])
+def test_a_row_without_an_answer_is_named_by_its_number(line, folder):
+    with (folder / "train.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 5"):
+        Files(folder / "train.jsonl", folder / "test.jsonl").answers()

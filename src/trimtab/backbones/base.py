@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy
+from trimtab.data.cache import replace_folder
 from trimtab.registry import Registry
 
 
@@ -110,6 +113,27 @@ class Backbone(nn.Module):
         if choose is None:
             raise ValueError(f"{self.name}: {type(self.model).__name__} does not let its attention be chosen")
         choose(implementation)
+
+    def save_pretrained(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write a transformers folder: config, weights in `dtype`, tokenizer, and how pictures are prepared.
+
+        Raises:
+            ValueError: if the model is no transformers model.
+        """
+        if not hasattr(self.model, "save_pretrained"):
+            raise ValueError(
+                f"{self.name}: {type(self.model).__name__} cannot be exported: no transformers model"
+            )
+        p = self.pictures
+        prepare = {
+            "do_resize": True, "size": {"height": p.size, "width": p.size}, "do_center_crop": False,
+            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+            "image_mean": list(p.mean), "image_std": list(p.std), "image_processor_type": "CLIPImageProcessor",
+        }  # fmt: skip
+        with replace_folder(folder) as partial:
+            copy.deepcopy(self.model).to(dtype).save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
+            (partial / "preprocessor_config.json").write_text(json.dumps(prepare, indent=1) + "\n")
 
     def start_from(self, other: Backbone) -> None:
         """Fill what has the same role with another backbone's weights."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes
@@ -48,6 +49,14 @@ class ClipBackbone(Backbone):
     def text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         out = self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
         return Encoded(out.pooler_output, out.last_hidden_state, attention_mask)
+
+    @torch.no_grad()
+    def fold_projections(self, image: Tensor, text: Tensor, scale: Tensor) -> None:
+        """Put linear maps that follow the projections, (E, E) each, into them, and set the scale."""
+        model = self.model
+        model.visual_projection.weight.copy_(image @ model.visual_projection.weight)
+        model.text_projection.weight.copy_(text @ model.text_projection.weight)
+        model.logit_scale.copy_(scale)
 
     @property
     def logit_scale(self) -> Tensor:

@@ -35,22 +35,28 @@ def decode(cell: Any, where: str = "image") -> Any:
         ) from error
 
 
-def decode_rows(rows: Iterable[dict[str, Any]], skip: bool = False) -> list[dict[str, Any]]:
-    """The rows with their `image` decoded; with `skip`, bad ones are left out with a warning.
+def decode_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with their `image` decoded; ImageError at the first that cannot be."""
+    return [{**row, "image": decode(row["image"], f"image {i} of the batch")} for i, row in enumerate(rows)]
 
-    Raises:
-        ImageError: at the first bad image, or with `skip` if no row is left.
-    """
+
+def encoded(table: Any) -> Any:
+    """The table with its `image` column as bytes and path instead of pictures decoded on access."""
+    from datasets import Image
+
+    return table.cast_column("image", Image(decode=False))
+
+
+def readable(table: Any, where: str = "table") -> Any:
+    """The rows whose image can be decoded, a warning for each other one; ImageError if none is left."""
+    cells = encoded(table)["image"]
     kept = []
-    error: ImageError | None = None
-    for i, row in enumerate(rows):
+    for i, cell in enumerate(cells):
         try:
-            kept.append({**row, "image": decode(row["image"], f"image {i} of the batch")})
-        except ImageError as bad:
-            if not skip:
-                raise
-            error = bad
-            log.warning("left out: %s", bad)
-    if not kept and error:
-        raise error
-    return kept
+            decode(cell, f"row {i} of {where}")
+            kept.append(i)
+        except ImageError as error:
+            log.warning("left out: %s", error)
+    if not kept:
+        raise ImageError(f"{where}: none of its {len(table)} images can be decoded")
+    return table if len(kept) == len(table) else table.select(kept)

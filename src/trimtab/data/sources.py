@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from trimtab.registry import Registry, unknown
@@ -109,6 +111,54 @@ class EasyVQA:
     def answers(self) -> Sequence[str]:
         """The 13 answers of the set."""
         return sorted(_easy_vqa().get_answers())
+
+
+@SOURCES.register("files")
+@dataclass(frozen=True)
+class Files:
+    """Your own rows: one JSON object a line, with `image` (a path beside the file) and the task's columns.
+
+    `{"image": "cats/1.jpg", "question": "how many cats are there?", "answer": "2"}`
+    """
+
+    train: Path
+    """JSON lines to train on."""
+    test: Path
+    """JSON lines to evaluate on."""
+    validation: Path | None = None
+    """JSON lines from which searches draw their rewards; None takes the training rows."""
+    skip_bad_images: bool = False
+    """Leave out images that cannot be decoded instead of stopping."""
+
+    def load(self, task: str, split: Literal["train", "validation", "test"]) -> Dataset:
+        """All rows of the split's file.
+
+        Raises:
+            FileNotFoundError: if the file is not there.
+            ValueError: if a line is no JSON object or lacks `image`, with its number.
+        """
+        from datasets import Dataset, Image
+
+        path = (self.validation or self.train) if split == "validation" else getattr(self, split)
+        rows = []
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                rows.append({**row, "image": {"path": str(Path(path).parent / row["image"]), "bytes": None}})
+            except (json.JSONDecodeError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: expected a JSON object with 'image' ({type(error).__name__}: {error})"
+                ) from error
+        if not rows:
+            raise ValueError(f"{path}: holds no rows")
+        return Dataset.from_list(rows).cast_column("image", Image())
+
+    def answers(self) -> Sequence[str]:
+        """The answers of the training rows, in order of the alphabet."""
+        lines = Path(self.train).read_text(encoding="utf-8").splitlines()
+        return sorted({json.loads(line)["answer"] for line in lines if line.strip()})
 
 
 def _easy_vqa():

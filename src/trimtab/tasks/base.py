@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from trimtab.data.images import decode_rows
 from trimtab.registry import Registry
 
 Batch = dict[str, Tensor]
@@ -37,9 +36,6 @@ class Task(ABC):
     kinds: ClassVar[tuple[str, ...]]
     blank: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, skip_bad_images: bool = False):
-        self.skip_bad_images = skip_bad_images
-
     @abstractmethod
     def head(self, backbone: Any) -> nn.Module:
         """The trainable module on top of the backbone's features."""
@@ -60,6 +56,9 @@ class Task(ABC):
     def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
         """Metrics over all records of a table, fractions in 0..1; the one named `primary` is among them."""
 
+    def fold(self, backbone: Any, head: nn.Module) -> None:  # noqa: B027 (most heads stay with their task)
+        """Move into the backbone what its own architecture has a place for, before it is exported without the head."""
+
     def example(self, backbone: Any, size: int) -> Batch:
         """A training batch of random inputs, to count operations and bytes without data."""
         return backbone.example(size)
@@ -71,9 +70,6 @@ class Task(ABC):
     def chance(self, rows: Any) -> float | None:
         """The primary metric of guessing, None if there is no simple figure."""
         return None
-
-    def decode(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return decode_rows(rows, self.skip_bad_images)
 
     def check(self, backbone: Any, table: Any) -> None:
         """Raise a ValueError unless the backbone is of a fitting kind and the table has the task's columns."""

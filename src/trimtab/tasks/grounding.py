@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trimtab.data.images import decode_rows
 from trimtab.tasks.base import TASKS, Batch, Task
 
 
@@ -45,7 +46,7 @@ class Grounding(Task):
         return BoxHead(backbone.width)
 
     def collate(self, backbone: Any, rows: list[dict[str, Any]], train: bool) -> Batch:
-        rows = self.decode(rows)
+        rows = decode_rows(rows)
         sizes = torch.tensor([r["image"].size * 2 for r in rows], dtype=torch.float32)  # (B, 4): W, H, W, H
         return {
             **backbone.images([r["image"] for r in rows]),

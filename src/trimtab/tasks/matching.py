@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trimtab.data.images import decode_rows
 from trimtab.tasks.base import TASKS, Batch, Task
 from trimtab.tasks.retrieval import recalls
 
@@ -44,8 +45,7 @@ class Matching(Task):
     primary = "recall@1"
     kinds = ("joint",)
 
-    def __init__(self, mask_share: float = 0.3, pool: int = 50, skip_bad_images: bool = False):
-        super().__init__(skip_bad_images)
+    def __init__(self, mask_share: float = 0.3, pool: int = 50):
         self.mask_share = mask_share
         self.pool = pool
 
@@ -53,7 +53,7 @@ class Matching(Task):
         return MaskedWords(backbone.width, len(backbone.tokenizer))
 
     def collate(self, backbone: Any, rows: list[dict[str, Any]], train: bool) -> Batch:
-        rows = self.decode(rows)
+        rows = decode_rows(rows)
         pick = torch.randint(4, (len(rows),)).tolist() if train else [0] * len(rows)
         texts = [r["captions"][k % len(r["captions"])] for r, k in zip(rows, pick, strict=True)]
         batch = backbone.images([r["image"] for r in rows])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trimtab.data.images import decode_rows
 from trimtab.tasks.base import TASKS, Batch, Task
 
 
@@ -46,7 +47,7 @@ class Retrieval(Task):
         return Projections(backbone.width, float(scale.detach()) if scale is not None else 2.6592)
 
     def collate(self, backbone: Any, rows: list[dict[str, Any]], train: bool) -> Batch:
-        rows = self.decode(rows)
+        rows = decode_rows(rows)
         pick = [int(torch.randint(len(r["captions"]), ())) if train else 0 for r in rows]
         texts = [r["captions"][k] for r, k in zip(rows, pick, strict=True)]
         return {**backbone.images([r["image"] for r in rows]), **backbone.texts(texts)}
@@ -66,6 +67,10 @@ class Retrieval(Task):
     def predict(self, backbone: Any, head: nn.Module, batch: Batch) -> list[dict[str, Any]]:
         image, text = self.embed(backbone, head, batch)
         return [{"image": i.cpu(), "text": t.cpu()} for i, t in zip(image, text, strict=True)]
+
+    def fold(self, backbone: Any, head: nn.Module) -> None:
+        """A product of two linear maps is one: the head's maps go into the backbone's projections, its scale too."""
+        backbone.fold_projections(head.image.weight, head.text.weight, head.scale)
 
     def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
         return recalls(_similarity(records), [c[0] for c in rows["captions"]])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trimtab.data.images import decode_rows
 from trimtab.tasks.base import TASKS, Batch, Task
 
 
@@ -27,8 +28,7 @@ class VQA(Task):
     kinds = ("joint",)
     blank = {"answer": ""}
 
-    def __init__(self, answers: Sequence[str], skip_bad_images: bool = False):
-        super().__init__(skip_bad_images)
+    def __init__(self, answers: Sequence[str]):
         self.answers = list(answers)
         self.index = {a: i for i, a in enumerate(self.answers)}
 
@@ -37,7 +37,7 @@ class VQA(Task):
         return nn.Sequential(nn.Linear(d, 2 * d), nn.LayerNorm(2 * d), nn.GELU(), nn.Linear(2 * d, len(self.answers)))
 
     def collate(self, backbone: Any, rows: list[dict[str, Any]], train: bool) -> Batch:
-        rows = self.decode(rows)
+        rows = decode_rows(rows)
         labels = torch.tensor([self.index.get(r["answer"], -100) for r in rows])
         return {
             **backbone.images([r["image"] for r in rows]),

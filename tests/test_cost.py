@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+
+from trimtab import cost, recipe, run
+
+
+@pytest.mark.parametrize(
+    ("function", "macs"),
+    [
+        (lambda: nn.Linear(3, 5)(torch.ones(2, 3)), 2 * 3 * 5),
+        (lambda: nn.Conv2d(3, 4, 3)(torch.ones(1, 3, 8, 8)), 6 * 6 * 4 * 3 * 3 * 3),
+        (lambda: nn.Conv2d(4, 4, 3, groups=4)(torch.ones(1, 4, 8, 8)), 6 * 6 * 4 * 3 * 3),
+        (lambda: torch.ones(2, 3) @ torch.ones(3, 7), 2 * 3 * 7),
+        (lambda: torch.ones(9, 9).exp() + 1, 0),
+    ],
+    ids=["linear", "convolution", "depthwise", "product", "pointwise"],
+)
+def test_count_macs(function, macs):
+    assert cost.count_macs(function) == macs
+
+
+def test_attention_counts_the_same_fused_and_plain():
+    q, k, v = (torch.randn(2, 3, length, 8) for length in (4, 6, 6))
+    fused = cost.count_macs(lambda: F.scaled_dot_product_attention(q, k, v))
+    plain = cost.count_macs(lambda: (q @ k.transpose(-1, -2)).softmax(-1) @ v)
+    assert fused == plain == 2 * 3 * (4 * 6 * 8 + 4 * 6 * 8)
+
+
+# --- bytes kept for backward ------------------------------------------------------------------------------------------
+
+
+def test_a_storage_saved_twice_is_counted_once():
+    x = torch.ones(10, 10, requires_grad=True)
+    once = cost.saved_bytes(lambda: (x * 2).sin().sum(), nn.Module())
+
+    def twice() -> torch.Tensor:
+        y = x * 2
+        return (y.sin() + y.cos() + y.view(-1).sin().view(10, 10)).sum()
+
+    assert once == cost.saved_bytes(twice, nn.Module()) == 400
+
+
+def test_two_storages_are_both_counted():
+    x = torch.ones(10, 10, requires_grad=True)
+    assert cost.saved_bytes(lambda: ((x * 2).sin() + (x * 3).sin()).sum(), nn.Module()) == 800
+
+
+def test_parameters_and_buffers_are_left_out():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 5, bias=False)
+            self.register_buffer("scale", torch.full((5,), 2.0))
+
+        def forward(self, x):
+            return self.linear(x) * self.scale
+
+    model, x = Scaled(), torch.ones(2, 3)
+    assert cost.saved_bytes(lambda: model(x).sum(), model) == x.nbytes  # the input alone, for the weight's gradient
+    x.requires_grad_()
+    assert cost.saved_bytes(lambda: model(x).sum(), model) == x.nbytes
+    other = Scaled()
+    assert cost.saved_bytes(lambda: model(x).sum(), other) == x.nbytes + 4 * (15 + 5)  # not the asked model's own
+
+
+def test_a_frozen_model_keeps_nothing():
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2)).requires_grad_(False)
+    assert cost.saved_bytes(lambda: model(torch.ones(4, 8)).sum(), model) == 0
+    model[2].requires_grad_(True)
+    assert cost.saved_bytes(lambda: model(torch.ones(4, 8)).sum(), model) == 4 * 8 * 4  # what enters the last layer
+
+
+def test_saved_bytes_count_under_no_grad_too():
+    x = torch.ones(10, requires_grad=True)
+    with torch.no_grad():
+        assert cost.saved_bytes(lambda: x.sin().sum(), nn.Module()) == 40
+
+
+# --- files, time, memory ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "types",
+    [
+        ("float32",), ("float32", "int64", "uint8"), ("bfloat16",), ("float16", "float32"), ("float64",), ("int64",),
+        ("float32", "bool"), ("float32", "int32"), ("float16", "bfloat16"), ("float64", "int64"), ("float32", "int8"),
+    ],
+    ids="-".join,
+)  # fmt: skip
+def test_safetensors_size_is_the_size_of_the_file(types, tmp_path):
+    dice = random.Random(0)
+    for number in range(40):
+        tensors = {}
+        for i in range(number % 13):
+            shape = [dice.randint(0, 40) for _ in range(dice.randint(0, 3))]
+            name = f"{i}." + "".join(dice.choice("abc._") for _ in range(dice.randint(1, 20)))
+            tensors[name] = torch.zeros(shape).to(getattr(torch, dice.choice(types)))
+        save_file(tensors, tmp_path / "file")
+        assert cost.safetensors_size(tensors) == (tmp_path / "file").stat().st_size, {
+            k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()
+        }
+
+
+def test_latency_gives_ordered_percentiles_in_milliseconds():
+    calls = []
+
+    def work() -> None:
+        calls.append(torch.is_inference_mode_enabled())
+        time.sleep(0.002 if len(calls) > 3 else 0.1)  # what happens in warm-up does not count
+
+    found = cost.latency(work, repeats=10, warmup=3)
+    assert set(found) == {"median", "p10", "p90"}
+    assert 2 <= found["p10"] <= found["median"] <= found["p90"]
+    assert found["median"] < 50
+    assert len(calls) == 13 and all(calls)
+
+
+def test_peak_memory_sees_what_a_call_needs():
+    found = [cost.peak_memory(lambda n=n: torch.ones(n * 2**18).sum()) for n in (1, 128)]
+    if None in found:
+        pytest.skip("the peak cannot be read here")
+    assert found[1] > 100 * 2**20 > found[0]
+
+
+# --- before and after -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("backbone", "task", "methods"),
+    [("tiny-vilt", "vqa", ["full"]), ("tiny-clip", "retrieval", ["linear-probe"])],
+    ids=["vqa", "retrieval"],
+)
+def test_the_estimate_is_what_a_run_measures(backbone, task, methods, tiny_raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "latency", lambda function: {})  # counted are numbers and bytes, not time
+    (r,) = recipe.expand(tiny_raw(backbone, task, methods, batch_size=4), "test")
+    estimated = cost.estimate(r)
+    parts = run.assemble(r)
+    parts.attach()
+    save_file(parts.detach_learned(), tmp_path / "weights")
+    measured = cost.measure(parts, cost.dense(r), 4, tmp_path / "weights")
+    for key in ("params", "trainable_params", "macs", "dense_macs", "checkpoint_bytes", "batch_size"):
+        assert estimated[key] == measured[key], key
+    assert estimated["saved_activation_bytes"] == pytest.approx(measured["saved_activation_bytes"], rel=0.02)
+    assert estimated["params"] == sum(p.numel() for p in parts.model.parameters())
+    if methods == ["full"]:
+        assert estimated["trainable_params"] == estimated["params"] == estimated["nonzero_params"]
+        assert estimated["saved_activation_bytes"] > 1e6
+    else:
+        assert estimated["trainable_params"] == sum(p.numel() for p in parts.model.head.parameters())
+        assert estimated["saved_activation_bytes"] < 1e5
+    assert estimated["macs"] == estimated["dense_macs"] > 1e7
+    assert all(p.grad is None for p in parts.model.parameters())
+
+
+def test_the_estimate_grows_with_the_batch(tiny_raw):
+    raws = [tiny_raw("tiny-clip", "retrieval", ["full"], batch_size=n) for n in (4, 8)]
+    one, two = (cost.estimate(recipe.expand(raw, "test")[0]) for raw in raws)
+    assert (one["batch_size"], two["batch_size"]) == (4, 8)
+    assert 1.8 < two["saved_activation_bytes"] / one["saved_activation_bytes"] < 2.2
+    assert one["macs"] == two["macs"]  # of one sample
+
+
+def test_the_estimate_knows_what_pruning_leaves(tiny_raw):
+    raw = tiny_raw("tiny-vilt", "vqa", [{"name": "multiflow", "sparsity": 0.5}, "full"], batch_size=2)
+    found = cost.estimate(recipe.expand(raw, "test")[0])
+    assert 0.4 < found["nonzero_params"] / found["params"] < 0.7

@@ -1,0 +1,75 @@
+"""Everything that is shipped runs: recipes (every variant, few steps) and the code in the README and in docs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from trimtab import cli, recipe, run
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SMALL = {"train": 64, "validation": 32, "test": 50}
+FEW = {"search_steps": 4, "turn": 1, "batches": 1}
+
+
+def shrink(r: recipe.Recipe) -> recipe.Recipe:
+    """The same recipe with little data and few steps."""
+    methods = tuple({k: FEW.get(k, v) for k, v in {**m, **_needed(m)}.items()} for m in r.methods)
+    training = replace(r.training, steps=min(r.training.steps, 2), batch_size=8, save_every=None)
+    backbone = replace(r.backbone, start_from=r.backbone.start_from)
+    return replace(r, methods=methods, training=training, data={**r.data, **SMALL}, backbone=backbone)
+
+
+def _needed(method: dict) -> dict:
+    from trimtab.methods import METHODS
+    from trimtab.recipe import defaults
+
+    return {k: v for k, v in FEW.items() if k in defaults(METHODS[method["name"]].Settings)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", recipe.names())
+def test_every_variant_of_a_shipped_recipe_runs(name, tmp_path):
+    if "lite0" in name and find_spec("efficientnet_lite_pytorch") is None:
+        pytest.skip("needs the extra 'real'")
+    done = set()
+    for r in recipe.read(name, ["seeds=[0]"]):
+        small = shrink(r)
+        key = json.dumps([small.to_dict()[k] for k in ("backbone", "methods", "training")])
+        if key not in done:
+            done.add(key)
+            folder = run.run(small, tmp_path / r.variant, measure_costs=False)
+            assert run.is_finished(folder, small)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_code_in_documents_runs(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    space: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        exec(compile(code, str(page), "exec"), space)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_in_documents_are_right(page, tmp_path, monkeypatch):
+    """Shell lines that start with trimtab: their options parse, and the recipes and backbones that they name exist."""
+    monkeypatch.chdir(ROOT)
+    for block in re.findall(r"```(?:bash|sh|console)\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        for line in block.splitlines():
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            if words[:1] != ["trimtab"]:
+                continue
+            options = cli._parser().parse_args(words[1:])
+            section = options[options.subcommand]
+            if options.subcommand in ("run", "cost"):
+                for r in recipe.read(section.recipe, section.overrides):
+                    run.check(r)
+            elif options.subcommand in ("anatomy", "list"):
+                assert cli.main(words[1:]) == 0
