@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 # Before any library is imported: nothing comes over the network, and progress bars stay out of captured output.
+# Models of tests are so small that more threads only wait for each other.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -133,6 +133,7 @@ class Backbone(nn.Module):
         with replace_folder(folder) as partial:
             copy.deepcopy(self.model).to(dtype).save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)
+            (partial / "model.safetensors").chmod(0o644)
             (partial / "preprocessor_config.json").write_text(json.dumps(prepare, indent=1) + "\n")
 
     def start_from(self, other: Backbone) -> None:
@@ -165,20 +166,23 @@ def load_pretrained(model_class: Any, folder: Path, pretrained: bool, **options:
 
     config = model_class.config_class.from_pretrained(folder)
     if not pretrained:
-        return model_class._from_config(config)
+        return model_class._from_config(config, dtype=torch.float32)
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder}: expected safetensors weights beside config.json, found none")
     for file in files:
         check_safetensors(file)
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()  # it takes milliseconds, and what it reports is checked below
     try:
         model, report = model_class.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **options
         )
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(

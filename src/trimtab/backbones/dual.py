@@ -85,20 +85,6 @@ class DualEncoder(nn.Module):
         """Vectors of pictures and of texts, each (B, width)."""
         return self.encode_image(pixel_values)[0], self.encode_text(input_ids, attention_mask)[0]
 
-    def train(self, mode: bool = True) -> DualEncoder:
-        """Training mode for what is trained: a frozen tower, and batch norms with frozen weights, stay in evaluation.
-
-        Else a linear probe would shift running statistics that nothing stores, and would see dropped paths.
-        """
-        super().train(mode)
-        for tower in (self.vision, self.text):
-            if not any(p.requires_grad for p in tower.parameters()):
-                tower.eval()
-        for module in self.vision.modules():
-            if isinstance(module, nn.BatchNorm2d) and not any(p.requires_grad for p in module.parameters()):
-                module.eval()
-        return self
-
     def set_attn_implementation(self, name: str) -> None:
         """transformers' attention implementation of the text tower (`eager`, `sdpa`)."""
         self.text.set_attn_implementation(name)
