@@ -1,7 +1,7 @@
 """What the study's runs show about each lever: ratios with their spread over seeds, as Markdown.
 
-    trimtab run study/retrieval && trimtab run study/vqa && trimtab run study/grounding
-    python benchmarks/claims.py runs/study
+trimtab run study/retrieval && trimtab run study/vqa && trimtab run study/grounding
+python benchmarks/claims.py runs/study
 """
 
 from __future__ import annotations

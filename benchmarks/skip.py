@@ -3,8 +3,8 @@
     python benchmarks/skip.py [--repeats 40]
 
 For k skipped blocks: MACs and latency of the encoder as shares of those with k = 0 (adapters in every block), and their
-quotient, which is 1 when time falls in proportion. Models of one size are timed in turn, so that a noisy machine is noisy
-for all of them. Random weights: time does not depend on them.
+quotient, which is 1 when time falls in proportion. Models of one size are timed in turn, so that a noisy machine is
+noisy for all of them. Random weights: time does not depend on them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from functools import partial
 
 import torch
 from transformers import ViltConfig, ViltModel
@@ -45,7 +46,7 @@ def main(repeats: int) -> None:
         x = torch.randn(BATCH[size], TOKENS[size], config["hidden_size"])
         counts = range(0, config["num_hidden_layers"] // 2 + 1)
         encoders = {k: encoder(size, k) for k in counts}
-        macs = {k: count_macs(lambda e=e: e(x)) for k, e in encoders.items()}
+        macs = {k: count_macs(partial(e, x)) for k, e in encoders.items()}
         times: dict[int, list[float]] = {k: [] for k in counts}
         with torch.inference_mode():
             for repeat in range(repeats + 3):

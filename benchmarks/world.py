@@ -1,6 +1,6 @@
 """Scenes a second of the built-in world, with rows and PNG encoding, on one core and on all.
 
-    python benchmarks/world.py [ROWS]
+python benchmarks/world.py [ROWS]
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def test_gradients_reach_what_is_trained_and_nothing_else(name, backbone, tiny_r
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     reached = {n for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.abs().sum() > 0)}
     assert reached <= trained
-    # LoRA's B starts at zero, so that A gets no gradient in the first step; a text tower's unused parts get none either.
+    # LoRA's B starts at zero, so that A gets no gradient in the first step; unused parts of a tower get none either.
     silent = {n for n in trained - reached if "lora_A" not in n}
     assert len(silent) <= 0.2 * len(trained), sorted(silent)[:5]
     head = {n for n in trained if n.startswith("head.")}

@@ -121,9 +121,7 @@ class Backbone(nn.Module):
             ValueError: if the model is no transformers model.
         """
         if not hasattr(self.model, "save_pretrained"):
-            raise ValueError(
-                f"{self.name}: {type(self.model).__name__} cannot be exported: no transformers model"
-            )
+            raise ValueError(f"{self.name}: {type(self.model).__name__} cannot be exported: no transformers model")
         p = self.pictures
         prepare = {
             "do_resize": True, "size": {"height": p.size, "width": p.size}, "do_center_crop": False,

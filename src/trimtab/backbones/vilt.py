@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes
 from trimtab.backbones.base import BACKBONES, WEIGHTS, Backbone, Encoded, Pictures, load_pretrained
@@ -56,16 +56,32 @@ class ViltBackbone(Backbone):
         mask = torch.cat([attention_mask, seen], dim=1)
         return Encoded(out.pooler_output, tokens, mask, slice(start, tokens.shape[1]))
 
+    @torch.no_grad()
     def start_from(self, other: Backbone) -> None:
         """Take patch, position and class embeddings and the blocks from a CLIP vision tower of the same sizes.
 
         ViLT itself starts from a pretrained vision transformer (section 3.1 of its paper).
         """
         source, own = other.model.vision_model, self.model.vilt
+        patch, position = source.embeddings.patch_embedding.weight, source.embeddings.position_embedding.weight
+        # CLIP normalises its embeddings before the first block, ViLT does not. The mean and the scale of that norm are
+        # put into the embeddings: per token for the class token, on average over flat random colours for patches.
+        norm = source.pre_layrnorm
+        colours = torch.rand(512, 3, 1, 1, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        flat = nn.functional.conv2d(colours.expand(-1, -1, *patch.shape[2:]), patch).flatten(1)  # (512, D)
+        scale = norm.weight / flat.std(dim=1).mean()
+        start = norm(source.embeddings.class_embedding + position[0])
+        positions = torch.cat([torch.zeros_like(position[:1]), (position[1:] * scale) + norm.bias])
         pairs = [
-            (own.embeddings.patch_embeddings.projection.weight, source.embeddings.patch_embedding.weight),
-            (own.embeddings.position_embeddings, source.embeddings.position_embedding.weight[None]),
-            (own.embeddings.cls_token, source.embeddings.class_embedding[None, None]),
+            (own.embeddings.patch_embeddings.projection.weight, _centred(patch) * scale[:, None, None, None]),
+            (own.embeddings.patch_embeddings.projection.bias, torch.zeros_like(scale)),
+            (own.embeddings.position_embeddings, positions[None]),
+            (own.embeddings.cls_token, start[None, None]),
+            # A word starts as the class token with a touch of itself: it reads the picture as the class token does.
+            (own.embeddings.text_embeddings.LayerNorm.bias, start),
+            (own.embeddings.text_embeddings.LayerNorm.weight, torch.full_like(start, 0.5)),
+            (own.layernorm.weight, source.post_layernorm.weight),
+            (own.layernorm.bias, source.post_layernorm.bias),
         ]
         names = {
             "attention.attention.query": "self_attn.q_proj", "attention.attention.key": "self_attn.k_proj",
@@ -77,13 +93,17 @@ class ViltBackbone(Backbone):
             for a, b in names.items():
                 left, right = mine.get_submodule(a), theirs.get_submodule(b)
                 pairs += [(left.weight, right.weight), (left.bias, right.bias)]
-        with torch.no_grad():
-            for target, value in pairs:
-                target.copy_(value)
+        for target, value in pairs:
+            target.copy_(value)
 
     def match(self, encoded: Encoded) -> Tensor:
         """Logit that text and image belong together, (B,)."""
         return self.model.rank_output(encoded.pooled).squeeze(-1)
+
+
+def _centred(weight: Tensor) -> Tensor:
+    """Without the mean over output channels, as a LayerNorm takes it away; (D, 3, P, P)."""
+    return weight - weight.mean(dim=0, keepdim=True)
 
 
 def load(folder: Path, name: str, pretrained: bool = True) -> ViltBackbone:

@@ -24,6 +24,7 @@ def decode(cell: Any, where: str = "image") -> Any:
 
     if isinstance(cell, Image.Image):
         return cell
+    cell = cell or {}
     name = cell.get("path") or where
     try:
         image = Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell["path"])
