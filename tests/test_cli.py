@@ -97,7 +97,6 @@ def test_cost_as_json(order, trimtab, file):
     assert found["batch_size"] == 3 and all(v > 0 for k, v in found.items() if k != "variant")
 
 
-@pytest.mark.xfail(strict=True, reason="argparse takes no more overrides after an option")
 def test_overrides_may_follow_an_option(trimtab, file):
     status, out, _ = trimtab("cost", file, "--json", "training.batch_size=3")
     assert status == 0 and json.loads(out)["batch_size"] == 3

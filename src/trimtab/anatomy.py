@@ -377,11 +377,14 @@ def put(value: Any, key: int | str, new: Any) -> Any:
     """The module's output with that element replaced, of the same kind."""
     if isinstance(value, Tensor):
         return new
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+    if hasattr(value, "_fields"):  # a named tuple
+        return value._replace(**{key if isinstance(key, str) else value._fields[key]: new})
+    if isinstance(value, (tuple, list)):
         items = list(value)
         items[key] = new  # type: ignore[index]
         return type(value)(items)
-    value[key] = new
+    name = list(value.keys())[key] if isinstance(key, int) else key  # a dict or a ModelOutput
+    value[name] = new
     return value
 
 

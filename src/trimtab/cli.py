@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (sys.argv[1:] if arguments is None else arguments):
         parser.print_help()
         return 0
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(_options_first(sys.argv[1:] if arguments is None else arguments))
     command = options.subcommand
     try:
         return globals()[f"_{command}"](options[command]) or 0
@@ -34,6 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"trimtab {command}: {error}", file=sys.stderr)
         return 2
+
+
+def _options_first(arguments: Sequence[str]) -> list[str]:
+    """The command, then its options, then the rest: argparse takes no more of a list after an option."""
+    command, options, rest = list(arguments[:1]), [], []
+    words = iter(arguments[1:])
+    for word in words:
+        if word in ("--out", "--dtype"):
+            options += [word, *([value] if (value := next(words, None)) is not None else [])]
+        else:
+            (options if word.startswith("-") else rest).append(word)
+    return command + options + rest
 
 
 def _parser() -> ArgumentParser:

@@ -59,14 +59,20 @@ def saved_bytes(function: Callable[[], Tensor], model: nn.Module) -> int:
     return sum(kept.values())
 
 
+_SAFETENSORS = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
+}  # fmt: skip
+
+
 def safetensors_size(tensors: dict[str, Tensor]) -> int:
     """Bytes of a safetensors file with these tensors, without writing it."""
-    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
     header, offset = {}, 0
-    # The library writes wide types first, then by name; only the digits of the offsets depend on that.
-    for name, t in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+    order = list(_SAFETENSORS)
+    # The library writes types from last to first of its own list, and within a type by name.
+    for name, t in sorted(tensors.items(), key=lambda item: (-order.index(item[1].dtype), item[0])):
         end = offset + t.numel() * t.element_size()
-        header[name] = {"dtype": names.get(t.dtype, "F32"), "shape": list(t.shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": _SAFETENSORS[t.dtype], "shape": list(t.shape), "data_offsets": [offset, end]}
         offset = end
     length = len(json.dumps(header, separators=(",", ":")).encode())
     return 8 + length + -length % 8 + offset

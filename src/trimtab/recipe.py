@@ -193,49 +193,74 @@ def _short_name(file: Path) -> str:
 
 def expand(raw: dict[str, Any], name: str, overrides: Iterable[str] = (), where: str = "recipe") -> list[Recipe]:
     """The same from a mapping."""
-    for key in raw:
-        if key not in _TOP:
-            raise RecipeError(f"{where}: {unknown('key', key, _TOP)}")
+    raw = _normal(raw, where)
     changes = [_override(o) for o in overrides]
-    wanted = {k: v for (k, v) in changes if k in ("variants", "seeds")}
-    variants = raw.get("variants") or {"default": {}}
+    wanted = {k: v for (k, v) in changes if k in ("variants", "seeds", "seed")}
+    variants = {k: _normal(v or {}, f"{where}: variants.{k}") for k, v in raw.get("variants", {"default": {}}).items()}
     if "variants" in wanted:  # variants=[full,unipt] keeps these
-        for label in wanted["variants"]:
+        for label in _list(wanted["variants"], f"{where}: variants"):
             if label not in variants:
                 raise RecipeError(f"{where}: {unknown('variant', label, variants)}")
         variants = {k: v for k, v in variants.items() if k in wanted["variants"]}
-    seeds = wanted.get("seeds") or raw.get("seeds") or [raw.get("seed", 0)]
     out = []
     for label, difference in variants.items():
-        for key in difference or {}:
-            if key not in _TOP:
-                raise RecipeError(f"{where}: variants.{label}: {unknown('key', key, _TOP)}")
-        for seed in seeds:
-            merged = _merge({k: v for k, v in raw.items() if k not in ("variants", "seeds")}, difference or {})
+        own = [difference["seed"]] if "seed" in difference else raw.get("seeds") or [raw.get("seed", 0)]
+        given = [wanted["seed"]] if "seed" in wanted else own
+        for seed in _list(wanted.get("seeds", given), f"{where}: seeds"):
+            merged = _merge({k: v for k, v in raw.items() if k not in ("variants", "seeds")}, difference)
             merged["seed"] = seed
             for key, value in changes:
-                if key not in ("variants", "seeds"):
+                if key not in ("variants", "seeds", "seed"):
                     _assign(merged, key, value, where)
             out.append(_resolve(merged, name, label, where))
     return out
+
+
+def _normal(raw: Any, where: str) -> dict[str, Any]:
+    """A recipe or a variant in its long form: sections as mappings, methods as a list; checks keys and shapes."""
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{where}: expected a mapping, found {raw!r}")
+    out = dict(raw)
+    for key, value in raw.items():
+        if key not in _TOP:
+            raise RecipeError(f"{where}: {unknown('key', key, _TOP)}")
+        if key in ("backbone", "task", "data") and isinstance(value, str):
+            out[key] = {"name": value}
+        elif key in ("backbone", "task", "data", "training", "variants") and not isinstance(value, dict):
+            raise RecipeError(f"{where}: {key}: expected a mapping, found {value!r}")
+        elif key == "methods":
+            entries = [value] if isinstance(value, (str, dict)) else _list(value or [], f"{where}: methods")
+            out[key] = [{"name": m} if isinstance(m, str) else m for m in entries]
+        elif key == "seeds":
+            _list(value, f"{where}: seeds")
+    return out
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise RecipeError(f"{where}: expected a list, found {value!r}")
+    return value
 
 
 def _resolve(raw: dict[str, Any], name: str, variant: str, where: str) -> Recipe:
     for key in ("backbone", "task", "data"):
         if key not in raw:
             raise RecipeError(f"{where}: the key '{key}' is missing")
-    section = {k: {"name": v} if isinstance(v, str) else v for k, v in raw.items()}
-    methods = [{"name": m} if isinstance(m, str) else dict(m) for m in raw.get("methods") or ()]
-    for what, part in [("task", section["task"]), ("data", section["data"]), *(("methods", m) for m in methods)]:
-        if "name" not in part:
+    raw = _normal(raw, where)  # an override may have brought a short form back
+    methods = raw.get("methods", [])
+    for what, part in [("task", raw["task"]), ("data", raw["data"]), *(("methods", m) for m in methods)]:
+        if not isinstance(part, dict) or "name" not in part:
             raise RecipeError(f"{where}: every entry of '{what}' needs a 'name'")
+    seed = raw.get("seed", 0)
+    if not isinstance(seed, int):
+        raise RecipeError(f"{where}: seed: expected a whole number, found {seed!r}")
     return Recipe(
-        backbone=build(BackboneSpec, section["backbone"], f"{where}: backbone"),
-        task=section["task"],
-        data=section["data"],
-        methods=tuple(methods),
-        training=build(TrainingSpec, raw.get("training") or {}, f"{where}: training"),
-        seed=int(raw.get("seed", 0)),
+        backbone=build(BackboneSpec, raw["backbone"], f"{where}: backbone"),
+        task=raw["task"],
+        data=raw["data"],
+        methods=tuple(dict(m) for m in methods),
+        training=build(TrainingSpec, raw.get("training", {}), f"{where}: training"),
+        seed=seed,
         title=raw.get("title", ""),
         name=name,
         variant=variant,

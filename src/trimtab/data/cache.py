@@ -20,6 +20,11 @@ def cache_dir() -> Path:
     return path
 
 
+def _not_written(path: Path, error: OSError) -> OSError:
+    reason = error.strerror or str(error)
+    return OSError(error.errno, f"{path}: not written ({reason}); what was there before stands")
+
+
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """Give a temporary name beside `path` to write to; on success rename it to `path`, on failure delete it.
@@ -35,9 +40,7 @@ def replace_file(path: Path) -> Iterator[Path]:
         partial.chmod(0o644)  # mkstemp makes private files; these are ordinary ones
         partial.replace(path)
     except OSError as error:
-        raise OSError(
-            error.errno, f"{path}: not written ({error.strerror or error}); what was there before stands"
-        ) from error
+        raise _not_written(path, error) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -58,5 +61,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
         except OSError:
             if not path.is_dir():
                 raise
+    except OSError as error:
+        raise _not_written(path, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -140,25 +140,34 @@ class Files:
         from datasets import Dataset, Image
 
         path = (self.validation or self.train) if split == "validation" else getattr(self, split)
-        rows = []
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                rows.append({**row, "image": {"path": str(Path(path).parent / row["image"]), "bytes": None}})
-            except (json.JSONDecodeError, TypeError, KeyError) as error:
-                raise ValueError(
-                    f"{path}, line {number}: expected a JSON object with 'image' ({type(error).__name__}: {error})"
-                ) from error
-        if not rows:
-            raise ValueError(f"{path}: holds no rows")
+        rows = [row for _, row in _json_lines(Path(path), "image")]
+        for row in rows:
+            row["image"] = {"path": str(Path(path).parent / row["image"]), "bytes": None}
         return Dataset.from_list(rows).cast_column("image", Image())
 
     def answers(self) -> Sequence[str]:
         """The answers of the training rows, in order of the alphabet."""
-        lines = Path(self.train).read_text(encoding="utf-8").splitlines()
-        return sorted({json.loads(line)["answer"] for line in lines if line.strip()})
+        return sorted({row["answer"] for _, row in _json_lines(Path(self.train), "answer")})
+
+
+def _json_lines(path: Path, *columns: str) -> list[tuple[int, dict]]:
+    """Numbered objects of a JSON-lines file; ValueError with the line's number if one is broken or lacks a column."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            missing = [c for c in columns if c not in row]
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: expected a JSON object ({error})") from error
+        if missing or not isinstance(row, dict):
+            lacking = missing[0] if missing else columns[0]
+            raise ValueError(f"{path}, line {number}: expected a JSON object with '{lacking}'")
+        rows.append((number, row))
+    if not rows:
+        raise ValueError(f"{path}: holds no rows")
+    return rows
 
 
 def _easy_vqa():

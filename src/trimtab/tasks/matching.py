@@ -59,7 +59,7 @@ class Matching(Task):
         batch = backbone.images([r["image"] for r in rows])
         if not train:
             return {**batch, **backbone.texts(texts)}
-        half, quarter = len(rows) // 2, 3 * len(rows) // 4
+        half, quarter = len(rows) // 2, max(1, 3 * len(rows) // 4)
         matched = torch.ones(len(rows))
         for i in range(quarter, len(rows)):  # the last quarter is mismatched
             own = rows[i]["foils"][pick[i] % len(rows[i]["foils"])]

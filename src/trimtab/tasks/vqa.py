@@ -53,7 +53,9 @@ class VQA(Task):
         return head(encoded.pooled).float()
 
     def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
-        return F.cross_entropy(self._logits(backbone, head, batch), batch["labels"])
+        labels = batch["labels"]
+        total = F.cross_entropy(self._logits(backbone, head, batch), labels, reduction="sum")
+        return total / (labels >= 0).sum().clamp(min=1)  # a batch without a known answer gives 0, not 0 / 0
 
     def predict(self, backbone: Any, head: nn.Module, batch: Batch) -> list[dict[str, Any]]:
         best = self._logits(backbone, head, batch).argmax(dim=-1).tolist()

@@ -84,6 +84,8 @@ def load(
             from trimtab.registry import unknown
 
             raise ValueError(unknown(what, value, valid))
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, found {rows}")
     schema = KINDS[kind]
     settings = {
         "kind": kind, "style": style, "split": split, "rows": rows, "seed": seed, "size": size,

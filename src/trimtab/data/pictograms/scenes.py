@@ -87,8 +87,16 @@ def compose(style: str, split: str, seed: int, index: int, size: int = 64, count
 
         raise ValueError(unknown("split", split, SPLITS))
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    drawings = art(style, count)
-    chosen = _choose(rng, split, count)
+    while True:
+        scene = _draw_scene(rng, art(style, count), _choose(rng, split, count), size, count)
+        # A thing that finds no free place is left out; the pair for which the scene was made must not go with it.
+        if split != "unseen-combinations" or _has_unseen_pair([t.concept for t in scene.things]):
+            return scene
+
+
+def _draw_scene(
+    rng: np.random.Generator, drawings: tuple[np.ndarray, ...], chosen: list[int], size: int, count: int
+) -> Scene:
     canvas = _background(rng, size)
     things: list[Thing] = []
     for i in chosen:
@@ -98,6 +106,10 @@ def compose(style: str, split: str, seed: int, index: int, size: int = 64, count
             canvas.alpha_composite(drawing, box[:2])
             things.append(Thing(concepts(count)[i], box))
     return Scene(np.asarray(canvas.convert("RGB")), tuple(things))
+
+
+def _has_unseen_pair(members: list[Concept]) -> bool:
+    return any(is_unseen_pair(a, b) for k, a in enumerate(members) for b in members[:k])
 
 
 def _choose(rng: np.random.Generator, split: str, count: int) -> list[int]:
@@ -114,8 +126,7 @@ def _choose(rng: np.random.Generator, split: str, count: int) -> list[int]:
             chosen[1:] = [chosen[0] if rng.random() < 0.6 else i for i in chosen[1:]]
         if split == "unseen-concepts":
             return chosen
-        pairs = [(a, b) for k, a in enumerate(chosen) for b in chosen[:k]]
-        if any(is_unseen_pair(names[a], names[b]) for a, b in pairs) == (split == "unseen-combinations"):
+        if _has_unseen_pair([names[i] for i in chosen]) == (split == "unseen-combinations"):
             return chosen
 
 
