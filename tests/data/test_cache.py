@@ -86,13 +86,7 @@ def test_the_first_of_two_finished_folders_stands(tmp_path):
     assert content(tmp_path) == ["set", "set/one"]
 
 
-@pytest.mark.parametrize(
-    "replace",
-    [
-        replace_file,
-        replace_folder,
-    ],
-)
+@pytest.mark.parametrize("replace", [replace_file, replace_folder])
 def test_a_full_disk_is_reported_with_the_target(replace, tmp_path):
     target = tmp_path / "weights"
     with pytest.raises(OSError) as error, replace(target):

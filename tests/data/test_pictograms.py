@@ -397,6 +397,17 @@ def test_table(kind, columns):
         assert all(0 <= left < right <= 48 and 0 <= top < bottom <= 48 for left, top, right, bottom in table["box"])
 
 
+def test_a_table_of_some_kinds_of_question():
+    few, every = (
+        pictograms.load("vqa", rows=30, size=24, per_scene=9, questions=kinds, progress=False)
+        for kinds in (("is there", "how many"), None)
+    )
+    assert set(few["kind"]) == {"is there", "how many"} and len(few) == 30
+    assert set(few["question"][:9]) <= set(every["question"]) and len(set(every["kind"])) > 4
+    with pytest.raises(ValueError, match="unknown kind of question 'how mny': did you mean 'how many'"):
+        pictograms.load("vqa", rows=3, questions=("how mny",), progress=False)
+
+
 def test_no_rows_are_an_empty_table_or_a_clear_error():
     try:
         assert len(pictograms.load("vqa", rows=0, progress=False)) == 0

@@ -39,6 +39,8 @@ class Pictograms:
     """At most this many rows of one scene."""
     count: int = 240
     """Concepts in the world."""
+    questions: tuple[str, ...] | None = None
+    """Kinds of question in a VQA task, such as `is there`; None for all of them."""
     skip_bad_images: bool = False
     """Leave out images that cannot be decoded instead of stopping."""
 
@@ -52,7 +54,7 @@ class Pictograms:
             raise ValueError(f"data 'pictograms': {unknown('task', task, self.tasks)}")
         name = self.split if split == "test" else split
         return pictograms.load(self.tasks[task], self.style, name, getattr(self, split), self.seed, self.size,
-                               self.per_scene, self.count)  # fmt: skip
+                               self.per_scene, self.count, self.questions)  # fmt: skip
 
     def answers(self) -> Sequence[str]:
         """The classes of a VQA task on this source."""

@@ -11,7 +11,7 @@ import inspect
 import json
 import logging
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from trimtab.data.cache import cache_dir, replace_folder
 from trimtab.data.pictograms import concepts as _concepts
 from trimtab.data.pictograms import language, scenes
 from trimtab.data.pictograms.language import answers
-from trimtab.registry import Registry
+from trimtab.registry import Registry, unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -55,6 +55,7 @@ def load(
     size: int = 64,
     per_scene: int = 1,
     count: int = 240,
+    questions: Sequence[str] | None = None,
     progress: bool = True,
 ) -> Dataset:
     """The first `rows` rows of a split, from the cache folder if they were made before.
@@ -68,6 +69,7 @@ def load(
         size: side of the images in pixels.
         per_scene: at most this many rows from one scene.
         count: number of concepts in the world.
+        questions: kinds of question to ask (`language.QUESTION_KINDS`), None for all; only `vqa` has them.
         progress: show a progress bar for work of more than two seconds.
 
     Returns:
@@ -81,15 +83,16 @@ def load(
 
     for value, valid, what in ((style, _concepts.STYLES, "style"), (split, scenes.SPLITS, "split")):
         if value not in valid:
-            from trimtab.registry import unknown
-
             raise ValueError(unknown(what, value, valid))
+    for question in questions or ():
+        if question not in language.QUESTION_KINDS:
+            raise ValueError(unknown("kind of question", question, language.QUESTION_KINDS))
     if rows < 1:
         raise ValueError(f"rows must be at least 1, found {rows}")
     schema = KINDS[kind]
     settings = {
         "kind": kind, "style": style, "split": split, "rows": rows, "seed": seed, "size": size,
-        "per_scene": per_scene, "count": count,
+        "per_scene": per_scene, "count": count, "questions": list(questions or ()),
     }  # fmt: skip
     stamp = hashlib.sha256(json.dumps([settings, _code_stamp()], sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_dir() / f"pictograms-{kind}-{style}-{split}-{rows}-{stamp}"
@@ -155,7 +158,8 @@ def _chunk(job: tuple[dict[str, Any], int]) -> list[dict[str, Any]]:
     for index in range(start, start + 250):
         scene = scenes.compose(s["style"], s["split"], s["seed"], index, s["size"], s["count"])
         rng = np.random.default_rng([s["seed"], scenes.SPLITS.index(s["split"]), index, 1])
-        rows = KINDS[s["kind"]].rows(scene, rng, s["count"])[: s["per_scene"]]
+        rows = KINDS[s["kind"]].rows(scene, rng, s["count"])
+        rows = [r for r in rows if not s["questions"] or r.get("kind") in s["questions"]][: s["per_scene"]]
         if rows:
             image = {"bytes": scene.png(), "path": None}
             out += [{"image": image, **row} for row in rows]
