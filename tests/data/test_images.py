@@ -56,7 +56,7 @@ def test_without_a_path_it_is_named_by_its_place():
     "cell",
     [
         {"bytes": None, "path": None},
-        pytest.param(None, marks=pytest.mark.xfail(strict=True, reason="a null image is a KeyError")),
+        None,
     ],
 )
 def test_a_cell_without_an_image_is_an_image_error(cell):

@@ -145,7 +145,7 @@ def test_files_give_rows_with_pictures_beside_them(folder, monkeypatch):
         "[1, 2]",
         "7",
         '{"question": "?"}',
-        pytest.param('{"image": 5}', marks=pytest.mark.xfail(strict=True, reason="a TypeError without file and line")),
+        '{"image": 5}',
     ],
 )
 def test_a_bad_line_is_named_by_its_number(line, folder):

@@ -134,6 +134,10 @@ class Backbone(nn.Module):
             (partial / "model.safetensors").chmod(0o644)
             (partial / "preprocessor_config.json").write_text(json.dumps(prepare, indent=1) + "\n")
 
+    def fold_projections(self, image: Tensor, text: Tensor, scale: Tensor) -> None:
+        """Put linear maps that follow the features, (D, D) each, into the model; ValueError if it has no place for them."""
+        raise ValueError(f"{self.name}: {type(self.model).__name__} has no projections to fold a head into")
+
     def start_from(self, other: Backbone) -> None:
         """Fill what has the same role with another backbone's weights."""
         raise ValueError(f"a {type(self).__name__} cannot start from {other.name!r}")

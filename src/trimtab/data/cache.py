@@ -15,7 +15,7 @@ def cache_dir() -> Path:
     root = (
         os.environ.get("TRIMTAB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "trimtab"
     )
-    path = Path(root)
+    path = Path(root).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     return path
 

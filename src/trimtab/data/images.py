@@ -27,10 +27,11 @@ def decode(cell: Any, where: str = "image") -> Any:
     cell = cell or {}
     name = cell.get("path") or where
     try:
-        image = Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell["path"])
+        image = Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell.get("path"))
         image.load()
         return image
-    except (UnidentifiedImageError, OSError, SyntaxError, TypeError, AttributeError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError, AttributeError,
+            Image.DecompressionBombError) as error:  # fmt: skip
         raise ImageError(
             f"{name}: cannot be decoded as an image ({error}); mend it, or leave it out with data.skip_bad_images=true"
         ) from error

@@ -142,9 +142,11 @@ class Files:
         from datasets import Dataset, Image
 
         path = (self.validation or self.train) if split == "validation" else getattr(self, split)
-        rows = [row for _, row in _json_lines(Path(path), "image")]
-        for row in rows:
-            row["image"] = {"path": str(Path(path).parent / row["image"]), "bytes": None}
+        rows = []
+        for number, row in _json_lines(Path(path), "image"):
+            if not isinstance(row["image"], str):
+                raise ValueError(f"{path}, line {number}: expected 'image' to be a path, found {row['image']!r}")
+            rows.append({**row, "image": {"path": str(Path(path).parent / row["image"]), "bytes": None}})
         return Dataset.from_list(rows).cast_column("image", Image())
 
     def answers(self) -> Sequence[str]:

@@ -84,6 +84,8 @@ def load(
     for value, valid, what in ((style, _concepts.STYLES, "style"), (split, scenes.SPLITS, "split")):
         if value not in valid:
             raise ValueError(unknown(what, value, valid))
+    if questions and kind != "vqa":
+        raise ValueError(f"only 'vqa' rows have kinds of question, {kind!r} rows have none: leave out `questions`")
     for question in questions or ():
         if question not in language.QUESTION_KINDS:
             raise ValueError(unknown("kind of question", question, language.QUESTION_KINDS))
