@@ -53,6 +53,15 @@ def test_the_same_recipe_gives_the_same_metrics_twice(finished, tmp_path):
     assert json.loads((finished[0] / "run.json").read_text())["seconds"] > 0
 
 
+def test_no_steps_train_and_store_nothing(tiny_raw, tmp_path):
+    r = recipe.expand(tiny_raw("tiny-clip", "retrieval", [], steps=0), "test")[0]
+    folder = run.run(r, tmp_path / "run")
+    costs = json.loads((folder / "costs.json").read_text())
+    assert costs["trainable_params"] == costs["saved_activation_bytes"] == 0
+    assert not load_file(folder / "weights.safetensors")
+    run.load(folder)
+
+
 def test_another_seed_gives_another_model(finished, tmp_path, tiny_raw):
     other = recipe.expand({**tiny_raw("tiny-vilt", "vqa", ["unipt"]), "seed": 1}, "test")[0]
     first, second = (load_file(f / "weights.safetensors") for f in (finished[0], run.run(other, tmp_path / "other")))

@@ -209,6 +209,7 @@ def _estimate(recipe: Recipe) -> dict[str, Any]:
     for method in parts.methods:
         method.assume(parts.subject, anatomy)
         anatomy = method.attach(parts.subject, anatomy)
+    parts.settle()
     costs = _counts(parts.model, parts.model.example(1), parts.model.example(recipe.training.batch_size))
     zeros = sum(m.state.get("prunable", 0) - m.state.get("kept", 0) for m in parts.methods)
     return {

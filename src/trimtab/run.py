@@ -58,6 +58,7 @@ class Assembly:
     source: Any
     task: Task
     methods: list[Method]
+    trains: bool = True
 
     @property
     def subject(self) -> nn.Module:
@@ -70,7 +71,13 @@ class Assembly:
         anatomy = self.model.backbone.anatomy
         for method in self.methods:
             anatomy = method.attach(self.subject, anatomy)
+        self.settle()
         return anatomy
+
+    def settle(self) -> None:
+        """A recipe of 0 steps trains nothing, its head neither: nothing of it is counted or stored as learned."""
+        if not self.trains:
+            self.model.requires_grad_(False)
 
     def detach_learned(self) -> dict[str, Tensor]:
         """What must be stored to get this model back: trained tensors, buffers beside them, methods' tensors."""
@@ -100,7 +107,7 @@ def assemble(recipe: Recipe) -> Assembly:
         backbone.set_attention(spec.attention)
     if spec.start_from:
         backbone.start_from(backbones.load(spec.start_from))
-    return Assembly(TaskModel(backbone, task), source, task, methods)
+    return Assembly(TaskModel(backbone, task), source, task, methods, recipe.training.steps > 0)
 
 
 def check(recipe: Recipe) -> None:
@@ -199,6 +206,7 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
         session.anatomy = anatomy
         method.prepare(session)
         anatomy = method.attach(parts.subject, anatomy)
+    parts.settle()
     callbacks = [c for m in parts.methods for c in m.callbacks()]
     set_seed(recipe.seed)
     checkpoints = folder / "checkpoints"

@@ -135,7 +135,7 @@ class Backbone(nn.Module):
             (partial / "preprocessor_config.json").write_text(json.dumps(prepare, indent=1) + "\n")
 
     def fold_projections(self, image: Tensor, text: Tensor, scale: Tensor) -> None:
-        """Put linear maps that follow the features, (D, D) each, into the model; ValueError if it has no place for them."""
+        """Put linear maps that follow the features into the model; ValueError if it has no place for them."""
         raise ValueError(f"{self.name}: {type(self.model).__name__} has no projections to fold a head into")
 
     def start_from(self, other: Backbone) -> None:
