@@ -173,11 +173,16 @@ class Anatomy:
                 return t
         raise ValueError(unknown("tower", name, [t.name for t in self.towers]))
 
-    def modality(self, path: str) -> Modality | None:
-        """Modality of the tower to whose scope a module or parameter belongs, None for heads and the rest."""
+    def owner(self, path: str) -> Tower | None:
+        """The tower to whose scope a module or parameter belongs, None for heads and the rest."""
         if _under(path, self.heads):
             return None
-        return next((t.modality for t in self.towers if _under(path, t.scope)), None)
+        return next((t for t in self.towers if _under(path, t.scope)), None)
+
+    def modality(self, path: str) -> Modality | None:
+        """Modality of the tower that owns a module or parameter, None for heads and the rest."""
+        tower = self.owner(path)
+        return tower.modality if tower else None
 
     def weights(self, model: nn.Module) -> list[Weight]:
         """The prunable matrices in the order of `named_modules`, each tied one once.

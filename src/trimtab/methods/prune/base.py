@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.anatomy import Anatomy, Weight
+from trimtab.anatomy import Anatomy, Tap, Weight, read
 from trimtab.methods.base import Method, Session
 
 if TYPE_CHECKING:
@@ -76,15 +76,11 @@ class InputNorms:
         self.samples: dict[str, int] = {}
         self.masks: dict[str, Tensor | None] = {}
         self.handles = []
-        from trimtab.anatomy import Tap, read
-
         for tower in anatomy.towers:
             if tower.mask is not None:
                 keep = lambda mask, name=tower.name: self.masks.__setitem__(name, mask)  # noqa: E731
                 self.handles.append(read(model, tower.mask, keep))
-        self.tower_of = {
-            w.path: next((t.name for t in anatomy.towers if _inside(w.module, t.scope)), "") for w in weights
-        }
+        self.tower_of = {w.path: tower.name for w in weights if (tower := anatomy.owner(w.module))}
         for weight in weights:
             add = lambda x, path=weight.path: self._add(path, x)  # noqa: E731
             self.handles.append(read(model, Tap(weight.module, "input", 0), add))
@@ -111,10 +107,6 @@ class InputNorms:
         if silent:
             raise ValueError(f"calibration never reached {len(silent)} linear layers, first '{silent[0]}'")
         return {path: total / self.samples[path] for path, total in self.sums.items()}
-
-
-def _inside(path: str, scope: tuple[str, ...]) -> bool:
-    return any(path == s or path.startswith(s + ".") for s in scope)
 
 
 class Pruner(Method):
