@@ -23,8 +23,7 @@ def shrink(r: recipe.Recipe) -> recipe.Recipe:
     """The same recipe with little data and few steps."""
     methods = tuple({k: FEW.get(k, v) for k, v in {**m, **_needed(m)}.items()} for m in r.methods)
     training = replace(r.training, steps=min(r.training.steps, 2), batch_size=8, save_every=None)
-    backbone = replace(r.backbone, start_from=r.backbone.start_from)
-    return replace(r, methods=methods, training=training, data={**r.data, **SMALL}, backbone=backbone)
+    return replace(r, methods=methods, training=training, data={**r.data, **SMALL})
 
 
 def _needed(method: dict) -> dict:

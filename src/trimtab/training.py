@@ -154,8 +154,8 @@ def fit(
 def keep_freed_memory() -> None:
     """Let glibc keep what a training step frees, instead of returning it to the system and faulting it in again.
 
-    On a CPU every step allocates the same hundreds of megabytes; without this half of the time can go into page faults
-    (measured on tiny-vilt, batch 32, one core: 1.7 to 1.9 times faster steps). Elsewhere than on glibc it does nothing.
+    On a CPU every step allocates the same hundreds of megabytes, and faulting their pages in again takes much of its
+    time. Elsewhere than on glibc it does nothing.
     """
     if torch.cuda.is_available() or not sys.platform.startswith("linux"):
         return
