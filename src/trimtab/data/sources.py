@@ -21,8 +21,8 @@ SOURCES: Registry[type] = Registry("data source")
 class Pictograms:
     """The built-in world (`trimtab.data.pictograms`)."""
 
-    style: Literal["twemoji", "openmoji"] = "openmoji"
-    """Whose drawings: our small models are pretrained on `twemoji`, so that `openmoji` is a new style to them."""
+    style: Literal["twemoji", "openmoji", "twemoji-varied"] = "openmoji"
+    """Whose drawings: our small models are pretrained on `twemoji`, plain and redrawn, so that `openmoji` is new to them."""
     train: int = 2000
     """Rows to train on."""
     test: int = 500

@@ -19,7 +19,7 @@ import numpy as np
 
 from trimtab.data.cache import cache_dir, replace_folder
 from trimtab.data.pictograms import concepts as _concepts
-from trimtab.data.pictograms import language, scenes
+from trimtab.data.pictograms import language, scenes, variation
 from trimtab.data.pictograms.language import answers
 from trimtab.registry import Registry, unknown
 
@@ -62,7 +62,7 @@ def load(
 
     Args:
         kind: name in `KINDS`: `retrieval`, `vqa` or `grounding`.
-        style: `twemoji` or `openmoji`.
+        style: `twemoji`, `openmoji` or `twemoji-varied`.
         split: `train`, `validation`, `test`, `unseen-concepts` or `unseen-combinations` (see `scenes.compose`).
         rows: number of rows; scenes that give none (no phrase fits one thing alone) are passed over.
         seed: another seed gives other scenes.
@@ -121,7 +121,7 @@ def _quiet() -> None:
 
 def _code_stamp() -> str:
     """A hash of the code that makes the rows, so that a changed generator never reads an old cache."""
-    sources = (inspect.getsource(module) for module in (_concepts, scenes, language))
+    sources = (inspect.getsource(module) for module in (_concepts, variation, scenes, language))
     own = "".join(inspect.getsource(kind.rows) for _, kind in KINDS.items())
     return hashlib.sha256(("".join(sources) + own).encode()).hexdigest()
 

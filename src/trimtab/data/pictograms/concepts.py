@@ -1,13 +1,14 @@
-"""The things that can stand in a scene: a name, a category and one drawing per style.
+"""The things that can stand in a scene: a name, a category and drawings in each style.
 
 The drawings are real illustrators' work from PyPI packages: Twemoji (CC-BY-4.0, 72 px PNG) is the style in which our
 small models are pretrained, OpenMoji (CC-BY-SA-4.0, SVG) the style to which they are transferred. The `emoji` package
-(Unicode CLDR) gives the names. A concept is used only when both styles draw it.
+(Unicode CLDR) gives the names. A concept is used only when both draw it. `twemoji-varied` is Twemoji redrawn (see `variation`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import re
 from dataclasses import dataclass
@@ -16,10 +17,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from rich.progress import track
 
 from trimtab.data.cache import cache_dir, replace_file
+from trimtab.data.pictograms import variation
+from trimtab.data.pictograms.variation import VARIANTS, vary
 
-STYLES = ("twemoji", "openmoji")
+STYLES = ("twemoji", "openmoji", "twemoji-varied")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 ART_SIZE = 72  # px; Twemoji's native raster size, so that its drawings are never enlarged
 
@@ -144,11 +148,12 @@ def _draw(concept: Concept, style: str) -> np.ndarray:
 
 
 @cache
-def art(style: str, count: int = 240) -> tuple[np.ndarray, ...]:
+def art(style: str, count: int = 240) -> tuple[tuple[np.ndarray, ...], ...]:
     """The drawings of `concepts(count)` in one style, drawn once and then read from the cache folder.
 
     Returns:
-        One RGBA array per concept, uint8 of shape (H, W, 4), trimmed to its visible part.
+        For each concept one drawing, or `VARIANTS` of them in a varied style: RGBA arrays, uint8 of shape (H, W, 4),
+        trimmed to their visible part.
 
     Raises:
         ValueError: if the style is unknown.
@@ -158,11 +163,22 @@ def art(style: str, count: int = 240) -> tuple[np.ndarray, ...]:
 
         raise ValueError(unknown("style", style, STYLES))
     names = concepts(count)
-    stamp = hashlib.sha256(" ".join(c.code for c in names).encode()).hexdigest()[:12]
+    varied = style.endswith("-varied")
+    recipe = [c.code for c in names] + ([inspect.getsource(variation)] if varied else [])
+    stamp = hashlib.sha256(" ".join(recipe).encode()).hexdigest()[:12]
     path = cache_dir() / f"art-{style}-{stamp}.npz"
     if not path.exists():
-        drawings = {c.code: _draw(c, style) for c in names}
+        drawings = {}
+        for concept in track(names, f"redrawing {count} things", disable=not varied, transient=True):
+            plain = _draw(concept, style.removesuffix("-varied"))
+            for k, drawing in enumerate(_redrawn(concept, plain) if varied else [plain]):
+                drawings[f"{concept.code}.{k}"] = drawing
         with replace_file(path) as partial, partial.open("wb") as file:
             np.savez(file, **drawings)
     with np.load(path) as stored:
-        return tuple(stored[c.code] for c in names)
+        return tuple(tuple(stored[f"{c.code}.{k}"] for k in range(VARIANTS if varied else 1)) for c in names)
+
+
+def _redrawn(concept: Concept, plain: np.ndarray) -> list[np.ndarray]:
+    rng = np.random.default_rng(int(hashlib.sha256(concept.code.encode()).hexdigest()[:12], 16))
+    return [plain] + [vary(plain, rng, keep_hue=concept.colour is not None) for _ in range(VARIANTS - 1)]

@@ -35,7 +35,8 @@ def answers(count: int = 240) -> tuple[str, ...]:
 
 
 def article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+    vowel = noun[0] in "aeiou" and not noun.startswith("uni")  # the first sound decides: a unicorn, an hourglass
+    return f"{'an' if vowel or noun.startswith('hour') else 'a'} {noun}"
 
 
 def plural(noun: str) -> str:
@@ -73,7 +74,8 @@ def place(thing: Thing, size: int) -> str | None:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One sentence that names everything in the scene; for two single things often with their relation."""
+    """One sentence that names everything in the scene; for two single things often with their relation, else at times
+    with the place of one."""
     return _sentence(_mentions(scene, rng), scene, rng)
 
 
@@ -113,6 +115,11 @@ def _sentence(mentions: list[tuple[str, int]], scene: Scene, rng: np.random.Gene
     if related and rng.random() < 0.6:
         return f"{article(mentions[0][0])} {related} {article(mentions[1][0])}"
     parts = [article(name) if n == 1 else f"{NUMBERS[n]} {plural(name)}" for name, n in mentions]
+    placed = {t.concept.name: place(t, len(scene.image)) for t in scene.things}
+    k = int(rng.integers(len(parts)))
+    name, n = mentions[k]
+    if n == 1 and placed.get(name) and rng.random() < 0.5:
+        parts[k] += f" {'in' if placed[name] == 'centre' else 'at'} the {placed[name]}"
     start = ("", "a picture of ", "there is " if mentions[0][1] == 1 else "there are ")[int(rng.integers(3))]
     return start + (parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}")
 

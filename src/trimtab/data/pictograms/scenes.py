@@ -71,7 +71,7 @@ def compose(style: str, split: str, seed: int, index: int, size: int = 64, count
     """Make scene number `index` of a split.
 
     Args:
-        style: `twemoji` or `openmoji`.
+        style: `twemoji`, `openmoji` or `twemoji-varied`.
         split: `train`, `validation` and `test` share their concepts and pairs but no scene; `unseen-concepts` holds
             only concepts, and `unseen-combinations` at least one pair of concepts, that no training scene has.
         seed: another seed gives other scenes.
@@ -95,15 +95,17 @@ def compose(style: str, split: str, seed: int, index: int, size: int = 64, count
 
 
 def _draw_scene(
-    rng: np.random.Generator, drawings: tuple[np.ndarray, ...], chosen: list[int], size: int, count: int
+    rng: np.random.Generator, drawings: tuple[tuple[np.ndarray, ...], ...], chosen: list[int], size: int, count: int
 ) -> Scene:
     canvas = _background(rng, size)
     things: list[Thing] = []
     for i in chosen:
-        placed = _place(rng, drawings[i], size, len(chosen), [t.box for t in things])
+        variants = drawings[i]
+        drawing = variants[int(rng.integers(len(variants)))] if len(variants) > 1 else variants[0]
+        placed = _place(rng, drawing, size, len(chosen), [t.box for t in things])
         if placed is not None:
-            drawing, box = placed
-            canvas.alpha_composite(drawing, box[:2])
+            scaled, box = placed
+            canvas.alpha_composite(scaled, box[:2])
             things.append(Thing(concepts(count)[i], box))
     return Scene(np.asarray(canvas.convert("RGB")), tuple(things))
 
