@@ -68,6 +68,13 @@ def test_overrides_of_short_forms(raw):
     assert only(raw, "data.train=5").data == {"name": "pictograms", "train": 5}
 
 
+def test_an_override_of_one_variant_leaves_the_others(raw):
+    raw |= {"variants": {"a": {}, "b": {"training": {"steps": 6}}}, "seeds": [0]}
+    found = expand(raw, "test", ["variants.b.training.steps=9", "variants.b.seed=5", "training.batch_size=2"])
+    assert [(r.training.steps, r.seed, r.training.batch_size) for r in found][1] == (9, 5, 2)
+    assert found[0].training.steps == expand(raw, "test")[0].training.steps and found[0].seed == 0
+
+
 def test_overrides_come_after_variants_and_choose_among_them(raw):
     raw |= {"variants": {k: {"training": {"steps": n}} for k, n in (("a", 5), ("b", 6), ("c", 7))}, "seeds": [0]}
     found = expand(raw, "test", ["variants=[c,a]", "seeds=[1,2]", "training.batch_size=2"])
@@ -190,6 +197,9 @@ def test_a_wrong_value_names_its_field(change, words, raw):
         ({"seeds": 3}, (), "seeds"),
         ({}, ("seeds=3",), "seeds"),
         ({"variants": ["a"]}, (), "variants"),
+        ({"variants": {"a": {"seeds": [1]}}}, (), "variants.a: 'seeds' belongs beside 'variants'"),
+        ({"variants": {"abc": {}}}, ("variants.abd.training.steps=3",), "unknown variant 'abd': did you mean 'abc'"),
+        ({"variants": {"abc": {}}}, ("variants.abc=3",), "'variants.abc': names no field of a variant"),
         ({"backbone": None}, (), "backbone"),
         ({"task": None}, (), "task"),
         ({"training": 5}, (), "training"),

@@ -213,16 +213,25 @@ def expand(raw: dict[str, Any], name: str, overrides: Iterable[str] = (), where:
             if label not in variants:
                 raise RecipeError(f"{where}: {unknown('variant', label, variants)}")
         variants = {k: v for k, v in variants.items() if k in wanted["variants"]}
+    for key, _ in changes:
+        if key.startswith("variants."):
+            label, _, field = key.removeprefix("variants.").partition(".")
+            if label not in variants or field in ("", "variants", "seeds"):
+                problem = "names no field of a variant" if label in variants else unknown("variant", label, variants)
+                raise RecipeError(f"{where}: '{key}': {problem}")
     out = []
     for label, difference in variants.items():
+        if misplaced := {"variants", "seeds"} & difference.keys():
+            raise RecipeError(f"{where}: variants.{label}: '{min(misplaced)}' belongs beside 'variants', not into one")
         own = [difference["seed"]] if "seed" in difference else raw.get("seeds") or [raw.get("seed", 0)]
         given = [wanted["seed"]] if "seed" in wanted else own
         for seed in _list(wanted.get("seeds", given), f"{where}: seeds"):
             merged = _merge({k: v for k, v in raw.items() if k not in ("variants", "seeds")}, difference)
             merged["seed"] = seed
             for key, value in changes:
-                if key not in ("variants", "seeds", "seed"):
-                    _assign(merged, key, value, where)
+                own_key = key.removeprefix(f"variants.{label}.")  # variants.full.training.steps=9 is for that one
+                if key not in ("variants", "seeds", "seed") and not own_key.startswith("variants."):
+                    _assign(merged, own_key, value, where)
             out.append(_resolve(merged, name, label, where))
     return out
 

@@ -184,10 +184,10 @@ def test_a_place_in_a_caption_is_where_the_thing_stands():
     for scene in some_scenes("train"):
         for k in range(4):
             sentence = language.caption(scene, np.random.default_rng(k))
-            found = re.search(r"(?:^|, | and |is |of )an? ([a-z ]+?) (?:at|in) the (top left|top right|bottom left|bottom right|centre)", sentence)
-            if found:
-                said += 1
-                assert language.place(named(scene, found[1]), len(scene.image)) == found[2], sentence
+            for part in re.split(r", | and ", re.sub(r"^(a picture of|there is|there are) ", "", sentence)):
+                if found := re.fullmatch(r"an? (.+) (?:at|in) the (.+)", part):
+                    said += 1
+                    assert language.place(named(scene, found[1]), len(scene.image)) == found[2], sentence
     assert said > 20
 
 
@@ -200,6 +200,11 @@ def test_concepts_cannot_be_mistaken_for_each_other():
         assert not any(c.name in other.name.split() or c.name == other.noun for other in concepts() if other is not c)
     assert {c.colour for c in concepts()} <= {None, *COLOURS}
     assert concepts(50) == concepts()[:50]
+
+
+def test_a_world_too_small_for_a_split():
+    with pytest.raises(ValueError, match="a world of 12 concepts has 1 unseen ones, the split 'unseen-concepts' needs 4"):
+        scenes.compose("twemoji", "unseen-concepts", 0, 0, count=12)
 
 
 def test_more_concepts_than_there_are():

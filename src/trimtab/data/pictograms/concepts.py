@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import io
 import re
+import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -164,7 +165,7 @@ def art(style: str, count: int = 240) -> tuple[tuple[np.ndarray, ...], ...]:
         raise ValueError(unknown("style", style, STYLES))
     names = concepts(count)
     varied = style.endswith("-varied")
-    recipe = [c.code for c in names] + ([inspect.getsource(variation)] if varied else [])
+    recipe = [c.code for c in names] + [inspect.getsource(m) for m in (sys.modules[__name__], variation)[: 1 + varied]]
     stamp = hashlib.sha256(" ".join(recipe).encode()).hexdigest()[:12]
     path = cache_dir() / f"art-{style}-{stamp}.npz"
     if not path.exists():
