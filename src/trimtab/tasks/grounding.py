@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,26 +15,51 @@ from trimtab.tasks.base import TASKS, Batch, Task
 
 
 class BoxHead(nn.Module):
-    """Every image token votes for a box and says how much its vote counts; the box is the weighted mean.
+    """Every image token draws a box around itself; the box is their mean, weighted by how well they fit the words.
 
-    Needs no grid and no order of the tokens (their positions are in their features), so that it serves any backbone.
+    As in FCOS (Tian et al., ICCV 2019), a token gives its distances to the four sides, so that the centre need not be
+    learned from the features. A token's weight is a bias of its own plus the product of a key from it and a query from
+    the words: image-text matching teaches words to look at patches, not patches to look at words. The tokens are a
+    square grid in row-major order (`Encoded.image_tokens`).
     """
 
     def __init__(self, width: int):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 5))
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, P, D) -> centre x, centre y, width, height as shares of the picture, (B, 4)."""
-        weight, box = self.layers(tokens).float().split([1, 4], dim=-1)
-        return (weight.softmax(dim=1) * box.sigmoid()).sum(dim=1)
+    def forward(self, tokens: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Image tokens (B, P, D) and the words' mean (B, D) -> corners as shares of the picture (B, 4), and the log of
+        each token's weight in them (B, P)."""
+        votes, sides = self.layers(tokens).float().split([1, 4], dim=-1)
+        meant = (self.key(tokens) @ self.query(words)[..., None]).float() / tokens.shape[-1] ** 0.5  # (B, P, 1)
+        shares = (votes + meant).squeeze(-1).log_softmax(dim=1)
+        here = grid(tokens.shape[1], tokens.device).repeat(1, 2)  # (P, 4): x, y, x, y
+        # A start of 0.2 of the picture to each side is a box of the usual size.
+        reach = (sides - 1.4).sigmoid() * torch.tensor([-1.0, -1.0, 1.0, 1.0], device=tokens.device)
+        return (shares.exp()[..., None] * (here + reach)).sum(dim=1), shares
+
+
+def grid(tokens: int, device: torch.device) -> Tensor:
+    """Centres (x, y) of a square grid of that many patches as shares of the picture, row by row, (tokens, 2).
+
+    Raises:
+        ValueError: if the number is no square.
+    """
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ValueError(f"grounding needs image tokens that form a square grid, the backbone gives {tokens}")
+    axis = (torch.arange(side, device=device) + 0.5) / side
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.stack([x, y], dim=-1).flatten(0, 1)
 
 
 @TASKS.register("grounding")
 class Grounding(Task):
     """Columns `image`, `phrase`, `box` (left, top, right, bottom in pixels of the picture).
 
-    Loss as in DETR (section 3.1): 5 x L1 + 2 x generalised IoU. Accuracy: share of boxes with IoU of at least 0.5.
+    Loss as in DETR (section 3.1): 5 x L1 + 2 x generalised IoU, and beside it the log of the share in the vote of the
+    patches inside the box, as MDETR aligns phrases and regions. Accuracy: share of boxes with IoU of at least 0.5.
     """
 
     name = "grounding"
@@ -59,19 +85,24 @@ class Grounding(Task):
         box = torch.tensor([0.2, 0.2, 0.6, 0.6]).expand(size, 4)
         return {**backbone.example(size), "boxes": box, "sizes": torch.ones(size, 4)}
 
-    def _boxes(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
+    def _boxes(self, backbone: Any, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         encoded = backbone.pair(batch["pixel_values"], batch["input_ids"], batch["attention_mask"])
-        return head(encoded.tokens[:, encoded.image_tokens])
+        mask = batch["attention_mask"][..., None].to(encoded.tokens.dtype)
+        words = (encoded.tokens[:, : mask.shape[1]] * mask).sum(dim=1) / mask.sum(dim=1)  # the text comes first
+        return head(encoded.tokens[:, encoded.image_tokens], words)
 
     def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
-        found = self._boxes(backbone, head, batch)
+        found, shares = self._boxes(backbone, head, batch)
         target = batch["boxes"]
-        centred = torch.cat([(target[:, :2] + target[:, 2:]) / 2, target[:, 2:] - target[:, :2]], dim=-1)
-        _, generalised = iou(corners(found), target)
-        return 5 * F.l1_loss(found, centred) + 2 * (1 - generalised).mean()
+        _, generalised = iou(found, target)
+        centre = grid(shares.shape[1], shares.device)
+        inside = ((centre > target[:, None, :2]) & (centre < target[:, None, 2:])).all(dim=-1)  # (B, P)
+        inside |= ~inside.any(dim=1, keepdim=True)  # a box between the centres of four patches asks nothing of the vote
+        vote = -shares.masked_fill(~inside, -torch.inf).logsumexp(dim=1).mean()
+        return 5 * F.l1_loss(centred(found), centred(target)) + 2 * (1 - generalised).mean() + vote
 
     def predict(self, backbone: Any, head: nn.Module, batch: Batch) -> list[dict[str, Any]]:
-        boxes = corners(self._boxes(backbone, head, batch)).clamp(0, 1)
+        boxes = self._boxes(backbone, head, batch)[0].clamp(0, 1)
         overlap, _ = iou(boxes, batch["boxes"])
         pixels = (boxes * batch["sizes"]).tolist()
         return [{"box": box, "iou": o} for box, o in zip(pixels, overlap.tolist(), strict=True)]
@@ -89,10 +120,10 @@ class Grounding(Task):
         ]  # fmt: skip
 
 
-def corners(boxes: Tensor) -> Tensor:
-    """(centre x, centre y, width, height) -> (left, top, right, bottom), last axis 4."""
-    centre, side = boxes.split(2, dim=-1)
-    return torch.cat([centre - side / 2, centre + side / 2], dim=-1)
+def centred(boxes: Tensor) -> Tensor:
+    """(left, top, right, bottom) -> (centre x, centre y, width, height), last axis 4."""
+    low, high = boxes.split(2, dim=-1)
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
 def iou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

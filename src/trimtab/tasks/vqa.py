@@ -18,8 +18,9 @@ from trimtab.tasks.base import TASKS, Batch, Task
 class VQA(Task):
     """Columns `image`, `question`, `answer`; with a column `kind`, accuracy is given for each kind of question too.
 
-    The head is ViLT's: two linear layers with LayerNorm and GELU between, on the pooled feature. An answer outside
-    `answers` is never right, and no gradient comes from it.
+    The head is ViLT's: two linear layers with LayerNorm and GELU between. It reads the first token itself and not the
+    pooled feature: a pooler that was trained to match keeps what tells a match from none and little else. An answer
+    outside `answers` is never right, and no gradient comes from it.
     """
 
     name = "vqa"
@@ -50,7 +51,7 @@ class VQA(Task):
 
     def _logits(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
         encoded = backbone.pair(batch["pixel_values"], batch["input_ids"], batch["attention_mask"])
-        return head(encoded.pooled).float()
+        return head(encoded.tokens[:, 0]).float()
 
     def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
         labels = batch["labels"]
