@@ -174,3 +174,43 @@ def multiflow(case: Case) -> Iterator[Check | Skipped]:
         wrong = sum(gone[path] != int(share * masks[path].numel()) for path, share in shares.items())
         yield Check(f"{name}: tensors that give another number", wrong, 0)
         yield different(f"{name}.mask", masks, case.tensors, f"{name}.mask.")
+
+
+@compares("pruner chita", "pruner chitapp")
+def chita(case: Case) -> Iterator[Check | Skipped]:
+    """Weights within 1e-5, or within one and a half times what the reference's weights move by when it is run in double
+    precision, which the case states: ours are solved for in double precision."""
+    model, info = Toy(case), case.info
+    settings = {"ridge": info["lambda_"], "block_size": int(info["block_size"]), "faithful": True}
+    method = pruner("chita", **settings) if info["pruner"] == "chita" else pruner("chita++", steps=info["steps"], **settings)
+    calibration = model.calibration(model.batches(LOSS), info["num_batches"])
+    weights = prunable(model.model, calibration.anatomy)
+    rows = method.quadratic(calibration, weights, next(calibration.rounds()), torch.ones(1)).rows
+    yield close("gradients of the first step", rows, case.tensors["grad_matrix_step0"], 1e-4, 1e-7)
+    for name, masks in found(method, calibration, case):
+        yield different(f"{name}.mask", masks, case.tensors, f"{name}.mask.")
+        pairs = [(masks.weights[path], case.tensors[f"{name}.weight.{path}"]) for path in masks]
+        error = max(float((own - wanted).abs().max()) for own, wanted in pairs)
+        drift = info["stats"][f"{name}.float64_rerun"]["max_abs_weight_diff"]
+        yield Check(f"{name}.weight", error, max(1e-5, 1.5 * drift))
+    yield from missing(case)
+
+
+@compares("pruner tamt")
+def tamt(case: Case) -> Iterator[Check | Skipped]:
+    """Learned mask values, and the masks they give. Adam's first steps are as large as the learning rate whatever the
+    gradient's size, so where a gradient is nearly zero rounding decides its direction: values may be a few steps apart,
+    and masks by the weights whose values lie that close to the threshold."""
+    model, info = Toy(case), case.info
+    batches = model.batches(LOSS)
+    method = pruner("tamt", learning_rate=info["lr"], alpha=info["alpha"], faithful=True)
+    calibration = model.calibration(batches, len(info["batches_used"]))
+    for sparsity in info["sparsities"]:
+        name = label(sparsity)
+        *_, (first, last) = method.trace(calibration, sparsity)
+        for what, values in (("init_mask_values", first), ("mask_values", last)):
+            for weight, own in values.items():
+                wanted = case.tensors[f"{name}.{what}.{weight.path}"]
+                yield close(f"{name}.{what} of {weight.path}", own.abs(), wanted.abs(), 1e-4, 1e-6)
+    for name, masks in found(method, calibration, case):
+        yield different(f"{name}.mask", masks, case.tensors, f"{name}.mask.")
