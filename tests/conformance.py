@@ -1,9 +1,9 @@
 """Our methods against reference tensors in a folder: `python tests/conformance.py DIR`.
 
-A case is a safetensors file of inputs, parameters and results with a JSON file beside it. What it is a case of is read from
-the JSON (`pruner`, or `case`), never from the file's name. Prints one JSON line a case: the quantity that came closest to
-its tolerance (or passed it), its error and tolerance, whether all passed, and what was left out, with the reason. The exit
-status is 1 if a case fails or there is none.
+A case is a safetensors file of inputs, parameters and results with a JSON file beside it. What it is a case of is read
+from the JSON (`pruner`, or `case`), never from the file's name. Prints one JSON line a case: the quantity that came
+closest to its tolerance (or passed it), its error and tolerance, whether all passed, and what was left out, with the
+reason. The exit status is 1 if a case fails or there is none.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def compares(*kinds: str) -> Callable[[Comparison], Comparison]:
 
 
 def close(quantity: str, found: Tensor, wanted: Tensor, relative: float = 1e-5, absolute: float = 1e-5) -> Check:
-    """Element by element |found - wanted| <= absolute + relative |wanted|, as a relative error of at most `relative`."""
+    """Element by element |found - wanted| <= absolute + relative |wanted|, as a relative error of at most
+    `relative`."""
     if found.shape != wanted.shape:
         return Check(f"{quantity}: shape {tuple(found.shape)} for {tuple(wanted.shape)}", float("inf"), relative)
     found, wanted = found.detach().double(), wanted.double()
@@ -109,7 +110,12 @@ def line(case: Case, results: list[Check | Skipped]) -> dict[str, Any]:
     out: dict[str, Any] = {"case": case.name, "kind": case.kind}
     if checks:
         worst = max(checks, key=lambda c: (not c.passed, c.error / c.tolerance if c.tolerance else c.error))
-        out |= {"checks": len(checks), "quantity": worst.quantity, "max_error": worst.error, "tolerance": worst.tolerance}
+        out |= {
+            "checks": len(checks),
+            "quantity": worst.quantity,
+            "max_error": worst.error,
+            "tolerance": worst.tolerance,
+        }
     out["pass"] = all(c.passed for c in checks) if checks else None
     if reasons := [r.reason for r in results if isinstance(r, Skipped)]:
         out["skipped"] = reasons

@@ -17,6 +17,7 @@ _PUBLIC = {
     "METHODS": "trimtab.methods", "TASKS": "trimtab.tasks", "BACKBONES": "trimtab.backbones",
     "DAS": "trimtab.methods.skip.das", "LoRA": "trimtab.methods.tune.lora", "UniPT": "trimtab.methods.tune.unipt",
     "Multiflow": "trimtab.methods.prune.multiflow",
+    "prune": "trimtab.methods.prune.api", "Masks": "trimtab.methods.prune.masks",
     "Recipe": "trimtab.recipe", "RecipeError": "trimtab.recipe", "read_recipe": "trimtab.recipe:read",
     "run_recipe": "trimtab.run:run", "load_run": "trimtab.run:load", "RunError": "trimtab.run",
     "estimate_cost": "trimtab.cost:estimate", "write_report": "trimtab.report",

@@ -192,7 +192,8 @@ class Anatomy:
         """The prunable matrices in the order of `named_modules`, each tied one once.
 
         Every `nn.Linear` in a tower's scope, transformers' transposed `Conv1D`, and the input projections of every
-        `nn.MultiheadAttention`; biases, norms, embeddings, convolutions and heads are left out (as MULTIFLOW's code does).
+        `nn.MultiheadAttention`; biases, norms, embeddings, convolutions and heads are left out (as MULTIFLOW's code
+        does).
         """
         found, seen = [], set()
         for path, module in model.named_modules():

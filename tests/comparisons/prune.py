@@ -14,7 +14,8 @@ from tests.toy_vlm import ToyVLM
 from trimtab.anatomy import Weight
 from trimtab.methods import METHODS
 from trimtab.methods.prune.base import Pruner, prunable
-from trimtab.methods.prune.evidence import Calibration, Evidence, collect
+from trimtab.methods.prune.calibration import Calibration
+from trimtab.methods.prune.evidence import Evidence, collect
 from trimtab.methods.prune.masks import Masks
 from trimtab.methods.prune.scores import SCORES
 
@@ -84,7 +85,10 @@ def toy(case: Case) -> Iterator[Check | Skipped]:
     weights = model.model.anatomy().weights(model.model)
     yield Check("prunable weights and their order", [w.path for w in weights] != case.info["prunable"], 0)
     yield Check("modalities", {w.path: w.modality for w in weights} != case.info["modality"], 0)
-    for kind, name, fields in (("batch", "loss_per_batch", LOSS), ("region", "region_loss_per_batch", (*LOSS, *REGION))):
+    for kind, name, fields in (
+        ("batch", "loss_per_batch", LOSS),
+        ("region", "region_loss_per_batch", (*LOSS, *REGION)),
+    ):
         with torch.no_grad():
             losses = torch.stack([model.model(**batch)["losses"] for batch in model.batches(fields, kind)])
         yield close(name, losses, case.tensors[name])
@@ -126,7 +130,9 @@ def snip(case: Case) -> Iterator[Check | Skipped]:
     calibration = model.calibration(batches, len(batches))
     weights = prunable(model.model, calibration.anatomy)
     evidence = collect(calibration, weights, {"gradient"}, batches)
-    yield from normalised("score", {w: SCORES[method.score](t, evidence[w]) for w, t in weights.items()}, case, "score.")
+    yield from normalised(
+        "score", {w: SCORES[method.score](t, evidence[w]) for w, t in weights.items()}, case, "score."
+    )
     for name, masks in found(method, calibration, case):
         yield different(f"{name}.mask", masks, case.tensors, f"{name}.mask.")
 
@@ -145,7 +151,8 @@ def itersnip(case: Case) -> Iterator[Check | Skipped]:
     calibration = model.calibration(model.batches(LOSS), model.rounds)
     for sparsity in case.info["sparsities"]:
         name = label(sparsity)
-        for i, (scores, masks) in enumerate(method.trace(calibration, sparsity)):
+        scores = {}
+        for i, (scores, masks) in enumerate(method.trace(calibration, sparsity)):  # noqa: B007
             own = {w.path: m for w, m in masks.items()}
             yield different(f"{name}.step{i}.mask", own, case.tensors, f"{name}.step{i}.mask.")
         yield from normalised(f"{name}.final_score", scores, case, f"{name}.final_score.")
@@ -155,8 +162,9 @@ def itersnip(case: Case) -> Iterator[Check | Skipped]:
 
 @compares("pruner multiflow")
 def multiflow(case: Case) -> Iterator[Check | Skipped]:
-    """Where region batches are calibrated on too, the published code takes a region's token ids for its mask, so that only
-    tokens of the id 1 count. That is a mistake in what is read as the mask, so the comparison lets the anatomy read it."""
+    """Where region batches are calibrated on too, the published code takes a region's token ids for its mask, so that
+    only tokens of the id 1 count. That is a mistake in what is read as the mask, so the comparison lets the anatomy
+    read it."""
     model, method = Toy(case), pruner("multiflow")
     batches = both_kinds(case, model, TEXT)
     for batch in batches:
@@ -169,7 +177,9 @@ def multiflow(case: Case) -> Iterator[Check | Skipped]:
         yield close(f"mean squares of {path}", part.squares, case.tensors[f"actn_sq_norm.{path}"], absolute=1e-6)
         yield close(f"score of {path}", SCORES["flow"](tensor, [part]), case.tensors[f"score.{path}"], absolute=1e-8)
     for name, masks in found(method, calibration, case):
-        shares = dict(zip(case.info["order_of_distribution"], case.tensors[f"{name}.distribution"].tolist(), strict=True))
+        shares = dict(
+            zip(case.info["order_of_distribution"], case.tensors[f"{name}.distribution"].tolist(), strict=True)
+        )
         gone = {path: int((~mask).sum()) for path, mask in masks.items()}
         wrong = sum(gone[path] != int(share * masks[path].numel()) for path, share in shares.items())
         yield Check(f"{name}: tensors that give another number", wrong, 0)
@@ -182,7 +192,9 @@ def chita(case: Case) -> Iterator[Check | Skipped]:
     precision, which the case states: ours are solved for in double precision."""
     model, info = Toy(case), case.info
     settings = {"ridge": info["lambda_"], "block_size": int(info["block_size"]), "faithful": True}
-    method = pruner("chita", **settings) if info["pruner"] == "chita" else pruner("chita++", steps=info["steps"], **settings)
+    method = (
+        pruner("chita", **settings) if info["pruner"] == "chita" else pruner("chita++", steps=info["steps"], **settings)
+    )
     calibration = model.calibration(model.batches(LOSS), info["num_batches"])
     weights = prunable(model.model, calibration.anatomy)
     rows = method.quadratic(calibration, weights, next(calibration.rounds()), torch.ones(1)).rows

@@ -18,7 +18,11 @@ BACKBONES = {"tiny-clip": "retrieval", "tiny-vilt": "vqa"}
 SETTINGS = {
     "das": {"skip": 2, "search_steps": 6, "turn": 2},
     "random-skip": {"skip": 2},
-    "multiflow": {"batches": 2, "batch_size": 8},
+    **{
+        name: {"batches": 2, "batch_size": 8}
+        for name in ("multiflow", "snip", "wanda", "ria", "sparsegpt", "chita", "tamt")
+    },
+    **{name: {"batches": 1, "batch_size": 8, "steps": 2} for name in ("itersnip", "chita++")},
 }
 
 

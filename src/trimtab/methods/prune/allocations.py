@@ -64,7 +64,8 @@ def modality(scores: Matrices, weights: Matrices, sparsity: float) -> dict[Weigh
 
 @ALLOCATIONS.register("multimodal")
 def multimodal(scores: Matrices, weights: Matrices, sparsity: float) -> dict[Weight, int]:
-    """MULTIFLOW's prior (section 3.3): a tensor gives the share that a magnitude threshold over its modality would take.
+    """MULTIFLOW's prior (section 3.3): a tensor gives the share that a magnitude threshold over its modality would
+    take.
 
     The share is a quotient and its product with the size is cut to an integer, as the published code does: where that
     is not exact, a tensor keeps one weight more than the threshold would leave.
@@ -77,9 +78,10 @@ def multimodal(scores: Matrices, weights: Matrices, sparsity: float) -> dict[Wei
 def ecoflap(scores: Matrices, weights: Matrices, sparsity: float, slack: float = 0.1) -> dict[Weight, int]:
     """After ECoFLaP (Sung et al., ICLR 2024, section 3.2): what is kept is shared out by the tensors' importance.
 
-    Every tensor keeps at least 1 - (sparsity + slack) of its weights, so that none collapses; the rest of the budget goes
-    to the tensors in proportion to the sum of their scores, up to all of their weights. Deviation: the paper estimates the
-    importance by zeroth-order gradients of the loss, here it is the sum of the very scores that choose the weights.
+    Every tensor keeps at least 1 - (sparsity + slack) of its weights, so that none collapses; the rest of the budget
+    goes to the tensors in proportion to the sum of their scores, up to all of their weights. Deviation: the paper
+    estimates the importance by zeroth-order gradients of the loss, here it is the sum of the very scores that choose
+    the weights.
     """
     sizes = {w: s.numel() for w, s in scores.items()}
     importance = {w: float(s.double().sum()) for w, s in scores.items()}

@@ -4,8 +4,8 @@
     allocate(scores, weights, sparsity) -> counts          how many weights each tensor gives      allocations.py
     act                                                    the smallest scores of each tensor go; zeros are kept
 
-Most pruners are a score and an allocation by name. Those that repeat this in steps, learn the masks, or change the weights
-that they keep, override `find`. Allocations can be exchanged in any of them where that makes sense.
+Most pruners are a score and an allocation by name. Those that repeat this in steps, learn the masks, or change the
+weights that they keep, override `find`. Allocations can be exchanged in any of them where that makes sense.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from trimtab.anatomy import Anatomy, Weight
 from trimtab.methods.base import Method, Session
 from trimtab.methods.prune.allocations import ALLOCATIONS
-from trimtab.methods.prune.evidence import Calibration, Evidence, collect
+from trimtab.methods.prune.calibration import Calibration
+from trimtab.methods.prune.evidence import Evidence, collect
 from trimtab.methods.prune.masks import VALUES, Masks, keep_zeros, pack, smallest
 from trimtab.methods.prune.scores import SCORES, matrix, parameter
 
@@ -138,9 +139,9 @@ class Pruner(Method):
         empty = [name for name, count in kept.items() if count == 0]
         if empty and not self.settings.allow_empty_tower:
             raise ValueError(
-                f"{self.name}: no weight of the tower {empty[0]!r} is left at a sparsity of {masks.sparsity:.4f}: lower the "
-                "sparsity, set an allocation that keeps some of each modality (multimodal, modality, uniform), or set "
-                "allow_empty_tower: true"
+                f"{self.name}: no weight of the tower {empty[0]!r} is left at a sparsity of {masks.sparsity:.4f}: "
+                "lower the sparsity, set an allocation that keeps some of each modality (multimodal, modality, uniform), "
+                "or set allow_empty_tower: true"
             )
 
     # --- the lever ---
@@ -158,7 +159,9 @@ class Pruner(Method):
         total = sum(shape.numel() for shape in shapes.values())
         self.tensors = {path: pack(torch.ones(shape, dtype=torch.bool)) for path, shape in shapes.items()}
         if self.changes_weights:
-            self.tensors |= {w.path + VALUES: parameter(model, w).detach().flatten().clone() for w in anatomy.weights(model)}
+            self.tensors |= {
+                w.path + VALUES: parameter(model, w).detach().flatten().clone() for w in anatomy.weights(model)
+            }
         self.state = {"prunable": total, "kept": total - int(total * self.settings.sparsity)}
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:

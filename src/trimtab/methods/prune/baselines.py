@@ -1,11 +1,11 @@
 """Pruners that need nothing but the weights: magnitude in its forms, and chance.
 
-    omp            |w|                                        one threshold over the model
-    local-mp       |w|                                        the same share of every tensor
-    modality-mp    |w|                                        one threshold a modality
-    l2             |w| / ||W||_2                              one threshold over the model
-    lamp           w^2 / sum of the w'^2 with w'^2 >= w^2     one threshold over the model
-    random-pruning                                            the same share of every tensor
+omp            |w|                                        one threshold over the model
+local-mp       |w|                                        the same share of every tensor
+modality-mp    |w|                                        one threshold a modality
+l2             |w| / ||W||_2                              one threshold over the model
+lamp           w^2 / sum of the w'^2 with w'^2 >= w^2     one threshold over the model
+random-pruning                                            the same share of every tensor
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ def l2(weight: Tensor, evidence: Evidence) -> Tensor:
 def lamp(weight: Tensor, evidence: Evidence) -> Tensor:
     """LAMP (Lee et al., ICLR 2021, eq. 1): w^2 over the sum of all squares in its matrix that are at least as large.
 
-    The largest weight of a matrix has the score 1, so that a global threshold below 1 empties none. The sums are made from
-    the largest square down in double precision: taking each from the total, as published code does, cancels digits.
+    The largest weight of a matrix has the score 1, so that a global threshold below 1 empties none. The sums are made
+    from the largest square down in double precision: taking each from the total, as published code does, cancels
+    digits.
     """
     squares = weight.double().square().flatten()
     ordered, order = squares.sort(descending=True, stable=True)
@@ -72,7 +73,8 @@ class LocalMP(Pruner):
 
 @METHODS.register("modality-mp")
 class ModalityMP(Pruner):
-    """Magnitude within each modality: the smallest |w| of all vision weights go, of all text weights, of all fusion ones."""
+    """Magnitude within each modality: the smallest |w| of all vision weights go, of all text weights, of all fusion
+    ones."""
 
     name = "modality-mp"
     score = "magnitude"

@@ -1,13 +1,14 @@
-"""CHITA (Benbaki et al., ICML 2023): choose the weights that stay, and their new values, on a quadratic model of the loss.
+"""CHITA (Benbaki et al., ICML 2023): choose the weights that stay, and their new values, on a quadratic model of the
+loss.
 
     A        (n, P)   gradients of n batches at the P prunable weights, one row a batch
     f(b)     = 1/2 |y - A b|^2 + l/2 |b - w|^2 + a . b     y = A w,  l = n * ridge,  a = column sums of A / batch size
     minimise f over b with at most k non-zeros
 
-The first term is the empirical Fisher matrix around the weights w, the last the loss's slope. One round: a step of iterative
-hard thresholding over all weights divides k among blocks (a tensor, or a piece of one), each block takes such a step from
-there, and the values of what it keeps are solved for exactly. CHITA++ does so in steps of growing sparsity, with gradients of
-the model pruned so far. Sections 3 and 4; as `pruners/chita.py` of MULTIFLOW's code arranges it.
+The first term is the empirical Fisher matrix around the weights w, the last the loss's slope. One round: a step of
+iterative hard thresholding over all weights divides k among blocks (a tensor, or a piece of one), each block takes such
+a step from there, and the values of what it keeps are solved for exactly. CHITA++ does so in steps of growing sparsity,
+with gradients of the model pruned so far. Sections 3 and 4; as `pruners/chita.py` of MULTIFLOW's code arranges it.
 
 All n gradients are held at once: n * P numbers.
 """
@@ -23,7 +24,7 @@ from torch import Tensor
 from trimtab.anatomy import Weight
 from trimtab.methods.base import METHODS
 from trimtab.methods.prune.base import Pruner, PruneSettings, StepSettings, found_masks, prunable
-from trimtab.methods.prune.evidence import Batch, Calibration, gradients
+from trimtab.methods.prune.calibration import Batch, Calibration, gradients
 from trimtab.methods.prune.masks import Masks, largest
 from trimtab.methods.prune.scores import borrowed
 
@@ -68,7 +69,9 @@ class Quadratic:
         With n rows and more weights than that, the n x n system is solved (Woodbury): no block costs its size cubed.
         """
         rows = self.rows[:, kept].double()
-        right = rows.t() @ self.target.double() + 2 * self.ridge * self.weights[kept].double() - self.slope[kept].double()
+        right = (
+            rows.t() @ self.target.double() + 2 * self.ridge * self.weights[kept].double() - self.slope[kept].double()
+        )
         double = 2 * self.ridge
         if rows.shape[1] <= rows.shape[0]:
             eye = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
@@ -180,7 +183,9 @@ class ChitaPPSettings(StepSettings):
 def check_chita(allocation: str | None, ridge: float, block_size: int) -> None:
     """Raise a ValueError for settings that CHITA cannot work with."""
     if allocation not in (None, "global"):
-        raise ValueError(f"allocation: CHITA divides the weights among tensors itself, found {allocation!r}; leave it out")
+        raise ValueError(
+            f"allocation: CHITA divides the weights among tensors itself, found {allocation!r}; leave it out"
+        )
     if ridge <= 0 or block_size < 1:
         raise ValueError(f"ridge must be above 0 and block_size at least 1, found {ridge} and {block_size}")
 
@@ -220,7 +225,8 @@ class Chita(Pruner):
 
     def quadratic(self, calibration: Calibration, weights: dict[Weight, Tensor], batches: Iterator[Batch],
                   alive: Tensor) -> Quadratic:  # fmt: skip
-        """The model of the loss around the current weights, from a round's batches; only weights `alive` (P,) can move."""
+        """The model of the loss around the current weights, from a round's batches; only weights `alive` (P,) can
+        move."""
         samples: list[int] = []
 
         def counted() -> Iterator[Batch]:

@@ -64,7 +64,8 @@ def matrix(model: nn.Module, weight: Weight) -> Tensor:
 
 @contextmanager
 def borrowed(model: nn.Module, weights: Iterable[Weight]) -> Iterator[dict[Weight, Tensor]]:
-    """The weights as matrices (out, in) that may be written to meanwhile; afterwards the model has its own values again.
+    """The weights as matrices (out, in) that may be written to meanwhile; afterwards the model has its own values
+    again.
 
     Yields:
         Views of the parameters themselves, not of copies: what is written is what the model computes with.

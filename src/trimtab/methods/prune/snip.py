@@ -2,21 +2,21 @@
 
     s_ij = |w_ij dL/dw_ij|      gradient averaged over calibration batches; one threshold over the model
 
-IterSNIP (de Jorge et al., ICLR 2021) prunes a little more in each of several steps: every step computes gradients anew, on
-batches of its own, where the weights that have gone are zero.
+IterSNIP (de Jorge et al., ICLR 2021) prunes a little more in each of several steps: every step computes gradients anew,
+on batches of its own, where the weights that have gone are zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from trimtab.anatomy import Weight
 from trimtab.methods.base import METHODS
 from trimtab.methods.prune.base import Pruner, StepSettings, found_masks, prunable
-from trimtab.methods.prune.evidence import Calibration, Evidence, collect
+from trimtab.methods.prune.calibration import Calibration
+from trimtab.methods.prune.evidence import Evidence, collect
 from trimtab.methods.prune.masks import Masks
 from trimtab.methods.prune.scores import SCORES, borrowed, score
 
@@ -55,7 +55,9 @@ class IterSNIP(Pruner):
             *_, (_, last) = self.trace(calibration, sparsity)
             yield found_masks(last)
 
-    def trace(self, calibration: Calibration, sparsity: float) -> Iterator[tuple[dict[Weight, Tensor], dict[Weight, Tensor]]]:
+    def trace(
+        self, calibration: Calibration, sparsity: float
+    ) -> Iterator[tuple[dict[Weight, Tensor], dict[Weight, Tensor]]]:
         """Scores and masks (out, in) after each step."""
         weights = prunable(calibration.subject, calibration.anatomy)
         score = SCORES[self.score]

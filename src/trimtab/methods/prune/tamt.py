@@ -4,8 +4,8 @@
     mask  = [|V| > k-th smallest of |V|]      anew before every step; the model computes with w * mask
     dV    = dL/d(w * mask) * w * sign(V)      straight through the threshold
 
-AdamW with a linearly falling learning rate moves V; the last threshold gives the mask. A weight with V = 0 gets no gradient,
-so that the result is nearly a choice among the weights that magnitude keeps in each tensor.
+AdamW with a linearly falling learning rate moves V; the last threshold gives the mask. A weight with V = 0 gets no
+gradient, so that the result is nearly a choice among the weights that magnitude keeps in each tensor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from trimtab.anatomy import Weight
 from trimtab.methods.base import METHODS
 from trimtab.methods.prune.base import Pruner, PruneSettings, found_masks, prunable
-from trimtab.methods.prune.evidence import Batch, Calibration, gradients
+from trimtab.methods.prune.calibration import Batch, Calibration, gradients
 from trimtab.methods.prune.masks import Masks, kth_smallest
 from trimtab.methods.prune.scores import borrowed
 
