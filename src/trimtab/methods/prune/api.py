@@ -54,8 +54,7 @@ def prune(
 
     Raises:
         ValueError: if a name or setting is unknown, the pruner needs data and there are none, the data end early or are
-        not
-            finite, or a whole tower would be emptied.
+            not finite, or a whole tower would be emptied.
         AnatomyError: if no anatomy is given and none can be found.
     """
     several = not isinstance(sparsity, (int, float))

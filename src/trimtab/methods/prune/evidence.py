@@ -56,8 +56,7 @@ def collect(calibration: Calibration, weights: Iterable[Weight], needs: frozense
 
     Raises:
         ValueError: if there is no batch, a weight's module is never reached, a batch lacks the tokens' mask of a tower,
-        or
-            inputs, loss or gradients are not finite; the module and the batch are named.
+            or inputs, loss or gradients are not finite; the module and the batch are named.
     """
     weights = list(weights)
     model = calibration.subject
@@ -67,10 +66,7 @@ def collect(calibration: Calibration, weights: Iterable[Weight], needs: frozense
         watched = sums.checked(batches) if sums else batches
         mean: dict[Weight, Tensor] = {}
         if "gradient" in needs:
-            count = 0
-            for count, found in enumerate(gradients(calibration, weights, watched), start=1):  # noqa: B007
-                mean = {w: mean[w] + g for w, g in found.items()} if mean else found
-            mean = {w: g / count for w, g in mean.items()}
+            mean = _mean(gradients(calibration, weights, watched))
         else:
             with evaluating(calibration.model), torch.no_grad():
                 for batch in watched:
@@ -80,6 +76,16 @@ def collect(calibration: Calibration, weights: Iterable[Weight], needs: frozense
         for part, g in zip(evidence[weight], gradient.split([e.rows for e in evidence[weight]]), strict=True):
             part.gradient = g
     return evidence
+
+
+def _mean(found: Iterable[dict[Weight, Tensor]]) -> dict[Weight, Tensor]:
+    total: dict[Weight, Tensor] = {}
+    count = 0
+    for one in found:
+        count += 1
+        for weight, gradient in one.items():
+            total[weight] = total[weight].add_(gradient) if weight in total else gradient
+    return {w: t.div_(count) for w, t in total.items()}
 
 
 def rows_and_columns(model: nn.Module, weight: Weight) -> tuple[int, int]:

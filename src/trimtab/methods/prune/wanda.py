@@ -41,7 +41,7 @@ class WandaSettings(PruneSettings):
     """Settings of Wanda and RIA."""
 
     per_output: bool = True
-    """Whether every output gives the same number of its weights; otherwise a tensor's weights are compared."""
+    """Whether every output gives as many of its weights (to within one); otherwise a tensor's weights are compared."""
 
 
 class RowPruner(Pruner):
@@ -53,9 +53,13 @@ class RowPruner(Pruner):
     def remove(self, scores: Tensor, count: int) -> Tensor:
         if not self.settings.per_output:
             return smallest(scores, count)
-        each = count // len(scores)  # weights that each output gives
-        order = scores.argsort(dim=1, stable=True)
-        return torch.ones_like(scores, dtype=torch.bool).scatter_(1, order[:, :each], False)
+        each, rest = divmod(count, len(scores))  # weights that every output gives, and how many outputs give one more
+        ordered, order = scores.sort(dim=1, stable=True)
+        mask = torch.ones_like(scores, dtype=torch.bool).scatter_(1, order[:, :each], False)
+        if rest:
+            more = ordered[:, each].argsort(stable=True)[:rest]
+            mask[more, order[more, each]] = False
+        return mask
 
 
 @METHODS.register("wanda")
@@ -72,7 +76,7 @@ class RIASettings(WandaSettings):
     """Settings of RIA."""
 
     per_output: bool = False
-    """Whether every output gives the same number of its weights; otherwise a tensor's weights are compared."""
+    """Whether every output gives as many of its weights (to within one); otherwise a tensor's weights are compared."""
 
 
 @METHODS.register("ria")
