@@ -76,7 +76,7 @@ def multimodal(scores: Matrices, weights: Matrices, sparsity: float) -> dict[Wei
 
 @ALLOCATIONS.register("ecoflap")
 def ecoflap(scores: Matrices, weights: Matrices, sparsity: float, slack: float = 0.1) -> dict[Weight, int]:
-    """After ECoFLaP (Sung et al., ICLR 2024, section 3.2): what is kept is shared out by the tensors' importance.
+    """After ECoFLaP (Sung et al., ICLR 2024): what is kept is shared out by the tensors' importance.
 
     Every tensor keeps at least 1 - (sparsity + slack) of its weights, so that none collapses; the rest of the budget
     goes to the tensors in proportion to the sum of their scores, up to all of their weights. Deviation: the paper

@@ -1,11 +1,13 @@
 """Pruners that need nothing but the weights: magnitude in its forms, and chance.
 
-omp            |w|                                        one threshold over the model
-local-mp       |w|                                        the same share of every tensor
-modality-mp    |w|                                        one threshold a modality
-l2             |w| / ||W||_2                              one threshold over the model
-lamp           w^2 / sum of the w'^2 with w'^2 >= w^2     one threshold over the model
-random-pruning                                            the same share of every tensor
+    omp            |w|                                        one threshold over the model
+    local-mp       |w|                                        the same share of every tensor
+    modality-mp    |w|                                        one threshold a modality
+    l2             |w| / ||W||_2                              one threshold over the model
+    lamp           w^2 / sum of the w'^2 with w'^2 >= w^2     one threshold over the model
+    random-pruning                                            the same share of every tensor
+
+A tensor is one matrix here; what an allocation does with the scores is in allocations.py.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def l2(weight: Tensor, evidence: Evidence) -> Tensor:
 
 @score("lamp")
 def lamp(weight: Tensor, evidence: Evidence) -> Tensor:
-    """LAMP (Lee et al., ICLR 2021, eq. 1): w^2 over the sum of all squares in its matrix that are at least as large.
+    """LAMP (Lee et al., ICLR 2021): w^2 over the sum of all squares in its matrix that are at least as large.
 
     The largest weight of a matrix has the score 1, so that a global threshold below 1 empties none. The sums are made
     from the largest square down in double precision: taking each from the total, as published code does, cancels

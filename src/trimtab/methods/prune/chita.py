@@ -1,5 +1,4 @@
-"""CHITA (Benbaki et al., ICML 2023): choose the weights that stay, and their new values, on a quadratic model of the
-loss.
+"""CHITA (Benbaki et al., ICML 2023): which weights stay, and their new values, on a quadratic model of the loss.
 
     A        (n, P)   gradients of n batches at the P prunable weights, one row a batch
     f(b)     = 1/2 |y - A b|^2 + l/2 |b - w|^2 + a . b     y = A w,  l = n * ridge,  a = column sums of A / batch size
@@ -8,7 +7,7 @@ loss.
 The first term is the empirical Fisher matrix around the weights w, the last the loss's slope. One round: a step of
 iterative hard thresholding over all weights divides k among blocks (a tensor, or a piece of one), each block takes such
 a step from there, and the values of what it keeps are solved for exactly. CHITA++ does so in steps of growing sparsity,
-with gradients of the model pruned so far. Sections 3 and 4; as `pruners/chita.py` of MULTIFLOW's code arranges it.
+with gradients of the model pruned so far; as MULTIFLOW's code arranges it.
 
 All n gradients are held at once: n * P numbers.
 """
@@ -225,8 +224,7 @@ class Chita(Pruner):
 
     def quadratic(self, calibration: Calibration, weights: dict[Weight, Tensor], batches: Iterator[Batch],
                   alive: Tensor) -> Quadratic:  # fmt: skip
-        """The model of the loss around the current weights, from a round's batches; only weights `alive` (P,) can
-        move."""
+        """The model of the loss around the current weights, from a round's batches; only `alive` ones (P,) can move."""
         samples: list[int] = []
 
         def counted() -> Iterator[Batch]:

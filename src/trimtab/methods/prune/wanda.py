@@ -1,7 +1,7 @@
 """Pruners made for language models: one pass over inputs, no gradients.
 
     Wanda   |w_ij| ||x_j||                                                Sun et al., ICLR 2024, eq. 1
-    RIA     (|w_ij| / sum_i |w_ij| + |w_ij| / sum_j |w_ij|) ||x_j||^a     Zhang et al., ICLR 2024, eqs. 3 and 4, a = 1/2
+    RIA     (|w_ij| / sum_i |w_ij| + |w_ij| / sum_j |w_ij|) ||x_j||^a     Zhang et al., ICLR 2024, a = 1/2
 
 ||x_j|| is the norm of channel j over all calibration tokens; here the root of its mean square, another constant factor.
 Wanda compares the weights of one output with each other, RIA those of a tensor.
