@@ -140,8 +140,8 @@ class Pruner(Method):
         if empty and not self.settings.allow_empty_tower:
             raise ValueError(
                 f"{self.name}: no weight of the tower {empty[0]!r} is left at a sparsity of {masks.sparsity:.4f}: "
-                "lower the sparsity, set an allocation that keeps some of each modality (multimodal, modality, "
-                "uniform), or set allow_empty_tower: true"
+                "lower the sparsity, keep some of each tensor (allocation uniform) or modality (multimodal, "
+                "modality), or set allow_empty_tower: true"
             )
 
     # --- the lever ---
