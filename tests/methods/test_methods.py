@@ -121,6 +121,25 @@ def test_zeros_survive_under_lora(tiny_raw, tmp_path):
     assert 0.3 < float((weight == 0).float().mean()) < 1
 
 
+@pytest.mark.parametrize("name", ["sparsegpt", "chita"])
+def test_weights_that_a_pruner_changed_come_back_where_they_are_not_trained(name, tiny_raw, tmp_path):
+    methods = ({"name": name, **SETTINGS[name]}, {"name": "linear-probe"})
+    folder = run.run(build(tiny_raw, "tiny-clip", *methods), tmp_path / "run", measure_costs=False)
+    stored = load_file(folder / "weights.safetensors")
+    values = {k.removeprefix("methods.0."): v for k, v in stored.items() if k.endswith(".values")}
+    assert values
+    model = run.load(folder).backbone.model
+    fresh = run.assemble(run.load_recipe(folder)).subject
+    changed = 0
+    for key, kept in values.items():
+        path = key.removesuffix(".values")
+        weight = model.get_parameter(path)
+        mask = unpack(stored[f"methods.0.{path}"], weight.shape)
+        assert torch.equal(weight[mask], kept) and not weight[~mask].any()
+        changed += int((weight[mask] != fresh.get_parameter(path)[mask]).sum())
+    assert changed
+
+
 def test_packed_masks_come_back_and_a_wrong_size_is_refused():
     mask = torch.rand(7, 5) > 0.5
     assert torch.equal(unpack(pack(mask), mask.shape), mask)
