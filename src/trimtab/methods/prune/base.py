@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Tap, Weight, read
+from trimtab.bits import pack, unpack
 from trimtab.methods.base import Method, Session
 
 if TYPE_CHECKING:
@@ -195,18 +196,3 @@ def _keep_zeros(pruner: Pruner) -> Any:
 
 def _tensor(model: nn.Module, weight: Weight) -> nn.Parameter:
     return getattr(model.get_submodule(weight.module), weight.parameter)
-
-
-def pack(mask: Tensor) -> Tensor:
-    """A boolean mask as bits, eight to a byte, uint8 of shape (ceil(n / 8),)."""
-    bits = mask.flatten().to(torch.uint8)
-    bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(dim=1).to(torch.uint8).cpu()
-
-
-def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `pack` for a tensor of that shape; ValueError if the number of bytes does not fit it."""
-    if len(packed) != -(-shape.numel() // 8):
-        raise ValueError(f"a mask of shape {tuple(shape)} takes {-(-shape.numel() // 8)} bytes, found {len(packed)}")
-    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    return bits.flatten()[: shape.numel()].view(shape).bool()
