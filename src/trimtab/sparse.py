@@ -36,7 +36,7 @@ KEY = "trimtab.sparse"
 VERSION = 1
 _PIECE = 1 << 20  # elements handled at once: positions take 8 bytes an element, more than the weights themselves
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes an element -> its bits as a number
-_HEADER = 150  # about what a second entry and the longer note of a sparse tensor take in a file's header, besides names
+_HEADER = 120  # about what a second entry and the longer note of a sparse tensor take in a header, besides its name
 
 
 @dataclass
@@ -203,7 +203,7 @@ class SparseWriter:
         dtype, shape, size = _dtype(tensor), list(tensor.shape), tensor.element_size()
         count = count_nonzeros(tensor)
         left_out = (tensor.numel() - count) * size
-        packed = left_out > -(-tensor.numel() // 8) + _HEADER + 2 * len(name)
+        packed = left_out > -(-tensor.numel() // 8) + _HEADER + len(name)
         if packed:
             bits = _integers(tensor)
             mask = np.not_equal(bits, 0)
