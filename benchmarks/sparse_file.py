@@ -3,9 +3,10 @@
     python benchmarks/sparse_file.py [--repeats 5] [--dtype float32]
 
 Random weights; in every matrix a share of the elements is zero. Bytes are compared with the bound of non-zeros times
-element size plus one bit a weight, and with dense safetensors. Seconds are medians; dense and sparse take turns, so that
-a noisy machine is noisy for both. Reading gives tensors in memory of their own: dense files are copied out of the mapped
-file. Files come from the page cache. `checksum_seconds` is the part of a sparse write or read that goes to checksums.
+element size plus one bit a weight, and with dense safetensors. Seconds are medians; dense and sparse take turns, so
+that a noisy machine is noisy for both. Reading gives tensors in memory of their own: dense files are copied out of the
+mapped file. Files come from the page cache. `checksum_seconds` is the part of a sparse write or read that goes to
+checksums.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def checkpoint(share: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     for name, shape in shapes.items():
         weight = torch.randn(shape, generator=generator)
         if len(shape) == 2:
-            weight *= torch.rand(shape, generator=generator) >= share
+            weight[torch.rand(shape, generator=generator) < share] = 0  # a product would leave -0.0, which is kept
         tensors[name] = weight.to(dtype)
     return tensors
 

@@ -132,7 +132,7 @@ def test_files_are_within_two_percent_of_the_bound(share, dtype, tmp_path):
 def test_what_would_not_shrink_is_stored_plainly(tmp_path):
     ones = torch.ones(800, dtype=torch.int8)
     ones[::10] = 0
-    tensors = {"none": random(512, share=0), "few": torch.zeros(32), "an_eighth": ones}
+    tensors = {"none": random(512, share=0), "few": torch.zeros(30), "an_eighth": ones}
     assert sparse.save_file(tensors, tmp_path).packed == 0
     assert entries(tmp_path / FILE)[0].keys() == tensors.keys()
 
@@ -366,7 +366,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))\n"
         "sparse.save_file({'a': torch.ones(5000), 'b': torch.ones(50000)}, sys.argv[1], 25000)"
     )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], capture_output=True, text=True, timeout=300)
     assert "OSError" in done.stderr and "File too large" in done.stderr and str(tmp_path / "out") in done.stderr
     assert list((tmp_path / "out").iterdir()) == []
 
