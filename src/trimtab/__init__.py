@@ -14,6 +14,8 @@ _PUBLIC = {
     "Sublayer": "trimtab.anatomy", "Tap": "trimtab.anatomy", "Tower": "trimtab.anatomy",
     "describes": "trimtab.anatomy",
     "load": "trimtab.backbones",
+    "save_pretrained": "trimtab.checkpoints", "from_pretrained": "trimtab.checkpoints",
+    "convert": "trimtab.checkpoints",
     "METHODS": "trimtab.methods", "TASKS": "trimtab.tasks", "BACKBONES": "trimtab.backbones",
     "DAS": "trimtab.methods.skip.das", "LoRA": "trimtab.methods.tune.lora", "UniPT": "trimtab.methods.tune.unipt",
     "Multiflow": "trimtab.methods.prune.multiflow",

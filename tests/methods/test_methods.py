@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from trimtab import backbones, recipe, run, training
+from trimtab.bits import pack, unpack
 from trimtab.cost import saved_bytes
 from trimtab.methods import METHODS
-from trimtab.methods.prune.masks import pack, unpack
 from trimtab.methods.skip.das import Gates
 
 BACKBONES = {"tiny-clip": "retrieval", "tiny-vilt": "vqa"}

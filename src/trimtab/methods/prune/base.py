@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Weight
+from trimtab.bits import pack
 from trimtab.methods.base import Method, Session
 from trimtab.methods.prune.allocations import ALLOCATIONS
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import Evidence, collect
-from trimtab.methods.prune.masks import VALUES, Masks, keep_zeros, pack, smallest
+from trimtab.methods.prune.masks import VALUES, Masks, keep_zeros, smallest
 from trimtab.methods.prune.scores import SCORES, matrix, parameter
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ class Pruner(Method):
     @torch.no_grad()
     def finish(self, model: nn.Module) -> None:
         for weight, mask in self.masked:
-            weight.mul_(mask)
+            weight.masked_fill_(~mask, 0)
 
 
 def prunable(model: nn.Module, anatomy: Anatomy) -> dict[Weight, Tensor]:

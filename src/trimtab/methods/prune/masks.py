@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from trimtab.bits import pack, unpack
 from trimtab.registry import unknown
 
 # --- selection --------------------------------------------------------------------------------------------------------
@@ -96,24 +97,6 @@ def largest(scores: Tensor, count: int) -> Tensor:
     return mask.view(scores.shape)
 
 
-# --- bits -------------------------------------------------------------------------------------------------------------
-
-
-def pack(mask: Tensor) -> Tensor:
-    """A boolean mask as bits, eight to a byte, uint8 of shape (ceil(n / 8),)."""
-    bits = mask.flatten().to(torch.uint8)
-    bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(dim=1).to(torch.uint8).cpu()
-
-
-def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `pack` for a tensor of that shape; ValueError if the number of bytes does not fit it."""
-    if len(packed) != -(-shape.numel() // 8):
-        raise ValueError(f"a mask of shape {tuple(shape)} takes {-(-shape.numel() // 8)} bytes, found {len(packed)}")
-    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    return bits.flatten()[: shape.numel()].view(shape).bool()
-
-
 # --- masks of a model -------------------------------------------------------------------------------------------------
 
 _FORMAT = "trimtab masks 1"
@@ -178,7 +161,7 @@ class Masks(Mapping[str, Tensor]):
     def enforce(self, model: nn.Module) -> None:
         """Set pruned weights to zero again, after a step of an optimiser that may have revived them."""
         for path, parameter in self._parameters(model).items():
-            parameter.mul_(self.masks[path].to(parameter.device))
+            parameter.masked_fill_(~self.masks[path].to(parameter.device), 0)  # a product would leave -0.0
 
     def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         found = dict(model.named_parameters(remove_duplicate=False))
@@ -263,11 +246,11 @@ def keep_zeros(masked: list[tuple[nn.Parameter, Tensor]]) -> Any:
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
             for parameter, mask in masked:
                 if parameter.grad is not None:
-                    parameter.grad.mul_(mask)
+                    parameter.grad.masked_fill_(~mask, 0)
 
         @torch.no_grad()
         def on_optimizer_step(self, args, state, control, **kwargs):
             for parameter, mask in masked:
-                parameter.mul_(mask)
+                parameter.masked_fill_(~mask, 0)
 
     return KeepZeros()
