@@ -122,11 +122,15 @@ class Tower:
 
 
 class Weight(NamedTuple):
-    """A prunable matrix: the module that holds it, the parameter's name in it, and its modality. Shape (out, in)."""
+    """A prunable matrix: the module that holds it, the parameter's name in it, and its modality.
+
+    Its parameter has the shape (out, in), or (in, out) when `transposed` (transformers' `Conv1D`).
+    """
 
     module: str
     parameter: str
     modality: Modality
+    transposed: bool = False
 
     @property
     def path(self) -> str:
@@ -187,13 +191,16 @@ class Anatomy:
     def weights(self, model: nn.Module) -> list[Weight]:
         """The prunable matrices in the order of `named_modules`, each tied one once.
 
-        Every `nn.Linear` in a tower's scope and the fused projection of every `nn.MultiheadAttention`; biases, norms,
-        embeddings, convolutions and heads are left out (MULTIFLOW, section 3.3 of its code's description).
+        Every `nn.Linear` in a tower's scope, transformers' transposed `Conv1D`, and the input projections of every
+        `nn.MultiheadAttention`; biases, norms, embeddings, convolutions and heads are left out (as MULTIFLOW's code
+        does).
         """
         found, seen = [], set()
         for path, module in model.named_modules():
-            names = [n for n, wanted in (("weight", nn.Linear), ("in_proj_weight", nn.MultiheadAttention))
-                     if isinstance(module, wanted)]  # fmt: skip
+            transposed = type(module).__name__ == "Conv1D"
+            names = ["weight"] if isinstance(module, nn.Linear) or transposed else []
+            if isinstance(module, nn.MultiheadAttention):
+                names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
             modality = self.modality(path) if names else None
             if modality is None:
                 continue
@@ -201,7 +208,7 @@ class Anatomy:
                 parameter = getattr(module, name)
                 if parameter is not None and id(parameter) not in seen:
                     seen.add(id(parameter))
-                    found.append(Weight(path, name, modality))
+                    found.append(Weight(path, name, modality, transposed))
         return found
 
     def check(self, model: nn.Module) -> None:

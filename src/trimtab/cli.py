@@ -41,7 +41,7 @@ def _options_first(arguments: Sequence[str]) -> list[str]:
     command, options, rest = list(arguments[:1]), [], []
     words = iter(arguments[1:])
     for word in words:
-        if word in ("--out", "--dtype"):
+        if word in ("--out", "--dtype", "--to", "--max-shard-size"):
             options += [word, *([value] if (value := next(words, None)) is not None else [])]
         else:
             (options if word.startswith("-") else rest).append(word)
@@ -77,6 +77,13 @@ def _parser() -> ArgumentParser:
     export.add_argument("run", type=Path, help="a run folder")
     export.add_argument("folder", type=Path, help="where to write; must not be there yet")
     export.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of the weights")
+
+    convert = command("convert", "Write a checkpoint with its weights at the size of their non-zeros, or dense again.")
+    convert.add_argument("folder", type=Path, help="a transformers folder: safetensors, pytorch_model.bin, or sparse")
+    convert.add_argument("out", type=Path, help="where to write; must not be there yet")
+    layouts = "sparse: bitmasks and packed values, see docs/sparse.md; dense: safetensors as transformers reads them"
+    convert.add_argument("--to", choices=["sparse", "dense"], required=True, help=layouts)
+    convert.add_argument("--max-shard-size", type=str, default="2GB", help="of a weight file, such as 500MB")
 
     cost = command("cost", "What a recipe will cost, without data or weights: parameters, MACs, bytes.")
     cost.add_argument("recipe", type=str, help="a YAML file or the name of a shipped recipe")
@@ -148,6 +155,26 @@ def _export(options: Any) -> None:
     from trimtab.run import export
 
     print(f"wrote {export(options.run, options.folder, options.dtype)}")
+
+
+def _convert(options: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    _quiet()
+    from trimtab.checkpoints import convert
+
+    done = convert(options.folder, options.out, options.to, options.max_shard_size)
+    sizes, before = done.sizes, done.bytes_before
+    row = {
+        "tensors": sizes.tensors, "stored sparse": sizes.packed, "weights": sizes.weights, "non-zeros": sizes.nonzeros,
+        "bytes before": before, "bytes after": sizes.file_bytes, "ratio": sizes.file_bytes / max(before, 1),
+    }  # fmt: skip
+    table = Table(title=f"{options.out}: {options.to}")
+    for column in row:
+        table.add_column(column, justify="right")
+    table.add_row(*(f"{v:,}" if isinstance(v, int) else f"{v:.3f}" for v in row.values()))
+    Console().print(table)
 
 
 def _cost(options: Any) -> None:

@@ -9,16 +9,20 @@ import torch
 from safetensors.torch import load_file
 
 from trimtab import backbones, recipe, run, training
+from trimtab.bits import pack, unpack
 from trimtab.cost import saved_bytes
 from trimtab.methods import METHODS
-from trimtab.methods.prune.base import pack, unpack
 from trimtab.methods.skip.das import Gates
 
 BACKBONES = {"tiny-clip": "retrieval", "tiny-vilt": "vqa"}
 SETTINGS = {
     "das": {"skip": 2, "search_steps": 6, "turn": 2},
     "random-skip": {"skip": 2},
-    "multiflow": {"batches": 2, "batch_size": 8},
+    **{
+        name: {"batches": 2, "batch_size": 8}
+        for name in ("multiflow", "snip", "wanda", "ria", "sparsegpt", "chita", "tamt")
+    },
+    **{name: {"batches": 1, "batch_size": 8, "steps": 2} for name in ("itersnip", "chita++")},
 }
 
 
@@ -115,6 +119,25 @@ def test_zeros_survive_under_lora(tiny_raw, tmp_path):
     model = run.load(folder)
     weight = model.backbone.model.vilt.encoder.layer[0].attention.attention.query.base_layer.weight
     assert 0.3 < float((weight == 0).float().mean()) < 1
+
+
+@pytest.mark.parametrize("name", ["sparsegpt", "chita"])
+def test_weights_that_a_pruner_changed_come_back_where_they_are_not_trained(name, tiny_raw, tmp_path):
+    methods = ({"name": name, **SETTINGS[name]}, {"name": "linear-probe"})
+    folder = run.run(build(tiny_raw, "tiny-clip", *methods), tmp_path / "run", measure_costs=False)
+    stored = load_file(folder / "weights.safetensors")
+    values = {k.removeprefix("methods.0."): v for k, v in stored.items() if k.endswith(".values")}
+    assert values
+    model = run.load(folder).backbone.model
+    fresh = run.assemble(run.load_recipe(folder)).subject
+    changed = 0
+    for key, kept in values.items():
+        path = key.removesuffix(".values")
+        weight = model.get_parameter(path)
+        mask = unpack(stored[f"methods.0.{path}"], weight.shape)
+        assert torch.equal(weight[mask], kept) and not weight[~mask].any()
+        changed += int((weight[mask] != fresh.get_parameter(path)[mask]).sum())
+    assert changed
 
 
 def test_packed_masks_come_back_and_a_wrong_size_is_refused():

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy
+from trimtab.checkpoints import load_weights, write_pretrained
 from trimtab.data.cache import replace_folder
 from trimtab.registry import Registry
+from trimtab.shards import open_safetensors
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,10 @@ class Backbone(nn.Module):
             raise ValueError(f"{self.name}: {type(self.model).__name__} does not let its attention be chosen")
         choose(implementation)
 
-    def save_pretrained(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    def save_pretrained(self, folder: Path, dtype: torch.dtype = torch.float32, sparse: bool = False) -> None:
         """Write a transformers folder: config, weights in `dtype`, tokenizer, and how pictures are prepared.
+
+        With `sparse` the weights are in the layout of `trimtab.sparse`, which `trimtab.load` reads too.
 
         Raises:
             ValueError: if the model is no transformers model.
@@ -129,9 +133,8 @@ class Backbone(nn.Module):
             "image_mean": list(p.mean), "image_std": list(p.std), "image_processor_type": "CLIPImageProcessor",
         }  # fmt: skip
         with replace_folder(folder) as partial:
-            copy.deepcopy(self.model).to(dtype).save_pretrained(partial)
+            write_pretrained(copy.deepcopy(self.model).to(dtype), partial, sparse)
             self.tokenizer.save_pretrained(partial)
-            (partial / "model.safetensors").chmod(0o644)
             (partial / "preprocessor_config.json").write_text(json.dumps(prepare, indent=1) + "\n")
 
     def fold_projections(self, image: Tensor, text: Tensor, scale: Tensor) -> None:
@@ -160,45 +163,18 @@ WEIGHTS = Path(__file__).parent / "weights"
 def load_pretrained(model_class: Any, folder: Path, pretrained: bool, **options: Any) -> nn.Module:
     """A transformers model from its folder in float32, or with fresh random weights of the same configuration.
 
-    Raises:
-        FileNotFoundError: if the folder or its config is not there.
-        ValueError: if the weights cannot be read (truncated file), are missing, or have other shapes.
-    """
-    from transformers.utils import logging
+    The folder's weights are dense or in the layout of `trimtab.sparse`.
 
+    Raises:
+        FileNotFoundError: if the folder, its config or its weights are not there.
+        ValueError: if the weights cannot be read (truncated or damaged file), are missing, or have other shapes.
+    """
     config = model_class.config_class.from_pretrained(folder)
     if not pretrained:
         return model_class._from_config(config, dtype=torch.float32)
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder}: expected safetensors weights beside config.json, found none")
-    for file in files:
-        check_safetensors(file)
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()  # it takes milliseconds, and what it reports is checked below
-    try:
-        model, report = model_class.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **options
-        )
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"{folder}: {len(missing)} weights of {model_class.__name__} are missing, first '{missing[0]}'"
-        )
-    return model.eval()
+    return load_weights(model_class, folder, config, torch.float32, **options)
 
 
 def check_safetensors(path: Path) -> None:
     """Raise a ValueError that names the file unless it is a whole safetensors file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            file.keys()
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
+    open_safetensors(path)

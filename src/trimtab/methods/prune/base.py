@@ -1,23 +1,30 @@
-"""Pruning = score, allocate, act: three small functions, and the one loop over calibration data that they share.
+"""Pruning = score, allocate, act; and the calibration that scores need.
 
-    score(weight, statistics) -> (out, in)     how much each weight matters
-    allocate(...) -> sparsity a tensor         how much each tensor gives
-    act -> masks                               the smallest scores of each tensor go; zeros are kept while training
+    score(weight, evidence) -> (out, in)                   how much each weight matters            scores.py
+    allocate(scores, weights, sparsity) -> counts          how many weights each tensor gives      allocations.py
+    act                                                    the smallest scores of each tensor go; zeros are kept
 
-A pruner is a row in `PRUNERS`: a score, an allocation and whether it needs calibration.
+Most pruners are a score and an allocation by name. Those that repeat this in steps, learn the masks, or change the
+weights that they keep, override `find`. Allocations can be exchanged in any of them where that makes sense.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.anatomy import Anatomy, Tap, Weight, read
+from trimtab.anatomy import Anatomy, Weight
+from trimtab.bits import pack
 from trimtab.methods.base import Method, Session
+from trimtab.methods.prune.allocations import ALLOCATIONS
+from trimtab.methods.prune.calibration import Calibration
+from trimtab.methods.prune.evidence import Evidence, collect
+from trimtab.methods.prune.masks import VALUES, Masks, keep_zeros, smallest
+from trimtab.methods.prune.scores import SCORES, matrix, parameter
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -29,184 +36,171 @@ class PruneSettings:
 
     sparsity: float = 0.63
     """Share of the prunable weights that become zero, in [0, 1)."""
+    allocation: str | None = None
+    """How many weights each tensor gives: uniform, global, modality, multimodal or ecoflap; None: the pruner's own."""
     batches: int = 32
-    """Calibration batches, for pruners that need them (the paper: 3000 batches of 32)."""
+    """Calibration batches, for pruners that need them; a step's, for those that work in steps."""
     batch_size: int = 32
     """Rows a calibration batch."""
+    allow_empty_tower: bool = False
+    """Whether all the weights of a tower may go; otherwise that is an error."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must lie in [0, 1), found {self.sparsity}")
         if self.batches < 1 or self.batch_size < 1:
             raise ValueError(f"batches and batch_size must be at least 1, found {self.batches} and {self.batch_size}")
+        if self.allocation is not None:
+            ALLOCATIONS[self.allocation]
 
 
-Statistics = dict[str, Tensor]  # weight path -> per-input-channel statistic, (in,)
-Score = Callable[[Tensor, Tensor | None], Tensor]  # weight (out, in), statistic (in,) -> scores (out, in)
-Allocation = Callable[[dict[Weight, Tensor], float], dict[Weight, float]]  # weights, sparsity -> sparsity a tensor
+@dataclass(frozen=True)
+class StepSettings(PruneSettings):
+    """Settings of pruners that approach the sparsity in steps."""
 
+    steps: int = 4
+    """How many times to prune a little more; the papers take 60."""
+    schedule: str = "exponential"
+    """Sparsity after step i of n: `exponential` 1 - (1 - s)^(i/n), or `linear` s i/n."""
 
-def smallest(scores: Tensor, count: int) -> Tensor:
-    """Mask that is False at the `count` smallest scores (and at all that equal the largest of these)."""
-    if count < 1:
-        return torch.ones_like(scores, dtype=torch.bool)
-    return scores > scores.flatten().kthvalue(count).values
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, found {self.steps}")
+        if self.schedule not in ("exponential", "linear"):
+            raise ValueError(f"schedule must be 'exponential' or 'linear', found {self.schedule!r}")
 
-
-def prune_masks(weights: dict[Weight, Tensor], statistics: Statistics, score: Score, allocate: Allocation,
-                sparsity: float) -> dict[str, Tensor]:  # fmt: skip
-    """Masks (True = kept) by weight path: in every tensor the allocated share with the smallest scores goes."""
-    shares = allocate(weights, sparsity)
-    masks = {}
-    for weight, tensor in weights.items():
-        scores = score(tensor, statistics.get(weight.path))
-        masks[weight.path] = smallest(scores, int(shares[weight] * scores.numel()))
-    return masks
-
-
-class InputNorms:
-    """Mean squared input of every linear layer, summed in forward hooks: O(width) memory a layer, nothing a batch.
-
-    a_j = (sum over batches and tokens of x_j^2) / (number of samples), as MULTIFLOW's code counts it: the divisor is
-    the number of images or captions, not of tokens. Padding tokens are left out when the input has the mask's length.
-    """
-
-    def __init__(self, model: nn.Module, anatomy: Anatomy, weights: Iterable[Weight]):
-        self.sums: dict[str, Tensor] = {}
-        self.samples: dict[str, int] = {}
-        self.masks: dict[str, Tensor | None] = {}
-        self.handles = []
-        for tower in anatomy.towers:
-            if tower.mask is not None:
-                keep = lambda mask, name=tower.name: self.masks.__setitem__(name, mask)  # noqa: E731
-                self.handles.append(read(model, tower.mask, keep))
-        self.tower_of = {w.path: tower.name for w in weights if (tower := anatomy.owner(w.module))}
-        for weight in weights:
-            add = lambda x, path=weight.path: self._add(path, x)  # noqa: E731
-            self.handles.append(read(model, Tap(weight.module, "input", 0), add))
-
-    def _add(self, path: str, x: Tensor) -> None:
-        mask = self.masks.get(self.tower_of[path])
-        samples = len(x)
-        x = x.detach()
-        if mask is not None and x.ndim == 3 and mask.shape == x.shape[:2]:
-            x = x[mask.bool()]
-        total = x.reshape(-1, x.shape[-1]).float().square().sum(dim=0)
-        self.sums[path] = self.sums[path] + total if path in self.sums else total
-        self.samples[path] = self.samples.get(path, 0) + samples
-
-    def result(self) -> Statistics:
-        """Statistics by weight path; the hooks are gone afterwards.
-
-        Raises:
-            ValueError: if a layer was never called during calibration.
-        """
-        for handle in self.handles:
-            handle.remove()
-        silent = sorted(self.tower_of.keys() - self.sums.keys())
-        if silent:
-            raise ValueError(f"calibration never reached {len(silent)} linear layers, first '{silent[0]}'")
-        return {path: total / self.samples[path] for path, total in self.sums.items()}
+    def levels(self, sparsity: float) -> list[float]:
+        """The sparsity after each step; the last is the one asked for."""
+        shares = [(i + 1) / self.steps for i in range(self.steps)]
+        if self.schedule == "linear":
+            return [sparsity * share for share in shares]
+        return [1 - (1 - sparsity) ** share for share in shares]
 
 
 class Pruner(Method):
-    """The lever that every pruner shares: masks found once, applied to the weights, and kept while training."""
+    """The lever that every pruner shares: masks found once, applied to the weights, and kept while training.
+
+    Attributes:
+        score: name of its score in `SCORES`.
+        allocation: name of its own allocation in `ALLOCATIONS`.
+        rounds: how often it goes over calibration data for one sparsity; 0 if it needs none.
+        changes_weights: whether it gives kept weights new values.
+    """
 
     lever = "prune"
     Settings = PruneSettings
-    score: Score
-    allocate: Allocation
-    needs_statistics = False
+    settings: PruneSettings
+    score: ClassVar[str]
+    allocation: ClassVar[str]
+    changes_weights: ClassVar[bool] = False
+
+    @property
+    def rounds(self) -> int:
+        return 1 if SCORES[self.score].needs else 0
+
+    # --- finding masks ---
+
+    def find(self, calibration: Calibration, sparsities: Sequence[float]) -> Iterator[Masks]:
+        """Masks for one sparsity after another; the model is afterwards as before.
+
+        Here: one calibration, one score for each weight, and an allocation for each sparsity.
+        """
+        weights = prunable(calibration.subject, calibration.anatomy)
+        score = SCORES[self.score]
+        evidence = {w: [Evidence(len(t))] for w, t in weights.items()}
+        if score.needs:
+            evidence = collect(calibration, weights, score.needs, next(calibration.rounds()))
+        scores = {}
+        for weight, tensor in weights.items():
+            scores[weight] = score(tensor, evidence.pop(weight))
+        for sparsity in sparsities:
+            yield found_masks(self.cut(scores, weights, sparsity))
+
+    def counts(self, scores: dict[Weight, Tensor], weights: dict[Weight, Tensor], sparsity: float) -> dict[Weight, int]:
+        """How many weights each tensor gives, by the allocation that was set or the pruner's own."""
+        return ALLOCATIONS[self.settings.allocation or self.allocation](scores, weights, sparsity)
+
+    def cut(self, scores: dict[Weight, Tensor], weights: dict[Weight, Tensor], sparsity: float) -> dict[Weight, Tensor]:
+        """Masks (out, in), True = kept, from scores of every weight."""
+        counts = self.counts(scores, weights, sparsity)
+        return {w: self.remove(s, counts[w]) for w, s in scores.items()}
+
+    def remove(self, scores: Tensor, count: int) -> Tensor:
+        """The mask (out, in) of one tensor that gives `count` weights."""
+        return smallest(scores, count)
+
+    def check(self, masks: Masks, anatomy: Anatomy) -> None:
+        """Raise a ValueError if a whole tower is gone, unless the settings allow it."""
+        kept: dict[str, int] = {}
+        for path, mask in masks.items():
+            tower = anatomy.owner(path)
+            if tower is not None:
+                kept[tower.name] = kept.get(tower.name, 0) + int(mask.sum())
+        empty = [name for name, count in kept.items() if count == 0]
+        if empty and not self.settings.allow_empty_tower:
+            raise ValueError(
+                f"{self.name}: no weight of the tower {empty[0]!r} is left at a sparsity of {masks.sparsity:.4f}: "
+                "lower the sparsity, keep some of each tensor (allocation uniform) or modality (multimodal, "
+                "modality), or set allow_empty_tower: true"
+            )
+
+    # --- the lever ---
 
     def prepare(self, session: Session) -> None:
-        model, anatomy = session.subject, session.anatomy
-        weights = {w: _tensor(model, w).detach() for w in anatomy.weights(model)}
-        statistics: Statistics = {}
-        if self.needs_statistics:
-            statistics = self._calibrate(session, list(weights))
-        kind = type(self)
-        masks = prune_masks(weights, statistics, kind.score, kind.allocate, self.settings.sparsity)
-        self.tensors = {path: pack(mask) for path, mask in masks.items()}
-        kept = sum(int(m.sum()) for m in masks.values())
-        total = sum(m.numel() for m in masks.values())
-        self.state = {"prunable": total, "kept": kept, "sparsity": 1 - kept / max(total, 1)}
+        calibration = Calibration.of(session, self.settings.batches, self.settings.batch_size)
+        masks = next(iter(self.find(calibration, [self.settings.sparsity])))
+        self.check(masks, session.anatomy)
+        self.tensors = masks.packed()
+        self.state = {"prunable": masks.prunable, "kept": masks.kept, "sparsity": masks.sparsity}
 
     def assume(self, model: nn.Module, anatomy: Anatomy) -> None:
         """Masks that keep everything, of the size of real ones: zeros change no cost but the number of non-zeros."""
-        weights = {w: _tensor(model, w) for w in anatomy.weights(model)}
-        total = sum(t.numel() for t in weights.values())
-        self.tensors = {w.path: pack(torch.ones(t.shape, dtype=torch.bool)) for w, t in weights.items()}
+        shapes = {w.path: parameter(model, w).shape for w in anatomy.weights(model)}
+        total = sum(shape.numel() for shape in shapes.values())
+        self.tensors = {path: pack(torch.ones(shape, dtype=torch.bool)) for path, shape in shapes.items()}
+        if self.changes_weights:
+            self.tensors |= {
+                w.path + VALUES: parameter(model, w).detach().flatten().clone() for w in anatomy.weights(model)
+            }
         self.state = {"prunable": total, "kept": total - int(total * self.settings.sparsity)}
 
-    def _calibrate(self, session: Session, weights: list[Weight]) -> Statistics:
-        was = session.model.training
-        session.model.eval()
-        norms = InputNorms(session.subject, session.anatomy, weights)
-        with torch.no_grad():
-            for _, batch in zip(range(self.settings.batches), session.batches("train", self.settings.batch_size),
-                                strict=False):  # fmt: skip
-                session.model(**batch)
-        session.model.train(was)
-        return norms.result()
-
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
-        self.masked: list[tuple[nn.Parameter, Tensor]] = []
-        for weight in anatomy.weights(model):
-            packed = self.tensors.get(weight.path)
-            if packed is None:
-                continue
-            parameter = _tensor(model, weight)
-            mask = unpack(packed, parameter.shape).to(parameter.device)
-            self.masked.append((parameter, mask))
-        self._apply()
+        found = {w.path: parameter(model, w) for w in anatomy.weights(model)}
+        masks = Masks.unpacked(self.tensors, {path: p.shape for path, p in found.items()})
+        masks.apply(model)
+        self.masked = [(found[path], mask.to(found[path].device)) for path, mask in masks.items()]
         return anatomy
 
-    @torch.no_grad()
-    def _apply(self) -> None:
-        for parameter, mask in self.masked:
-            parameter.mul_(mask)
-
     def callbacks(self) -> list[TrainerCallback]:
-        return [_keep_zeros(self)]
+        return [keep_zeros(self.masked)]
 
+    @torch.no_grad()
     def finish(self, model: nn.Module) -> None:
-        self._apply()
+        for weight, mask in self.masked:
+            weight.masked_fill_(~mask, 0)
 
 
-def _keep_zeros(pruner: Pruner) -> Any:
-    """A callback that zeroes gradients of pruned weights before a step, and the weights after it.
-
-    The first keeps the optimiser's moments clean, the second undoes weight decay and moments from before.
-    """
-    from transformers import TrainerCallback
-
-    class KeepZeros(TrainerCallback):
-        @torch.no_grad()
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            for parameter, mask in pruner.masked:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(mask)
-
-        def on_optimizer_step(self, args, state, control, **kwargs):
-            pruner._apply()
-
-    return KeepZeros()
+def prunable(model: nn.Module, anatomy: Anatomy) -> dict[Weight, Tensor]:
+    """The prunable matrices (out, in) of a model; ValueError if there is none."""
+    weights = {w: matrix(model, w) for w in anatomy.weights(model)}
+    if not weights:
+        raise ValueError(
+            f"nothing to prune: the towers of this anatomy ({anatomy.source}) hold no linear layer "
+            f"(scopes: {', '.join(p for t in anatomy.towers for p in t.scope)}); convolutions and embeddings stay whole"
+        )
+    for weight, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"the weight '{weight.path}' is not finite (NaN or infinite): check the checkpoint")
+    return weights
 
 
-def _tensor(model: nn.Module, weight: Weight) -> nn.Parameter:
-    return getattr(model.get_submodule(weight.module), weight.parameter)
+def _stored(weight: Weight, mask: Tensor) -> Tensor:
+    """A mask (out, in) as its parameter is stored."""
+    return mask.t().contiguous() if weight.transposed else mask
 
 
-def pack(mask: Tensor) -> Tensor:
-    """A boolean mask as bits, eight to a byte, uint8 of shape (ceil(n / 8),)."""
-    bits = mask.flatten().to(torch.uint8)
-    bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(dim=1).to(torch.uint8).cpu()
-
-
-def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `pack` for a tensor of that shape; ValueError if the number of bytes does not fit it."""
-    if len(packed) != -(-shape.numel() // 8):
-        raise ValueError(f"a mask of shape {tuple(shape)} takes {-(-shape.numel() // 8)} bytes, found {len(packed)}")
-    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    return bits.flatten()[: shape.numel()].view(shape).bool()
+def found_masks(masks: dict[Weight, Tensor], weights: dict[Weight, Tensor] | None = None) -> Masks:
+    """Masks, and changed weights, from matrices (out, in)."""
+    changed = {w.path: _stored(w, t) for w, t in (weights or {}).items()}
+    return Masks({w.path: _stored(w, m) for w, m in masks.items()}, changed)

@@ -10,33 +10,19 @@ No gradients, and nothing of the task: one mask serves every later one. Sections
 
 from __future__ import annotations
 
-from collections import defaultdict
-
-import torch
 from torch import Tensor
 
-from trimtab.anatomy import Weight
 from trimtab.methods.base import METHODS
-from trimtab.methods.prune.base import Pruner, smallest
+from trimtab.methods.prune.base import Pruner
+from trimtab.methods.prune.evidence import Evidence
+from trimtab.methods.prune.scores import score
 
 
-def flow(weight: Tensor, statistic: Tensor | None) -> Tensor:
+@score("flow", "squares")
+def flow(weight: Tensor, evidence: Evidence) -> Tensor:
     """Scores (out, in) from a weight (out, in) and the mean squares of its inputs (in,)."""
-    edges = weight.abs() * statistic.sqrt()
+    edges = weight.abs() * evidence.squares.sqrt()
     return edges.mean(dim=1, keepdim=True) * edges.mean(dim=0, keepdim=True) * weight.abs()
-
-
-def by_modality(weights: dict[Weight, Tensor], sparsity: float) -> dict[Weight, float]:
-    """Sparsity of each tensor under one magnitude threshold per modality, so that none is emptied for another."""
-    groups: dict[str, list[Weight]] = defaultdict(list)
-    for weight in weights:
-        groups[weight.modality].append(weight)
-    shares = {}
-    for members in groups.values():
-        magnitudes = torch.cat([weights[w].abs().flatten() for w in members])
-        kept = smallest(magnitudes, int(magnitudes.numel() * sparsity)).split([weights[w].numel() for w in members])
-        shares |= {w: 1 - int(k.sum()) / k.numel() for w, k in zip(members, kept, strict=True)}
-    return shares
 
 
 @METHODS.register("multiflow")
@@ -44,6 +30,5 @@ class Multiflow(Pruner):
     """Information-flow scores, multimodal shares."""
 
     name = "multiflow"
-    needs_statistics = True
-    score = staticmethod(flow)
-    allocate = staticmethod(by_modality)
+    score = "flow"
+    allocation = "multimodal"

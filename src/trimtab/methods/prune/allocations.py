@@ -1,0 +1,96 @@
+"""Allocation: how many weights each tensor gives, from scores, weights and the sparsity asked for.
+
+    allocate(scores, weights, sparsity) -> number of weights that each tensor gives, by weight
+
+Both arguments are dictionaries over the same prunable matrices (out, in) in the order of the anatomy. A threshold over
+several tensors is the k-th smallest score of them all, k = int(sparsity * their number); every weight at or below it
+goes, as the published pruners count. Adding an allocation is one function with `@ALLOCATIONS.register(name)`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from trimtab.anatomy import Weight
+from trimtab.methods.prune.masks import kth_smallest
+from trimtab.registry import Registry
+
+Matrices = dict[Weight, Tensor]
+Allocation = Callable[[Matrices, Matrices, float], dict[Weight, int]]
+ALLOCATIONS: Registry[Allocation] = Registry("allocation")
+
+
+def below(scores: Sequence[Tensor], count: int) -> list[int]:
+    """How many elements of each tensor lie at or below the `count`-th smallest of them all."""
+    if count < 1:
+        return [0] * len(scores)
+    threshold = kth_smallest(scores, count)
+    return [int((s <= threshold).sum()) for s in scores]
+
+
+def by_modality(scores: Matrices, sparsity: float) -> dict[Weight, int]:
+    """What one threshold per modality takes from each tensor."""
+    groups: dict[str, list[Weight]] = defaultdict(list)
+    for weight in scores:
+        groups[weight.modality].append(weight)
+    counts = {}
+    for members in groups.values():
+        values = [scores[w] for w in members]
+        counts |= dict(zip(members, below(values, int(sum(v.numel() for v in values) * sparsity)), strict=True))
+    return counts
+
+
+@ALLOCATIONS.register("uniform")
+def uniform(scores: Matrices, weights: Matrices, sparsity: float) -> dict[Weight, int]:
+    """Every tensor gives the same share."""
+    return {w: int(s.numel() * sparsity) for w, s in scores.items()}
+
+
+@ALLOCATIONS.register("global")
+def everywhere(scores: Matrices, weights: Matrices, sparsity: float) -> dict[Weight, int]:
+    """One threshold on the scores of all tensors. It may empty a modality whose scores are smaller than another's."""
+    values = list(scores.values())
+    return dict(zip(scores, below(values, int(sum(v.numel() for v in values) * sparsity)), strict=True))
+
+
+@ALLOCATIONS.register("modality")
+def modality(scores: Matrices, weights: Matrices, sparsity: float) -> dict[Weight, int]:
+    """One threshold on the scores of each modality."""
+    return by_modality(scores, sparsity)
+
+
+@ALLOCATIONS.register("multimodal")
+def multimodal(scores: Matrices, weights: Matrices, sparsity: float) -> dict[Weight, int]:
+    """MULTIFLOW's prior (section 3.3): a tensor gives the share that a magnitude threshold over its modality would
+    take.
+
+    The share is a quotient and its product with the size is cut to an integer, as the published code does: where that
+    is not exact, a tensor keeps one weight more than the threshold would leave.
+    """
+    counts = by_modality({w: t.abs() for w, t in weights.items()}, sparsity)
+    return {w: int((1 - (n - count) / n) * n) for w, count in counts.items() for n in [scores[w].numel()]}
+
+
+@ALLOCATIONS.register("ecoflap")
+def ecoflap(scores: Matrices, weights: Matrices, sparsity: float, slack: float = 0.1) -> dict[Weight, int]:
+    """After ECoFLaP (Sung et al., ICLR 2024): what is kept is shared out by the tensors' importance.
+
+    Every tensor keeps at least 1 - (sparsity + slack) of its weights, so that none collapses; the rest of the budget
+    goes to the tensors in proportion to the sum of their scores, up to all of their weights. Deviation: the paper
+    estimates the importance by zeroth-order gradients of the loss, here it is the sum of the very scores that choose
+    the weights.
+    """
+    sizes = {w: s.numel() for w, s in scores.items()}
+    importance = {w: float(s.double().sum()) for w, s in scores.items()}
+    kept = {w: n * max(0.0, 1 - sparsity - slack) for w, n in sizes.items()}
+    budget = sum(n - int(n * sparsity) for n in sizes.values())
+    while (rest := budget - sum(kept.values())) > 0.5:  # once, and again for each time that tensors are full
+        open_ = [w for w in sizes if kept[w] < sizes[w]]
+        claims = importance if any(importance[w] > 0 for w in open_) else sizes
+        total = sum(claims[w] for w in open_)
+        for w in open_:
+            kept[w] = min(sizes[w], kept[w] + rest * claims[w] / total)
+    return {w: n - min(n, round(kept[w])) for w, n in sizes.items()}

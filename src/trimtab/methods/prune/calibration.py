@@ -1,0 +1,190 @@
+"""Calibration: a model, the data that pruners look at it with, and the gradients of its loss on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.anatomy import Anatomy, Weight
+from trimtab.methods.base import Session
+
+Batch = dict[str, Any]
+
+
+def own_loss(output: Any) -> Tensor:
+    """The loss that a model's output carries, as `output["loss"]` or `output.loss`; ValueError if it has none."""
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"this pruner needs gradients of a loss, but the model's output ({type(output).__name__}) has no 'loss': "
+            "give batches from which the model computes one (labels), or pass `loss`, a function of the output"
+        )
+    return found
+
+
+@dataclass
+class Calibration:
+    """A model and the data that pruners calibrate it on.
+
+    Attributes:
+        model: what is called, as `model(**batch)`.
+        subject: the model inside it (or the same) to which the anatomy's paths belong.
+        anatomy: of the subject.
+        source: gives an iterator over the batches, from the first one on.
+        batches: how many batches a round takes; None: divide all that there are.
+        loss: from the model's output to a scalar.
+    """
+
+    model: nn.Module
+    subject: nn.Module
+    anatomy: Anatomy
+    source: Callable[[], Iterable[Batch]]
+    batches: int | None = None
+    loss: Callable[[Any], Tensor] = own_loss
+
+    @classmethod
+    def of(cls, session: Session, batches: int, batch_size: int) -> Calibration:
+        """On the training data of a recipe's session."""
+        return cls(
+            session.model, session.subject, session.anatomy, lambda: session.batches("train", batch_size), batches
+        )
+
+    def rounds(self, count: int = 1) -> Iterator[Iterator[Batch]]:
+        """The batches of each of `count` rounds, beginning with the first batch; take all of a round before the next.
+
+        Raises:
+            ValueError: while a round is taken, if the data end before it does, or there are none.
+        """
+        size = self.batches
+        source = self.source()
+        if size is None and count > 1:
+            source = source if hasattr(source, "__len__") else list(source)
+            size = len(source) // count  # type: ignore[arg-type]
+            if not size:
+                raise ValueError(
+                    f"{count} rounds of calibration need a batch each, found {len(source)} batches in all: "  # type: ignore[arg-type]
+                    "give more batches, or set fewer `steps`"
+                )
+        iterator = iter(source)
+        for i in range(count):
+            yield self._round(iterator, size, i)
+
+    def _round(self, iterator: Iterator[Batch], size: int | None, number: int) -> Iterator[Batch]:
+        found = 0
+        for batch in islice(iterator, size):
+            if not isinstance(batch, Mapping):
+                raise ValueError(
+                    f"calibration batch {found + 1}: expected a dict of the model's keyword arguments, found "
+                    f"{type(batch).__name__}; give dicts such as {{'pixel_values': ..., 'input_ids': ...}}"
+                )
+            found += 1
+            yield dict(batch)
+        if not found and not number:
+            raise ValueError("the calibration data are empty: expected at least one batch (was an iterator used up?)")
+        if size is not None and found < size:
+            raise ValueError(
+                f"the calibration data ended after {found} of the {size} batches of round {number + 1}: "
+                "give more data, or ask for fewer batches"
+            )
+
+
+@contextmanager
+def evaluating(model: nn.Module, train: bool = False) -> Iterator[None]:
+    """The model in evaluation mode (or training mode), and afterwards every module as it was."""
+    was = {m: m.training for m in model.modules()}
+    model.train(train)
+    try:
+        yield
+    finally:
+        for module, training in was.items():
+            module.training = training
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def gradients(calibration: Calibration, weights: Iterable[Weight], batches: Iterable[Batch],
+              train: bool = False) -> Iterator[dict[Weight, Tensor]]:  # fmt: skip
+    """The loss's gradient at each matrix (out, in) for one batch after another, in single precision or better.
+
+    Only the weights require gradients meanwhile; what required them before, and gradients that were there, come back.
+    A weight that the loss does not depend on has the gradient 0.
+
+    Args:
+        calibration: the model with its loss.
+        weights: of which gradients are wanted.
+        batches: one gradient each.
+        train: compute the loss in training mode.
+
+    Raises:
+        ValueError: if the loss or a gradient is not finite, or depends on none of the weights.
+    """
+    found = {w: getattr(calibration.subject.get_submodule(w.module), w.parameter) for w in weights}
+    everything = list(calibration.model.parameters()) + list(found.values())
+    required = [(p, p.requires_grad) for p in everything]
+    held = [(p, p.grad) for p in found.values()]
+    try:
+        for p in everything:
+            p.requires_grad_(False)
+        for p in found.values():
+            p.requires_grad_(True)
+            p.grad = None
+        for number, batch in enumerate(batches, start=1):
+            with evaluating(calibration.model, train), torch.enable_grad():
+                loss = calibration.loss(calibration.model(**batch))
+                _check_loss(loss, number, calibration, batch)
+                loss.backward()
+            yield {w: _gradient(w, p, number) for w, p in found.items()}
+    finally:
+        for p, needed in required:
+            p.requires_grad_(needed)
+        for p, gradient in held:
+            p.grad = gradient
+
+
+def _check_loss(loss: Tensor, number: int, calibration: Calibration, batch: Batch) -> None:
+    if loss.numel() != 1:
+        raise ValueError(f"calibration batch {number}: expected a scalar loss, found the shape {tuple(loss.shape)}")
+    if not torch.isfinite(loss.detach()):
+        raise ValueError(
+            f"calibration batch {number}: the loss is {float(loss.detach())}; {_first_not_finite(calibration, batch)}"
+        )
+    if not loss.requires_grad:
+        raise ValueError("the loss depends on none of the prunable weights: is it computed without gradients?")
+
+
+def _first_not_finite(calibration: Calibration, batch: Batch) -> str:
+    """Where a forward pass leaves the finite numbers, for an error message."""
+    found: list[str] = []
+
+    def look(path: str, module: nn.Module, args: tuple, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point() and not torch.isfinite(output).all():
+            found.append(path)
+
+    handles = [m.register_forward_hook(partial(look, path)) for path, m in calibration.subject.named_modules() if path]
+    with torch.no_grad():
+        calibration.model(**batch)
+    for handle in handles:
+        handle.remove()
+    if not found:
+        return "every module's output is finite: check the batch's targets and the loss"
+    return f"the first output that is not finite is that of '{found[0]}': check the batch and that module's weights"
+
+
+def _gradient(weight: Weight, parameter: nn.Parameter, number: int) -> Tensor:
+    found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    parameter.grad = None
+    if not torch.isfinite(found).all():
+        raise ValueError(
+            f"calibration batch {number}: the gradient of '{weight.path}' is not finite; "
+            "use single precision, or a loss that stays finite"
+        )
+    found = found if found.dtype == torch.float64 else found.float()
+    return found.t() if weight.transposed else found

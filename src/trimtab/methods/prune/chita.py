@@ -1,0 +1,265 @@
+"""CHITA (Benbaki et al., ICML 2023): which weights stay, and their new values, on a quadratic model of the loss.
+
+    A        (n, P)   gradients of n batches at the P prunable weights, one row a batch
+    f(b)     = 1/2 |y - A b|^2 + l/2 |b - w|^2 + a . b     y = A w,  l = n * ridge,  a = column sums of A / batch size
+    minimise f over b with at most k non-zeros
+
+The first term is the empirical Fisher matrix around the weights w, the last the loss's slope. One round: a step of
+iterative hard thresholding over all weights divides k among blocks (a tensor, or a piece of one), each block takes such
+a step from there, and the values of what it keeps are solved for exactly. CHITA++ does so in steps of growing sparsity,
+with gradients of the model pruned so far; as MULTIFLOW's code arranges it.
+
+All n gradients are held at once: n * P numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab.anatomy import Weight
+from trimtab.methods.base import METHODS
+from trimtab.methods.prune.base import Pruner, PruneSettings, StepSettings, found_masks, prunable
+from trimtab.methods.prune.calibration import Batch, Calibration, gradients
+from trimtab.methods.prune.masks import Masks, largest
+from trimtab.methods.prune.scores import borrowed
+
+_HALVINGS, _DOUBLINGS, _EVEN = 100, 10, 1e-10
+
+
+class Degenerate(ArithmeticError):
+    """No step of the line search lowers the objective."""
+
+
+@dataclass
+class Quadratic:
+    """f(b) on some of the weights: rows of gradients (n, p), weights (p,), slope (p,), ridge l / 2."""
+
+    rows: Tensor
+    weights: Tensor
+    slope: Tensor
+    ridge: float
+
+    def __post_init__(self) -> None:
+        self.target = self.rows @ self.weights
+
+    def __call__(self, b: Tensor) -> Tensor:
+        rest, moved = self.target - self.rows @ b, b - self.weights
+        return rest @ rest / 2 + self.ridge * (moved @ moved) + self.slope @ b
+
+    def block(self, piece: slice) -> Quadratic:
+        """The same for some of these weights, the others left as they are."""
+        return Quadratic(self.rows[:, piece], self.weights[piece], self.slope[piece], self.ridge)
+
+    def gradient(self, b: Tensor) -> Tensor:
+        return -self.rows.t() @ (self.target - self.rows @ b) + self.slope - 2 * self.ridge * (self.weights - b)
+
+    def curvature(self, direction: Tensor) -> Tensor:
+        """The second derivative of f along a direction."""
+        along = self.rows @ direction
+        return along @ along + 2 * self.ridge * (direction @ direction)
+
+    def solve(self, kept: Tensor) -> Tensor:
+        """The minimiser of f among vectors that are zero outside `kept` (p,), in double precision.
+
+        With n rows and more weights than that, the n x n system is solved (Woodbury): no block costs its size cubed.
+        """
+        rows = self.rows[:, kept].double()
+        right = (
+            rows.t() @ self.target.double() + 2 * self.ridge * self.weights[kept].double() - self.slope[kept].double()
+        )
+        double = 2 * self.ridge
+        if rows.shape[1] <= rows.shape[0]:
+            eye = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+            values = torch.linalg.solve(double * eye + rows.t() @ rows, right)
+        else:
+            eye = torch.eye(rows.shape[0], dtype=rows.dtype, device=rows.device)
+            values = (right - rows.t() @ torch.linalg.solve(double * eye + rows @ rows.t(), rows @ right)) / double
+        out = torch.zeros_like(self.weights)
+        out[kept] = values.to(out.dtype)
+        return out
+
+
+def threshold_step(f: Quadratic, b: Tensor, count: int) -> Tensor:
+    """One step of hard thresholding from b with a line search: at most `count` non-zeros.
+
+    Raises:
+        Degenerate: if the first trial of the line search does not lower f.
+    """
+    kept = largest(b.abs(), count)
+    start = b * kept
+    if count == 0:
+        return start
+    gradient = f.gradient(b)
+    direction = gradient * kept
+    curvature = f.curvature(direction)
+    if curvature == 0:
+        return start  # stationary on what is kept (a dead layer, say): there is nowhere to go
+    step = gradient @ direction / curvature  # f is smallest there
+    if _leads(b - step * gradient, kept):
+        return (b - step * gradient) * kept
+    step = step / 2
+    for _ in range(_HALVINGS):
+        if _leads(b - step * gradient, kept):
+            break
+        step = step / 2
+    best, lowest = None, f(start)
+    for _ in range(_DOUBLINGS):
+        moved = b - step * gradient
+        moved = moved * largest(moved.abs(), count)
+        value = f(moved)
+        if value >= lowest:
+            break
+        best, lowest, step = moved, value, step * 2
+    if best is None:
+        raise Degenerate
+    return best
+
+
+def _leads(b: Tensor, kept: Tensor) -> bool:
+    """Whether the largest entry is among those kept (or one falls short of it by rounding alone)."""
+    rest = b[~kept]
+    return rest.numel() == 0 or bool(b[kept].abs().max() >= rest.abs().max() - _EVEN)
+
+
+def prune_round(f: Quadratic, blocks: Sequence[slice], count: int, faithful: bool) -> Tensor:
+    """The weights (p,) after one round: at most `count` non-zeros, divided among blocks, refitted within each."""
+    try:
+        everywhere = threshold_step(f, f.weights, count)
+    except Degenerate:
+        everywhere = f.weights * largest(f.weights.abs(), count)
+    out = torch.zeros_like(f.weights)
+    for piece in blocks:
+        b = everywhere[piece]
+        keep = int(b.count_nonzero())
+        if keep == 0:
+            continue
+        block = f.block(piece)
+        try:
+            b = threshold_step(block, b, keep)
+        except Degenerate:
+            if faithful:
+                continue
+        out[piece] = block.solve(largest(b.abs(), keep))
+    return out
+
+
+@dataclass(frozen=True)
+class ChitaSettings(PruneSettings):
+    """Settings of CHITA."""
+
+    ridge: float = 1e-5
+    """Pull towards the weights as they were, per calibration batch (the authors' default; their cases differ)."""
+    block_size: int = 10_000
+    """Weights that are refitted together at most; larger tensors are cut."""
+    faithful: bool = False
+    """Set a block to zero when the first trial of its line search fails, as the authors' code does by mistake."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_chita(self.allocation, self.ridge, self.block_size)
+
+
+@dataclass(frozen=True)
+class ChitaPPSettings(StepSettings):
+    """Settings of CHITA++."""
+
+    ridge: float = 1e-5
+    """Pull towards the weights as they were, per calibration batch (the authors' default; their cases differ)."""
+    block_size: int = 10_000
+    """Weights that are refitted together at most; larger tensors are cut."""
+    faithful: bool = False
+    """Set a block to zero when the first trial of its line search fails, as the authors' code does by mistake."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_chita(self.allocation, self.ridge, self.block_size)
+
+
+def check_chita(allocation: str | None, ridge: float, block_size: int) -> None:
+    """Raise a ValueError for settings that CHITA cannot work with."""
+    if allocation not in (None, "global"):
+        raise ValueError(
+            f"allocation: CHITA divides the weights among tensors itself, found {allocation!r}; leave it out"
+        )
+    if ridge <= 0 or block_size < 1:
+        raise ValueError(f"ridge must be above 0 and block_size at least 1, found {ridge} and {block_size}")
+
+
+@METHODS.register("chita")
+class Chita(Pruner):
+    """Weights and their new values from a quadratic model of the loss, at once."""
+
+    name = "chita"
+    score = "sensitivity"
+    allocation = "global"
+    changes_weights = True
+    Settings = ChitaSettings
+    settings: ChitaSettings | ChitaPPSettings
+
+    def levels(self, sparsity: float) -> list[float]:
+        return [sparsity]
+
+    def find(self, calibration: Calibration, sparsities: Sequence[float]) -> Iterator[Masks]:
+        for sparsity in sparsities:
+            weights = prunable(calibration.subject, calibration.anatomy)
+            shapes = {w: t.shape for w, t in weights.items()}
+            sizes = [t.numel() for t in weights.values()]
+            blocks = list(_blocks(sizes, self.settings.block_size))
+            with borrowed(calibration.subject, weights) as current:
+                levels = self.levels(sparsity)
+                alive = torch.ones(sum(sizes), dtype=torch.bool, device=next(iter(current.values())).device)
+                for level, batches in zip(levels, calibration.rounds(len(levels)), strict=True):
+                    quadratic = self.quadratic(calibration, current, batches, alive)
+                    count = int((1 - level) * sum(sizes))
+                    new = prune_round(quadratic, blocks, count, self.settings.faithful)
+                    alive = new != 0
+                    for (weight, tensor), part in zip(current.items(), new.split(sizes), strict=True):
+                        tensor.copy_(part.view(shapes[weight]))
+                changed = {w: t.clone() for w, t in current.items()}
+            yield found_masks({w: t != 0 for w, t in changed.items()}, changed)
+
+    def quadratic(self, calibration: Calibration, weights: dict[Weight, Tensor], batches: Iterator[Batch],
+                  alive: Tensor) -> Quadratic:  # fmt: skip
+        """The model of the loss around the current weights, from a round's batches; only `alive` ones (P,) can move."""
+        samples: list[int] = []
+
+        def counted() -> Iterator[Batch]:
+            for batch in batches:
+                samples.append(len(next(v for v in batch.values() if isinstance(v, Tensor))))
+                yield batch
+
+        flat = torch.cat([t.flatten() for t in weights.values()]).float()
+        rows = torch.stack([
+            torch.cat([g[w].flatten() for w in weights]).float() * alive
+            for g in gradients(calibration, weights, counted())
+        ])  # fmt: skip
+        return Quadratic(rows, flat, rows.sum(dim=0) / samples[0], len(rows) * self.settings.ridge / 2)
+
+
+@METHODS.register("chita++")
+class ChitaPP(Chita):
+    """CHITA in steps, each on gradients of the model pruned so far."""
+
+    name = "chita++"
+    Settings = ChitaPPSettings
+    settings: ChitaPPSettings
+
+    @property
+    def rounds(self) -> int:
+        return self.settings.steps
+
+    def levels(self, sparsity: float) -> list[float]:
+        return self.settings.levels(sparsity)
+
+
+def _blocks(sizes: Sequence[int], largest_block: int) -> Iterator[slice]:
+    """The tensors as slices of their concatenation, the large ones in pieces."""
+    start = 0
+    for size in sizes:
+        for first in range(0, size, largest_block):
+            yield slice(start + first, start + min(first + largest_block, size))
+        start += size

@@ -1,0 +1,268 @@
+"""Evidence: what calibration finds out about each prunable matrix, summed while the batches go by.
+
+    squares    mean squared input of each channel    (in,)         forward hooks, O(width) memory a matrix
+    gram       mean of x x^T over the inputs x       (in, in)      forward hooks
+    gradient   mean gradient of the loss             (out, in)     backward passes
+
+Only what a score needs is collected. Hooks see the inputs of linear modules; `nn.MultiheadAttention` multiplies without
+calling any, so its projections are read around it: the fused input projection's inputs are the module's own (query, key
+and value, each for its rows where they differ), and the output projection's input is what the attention gives with an
+identity in that projection's place, which is then applied outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trimtab.anatomy import Anatomy, Tap, Weight, read
+from trimtab.methods.prune.calibration import Batch, Calibration, evaluating, gradients
+
+Need = Literal["squares", "gram", "gradient"]
+
+
+@dataclass
+class Evidence:
+    """What calibration found out about a matrix (out, in), or about some of its rows; fields not needed are None.
+
+    Attributes:
+        rows: how many rows it is about.
+        squares: (sum over batches and tokens of x_j^2) / (number of samples), (in,). As MULTIFLOW's code counts it: the
+            divisor is the number of images or captions, not of tokens.
+        gram: sum of x x^T over the same tokens / number of samples, (in, in); its diagonal is `squares`.
+        gradient: gradient of the loss, averaged over batches, (rows, in).
+    """
+
+    rows: int
+    squares: Tensor | None = None
+    gram: Tensor | None = None
+    gradient: Tensor | None = None
+
+
+def collect(calibration: Calibration, weights: Iterable[Weight], needs: frozenset[Need] | set[Need],
+            batches: Iterable[Batch]) -> dict[Weight, list[Evidence]]:  # fmt: skip
+    """Go over batches and collect what is needed about each weight.
+
+    Returns:
+        For each weight the evidence of its parts, from the first row down: one part, but for fused projections of an
+        attention whose query and key have different inputs.
+
+    Raises:
+        ValueError: if there is no batch, a weight's module is never reached, a batch lacks the tokens' mask of a tower,
+            or inputs, loss or gradients are not finite; the module and the batch are named.
+    """
+    weights = list(weights)
+    model = calibration.subject
+    shapes = {w: rows_and_columns(model, w) for w in weights}
+    inputs = needs & {"squares", "gram"}
+    with InputSums(model, calibration.anatomy, weights, "gram" in needs) if inputs else nullcontext() as sums:
+        watched = sums.checked(batches) if sums else batches
+        mean: dict[Weight, Tensor] = {}
+        if "gradient" in needs:
+            mean = _mean(gradients(calibration, weights, watched))
+        else:
+            with evaluating(calibration.model), torch.no_grad():
+                for batch in watched:
+                    calibration.model(**batch)
+        evidence = sums.result() if sums else {w: [Evidence(shapes[w][0])] for w in weights}
+    for weight, gradient in mean.items():
+        for part, g in zip(evidence[weight], gradient.split([e.rows for e in evidence[weight]]), strict=True):
+            part.gradient = g
+    return evidence
+
+
+def _mean(found: Iterable[dict[Weight, Tensor]]) -> dict[Weight, Tensor]:
+    total: dict[Weight, Tensor] = {}
+    count = 0
+    for one in found:
+        count += 1
+        for weight, gradient in one.items():
+            total[weight] = total[weight].add_(gradient) if weight in total else gradient
+    return {w: t.div_(count) for w, t in total.items()}
+
+
+def rows_and_columns(model: nn.Module, weight: Weight) -> tuple[int, int]:
+    """(out, in) of a prunable matrix, however its parameter is stored."""
+    shape = getattr(model.get_submodule(weight.module), weight.parameter).shape
+    return (shape[1], shape[0]) if weight.transposed else (shape[0], shape[1])
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Sum:
+    """Sum over the inputs of `rows` rows of a matrix, and over how many samples it goes."""
+
+    rows: int
+    total: Tensor
+    samples: int = 0
+
+
+@dataclass
+class InputSums:
+    """Sums over the inputs of matrices while the model is called, in forward hooks: nothing of a batch is kept.
+
+    Padding tokens are left out where an input is as long as its tower's mask. An input of another length (the image
+    tokens that a text tower attends to) is counted whole; should it happen to be as long as the text, the text's mask
+    is applied to it, since nothing tells the two apart.
+
+    A context manager: the hooks are gone and the model is as before when it is left.
+
+    Attributes:
+        model: the model that the anatomy describes.
+        anatomy: its description.
+        weights: the matrices to watch.
+        gram: sum x x^T, not only x^2.
+    """
+
+    model: nn.Module
+    anatomy: Anatomy
+    weights: list[Weight]
+    gram: bool = False
+    sums: dict[Weight, list[_Sum]] = field(default_factory=dict)
+
+    def __enter__(self) -> InputSums:
+        self.masks: dict[str, Tensor | None] = {}
+        self.stack = ExitStack()
+        self.towers = {w: tower for w in self.weights if (tower := self.anatomy.owner(w.module))}
+        # torch's fused encoder layers call no module inside; hooks would see nothing.
+        self.stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        for tower in {t.name: t for t in self.towers.values()}.values():
+            if tower.mask is not None:
+                self._hold(read(self.model, tower.mask, partial(self.masks.__setitem__, tower.name)))
+        for weight in self.weights:
+            self._watch(weight)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+    def _hold(self, handle: Any) -> None:
+        self.stack.callback(handle.remove)
+
+    def _watch(self, weight: Weight) -> None:
+        owner, _, name = weight.module.rpartition(".")
+        parent, module = self.model.get_submodule(owner), self.model.get_submodule(weight.module)
+        if isinstance(module, nn.MultiheadAttention):
+            hook = partial(self._attention, weight)
+            self._hold(module.register_forward_pre_hook(hook, with_kwargs=True))
+        elif isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
+            self.stack.enter_context(_projecting_outside(parent, lambda x: self._add(weight, [x])))
+        else:
+            self._hold(read(self.model, Tap(weight.module, "input", 0), lambda x: self._add(weight, [x])))
+
+    def _attention(self, weight: Weight, module: nn.MultiheadAttention, args: tuple, kwargs: dict) -> None:
+        names = ("query", "key", "value")
+        given = [args[i] if i < len(args) else kwargs[n] for i, n in enumerate(names)]
+        if weight.parameter != "in_proj_weight":  # q_proj_weight and so on: key and value have widths of their own
+            given = [given["qkv".index(weight.parameter[0])]]
+        elif given[0] is given[1] is given[2]:
+            given = given[:1]
+        self._add(weight, [_batch_first(x, module) for x in given])
+
+    def _add(self, weight: Weight, inputs: list[Tensor]) -> None:
+        """Add the inputs of a weight's parts; its rows are divided evenly among them."""
+        rows = rows_and_columns(self.model, weight)[0] // len(inputs)
+        sums = self.sums.setdefault(weight, [_Sum(rows, torch.zeros(())) for _ in inputs])
+        if len(sums) != len(inputs):
+            raise ValueError(f"'{weight.module}' attends to its own input in one call and to another in the next; "
+                             f"leave it out of the towers' scopes: one weight cannot be scored for both")  # fmt: skip
+        tower = self.towers.get(weight)
+        mask = self.masks.get(tower.name) if tower else None
+        for part, given in zip(sums, inputs, strict=True):
+            x = given.detach()
+            part.samples += len(x) if x.ndim > 1 else 1
+            if mask is not None and x.ndim == 3 and mask.shape == x.shape[:2]:
+                x = x[mask.bool()]
+            x = x.reshape(-1, x.shape[-1])
+            x = x if x.dtype == torch.float64 else x.float()
+            part.total = part.total.to(x.device) + (x.t() @ x if self.gram else x.square().sum(dim=0))
+
+    def checked(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches; what the model was given and what it computed is checked after each.
+
+        Raises:
+            ValueError: if a tower's mask was not given, or inputs of a module are not finite.
+        """
+        for number, batch in enumerate(batches, start=1):
+            self.masks.clear()
+            yield batch
+            for tower in self.towers.values():
+                if tower.mask is not None and self.masks.get(tower.name) is None:
+                    raise ValueError(
+                        f"calibration batch {number} has no mask of valid tokens for the tower {tower.name!r}: "
+                        f"expected one at the {tower.mask.side} {tower.mask.key!r} of '{tower.mask.path}', found the "
+                        f"batch's fields {sorted(batch)}; give the mask, or an anatomy whose tower has none"
+                    )
+            for weight, parts in self.sums.items():
+                if not all(torch.isfinite(part.total).all() for part in parts):
+                    raise ValueError(
+                        f"calibration batch {number}: the inputs of '{weight.module}' are not finite (NaN or "
+                        "infinite); check the batch, or run the model in single precision"
+                    )
+
+    def result(self) -> dict[Weight, list[Evidence]]:
+        """What was summed, divided by the number of samples.
+
+        Raises:
+            ValueError: if a module was never called during calibration.
+        """
+        silent = sorted(w.path for w in self.weights if w not in self.sums)
+        if silent:
+            raise ValueError(
+                f"calibration never reached {len(silent)} linear layers, first '{silent[0]}': give batches that use "
+                "them, or leave them out of the anatomy's towers"
+            )
+        found = {}
+        for weight in self.weights:
+            means = [(part.rows, part.total / part.samples) for part in self.sums[weight]]
+            found[weight] = [
+                Evidence(rows, squares=m.diagonal() if self.gram else m, gram=m if self.gram else None)
+                for rows, m in means
+            ]
+        return found
+
+
+def _batch_first(x: Tensor, attention: nn.MultiheadAttention) -> Tensor:
+    """(B, L, D), however the attention is called."""
+    if x.ndim == 2:
+        return x[None]
+    return x if attention.batch_first else x.transpose(0, 1)
+
+
+@contextmanager
+def _projecting_outside(attention: nn.MultiheadAttention, then: Callable[[Tensor], None]) -> Iterator[None]:
+    """Compute an attention with an identity as its output projection, which is applied afterwards: `then` sees its
+    input.
+
+    The module hands its output projection's weight to a fused function, so there is no call to hook.
+    """
+    projection = attention.out_proj
+    real = dict(projection._parameters)
+    weight = projection.weight
+    identity = nn.Parameter(torch.eye(len(weight), dtype=weight.dtype, device=weight.device), requires_grad=False)
+
+    def before(module: nn.Module, args: tuple) -> None:
+        projection._parameters.update(weight=identity, bias=None)
+
+    def after(module: nn.Module, args: tuple, output: tuple) -> tuple:
+        projection._parameters.update(real)
+        then(_batch_first(output[0], attention))
+        return F.linear(output[0], projection.weight, projection.bias), *output[1:]
+
+    handles = [attention.register_forward_pre_hook(before), attention.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        projection._parameters.update(real)

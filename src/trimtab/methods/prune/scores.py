@@ -1,0 +1,80 @@
+"""Score: how much each weight matters, from the weight and what calibration found out about it.
+
+    score(weight, evidence) -> (out, in)     from a matrix (out, in) and its `Evidence`; the smallest scores go
+
+A score says which evidence it needs, and calibration collects only that. Adding one is a function with `@score(...)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.anatomy import Weight
+from trimtab.methods.prune.evidence import Evidence, Need
+from trimtab.registry import Registry
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score function with the evidence that it needs.
+
+    Attributes:
+        function: (weight (out, in), evidence) -> scores (out, in).
+        needs: fields of `Evidence` that it reads.
+    """
+
+    function: Callable[[Tensor, Evidence], Tensor]
+    needs: frozenset[Need]
+
+    def __call__(self, weight: Tensor, evidence: list[Evidence]) -> Tensor:
+        """Scores of a matrix (out, in), whose rows are divided among the evidence of its parts."""
+        parts = weight.split([e.rows for e in evidence])
+        return torch.cat([self.function(part, e) for part, e in zip(parts, evidence, strict=True)])
+
+
+SCORES: Registry[Score] = Registry("score")
+
+
+def score(name: str, *needs: Need) -> Callable[[Callable], Callable]:
+    """Register a score function under a name, with the evidence that it needs."""
+
+    def add(function: Callable[[Tensor, Evidence], Tensor]) -> Callable[[Tensor, Evidence], Tensor]:
+        SCORES.register(name)(Score(function, frozenset(needs)))
+        return function
+
+    return add
+
+
+def parameter(model: nn.Module, weight: Weight) -> nn.Parameter:
+    """The parameter that a prunable weight names."""
+    return getattr(model.get_submodule(weight.module), weight.parameter)
+
+
+def matrix(model: nn.Module, weight: Weight) -> Tensor:
+    """A prunable weight as (out, in), detached and in at least single precision; a view where that needs no copy."""
+    found = parameter(model, weight).detach()
+    found = found.t() if weight.transposed else found
+    return found if found.dtype in (torch.float32, torch.float64) else found.float()
+
+
+@contextmanager
+def borrowed(model: nn.Module, weights: Iterable[Weight]) -> Iterator[dict[Weight, Tensor]]:
+    """The weights as matrices (out, in) that may be written to meanwhile; afterwards the model has its own values
+    again.
+
+    Yields:
+        Views of the parameters themselves, not of copies: what is written is what the model computes with.
+    """
+    parameters = {w: parameter(model, w) for w in weights}
+    own = {w: p.detach().clone() for w, p in parameters.items()}
+    try:
+        yield {w: p.detach().t() if w.transposed else p.detach() for w, p in parameters.items()}
+    finally:
+        with torch.no_grad():
+            for weight, p in parameters.items():
+                p.copy_(own[weight])

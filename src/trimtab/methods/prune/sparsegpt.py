@@ -1,0 +1,160 @@
+"""SparseGPT (Frantar & Alistarh, ICML 2023): prune column by column, and let the columns after it make up for each
+error.
+
+    H      = X X^T + damping            of the inputs X that reach a matrix, (in, in)
+    s_ij   = w_ij^2 / [H^-1]_jj         what the output loses (up to a factor) when w_ij goes and its row adapts
+    go through the columns j from the left: the error e = (w_j - pruned w_j) / [C]_jj, C^T C = H^-1 (upper Cholesky
+    factor), is taken from the columns behind, w_k -= e C_jk for k > j
+
+The weights to prune are chosen for `block` columns at a time, among what the earlier columns have made of them
+(Algorithm 1). Blocks of the model go in their order, each calibrated on inputs that the pruned blocks before it hand
+on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab.anatomy import Anatomy, Weight
+from trimtab.methods.base import METHODS
+from trimtab.methods.prune.base import Pruner, PruneSettings, found_masks, prunable
+from trimtab.methods.prune.calibration import Calibration
+from trimtab.methods.prune.evidence import Evidence, collect
+from trimtab.methods.prune.masks import Masks, largest
+from trimtab.methods.prune.scores import SCORES, borrowed, score
+
+_DAMPING = 0.01
+
+
+def inverse_factor(gram: Tensor, damping: float = _DAMPING) -> Tensor:
+    """Upper triangular C with C^T C = (gram + damping * its mean diagonal)^-1, in double precision; all (in, in)."""
+    gram = gram.double()
+    mean = gram.diagonal().mean()
+    damped = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (damping * mean if mean > 0 else 1.0)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+@score("saliency", "gram")
+def saliency(weight: Tensor, evidence: Evidence) -> Tensor:
+    """w_ij^2 / [H^-1]_jj, optimal brain surgeon's for one weight at a time."""
+    factor = inverse_factor(evidence.gram)
+    return (weight.double().square() / factor.square().sum(dim=0)).to(weight.dtype)
+
+
+def reconstruct(weight: Tensor, gram: Tensor, count: int, block: int, damping: float) -> tuple[Tensor, Tensor]:
+    """Prune `count` weights of a matrix (out, in), and change the others so that its outputs on the inputs change
+    little.
+
+    Args:
+        weight: the matrix.
+        gram: mean of x x^T over its inputs, (in, in).
+        count: how many weights go; every block of columns gives its share.
+        block: columns for which the weights to prune are chosen together.
+        damping: share of the gram matrix's mean diagonal that is added to its diagonal.
+
+    Returns:
+        The mask (out, in), True = kept, and the new weights, zero where it is False.
+    """
+    factor = inverse_factor(gram, damping)
+    work = weight.double().clone()
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    columns = work.shape[1]
+    for first in range(0, columns, block):
+        last = min(first + block, columns)
+        # Rounded so that the shares of all blocks add up to `count`.
+        goes = count * last // columns - count * first // columns
+        part = work[:, first:last].square() / factor.diagonal()[first:last].square()
+        mask[:, first:last] = largest(part, part.numel() - goes)
+        errors = torch.zeros_like(part)
+        for j in range(first, last):
+            kept = work[:, j] * mask[:, j]
+            error = (work[:, j] - kept) / factor[j, j]
+            work[:, j:last] -= error[:, None] * factor[j, j:last]
+            work[:, j] = kept
+            errors[:, j - first] = error
+        work[:, last:] -= errors @ factor[first:last, last:]
+    return mask, (work * mask).to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class SparseGPTSettings(PruneSettings):
+    """Settings of SparseGPT."""
+
+    damping: float = _DAMPING
+    """Share of the inputs' mean square that is added to the diagonal of their gram matrix."""
+    block_size: int = 128
+    """Columns for which the weights to prune are chosen together."""
+    sequential: bool = True
+    """Calibrate each block on what the pruned blocks before it hand on: a pass over the data for every block."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.damping <= 0 or self.block_size < 1:
+            raise ValueError(
+                f"damping must be above 0 and block_size at least 1, found {self.damping} and {self.block_size}"
+            )
+        if self.sequential and self.allocation in ("global", "modality", "ecoflap"):
+            raise ValueError(
+                f"allocation {self.allocation!r} compares the scores of all tensors, which are known one block at a "
+                "time: set sequential: false, or the allocation uniform or multimodal"
+            )
+
+
+@METHODS.register("sparsegpt")
+class SparseGPT(Pruner):
+    """Column by column, what is kept makes up for what goes."""
+
+    name = "sparsegpt"
+    score = "saliency"
+    allocation = "uniform"
+    changes_weights = True
+    Settings = SparseGPTSettings
+    settings: SparseGPTSettings
+
+    @property
+    def rounds(self) -> int:
+        return 2  # it goes over the data more than once
+
+    def find(self, calibration: Calibration, sparsities: Sequence[float]) -> Iterator[Masks]:
+        for sparsity in sparsities:
+            weights = prunable(calibration.subject, calibration.anatomy)
+            groups = by_block(calibration.anatomy, weights) if self.settings.sequential else [list(weights)]
+            counts = self.counts(weights, weights, sparsity) if self.settings.sequential else {}
+            masks: dict[Weight, Tensor] = {}
+            with borrowed(calibration.subject, weights) as current:
+                for group in groups:
+                    evidence = collect(calibration, group, SCORES[self.score].needs, next(calibration.rounds()))
+                    if not counts:
+                        scores = {w: SCORES[self.score](current[w], evidence[w]) for w in group}
+                        counts = self.counts(scores, weights, sparsity)
+                    for weight in group:
+                        masks[weight] = self.prune(current[weight], evidence.pop(weight), counts[weight])
+                changed = {w: t.clone() for w, t in current.items()}
+            yield found_masks({w: masks[w] for w in weights}, changed)
+
+    def prune(self, weight: Tensor, evidence: list[Evidence], count: int) -> Tensor:
+        """Prune one matrix in place, each part of its rows on its own inputs; returns the mask."""
+        masks = []
+        start = 0
+        for part in evidence:
+            rows = weight[start : start + part.rows]
+            share = count * (start + part.rows) // len(weight) - count * start // len(weight)
+            mask, new = reconstruct(rows, part.gram, share, self.settings.block_size, self.settings.damping)
+            rows.copy_(new)
+            masks.append(mask)
+            start += part.rows
+        return torch.cat(masks)
+
+
+def by_block(anatomy: Anatomy, weights: Sequence[Weight] | dict[Weight, Tensor]) -> list[list[Weight]]:
+    """The weights of one block after another, in the order of computation; those outside any block come first."""
+    paths = [b.path for b in anatomy.blocks()]
+    groups: dict[str, list[Weight]] = {path: [] for path in ("", *paths)}
+    for weight in weights:
+        groups[next((p for p in paths if weight.path.startswith(p + ".")), "")].append(weight)
+    return [group for group in groups.values() if group]

@@ -1,0 +1,147 @@
+"""Our methods against reference tensors in a folder: `python tests/conformance.py DIR`.
+
+A case is a safetensors file of inputs, parameters and results with a JSON file beside it. What it is a case of is read
+from the JSON (`pruner`, or `case`), never from the file's name. Prints one JSON line a case: the quantity that came
+closest to its tolerance (or passed it), its error and tolerance, whether all passed, and what was left out, with the
+reason. The exit status is 1 if a case fails or there is none.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: an error and what it may be at most. For masks the error is the number of bits that differ."""
+
+    quantity: str
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance  # False for NaN
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Something in a case that is not compared, and why."""
+
+    reason: str
+
+
+@dataclass
+class Case:
+    """A reference file and what stands beside it.
+
+    Attributes:
+        name: of the file, for people only.
+        tensors: inputs, parameters and results.
+        info: its JSON.
+        folder: where it lies; a case may need another file of it, which it names.
+    """
+
+    name: str
+    info: dict[str, Any]
+    folder: Path
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """What it is a case of: `pruner NAME`, or the JSON's `case`."""
+        return f"pruner {self.info['pruner'].lower()}" if "pruner" in self.info else str(self.info.get("case"))
+
+
+Comparison = Callable[[Case], Iterator[Check | Skipped]]
+COMPARISONS: dict[str, Comparison] = {}
+
+
+def compares(*kinds: str) -> Callable[[Comparison], Comparison]:
+    """Register the comparison for these kinds of cases."""
+
+    def add(function: Comparison) -> Comparison:
+        COMPARISONS.update(dict.fromkeys(kinds, function))
+        return function
+
+    return add
+
+
+def close(quantity: str, found: Tensor, wanted: Tensor, relative: float = 1e-5, absolute: float = 1e-5) -> Check:
+    """Element by element |found - wanted| <= absolute + relative |wanted|, as a relative error of at most
+    `relative`."""
+    if found.shape != wanted.shape:
+        return Check(f"{quantity}: shape {tuple(found.shape)} for {tuple(wanted.shape)}", float("inf"), relative)
+    found, wanted = found.detach().double(), wanted.double()
+    errors = (found - wanted).abs() / (wanted.abs() + absolute / relative)
+    return Check(quantity, float(errors.max()), relative)
+
+
+def find(folder: Path) -> list[Case]:
+    """Every case of a folder, tensors not yet read."""
+    return [Case(p.stem, json.loads(p.read_text()), folder) for p in sorted(folder.glob("*.json"))]
+
+
+def compare(case: Case) -> list[Check | Skipped]:
+    """Compare one case, or say why it is not compared."""
+    import tests.comparisons  # noqa: F401  (fills COMPARISONS)
+
+    file = case.folder / f"{case.name}.safetensors"
+    if not file.exists():
+        return [Skipped("no tensors beside the JSON: figures and descriptions, nothing to compute")]
+    if case.kind not in COMPARISONS:
+        return [Skipped(f"no comparison for {case.kind!r}: the library does not have this part")]
+    case.tensors = load_file(file)
+    return list(COMPARISONS[case.kind](case))
+
+
+def line(case: Case, results: list[Check | Skipped]) -> dict[str, Any]:
+    """What is printed about a case."""
+    checks = [r for r in results if isinstance(r, Check)]
+    out: dict[str, Any] = {"case": case.name, "kind": case.kind}
+    if checks:
+        worst = max(checks, key=lambda c: (not c.passed, c.error / c.tolerance if c.tolerance else c.error))
+        out |= {
+            "checks": len(checks),
+            "quantity": worst.quantity,
+            "max_error": worst.error,
+            "tolerance": worst.tolerance,
+        }
+    out["pass"] = all(c.passed for c in checks) if checks else None
+    if reasons := [r.reason for r in results if isinstance(r, Skipped)]:
+        out["skipped"] = reasons
+    return out
+
+
+def main(folder: Path) -> int:
+    """Compare every case of a folder; returns the exit status."""
+    torch.set_num_threads(1)
+    cases = find(folder)
+    if not cases:
+        print(f"{folder}: expected reference files (NAME.json beside NAME.safetensors), found none", file=sys.stderr)
+        return 1
+    failed = False
+    for case in cases:
+        report = line(case, compare(case))
+        failed |= report["pass"] is False
+        print(json.dumps(report), flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python tests/conformance.py DIR")
+    root = Path(__file__).parents[1]
+    sys.path.insert(0, str(root))
+    from tests import conformance  # under its importable name, so that comparisons register where they are looked up
+
+    sys.exit(conformance.main(Path(sys.argv[1])))

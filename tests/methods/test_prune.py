@@ -1,0 +1,438 @@
+"""Pruners on the toy vision-text-fusion model and on attentions: evidence, allocations, masks, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import trimtab
+from tests import conformance
+from tests.comparisons.prune import LOSS, Toy
+from trimtab import Anatomy, Block, Masks, Tap, Tower
+from trimtab.methods import METHODS
+from trimtab.methods.prune.allocations import ALLOCATIONS
+from trimtab.methods.prune.base import prunable
+from trimtab.methods.prune.calibration import Calibration
+from trimtab.methods.prune.evidence import Evidence, collect
+from trimtab.methods.prune.masks import kth_smallest, largest, smallest
+from trimtab.methods.prune.scores import SCORES
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+PRUNERS = sorted(n for n, m in METHODS.items() if m.lever == "prune")
+STEPS = {"itersnip": {"steps": 2}, "chita++": {"steps": 2, "ridge": 1.0}, "chita": {"ridge": 1.0}}
+
+
+@pytest.fixture
+def toy() -> Toy:
+    return Toy(conformance.Case("b1_model", json.loads((GOLDEN / "b1_model.json").read_text()), GOLDEN))
+
+
+def run(toy: Toy, name: str, sparsity=0.5, **settings):
+    batches = settings.pop("batches", None) or toy.batches(LOSS)[:4]
+    loss = settings.pop("loss", None)
+    anatomy = settings.pop("anatomy", None) or toy.model.anatomy()
+    return trimtab.prune(toy.model, name, sparsity, batches, anatomy, loss, **STEPS.get(name, {}), **settings)
+
+
+# --- selection --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(7, 30), (20000, 1, 12345)])
+def test_the_kth_smallest_is_that_of_the_concatenation(sizes, dtype):
+    torch.manual_seed(0)
+    tensors = [torch.randn(n).abs().mul(3).round(decimals=2).to(dtype) for n in sizes]  # rounded: with ties
+    tensors[0][::3] = 0
+    for scores in (
+        tensors,
+        [t - 1 for t in tensors],
+        [t * 1e-30 for t in tensors],
+        [torch.zeros_like(t) for t in tensors],
+    ):
+        everything = torch.cat(scores)
+        for count in {1, 5, len(everything) // 3, len(everything) - 1, len(everything)}:
+            found = kth_smallest(scores, count)
+            assert found.dtype == dtype and found == everything.kthvalue(count).values, count
+
+
+def test_the_kth_smallest_of_fewer_is_refused():
+    with pytest.raises(ValueError, match="the 4-th smallest of 3 scores"):
+        kth_smallest([torch.zeros(3)], 4)
+
+
+def test_smallest_takes_ties_and_largest_does_not():
+    scores = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    assert smallest(scores, 1).tolist() == [[True, False], [False, True]]
+    assert largest(scores, 3).tolist() == [[True, True], [False, True]]
+
+
+# --- scores and allocations -------------------------------------------------------------------------------------------
+
+
+def test_scores_are_their_formulas():
+    torch.manual_seed(0)
+    weight, x = torch.randn(5, 4), torch.randn(50, 4)
+    evidence = Evidence(5, squares=x.square().mean(0), gram=x.T @ x / 50, gradient=torch.randn(5, 4))
+    root = x.square().mean(0).sqrt()
+    inverse = torch.linalg.inv(evidence.gram + 0.01 * evidence.gram.diagonal().mean() * torch.eye(4))
+    wanted = {
+        "wanda": weight.abs() * root,
+        "ria": (weight.abs() / weight.abs().sum(0) + weight.abs() / weight.abs().sum(1, keepdim=True)) * root.sqrt(),
+        "saliency": weight.square() / inverse.diagonal(),
+        "sensitivity": (weight * evidence.gradient).abs(),
+    }
+    for name, scores in wanted.items():
+        torch.testing.assert_close(SCORES[name](weight, [evidence]), scores, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.63, 0.95])
+@pytest.mark.parametrize("name", list(ALLOCATIONS))
+def test_an_allocation_gives_what_is_asked_for(name, sparsity, toy):
+    weights = prunable(toy.model, toy.model.anatomy())
+    torch.manual_seed(0)
+    scores = {w: torch.rand(t.shape) * (i + 1) for i, (w, t) in enumerate(weights.items())}
+    counts = ALLOCATIONS[name](scores, weights, sparsity)
+    total = sum(t.numel() for t in weights.values())
+    assert abs(sum(counts.values()) - sparsity * total) <= len(counts)
+    assert all(0 <= counts[w] <= t.numel() for w, t in weights.items())
+    if name == "ecoflap":  # nobody gives more than a tenth above the average, and the most important gives least
+        shares = {w: counts[w] / t.numel() for w, t in weights.items()}
+        assert max(shares.values()) <= sparsity + 0.1 + 0.01
+        assert min(shares, key=shares.get) in list(weights)[-8:]
+
+
+def test_a_global_threshold_may_empty_a_tower_which_is_refused(toy):
+    with torch.no_grad():
+        for w in toy.model.anatomy().weights(toy.model):
+            if w.modality == "vision":
+                toy.model.get_parameter(w.path).mul_(1e-3)
+    with pytest.raises(ValueError, match="no weight of the tower 'vision' is left .* allow_empty_tower"):
+        run(toy, "omp", 0.5)
+    (masks,) = run(toy, "omp", [0.5], allow_empty_tower=True)
+    assert not any(m.any() for path, m in masks.items() if path.startswith("vision"))
+    (masks,) = run(toy, "omp", [0.5], allocation="modality")
+    assert any(m.any() for path, m in masks.items() if path.startswith("vision"))
+
+
+# --- every pruner -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_every_pruner_prunes_in_place_and_leaves_the_rest_alone(name, toy):
+    model = toy.model
+    model.text_encoder.cls.train()
+    model.itm_head.weight.requires_grad_(False)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    flags = {n: (p.requires_grad, p.grad is None) for n, p in model.named_parameters()}
+    several = run(toy, name, [0.5, 0.9])
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    masks = run(toy, name, 0.9)
+    assert flags == {n: (p.requires_grad, p.grad is None) for n, p in model.named_parameters()}
+    assert model.text_encoder.cls.training and not model.training
+    assert abs(several[0].sparsity - 0.5) < 0.01 and abs(masks.sparsity - 0.9) < 0.01
+    if name != "random-pruning":
+        assert all(torch.equal(mask, several[1][path]) for path, mask in masks.items())
+    for path, parameter in model.named_parameters():
+        if path not in masks:
+            assert torch.equal(parameter, before[path])
+            continue
+        assert not parameter[~masks[path]].any()
+        same = torch.equal(parameter[masks[path]], before[path][masks[path]])
+        assert same or METHODS[name].changes_weights
+
+
+@pytest.mark.parametrize("allocation", list(ALLOCATIONS))
+@pytest.mark.parametrize("name", ["omp", "multiflow", "lamp", "itersnip", "ria"])
+def test_allocations_can_be_exchanged(name, allocation, toy):
+    masks = run(toy, name, 0.6, allocation=allocation)
+    assert abs(masks.sparsity - 0.6) < 0.01
+
+
+def test_wanda_takes_as_many_of_every_output(toy):
+    (masks,) = run(toy, "wanda", [0.5])
+    assert all(len(set(mask.sum(dim=1).tolist())) == 1 for mask in masks.values())
+    (masks,) = run(toy, "wanda", [0.7])  # not a whole number of any output's weights: some give one more
+    assert {int(mask.sum(dim=1).max() - mask.sum(dim=1).min()) for mask in masks.values()} == {0, 1}
+    assert all(int((~mask).sum()) == int(0.7 * mask.numel()) for mask in masks.values())
+    (masks,) = run(toy, "wanda", [0.5], per_output=False)
+    assert any(len(set(mask.sum(dim=1).tolist())) > 1 for mask in masks.values())
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_sparsegpt_keeps_outputs_closer_than_zeroing_the_same_weights(sequential, toy):
+    batches = toy.batches(LOSS)[:8]
+    forward = [{k: b[k] for k in ("images", "text_ids", "text_atts")} for b in batches]
+
+    def outputs() -> torch.Tensor:
+        with torch.no_grad():
+            return torch.stack([toy.model(**b) for b in forward])
+
+    dense = outputs()
+    state = {k: v.clone() for k, v in toy.model.state_dict().items()}
+    masks = run(toy, "sparsegpt", 0.5, batches=batches, sequential=sequential, block_size=5)
+    assert all(abs(1 - float(m.float().mean()) - 0.5) < 0.01 for m in masks.values())
+    rebuilt = float((outputs() - dense).square().mean())
+    toy.model.load_state_dict(state)
+    masks.enforce(toy.model)
+    assert rebuilt < 0.8 * float((outputs() - dense).square().mean())
+
+
+def test_chita_keeps_its_number_where_the_published_code_loses_a_block(toy):
+    asked = int(0.1 * sum(t.numel() for t in prunable(toy.model, toy.model.anatomy()).values()))
+    kept = {}
+    for faithful in (True, False):
+        settings = {"ridge": 0.01, "faithful": faithful}
+        masks = trimtab.prune(toy.model, "chita", [0.9], toy.batches(LOSS)[:3], toy.model.anatomy(), **settings)
+        kept[faithful] = masks[0].kept
+    assert kept[True] < kept[False] and asked - kept[False] <= 1
+
+
+def test_tamt_computes_its_first_step_with_weights(toy):
+    seen = {}
+    for faithful in (True, False):
+        method = METHODS["tamt"](faithful=faithful)
+        calibration = Calibration(toy.model, toy.model, toy.model.anatomy(), lambda: toy.batches(LOSS)[:1])
+        calibration.loss = lambda out, f=faithful: seen.__setitem__(f, active(toy)) or out["loss"]
+        list(method.trace(calibration, 0.63))
+    assert seen == {True: 0, False: pytest.approx(2956, abs=20)}
+
+
+def active(toy: Toy) -> int:
+    return sum(int(t.count_nonzero()) for t in prunable(toy.model, toy.model.anatomy()).values())
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+class Attends(nn.Module):
+    def __init__(self, batch_first: bool, cross: bool, kdim: int | None = None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([nn.MultiheadAttention(8, 2, batch_first=batch_first, kdim=kdim, vdim=kdim)])
+        self.cross = cross
+
+    def forward(self, x, memory):
+        memory = memory if self.cross else x
+        return self.blocks[0](x, memory, memory)[0]
+
+
+@pytest.mark.parametrize("kdim", [None, 6])
+@pytest.mark.parametrize("cross", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_the_projections_of_attentions_get_their_own_inputs(batch_first, cross, kdim):
+    if kdim and not cross:
+        pytest.skip("self-attention has one width")
+    model = Attends(batch_first, cross, kdim).eval()
+    x, memory = torch.randn(3, 5, 8), torch.randn(3, 4, kdim or 8)
+    swap = (lambda t: t) if batch_first else (lambda t: t.transpose(0, 1))
+    batch = {"x": swap(x), "memory": swap(memory)}
+    tower = Tower("vision", "vision", (Block("blocks.0", 8),), ("blocks",), Tap("blocks.0"))
+    calibration = Calibration(model, model, Anatomy((tower,)), lambda: [batch])
+    weights = calibration.anatomy.weights(model)
+    before = model(**batch)
+    found = {w.path: e for w, e in collect(calibration, weights, {"squares"}, [batch]).items()}
+    torch.testing.assert_close(model(**batch), before, rtol=0, atol=0)
+
+    query, other = x.square().sum((0, 1)) / 3, (memory if cross else x).square().sum((0, 1)) / 3
+    if kdim:
+        parts = [("blocks.0.q_proj_weight", 0, query), ("blocks.0.k_proj_weight", 0, other)]
+        parts.append(("blocks.0.v_proj_weight", 0, other))
+    elif cross:
+        assert [e.rows for e in found["blocks.0.in_proj_weight"]] == [8, 8, 8]
+        parts = [("blocks.0.in_proj_weight", i, s) for i, s in enumerate((query, other, other))]
+    else:
+        assert [e.rows for e in found["blocks.0.in_proj_weight"]] == [24]
+        parts = [("blocks.0.in_proj_weight", 0, query)]
+    for path, i, squares in parts:
+        torch.testing.assert_close(found[path][i].squares, squares)
+    # The output projection's input is the attention's output before it: undo the projection.
+    out = model.blocks[0].out_proj
+    context = torch.linalg.solve(out.weight, (swap(before) - out.bias).reshape(-1, 8).T).T
+    torch.testing.assert_close(
+        found["blocks.0.out_proj.weight"][0].squares, context.square().sum(0) / 3, rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ["multiflow", "sparsegpt", "snip"])
+def test_encoders_of_torch_and_transposed_linears_are_pruned(name):
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2))
+            self.mix = nn.ModuleList(nn.Sequential(Conv1D(12, 8), nn.ReLU(), Conv1D(8, 12)) for _ in range(2))
+
+        def forward(self, x):
+            for layer, mix in zip(self.layers, self.mix, strict=True):
+                x = mix(layer(x))
+            return {"loss": x.square().mean()}
+
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    batches = [{"x": torch.randn(4, 3, 8)} for _ in range(3)]
+    masks = trimtab.prune(model, name, 0.5, batches, allocation="uniform")  # Conv1D begins with much smaller weights
+    assert masks["mix.0.0.weight"].shape == (8, 12)
+    assert len(masks) == 2 * 6
+    assert all(not p[~masks[n]].any() for n, p in model.named_parameters() if n in masks)
+    assert abs(masks.sparsity - 0.5) < 0.02
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["omp", "sparsegpt"])
+def test_masks_are_saved_and_loaded(name, toy, tmp_path):
+    masks = run(toy, name, [0.7])[0]
+    masks.save(tmp_path / "masks.safetensors")
+    assert (tmp_path / "masks.safetensors").stat().st_size < 60_000
+    again = Masks.load(tmp_path / "masks.safetensors", toy.model)
+    assert list(again) == list(masks) and again.sparsity == masks.sparsity
+    again.apply(toy.model)
+    for path, mask in masks.items():
+        parameter = toy.model.get_parameter(path)
+        assert torch.equal(parameter != 0, mask)
+        assert name == "omp" or torch.equal(parameter, masks.weights[path])
+        parameter.data += 1
+    again.enforce(toy.model)
+    assert all(torch.equal(toy.model.get_parameter(path) != 0, mask) for path, mask in masks.items())
+
+
+def test_masks_of_another_model_are_refused(toy, tmp_path):
+    file = tmp_path / "masks.safetensors"
+    run(toy, "omp", [0.7])[0].save(file)
+    first = "vision_encoder.vit.layers.0.fc1"
+    toy.model.set_submodule(first, nn.Linear(13, 20))
+    with pytest.raises(
+        ValueError, match=f"masks.safetensors: .*'{first}.weight' has the shape .20, 13., its mask .20, 12."
+    ):
+        Masks.load(file, toy.model)
+    with pytest.raises(ValueError, match="another model: unknown parameter 'vision_encoder"):
+        Masks.load(file).apply(nn.Linear(2, 2))
+    save_file({"a": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="expected a file of masks"):
+        Masks.load(file)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": 1.0}, "sparsity must lie in [0, 1), found 1.0"),
+        ({"sparsity": [0.5, -0.1]}, "sparsity must lie in [0, 1), found -0.1"),
+        ({"sparsity": []}, "found an empty sequence"),
+        ({"name": "multifow"}, "unknown pruner 'multifow': did you mean 'multiflow'"),
+        ({"name": "full"}, "unknown pruner 'full'"),
+        ({"alocation": "global"}, "unknown setting 'alocation': did you mean 'allocation'"),
+        ({"allocation": "globl"}, "unknown allocation 'globl': did you mean 'global'"),
+        ({"name": "chita", "allocation": "uniform"}, "CHITA divides the weights among tensors itself"),
+        ({"name": "tamt", "allocation": "uniform"}, "TAMT learns it"),
+        ({"name": "sparsegpt", "allocation": "global"}, "set sequential: false"),
+        ({"name": "sparsegpt", "damping": 0.0}, "damping must be above 0"),
+        ({"name": "itersnip", "schedule": "exp"}, "schedule must be 'exponential' or 'linear'"),
+        ({"name": "chita++", "ridge": 0.0}, "ridge must be above 0"),
+    ],
+)
+def test_wrong_settings_say_why(arguments, message, toy):
+    import re
+
+    settings = {**STEPS.get(arguments.get("name", "omp"), {}), **arguments}
+    name, sparsity = settings.pop("name", "omp"), settings.pop("sparsity", 0.5)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        trimtab.prune(toy.model, name, sparsity, toy.batches(LOSS)[:2], toy.model.anatomy(), **settings)
+
+
+def test_calibration_data_that_do_not_do_are_refused(toy):
+    def prune(name="multiflow", batches=(), **settings):
+        trimtab.prune(toy.model, name, 0.5, batches, toy.model.anatomy(), **settings)
+
+    good = toy.batches(LOSS)[:3]
+    with pytest.raises(ValueError, match="'multiflow' needs calibration data: pass `batches`"):
+        prune(batches=None)
+    with pytest.raises(ValueError, match="calibration data are empty"):
+        prune()
+    used_up = iter(good)
+    list(used_up)
+    with pytest.raises(ValueError, match="calibration data are empty"):
+        prune(batches=used_up)
+    with pytest.raises(ValueError, match="4 rounds of calibration need a batch each, found 3 batches"):
+        prune("itersnip", good, steps=4)
+    with pytest.raises(ValueError, match="expected a dict of the model's keyword arguments, found list"):
+        prune(batches=[[1]])
+    ended = Calibration(toy.model, toy.model, toy.model.anatomy(), lambda: good, 5)
+    with pytest.raises(ValueError, match="ended after 3 of the 5 batches"):
+        list(next(ended.rounds()))
+    without = [{**b, "counted_tokens": None} for b in toy.batches(("text_ids", "text_atts"))[:2]]
+    message = "batch 1 has no mask of valid tokens for the tower 'text': expected one at the input 'counted_tokens'"
+    with pytest.raises(ValueError, match=message):
+        trimtab.prune(toy.model, "wanda", 0.5, without, toy.model.anatomy("counted_tokens"))
+    with pytest.raises(ValueError, match="the model's output .Tensor. has no 'loss'"):
+        prune("snip", toy.batches(("text_ids", "text_atts")))
+
+
+def test_what_is_not_finite_is_named(toy):
+    good = toy.batches(LOSS)[:3]
+    bad = [good[0], {**good[1], "images": good[1]["images"] / 0}]
+    first = "vision_encoder.vit.layers.0"
+    with pytest.raises(ValueError, match="batch 2: the inputs of 'vision_encoder.vit.layers.0.fc1' are not finite"):
+        run(toy, "multiflow", batches=bad)
+    with pytest.raises(ValueError, match=f"batch 2: the loss is nan; the first output .* is that of '{first}"):
+        run(toy, "snip", batches=bad)
+    with pytest.raises(ValueError, match="expected a scalar loss"):
+        run(toy, "snip", loss=lambda out: out["losses"])
+    with pytest.raises(ValueError, match="the loss depends on none of the prunable weights"):
+        run(toy, "snip", loss=lambda out: out["loss"].detach())
+    with pytest.raises(ValueError, match="gradient of 'vision_encoder.* is not finite"):
+        run(toy, "snip", loss=lambda out: (out["loss"] - out["loss"].detach()).abs().sqrt())
+    toy.model.get_parameter(f"{first}.fc2.weight").data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=f"'{first}.fc2.weight' is not finite"):
+        run(toy, "omp")
+
+
+def test_a_model_without_linear_layers_is_refused():
+    blocks = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()) for _ in range(3)))
+    model = nn.Module()
+    model.blocks = blocks
+    with pytest.raises(ValueError, match="hold no linear layer .*blocks"):
+        trimtab.prune(model, "omp", 0.5)
+
+
+# --- the comparison with reference tensors ----------------------------------------------------------------------------
+
+
+def test_conformance_knows_a_case_by_its_json_and_fails_on_other_numbers(tmp_path, capsys):
+    for name in ("b1_lamp", "b1_model"):
+        for end in ("json", "safetensors"):
+            shutil.copy(GOLDEN / f"{name}.{end}", tmp_path / f"{name.replace('b1_lamp', 'renamed')}.{end}")
+    (tmp_path / "figures.json").write_text('{"conventions": "none"}')
+    (tmp_path / "other.json").write_text('{"case": "Z9"}')
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    assert conformance.main(tmp_path) == 0
+    lines = {line["case"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert lines["renamed"]["kind"] == "pruner lamp" and lines["renamed"]["pass"]
+    assert lines["figures"]["pass"] is None and "no tensors" in lines["figures"]["skipped"][0]
+    assert "'Z9'" in lines["other"]["skipped"][0]
+
+    tensors = load_file(tmp_path / "renamed.safetensors")
+    mask = next(k for k in tensors if k.startswith("s90.mask."))
+    tensors[mask][0, 0] ^= True
+    save_file(tensors, tmp_path / "renamed.safetensors")
+    assert conformance.main(tmp_path) == 1
+    failed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (
+        failed["case"] == "renamed"
+        and not failed["pass"]
+        and failed["quantity"] == "s90.mask"
+        and failed["max_error"] == 1
+    )
+
+
+def test_conformance_of_an_empty_folder_fails(tmp_path):
+    assert conformance.main(tmp_path) == 1
