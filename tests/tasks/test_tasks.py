@@ -391,7 +391,9 @@ def test_vqa_accuracy_whole_and_by_kind():
 
 
 def test_vqa_predicts_the_likeliest_answer():
-    backbone = SimpleNamespace(pair=lambda *_: SimpleNamespace(tokens=torch.tensor([[[0.0, 2.0, 1.0]], [[5.0, 2.0, 1.0]]])))
+    backbone = SimpleNamespace(
+        pair=lambda *_: SimpleNamespace(tokens=torch.tensor([[[0.0, 2.0, 1.0]], [[5.0, 2.0, 1.0]]]))
+    )
     batch = {"pixel_values": None, "input_ids": None, "attention_mask": None}
     assert VQA(["yes", "no", "2"]).predict(backbone, nn.Identity(), batch) == [{"answer": "no"}, {"answer": "yes"}]
 
@@ -507,6 +509,8 @@ def test_votes_from_outside_the_box_cost_their_share():
     backbone = SimpleNamespace(pair=lambda *_: SimpleNamespace(tokens=torch.zeros(1, 5, 2), image_tokens=slice(1, 5)))
     even = lambda tokens, words: (target, torch.full((1, 4), math.log(0.25)))  # noqa: E731
     assert task.loss(backbone, even, batch).item() == pytest.approx(math.log(4), abs=1e-6)
-    small = batch | {"boxes": torch.tensor([[0.4, 0.4, 0.6, 0.6]])}  # no centre lies in it: nothing is asked of the vote
+    small = batch | {
+        "boxes": torch.tensor([[0.4, 0.4, 0.6, 0.6]])
+    }  # no centre lies in it: nothing is asked of the vote
     right = lambda tokens, words: (small["boxes"], torch.full((1, 4), math.log(0.25)))  # noqa: E731
     assert task.loss(backbone, right, small).item() == pytest.approx(0, abs=1e-6)

@@ -118,5 +118,5 @@ def load(folder: Path, name: str, pretrained: bool = True) -> ViltBackbone:
 
 @BACKBONES.register("tiny-vilt")
 def tiny_vilt(pretrained: bool = True) -> ViltBackbone:
-    """8 blocks, 128 wide, 64 px, patch 8; pretrained by us on Twemoji scenes (recipes/pretrain/tiny-vilt.yaml)."""
+    """8 blocks, 128 wide, 64 px, patch 8; pretrained by us on Twemoji scenes (docs/pretraining.md)."""
     return load(WEIGHTS / "tiny-vilt", "tiny-vilt", pretrained)

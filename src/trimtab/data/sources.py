@@ -22,7 +22,7 @@ class Pictograms:
     """The built-in world (`trimtab.data.pictograms`)."""
 
     style: Literal["twemoji", "openmoji", "twemoji-varied"] = "openmoji"
-    """Whose drawings: our small models are pretrained on `twemoji`, plain and redrawn, so that `openmoji` is new to them."""
+    """Whose drawings: our small models are pretrained on `twemoji`, plain and redrawn; `openmoji` is new to them."""
     train: int = 2000
     """Rows to train on."""
     test: int = 500

@@ -2,7 +2,8 @@
 
 The drawings are real illustrators' work from PyPI packages: Twemoji (CC-BY-4.0, 72 px PNG) is the style in which our
 small models are pretrained, OpenMoji (CC-BY-SA-4.0, SVG) the style to which they are transferred. The `emoji` package
-(Unicode CLDR) gives the names. A concept is used only when both draw it. `twemoji-varied` is Twemoji redrawn (see `variation`).
+(Unicode CLDR) gives the names. A concept is used only when both draw it. `twemoji-varied` is Twemoji redrawn, see
+`variation`.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def compose(style: str, split: str, seed: int, index: int, size: int = 64, count
         raise ValueError(unknown("split", split, SPLITS))
     if (few := len(concept_groups(count)[split == "unseen-concepts"])) < 4:  # a scene holds up to four kinds of thing
         kind = "unseen" if split == "unseen-concepts" else "seen"
-        raise ValueError(f"a world of {count} concepts has {few} {kind} ones, the split {split!r} needs 4: raise `count`")
+        raise ValueError(f"of {count} concepts {few} are {kind}, the split {split!r} needs 4: raise `count`")
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     while True:
         scene = _draw_scene(rng, art(style, count), _choose(rng, split, count), size, count)

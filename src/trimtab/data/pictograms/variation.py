@@ -1,7 +1,7 @@
 """Redrawing a drawing: another hand's shape, colours and outline for the same thing.
 
-Models that learn from one artist's drawings learn the drawings. Varied ones (`twemoji-varied`) teach what stays the same
-when a thing is drawn again: its parts and how they lie. Nothing is taken from the other style.
+Models that learn from one artist's drawings learn the drawings. Varied ones (`twemoji-varied`) teach what stays the
+same when a thing is drawn again: its parts and how they lie. Nothing is taken from the other style.
 """
 
 from __future__ import annotations
