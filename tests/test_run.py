@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import trimtab
 from trimtab import recipe, run
+from trimtab.bits import unpack
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +150,46 @@ def test_an_interrupted_training_resumes_from_its_checkpoint(tiny_raw, tmp_path)
     first, second = (load_file(f / "weights.safetensors") for f in (whole, tmp_path / "stopped"))
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_an_exported_run_is_the_same_model_with_every_zero_and_no_lora(tiny_raw, tmp_path, sparse):
+    methods = [{"name": "multiflow", "sparsity": 0.6, "batches": 1, "batch_size": 4}, "lora"]
+    r = recipe.expand(tiny_raw("tiny-clip", "retrieval", methods), "test")[0]
+    folder = run.run(r, tmp_path / "run")
+    exported = trimtab.load(run.export(folder, tmp_path / "out", sparse=sparse))
+    tuned = run.load(folder)
+    plain = {k.replace(".base_layer", ""): v for k, v in tuned.backbone.model.state_dict().items()}
+    masks = {w.path for w in exported.anatomy.weights(exported.model)}
+    state = exported.model.state_dict()
+    packed = {k.split(".", 2)[2]: v for k, v in load_file(folder / "weights.safetensors").items() if "methods.0" in k}
+    assert masks == packed.keys()
+    merged = 0
+    for path in masks:
+        mask = unpack(packed[path], state[path].shape)
+        assert not state[path][~mask].any() and torch.equal(state[path] != 0, mask)
+        merged += int((state[path] != plain[path])[mask].any())
+    assert merged == sum(p.endswith(("q_proj.weight", "v_proj.weight")) for p in masks) > 0
+    lora = next(m for m in tuned.modules() if hasattr(m, "get_delta_weight"))
+    assert (lora.get_delta_weight("default") != 0).all()  # the masks above did remove something of the update
+
+
+def test_an_exported_lora_run_computes_what_the_run_computes(tiny_raw, tmp_path):
+    r = recipe.expand(tiny_raw("tiny-clip", "retrieval", ["lora"]), "test")[0]
+    folder = run.run(r, tmp_path / "run")
+    exported, tuned = trimtab.load(run.export(folder, tmp_path / "out")), run.load(folder)
+    pixels = torch.randn(3, 3, 64, 64)
+    assert not any("lora" in name for name, _ in exported.named_modules())
+    with torch.no_grad():
+        wanted = tuned.head.image(tuned.backbone.eval().image(pixels).pooled)
+        torch.testing.assert_close(exported.eval().image(pixels).pooled, wanted, rtol=1e-4, atol=1e-5)
+        for module in tuned.modules():
+            if hasattr(module, "lora_B"):
+                module.lora_B["default"].weight.zero_()
+        assert not torch.allclose(wanted, tuned.head.image(tuned.backbone.image(pixels).pooled), atol=1e-4)
+
+
+def test_a_run_whose_methods_added_modules_is_not_exported(finished, tmp_path):
+    with pytest.raises(run.RunError, match="unipt changed the model's modules"):
+        run.export(finished[0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

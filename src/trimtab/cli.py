@@ -73,10 +73,11 @@ def _parser() -> ArgumentParser:
     report.add_argument("--out", type=Path, default=Path("runs/report"), help="folder of the page")
     report.add_argument("--markdown", action="store_true", help="print the tables as Markdown too")
 
-    export = command("export", "Write the backbone of a fine-tuned run as a transformers folder.")
+    export = command("export", "Write the backbone of a run as a transformers folder; LoRA is merged, zeros stay.")
     export.add_argument("run", type=Path, help="a run folder")
     export.add_argument("folder", type=Path, help="where to write; must not be there yet")
     export.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of the weights")
+    export.add_argument("--sparse", action="store_true", help="in the sparse layout: only non-zeros are stored")
 
     convert = command("convert", "Write a checkpoint with its weights at the size of their non-zeros, or dense again.")
     convert.add_argument("folder", type=Path, help="a transformers folder: safetensors, pytorch_model.bin, or sparse")
@@ -154,7 +155,7 @@ def _export(options: Any) -> None:
     _quiet()
     from trimtab.run import export
 
-    print(f"wrote {export(options.run, options.folder, options.dtype)}")
+    print(f"wrote {export(options.run, options.folder, options.dtype, options.sparse)}")
 
 
 def _convert(options: Any) -> None:

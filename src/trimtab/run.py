@@ -280,7 +280,10 @@ def load(folder: str | Path) -> TaskModel:
     Raises:
         RunError: if the folder is no finished run, its weights are truncated, or they do not fit the backbone.
     """
-    folder = Path(folder)
+    return _loaded(Path(folder)).model.eval()
+
+
+def _loaded(folder: Path) -> Assembly:
     if not is_finished(folder):
         raise RunError(f"{folder}: not a finished run (no run.json that says so); run its recipe again")
     info = json.loads((folder / "run.json").read_text())
@@ -309,29 +312,36 @@ def load(folder: str | Path) -> TaskModel:
     load_learned(parts.model, {k: v for k, v in tensors.items() if not k.startswith("methods.")}, file)
     for method in parts.methods:
         method.finish(parts.subject)
-    return parts.model.eval()
+    return parts
 
 
-def export(folder: str | Path, out: str | Path, dtype: str = "float32") -> Path:
-    """Write the backbone of a fully fine-tuned run as a transformers folder, which `trimtab.load` reads too.
+def export(folder: str | Path, out: str | Path, dtype: str = "float32", sparse: bool = False) -> Path:
+    """Write the backbone of a run as a transformers folder, which `trimtab.load` reads too.
+
+    What the methods added is folded into the weights: LoRA's updates are merged, and of a pruned model every zero stays.
 
     Args:
         folder: the run.
         out: a folder that is not there yet.
         dtype: `float32`, `float16` or `bfloat16`.
+        sparse: in trimtab's sparse layout (docs/sparse.md) instead of transformers' own.
 
     Raises:
-        RunError: if the run cannot be loaded, its methods changed the model's architecture, or `out` exists.
+        RunError: if the run cannot be loaded, a method of it added modules that do not fold, or `out` exists.
     """
-    out = Path(out)
+    folder, out = Path(folder), Path(out)
     if out.exists():
         raise RunError(f"{out}: is there already; name a new folder")
-    changed = [m["name"] for m in load_recipe(Path(folder)).methods if m["name"] not in ("full", "linear-probe")]
-    if changed:
-        raise RunError(f"{folder}: {', '.join(changed)} changed the model; only plain fine-tuned models are exported")
-    model = load(folder)
-    model.task.fold(model.backbone, model.head)
-    model.backbone.save_pretrained(out, getattr(torch, dtype))
+    stuck = [m["name"] for m in load_recipe(folder).methods if not METHODS[m["name"]].folds]
+    if stuck:
+        able = sorted(name for name, method in METHODS.items() if method.folds)
+        raise RunError(f"{folder}: {', '.join(stuck)} changed the model's modules, which a transformers folder cannot "
+                       f"hold; exported are runs of {', '.join(able)}")  # fmt: skip
+    parts = _loaded(folder)
+    for method in reversed(parts.methods):
+        method.fold(parts.subject)
+    parts.model.task.fold(parts.model.backbone, parts.model.head)
+    parts.model.backbone.save_pretrained(out, getattr(torch, dtype), sparse=sparse)
     return out
 
 

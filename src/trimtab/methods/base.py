@@ -54,6 +54,7 @@ class Method(ABC):
         name: registered name.
         lever: `prune`, `skip` or `tune`.
         Settings: frozen dataclass; its attribute docstrings are the method's help text.
+        folds: whether `fold` can make what it changed part of the plain model's weights.
         state: what `prepare` found, as plain JSON (a plan, say).
         tensors: what `prepare` found, as tensors (masks, say).
     """
@@ -61,6 +62,7 @@ class Method(ABC):
     name: ClassVar[str]
     lever: ClassVar[Literal["prune", "skip", "tune"]]
     Settings: ClassVar[type]
+    folds: ClassVar[bool] = False
 
     def __init__(self, **settings: Any):
         self.settings = self.Settings(**settings)
@@ -88,6 +90,12 @@ class Method(ABC):
 
     def finish(self, model: nn.Module) -> None:  # noqa: B027
         """Make permanent what training only simulated."""
+
+    def fold(self, model: nn.Module) -> None:  # noqa: B027 (most methods that fold have changed nothing but weights)
+        """Make what the method added part of the plain model's own weights, so that it can be saved without trimtab.
+
+        Called from the last method to the first, so that a pruner has the last word about what a later one adds.
+        """
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.state, self.tensors = state, tensors

@@ -89,6 +89,7 @@ class Pruner(Method):
     """
 
     lever = "prune"
+    folds = True
     Settings = PruneSettings
     settings: PruneSettings
     score: ClassVar[str]
@@ -179,6 +180,9 @@ class Pruner(Method):
     def finish(self, model: nn.Module) -> None:
         for weight, mask in self.masked:
             weight.masked_fill_(~mask, 0)
+
+    def fold(self, model: nn.Module) -> None:
+        self.finish(model)  # an update that a later method merged is multiplied by the mask
 
 
 def prunable(model: nn.Module, anatomy: Anatomy) -> dict[Weight, Tensor]:

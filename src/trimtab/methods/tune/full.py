@@ -22,6 +22,7 @@ class Full(Method):
     name = "full"
     lever = "tune"
     Settings = NoSettings
+    folds = True
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
         model.requires_grad_(True)
@@ -35,6 +36,7 @@ class LinearProbe(Method):
     name = "linear-probe"
     lever = "tune"
     Settings = NoSettings
+    folds = True
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
         return anatomy

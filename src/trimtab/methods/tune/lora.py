@@ -35,6 +35,7 @@ class LoRA(Method):
 
     name = "lora"
     lever = "tune"
+    folds = True
     Settings = LoRASettings
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
@@ -54,3 +55,13 @@ class LoRA(Method):
             if name in trainable:
                 parameter.requires_grad_(True)
         return anatomy
+
+    def fold(self, model: nn.Module) -> None:
+        """W + (alpha / r) B A in the place of W; the updates are gone as modules of their own."""
+        from peft.tuners.lora import LoraLayer
+
+        for path, module in list(model.named_modules()):
+            if isinstance(module, LoraLayer):
+                module.merge()
+                owner, _, name = path.rpartition(".")
+                setattr(model.get_submodule(owner), name, module.get_base_layer())
