@@ -35,7 +35,7 @@ def prune(
 ) -> Masks | list[Masks]:
     """Prune a model in place; or find the masks for several sparsities and leave it as it is.
 
-    After each step of an optimiser `masks.enforce(model)` keeps the zeros.
+    `masks.keep(model, optimizer)` keeps the zeros through training.
 
     Args:
         model: called as `model(**batch)`.

@@ -23,7 +23,7 @@ from trimtab.methods.base import Method, Session
 from trimtab.methods.prune.allocations import ALLOCATIONS
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import Evidence, collect
-from trimtab.methods.prune.masks import VALUES, Masks, keep_zeros, smallest
+from trimtab.methods.prune.masks import VALUES, Masks, clear_weights, keep_zeros, smallest
 from trimtab.methods.prune.scores import SCORES, matrix, parameter
 
 if TYPE_CHECKING:
@@ -176,10 +176,8 @@ class Pruner(Method):
     def callbacks(self) -> list[TrainerCallback]:
         return [keep_zeros(self.masked)]
 
-    @torch.no_grad()
     def finish(self, model: nn.Module) -> None:
-        for weight, mask in self.masked:
-            weight.masked_fill_(~mask, 0)
+        clear_weights(self.masked)
 
     def fold(self, model: nn.Module) -> None:
         self.finish(model)  # an update that a later method merged is multiplied by the mask

@@ -14,8 +14,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from trimtab.bits import pack, unpack
+from trimtab.data.cache import replace_file
 from trimtab.registry import unknown
 
 # --- selection --------------------------------------------------------------------------------------------------------
@@ -163,6 +165,28 @@ class Masks(Mapping[str, Tensor]):
         for path, parameter in self._parameters(model).items():
             parameter.masked_fill_(~self.masks[path].to(parameter.device), 0)  # a product would leave -0.0
 
+    def keep(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[RemovableHandle]:
+        """Keep the zeros through every step of an optimiser: nothing is multiplied in the forward pass.
+
+        Gradients of pruned weights are zeroed before a step, so that moments and momentum stay clean, and the weights
+        after it, so that weight decay and what the moments held before cannot revive them.
+
+        Args:
+            model: to which the masks were applied.
+            optimizer: of its parameters; a learning rate schedule and a gradient scaler may drive it.
+
+        Returns:
+            Two handles whose `remove()` ends it.
+
+        Raises:
+            ValueError: if the masks are for another model.
+        """
+        masked = [(p, self.masks[path].to(p.device)) for path, p in self._parameters(model).items()]
+        return [
+            optimizer.register_step_pre_hook(lambda *_: clear_gradients(masked)),
+            optimizer.register_step_post_hook(lambda *_: clear_weights(masked)),
+        ]
+
     def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         found = dict(model.named_parameters(remove_duplicate=False))
         for path, mask in self.masks.items():
@@ -203,7 +227,8 @@ class Masks(Mapping[str, Tensor]):
     def save(self, path: str | Path) -> None:
         """Write the masks as a safetensors file: a bit a weight, with the names and shapes that they belong to."""
         shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
-        save_file(self.packed(), path, {"format": _FORMAT, "shapes": json.dumps(shapes)})
+        with replace_file(Path(path)) as partial:
+            save_file(self.packed(), partial, {"format": _FORMAT, "shapes": json.dumps(shapes)})
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Masks:
@@ -231,26 +256,33 @@ class Masks(Mapping[str, Tensor]):
         return masks
 
 
-def keep_zeros(masked: list[tuple[nn.Parameter, Tensor]]) -> Any:
-    """A trainer's callback that zeroes gradients of pruned weights before a step, and the weights after it.
+Masked = list[tuple[nn.Parameter, Tensor]]  # parameters with their masks
 
-    The first keeps the optimiser's moments clean, the second undoes weight decay and moments from before.
 
-    Args:
-        masked: parameters with their masks.
-    """
+@torch.no_grad()
+def clear_gradients(masked: Masked) -> None:
+    """Zero the gradients of pruned weights."""
+    for parameter, mask in masked:
+        if parameter.grad is not None:
+            parameter.grad.masked_fill_(~mask, 0)
+
+
+@torch.no_grad()
+def clear_weights(masked: Masked) -> None:
+    """Zero pruned weights."""
+    for parameter, mask in masked:
+        parameter.masked_fill_(~mask, 0)
+
+
+def keep_zeros(masked: Masked) -> Any:
+    """What `Masks.keep` does, as a trainer's callback."""
     from transformers import TrainerCallback
 
     class KeepZeros(TrainerCallback):
-        @torch.no_grad()
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            for parameter, mask in masked:
-                if parameter.grad is not None:
-                    parameter.grad.masked_fill_(~mask, 0)
+            clear_gradients(masked)
 
-        @torch.no_grad()
         def on_optimizer_step(self, args, state, control, **kwargs):
-            for parameter, mask in masked:
-                parameter.masked_fill_(~mask, 0)
+            clear_weights(masked)
 
     return KeepZeros()
