@@ -318,7 +318,7 @@ def _loaded(folder: Path) -> Assembly:
 def export(folder: str | Path, out: str | Path, dtype: str = "float32", sparse: bool = False) -> Path:
     """Write the backbone of a run as a transformers folder, which `trimtab.load` reads too.
 
-    What the methods added is folded into the weights: LoRA's updates are merged, and of a pruned model every zero stays.
+    What methods added is folded into the weights: LoRA's updates are merged, and of a pruned model every zero stays.
 
     Args:
         folder: the run.
