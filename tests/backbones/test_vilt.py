@@ -30,7 +30,7 @@ def test_start_from_keeps_the_function_of_the_vision_tower(clip):
     ours = vilt.image_embeds(x)
     for block, other in zip(clip.model.vision_model.encoder.layers, vilt.model.vilt.encoder.layer, strict=True):
         theirs, ours = block(theirs, None), other(ours, None)[0]
-    assert F.cosine_similarity(ours, theirs, dim=-1).mean() > 0.9
+    assert F.cosine_similarity(ours, theirs, dim=-1).mean() > 0.8
 
 
 def test_a_clip_cannot_start_from_a_vilt(clip):
