@@ -164,19 +164,8 @@ class ChitaSettings(PruneSettings):
 
 
 @dataclass(frozen=True)
-class ChitaPPSettings(StepSettings):
-    """Settings of CHITA++."""
-
-    ridge: float = 1e-5
-    """Pull towards the weights as they were, per calibration batch (the authors' default; their cases differ)."""
-    block_size: int = 10_000
-    """Weights that are refitted together at most; larger tensors are cut."""
-    faithful: bool = False
-    """Set a block to zero when the first trial of its line search fails, as the authors' code does by mistake."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_chita(self.allocation, self.ridge, self.block_size)
+class ChitaPPSettings(ChitaSettings, StepSettings):
+    """Settings of CHITA++: CHITA's, in steps."""
 
 
 def check_chita(allocation: str | None, ridge: float, block_size: int) -> None:

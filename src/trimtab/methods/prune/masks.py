@@ -162,8 +162,7 @@ class Masks(Mapping[str, Tensor]):
     @torch.no_grad()
     def enforce(self, model: nn.Module) -> None:
         """Set pruned weights to zero again, after a step of an optimiser that may have revived them."""
-        for path, parameter in self._parameters(model).items():
-            parameter.masked_fill_(~self.masks[path].to(parameter.device), 0)  # a product would leave -0.0
+        clear_weights(self._masked(model))
 
     def keep(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[RemovableHandle]:
         """Keep the zeros through every step of an optimiser: nothing is multiplied in the forward pass.
@@ -181,11 +180,14 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             ValueError: if the masks are for another model.
         """
-        masked = [(p, self.masks[path].to(p.device)) for path, p in self._parameters(model).items()]
+        masked = self._masked(model)
         return [
             optimizer.register_step_pre_hook(lambda *_: clear_gradients(masked)),
             optimizer.register_step_post_hook(lambda *_: clear_weights(masked)),
         ]
+
+    def _masked(self, model: nn.Module) -> Masked:
+        return [(p, self.masks[path].to(p.device)) for path, p in self._parameters(model).items()]
 
     def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         found = dict(model.named_parameters(remove_duplicate=False))
@@ -269,7 +271,7 @@ def clear_gradients(masked: Masked) -> None:
 
 @torch.no_grad()
 def clear_weights(masked: Masked) -> None:
-    """Zero pruned weights."""
+    """Zero pruned weights; a product with the mask would leave -0.0."""
     for parameter, mask in masked:
         parameter.masked_fill_(~mask, 0)
 
