@@ -68,7 +68,8 @@ def test_commands_in_documents_are_right(page, tmp_path, monkeypatch):
             options = cli._parser().parse_args(words[1:])
             section = options[options.subcommand]
             if options.subcommand in ("run", "cost"):
-                for r in recipe.read(section.recipe, section.overrides):
-                    run.check(r)
+                for name in recipe.below(section.recipe):
+                    for r in recipe.read(name, section.overrides):
+                        run.check(r)
             elif options.subcommand in ("anatomy", "list"):
                 assert cli.main(words[1:]) == 0

@@ -58,7 +58,8 @@ def _parser() -> ArgumentParser:
         return sub
 
     run = command("run", "Carry out a recipe, one run for each of its variants and seeds; finished runs are kept.")
-    run.add_argument("recipe", type=str, help="a YAML file or the name of a shipped recipe (`trimtab list recipes`)")
+    which = "a YAML file, the name of a shipped recipe (`trimtab list recipes`), or a folder of them"
+    run.add_argument("recipe", type=str, help=which)
     run.add_argument("overrides", nargs="*", type=str, help=OVERRIDES)
     run.add_argument("--out", type=Path, default=Path("runs"), help="folder of run folders")
     run.add_argument("--redo", action="store_true", help="run again what is finished")
@@ -101,7 +102,9 @@ def _parser() -> ArgumentParser:
 
 
 def _run(options: Any) -> None:
-    _carry_out([options.recipe], options.overrides, options.out, options.redo)
+    from trimtab import recipe
+
+    _carry_out(recipe.below(options.recipe), options.overrides, options.out, options.redo)
 
 
 def _demo(options: Any) -> None:
