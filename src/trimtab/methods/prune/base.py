@@ -10,9 +10,10 @@ weights that they keep, override `find`. Allocations can be exchanged in any of 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -133,12 +134,7 @@ class Pruner(Method):
 
     def check(self, masks: Masks, anatomy: Anatomy) -> None:
         """Raise a ValueError if a whole tower is gone, unless the settings allow it."""
-        kept: dict[str, int] = {}
-        for path, mask in masks.items():
-            tower = anatomy.owner(path)
-            if tower is not None:
-                kept[tower.name] = kept.get(tower.name, 0) + int(mask.sum())
-        empty = [name for name, count in kept.items() if count == 0]
+        empty = [name for name, tower in summary(masks, anatomy)["towers"].items() if not tower["kept"]]
         if empty and not self.settings.allow_empty_tower:
             raise ValueError(
                 f"{self.name}: no weight of the tower {empty[0]!r} is left at a sparsity of {masks.sparsity:.4f}: "
@@ -150,10 +146,12 @@ class Pruner(Method):
 
     def prepare(self, session: Session) -> None:
         calibration = Calibration.of(session, self.settings.batches, self.settings.batch_size)
+        started = time.perf_counter()
         masks = next(iter(self.find(calibration, [self.settings.sparsity])))
         self.check(masks, session.anatomy)
         self.tensors = masks.packed()
-        self.state = {"prunable": masks.prunable, "kept": masks.kept, "sparsity": masks.sparsity}
+        self.state = {"pruner": self.name, **summary(masks, session.anatomy)}
+        self.state["seconds"] = round(time.perf_counter() - started, 2)
 
     def assume(self, model: nn.Module, anatomy: Anatomy) -> None:
         """Masks that keep everything, of the size of real ones: zeros change no cost but the number of non-zeros."""
@@ -181,6 +179,17 @@ class Pruner(Method):
 
     def fold(self, model: nn.Module) -> None:
         self.finish(model)  # an update that a later method merged is multiplied by the mask
+
+
+def summary(masks: Masks, anatomy: Anatomy) -> dict[str, Any]:
+    """How many weights there are and stay, in all and in each tower, as a run keeps it."""
+    towers: dict[str, dict[str, int]] = {}
+    for path, mask in masks.items():
+        owner = anatomy.owner(path)
+        counts = towers.setdefault(owner.name if owner else "rest", {"prunable": 0, "kept": 0})
+        counts["prunable"] += mask.numel()
+        counts["kept"] += int(mask.sum())
+    return {"prunable": masks.prunable, "kept": masks.kept, "sparsity": masks.sparsity, "towers": towers}
 
 
 def prunable(model: nn.Module, anatomy: Anatomy) -> dict[Weight, Tensor]:
