@@ -99,6 +99,8 @@ class Recipe:
     methods: tuple[dict[str, Any], ...] = ()
     training: TrainingSpec = field(default_factory=TrainingSpec)
     seed: int = 0
+    costs: bool = True
+    """Measure the costs of each run; a sweep whose runs all cost the same can leave it out."""
     title: str = ""
     name: str = "recipe"
     variant: str = "default"
@@ -109,7 +111,7 @@ class Recipe:
         return out
 
 
-_TOP = ("title", "backbone", "task", "data", "methods", "training", "seed", "seeds", "variants", "grid")
+_TOP = ("title", "backbone", "task", "data", "methods", "training", "seed", "seeds", "variants", "grid", "costs")
 
 
 @cache
@@ -323,6 +325,9 @@ def _resolve(raw: dict[str, Any], name: str, variant: str, where: str) -> Recipe
     seed = raw.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise RecipeError(f"{where}: seed: expected a whole number, found {seed!r}")
+    costs = raw.get("costs", True)
+    if not isinstance(costs, bool):
+        raise RecipeError(f"{where}: costs: expected true or false, found {costs!r}")
     return Recipe(
         backbone=build(BackboneSpec, raw["backbone"], f"{where}: backbone"),
         task=raw["task"],
@@ -330,6 +335,7 @@ def _resolve(raw: dict[str, Any], name: str, variant: str, where: str) -> Recipe
         methods=tuple(dict(m) for m in methods),
         training=build(TrainingSpec, raw.get("training", {}), f"{where}: training"),
         seed=seed,
+        costs=costs,
         title=raw.get("title", ""),
         name=name,
         variant=variant,

@@ -8,13 +8,13 @@ from pathlib import Path
 from torch import nn
 
 from trimtab.anatomy import Anatomy
-from trimtab.backbones import bert, clip, dual, vilt  # noqa: F401  (they register their descriptions)
+from trimtab.backbones import bert, blip, clip, dual, vilt  # noqa: F401  (they register their descriptions)
 from trimtab.backbones.base import BACKBONES, Backbone, Encoded, Pictures
 from trimtab.registry import unknown
 
 __all__ = ["BACKBONES", "Backbone", "Encoded", "Pictures", "load", "load_model"]
 
-_FAMILIES = {"vilt": vilt.load, "clip": clip.load}
+_FAMILIES = {"vilt": vilt.load, "clip": clip.load, "blip": blip.load}
 
 
 def load(name_or_path: str | Path, pretrained: bool = True) -> Backbone:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes
 from trimtab.backbones.base import BACKBONES, WEIGHTS, Backbone, Encoded, Pictures, load_pretrained
@@ -62,6 +62,37 @@ class ClipBackbone(Backbone):
     def logit_scale(self) -> Tensor:
         """Natural logarithm of the factor by which cosines are multiplied, a scalar parameter."""
         return self.model.logit_scale
+
+
+class Start(NamedTuple):
+    """Embeddings for a vision transformer that does not normalise them before its first block.
+
+    Attributes:
+        patch: weight of the patch embedding, (D, 3, P, P).
+        bias: its bias, (D,).
+        positions: position embeddings, (1 + N, D); that of the class token is 0.
+        token: class token, its position included, (D,).
+    """
+
+    patch: Tensor
+    bias: Tensor
+    positions: Tensor
+    token: Tensor
+
+
+@torch.no_grad()
+def without_pre_norm(vision: Any) -> Start:
+    """CLIP normalises its embeddings before the first block, ViLT and BLIP do not: the mean and the scale of that norm
+    are put into the embeddings, exactly for the class token, on average over flat random colours for patches."""
+    patch, position = vision.embeddings.patch_embedding.weight, vision.embeddings.position_embedding.weight
+    norm = vision.pre_layrnorm
+    colours = torch.rand(512, 3, 1, 1, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    flat = nn.functional.conv2d(colours.expand(-1, -1, *patch.shape[2:]), patch).flatten(1)  # (512, D)
+    scale = norm.weight / flat.std(dim=1).mean()
+    positions = torch.cat([torch.zeros_like(position[:1]), (position[1:] * scale) + norm.bias])
+    centred = patch - patch.mean(dim=0, keepdim=True)  # a LayerNorm takes the mean over channels away
+    token = norm(vision.embeddings.class_embedding + position[0])
+    return Start(centred * scale[:, None, None, None], torch.zeros_like(scale), positions, token)
 
 
 def load(folder: Path, name: str, pretrained: bool = True) -> ClipBackbone:

@@ -135,6 +135,7 @@ class UniPT(Method):
 
     name = "unipt"
     lever = "tune"
+    mixes_tokens = True
     Settings = UniPTSettings
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:

@@ -1,0 +1,160 @@
+"""BLIP (Li et al., ICML 2022): a picture is read by a text tower that understands or writes. transformers' classes, and
+our `tiny-blip`.
+
+    pixel_values -> vision tower -> (B, 1 + P, D) --keys, values--> cross-attention in every block of the text tower
+    input_ids    -> text tower, every token sees every token  -> first token: do they match? what is the answer?
+    input_ids    -> text tower, a token sees those before it  -> the next word
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes
+from trimtab.backbones.base import BACKBONES, WEIGHTS, Backbone, Encoded, Pictures, load_pretrained
+from trimtab.backbones.clip import without_pre_norm
+
+_TEXTS = {"text_model": "text", "text_encoder": "text", "text_decoder": "decoder"}  # attribute -> name of the tower
+
+
+@describes("BlipForConditionalGeneration", "BlipForImageTextRetrieval", "BlipForQuestionAnswering", "BlipModel")
+def describe(model: Any) -> Anatomy:
+    layers = model.vision_model.encoder.layers
+    towers = [Tower(
+        "vision", "vision", tuple(_vision_block(f"vision_model.encoder.layers.{i}", layer.embed_dim)
+                                  for i, layer in enumerate(layers)),
+        # Not the norm behind it: BLIP calls that twice, on the tokens and again on the first of them.
+        ("vision_model",), output=Tap(f"vision_model.encoder.layers.{len(layers) - 1}"),
+    )]  # fmt: skip
+    for attribute, name in _TEXTS.items():
+        text = getattr(model, attribute, None)
+        if text is None:
+            continue
+        path = f"{attribute}.bert" if hasattr(text, "bert") else attribute
+        blocks = tuple(
+            _text_block(f"{path}.encoder.layer.{i}", model.config.text_config.hidden_size, hasattr(b, "crossattention"))
+            for i, b in enumerate(model.get_submodule(path).encoder.layer)
+        )
+        # MULTIFLOW counts BLIP's encoder and decoder to one modality.
+        towers.append(Tower(name, "text", blocks, (f"{path}.embeddings", f"{path}.encoder"), Tap(blocks[-1].path),
+                            mask=Tap(path, "input", "attention_mask"), memory="vision",
+                            causal=name == "decoder"))  # fmt: skip
+    return Anatomy(tuple(towers), heads=_heads(model))
+
+
+def _heads(model: Any) -> tuple[str, ...]:
+    known = ("visual_projection", "text_projection", "vision_proj", "text_proj", "itm_head", "text_decoder.cls",
+             "text_model.pooler")  # fmt: skip
+    there = {name for name, _ in model.named_modules()}
+    return tuple(name for name in known if name in there)
+
+
+def _vision_block(path: str, width: int) -> Block:
+    return Block(path, width, (
+        Sublayer("attention", Tap(f"{path}.layer_norm1", "input"), Tap(f"{path}.self_attn")),
+        Sublayer("mlp", Tap(f"{path}.layer_norm2", "input"), Tap(f"{path}.mlp")),
+    ))  # fmt: skip
+
+
+def _text_block(path: str, width: int, crosses: bool) -> Block:
+    parts = [Sublayer("attention", Tap(f"{path}.attention", "input"), Tap(f"{path}.attention.output.dense"))]
+    if crosses:
+        cross = f"{path}.crossattention"
+        parts.append(Sublayer("cross-attention", Tap(cross, "input"), Tap(f"{cross}.output.dense")))
+    parts.append(Sublayer("mlp", Tap(f"{path}.intermediate", "input"), Tap(f"{path}.output")))
+    return Block(path, width, tuple(parts))
+
+
+def model_class() -> Any:
+    """`BlipForConditionalGeneration` with a matching head beside its word head.
+
+    The published BLIP has an encoder to match and a decoder to write that share all but their self-attention. Here one
+    text tower does both, with and without the causal mask.
+    """
+    from transformers import BlipForConditionalGeneration
+
+    class BlipForPreTraining(BlipForConditionalGeneration):
+        def __init__(self, config: Any):
+            super().__init__(config)
+            self.itm_head = nn.Linear(config.text_config.hidden_size, 2)
+            self.post_init()
+
+    return BlipForPreTraining
+
+
+class BlipBackbone(Backbone):
+    """A BLIP that matches and writes."""
+
+    kind = "joint"
+
+    def look(self, pixel_values: Tensor) -> Tensor:
+        return self.model.vision_model(pixel_values=pixel_values).last_hidden_state
+
+    def _text(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor, causal: bool) -> Tensor:
+        out = self.model.text_decoder.bert(input_ids=input_ids, attention_mask=attention_mask,
+                                           encoder_hidden_states=seen, is_decoder=causal, use_cache=False)  # fmt: skip
+        return out.last_hidden_state  # (B, L, D)
+
+    def fuse(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        tokens = self._text(seen, input_ids, attention_mask, causal=False)
+        return Encoded(tokens[:, 0], tokens, attention_mask)
+
+    def write(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self._text(seen, input_ids, attention_mask, causal=True)
+
+    @property
+    def word_head(self) -> tuple[nn.Linear, nn.LayerNorm, Tensor]:
+        head = self.model.text_decoder.cls.predictions
+        return head.transform.dense, head.transform.LayerNorm, head.bias
+
+    def match(self, encoded: Encoded) -> Tensor:
+        """Logit that text and image belong together, (B,)."""
+        no, yes = self.model.itm_head(encoded.pooled).unbind(dim=-1)
+        return yes - no
+
+    @torch.no_grad()
+    def start_from(self, other: Backbone) -> None:
+        """Take the vision tower of a CLIP of the same sizes, as BLIP's starts from a pretrained vision transformer."""
+        source, own = other.model.vision_model, self.model.vision_model
+        start = without_pre_norm(source)
+        pairs = [
+            (own.embeddings.patch_embedding.weight, start.patch), (own.embeddings.patch_embedding.bias, start.bias),
+            (own.embeddings.class_embedding, start.token[None, None]),
+            (own.embeddings.position_embedding, start.positions[None]),
+            (own.post_layernorm.weight, source.post_layernorm.weight),
+            (own.post_layernorm.bias, source.post_layernorm.bias),
+        ]  # fmt: skip
+        for mine, theirs in zip(own.encoder.layers, source.encoder.layers, strict=True):
+            attention = theirs.self_attn
+            parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+            pairs += [
+                (mine.self_attn.qkv.weight, torch.cat([p.weight for p in parts])),
+                (mine.self_attn.qkv.bias, torch.cat([p.bias for p in parts])),
+            ]
+            names = {"self_attn.projection": "self_attn.out_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
+                     "layer_norm1": "layer_norm1", "layer_norm2": "layer_norm2"}  # fmt: skip
+            for a, b in names.items():
+                left, right = mine.get_submodule(a), theirs.get_submodule(b)
+                pairs += [(left.weight, right.weight), (left.bias, right.bias)]
+        for target, value in pairs:
+            target.copy_(value)
+
+
+def load(folder: Path, name: str, pretrained: bool = True) -> BlipBackbone:
+    """A transformers BLIP folder: config.json, model.safetensors, the tokenizer's files."""
+    from transformers import AutoTokenizer
+
+    model = load_pretrained(model_class(), folder, pretrained)
+    text, vision = model.config.text_config, model.config.vision_config
+    return BlipBackbone(name, model, AutoTokenizer.from_pretrained(folder), Pictures(vision.image_size),
+                        text.hidden_size, min(text.max_position_embeddings, 40))  # fmt: skip
+
+
+@BACKBONES.register("tiny-blip")
+def tiny_blip(pretrained: bool = True) -> BlipBackbone:
+    """8 vision and 4 text blocks, 128 wide, 64 px, patch 8; pretrained by us on Twemoji (docs/pretraining.md)."""
+    return load(WEIGHTS / "tiny-blip", "tiny-blip", pretrained)
