@@ -347,8 +347,13 @@ def _registered(model: nn.Module) -> Anatomy | None:
     return replace(outer, heads=outer.heads + others)
 
 
-def part_of(model: nn.Module, path: str, name: str, modality: Modality) -> Anatomy:
-    """The anatomy of a submodule that is one tower, whichever class it has, for the description of what holds it.
+def part_of(model: nn.Module, path: str, name: Modality) -> Anatomy:
+    """The anatomy of a submodule that is one tower, whichever class it has, to describe the model that holds it.
+
+    Args:
+        model: the whole.
+        path: of the submodule; the paths that are returned begin with it.
+        name: of the tower, and its modality.
 
     Raises:
         AnatomyError: if the submodule is described, or discovered, as several towers.
@@ -357,7 +362,7 @@ def part_of(model: nn.Module, path: str, name: str, modality: Modality) -> Anato
     if len(found.towers) != 1:
         towers = ", ".join(t.name for t in found.towers)
         raise AnatomyError(f"'{path}' was expected to be one tower ({name}), found {towers} ({found.source})")
-    return replace(found, towers=(replace(found.towers[0], name=name, modality=modality),)).prefixed(path)
+    return replace(found, towers=(replace(found.towers[0], name=name, modality=name),)).prefixed(path)
 
 
 def _under(path: str, prefixes: Iterable[str]) -> bool:
