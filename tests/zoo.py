@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,6 +93,10 @@ _DECODER = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+def _decoder(name: str) -> hf.PreTrainedModel:
+    return getattr(hf, f"{name}ForCausalLM")(getattr(hf, f"{name}Config")(**_DECODER, head_dim=8))
 
 
 def _llava() -> hf.PreTrainedModel:
@@ -223,10 +228,12 @@ ZOO: dict[str, Member] = {
         lambda: _t5(hf.T5ForTokenClassification), {**_TEXT, "labels": MASK}, {"encoder": ("text", 2, 2 * BLOCK)},
         {"encoder": 5}, {"encoder": MASK}, PADDING,
     ),
-    "llama": Member(
-        lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_DECODER)), {**_TEXT, "labels": IDS}, _WRITES, {"text": 5},
-        {"text": MASK}, PADDING,
-    ),
+    **{
+        name.lower(): Member(
+            partial(_decoder, name), {**_TEXT, "labels": IDS}, _WRITES, {"text": 5}, {"text": MASK}, PADDING
+        )
+        for name in ("Llama", "Mistral", "Qwen2", "Qwen3")
+    },
     "llava": Member(
         _llava, {**_READS, "pixel_values": pixels()}, {"vision": ("vision", 3, 3 * WIDE), **_WRITES},
         {"vision": 5, "text": 9}, {"text": _SEEN_MASK}, {"input_ids": _SEEN_MASK == 0}, generates=True,

@@ -103,6 +103,7 @@ class Tower:
         layout: `tokens` for (B, L, D), `grid` for (B, C, H, W).
         mask: where the mask of valid tokens is seen, (B, L) with non-zero = valid; None if all are valid.
         mask_required: whether a batch without that mask is an error; otherwise all its tokens are valid.
+        mask_source: the argument that the mask is made from, if the model makes up a mask of ones without it.
         pooled: where the tower's one-vector summary is handed on, (B, E), if it makes one.
         pooled_token: which token the summary is read from: the `first`, or the `last` valid one (an end-of-text token).
         samples: where a value with one row a sample goes in, for a stream that does not begin with the samples: (L, B,
@@ -119,6 +120,7 @@ class Tower:
     layout: Literal["tokens", "grid"] = "tokens"
     mask: Tap | None = None
     mask_required: bool = True
+    mask_source: Tap | None = None
     samples: Tap | None = None
     pooled: Tap | None = None
     pooled_token: Literal["first", "last"] = "first"
@@ -257,8 +259,9 @@ class Anatomy:
 
     def _paths(self) -> Iterator[tuple[str, str]]:
         for tower in self.towers:
-            taps = (tower.output, tower.mask, tower.samples, tower.pooled)
-            for tap, what in zip(taps, ("output", "mask", "samples", "pooled output"), strict=True):
+            taps = (tower.output, tower.mask, tower.mask_source, tower.samples, tower.pooled)
+            names = ("output", "mask", "source of the mask", "samples", "pooled output")
+            for tap, what in zip(taps, names, strict=True):
                 if tap is not None:
                     yield tap.path, f"{what} of tower {tower.name!r}"
             for block in tower.blocks:
@@ -282,8 +285,8 @@ class Anatomy:
 
         towers = tuple(
             replace(t, blocks=tuple(map(block, t.blocks)), scope=paths(t.scope), output=tap(t.output),
-                    mask=t.mask and tap(t.mask), samples=t.samples and tap(t.samples),
-                    pooled=t.pooled and tap(t.pooled))
+                    mask=t.mask and tap(t.mask), mask_source=t.mask_source and tap(t.mask_source),
+                    samples=t.samples and tap(t.samples), pooled=t.pooled and tap(t.pooled))
             for t in self.towers
         )  # fmt: skip
         return replace(self, towers=towers, heads=paths(self.heads), ignored=paths(self.ignored))

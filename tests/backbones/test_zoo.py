@@ -8,6 +8,7 @@ from torch import nn
 
 import trimtab
 from tests.zoo import MASK, ZOO, Member
+from trimtab import UniPT
 from trimtab.anatomy import Anatomy, Tap, pick, read, rewrite
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import collect
@@ -171,10 +172,45 @@ def test_a_text_without_a_mask_is_refused_but_by_siglip():
             continue
         batch = {k: v for k, v in member.batch.items() if k != "attention_mask"}
         model = member.model()
-        if name == "siglip2" or name == "siglip":
+        if name.startswith("siglip"):
             assert abs(trimtab.prune(model, "wanda", [0.5], [batch])[0].sparsity - 0.5) < 0.01
             continue
-        if name == "vilt":
-            continue  # transformers makes a mask of ones itself, which the tap sees
         with pytest.raises(ValueError, match="calibration batch 1 has no mask of valid tokens for the tower"):
             trimtab.prune(model, "wanda", [0.5], [batch])
+
+
+def test_masks_that_are_none_of_tokens_are_refused():
+    member = ZOO["bert"]
+    with pytest.raises(
+        ValueError, match=r"batch 1, tower 'text': expected a mask of valid tokens .B, L., found .2, 1, 5, 5."
+    ):
+        blown = MASK[:, None, None].expand(-1, -1, 5, -1).float()
+        trimtab.prune(member.model(), "wanda", [0.5], [{**member.batch, "attention_mask": blown}])
+    with pytest.raises(ValueError, match="batch 1, tower 'text': the mask marks no token as valid"):
+        trimtab.prune(member.model(), "wanda", [0.5], [{**member.batch, "attention_mask": MASK * 0}])
+
+
+def test_a_model_that_holds_a_described_one_is_described():
+    class Classifier(nn.Module):
+        def __init__(self, *others: nn.Module):
+            super().__init__()
+            self.reader = ZOO["bert"].model().bert
+            self.head = nn.Linear(16, 3)
+            self.others = nn.ModuleList(others)
+
+    model = Classifier()
+    found = Anatomy.of(model)
+    assert found.tower("text").mask == Tap("reader", "input", "attention_mask")
+    assert found.modality("head.weight") is None and len(found.weights(model)) == 12
+    two = Classifier(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    assert {t.name for t in Anatomy.of(two).towers} == {
+        "reader.encoder.layer",
+        "others",
+    }  # discovered: others has blocks
+
+
+def test_unipt_refuses_a_stream_that_does_not_begin_with_samples():
+    for name, path in (("qwen2-vl", "vision"), ("bridgetower", "vision")):
+        model = ZOO[name].model()
+        with pytest.raises(ValueError, match="tower 'vision' does not begin with the samples"):
+            UniPT(reduction=2, towers=(path,)).attach(model, Anatomy.of(model))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trimtab.anatomy import Anatomy, Tap, Weight, read
+from trimtab.anatomy import Anatomy, Tap, Tower, Weight, read
 from trimtab.methods.prune.calibration import Batch, Calibration, evaluating, gradients
 from trimtab.methods.prune.convolutions import Convolutions, patch_sums
 
@@ -133,6 +133,7 @@ class InputSums:
 
     def __enter__(self) -> InputSums:
         self.masks: dict[str, Tensor | None] = {}
+        self.sources: dict[str, Tensor | None] = {}
         self.samples: dict[str, int] = {}
         self.memories: dict[str, list[tuple[int, torch.Size]]] = {}
         self.stack = ExitStack()
@@ -144,6 +145,8 @@ class InputSums:
         torch.backends.mha.set_fastpath_enabled(False)
         for tower in self.watched:
             if tower.mask is not None:
+                source = tower.mask_source or tower.mask
+                self._hold(read(self.model, source, partial(self.sources.__setitem__, tower.name)))
                 self._hold(read(self.model, tower.mask, partial(self.masks.__setitem__, tower.name)))
             if tower.samples is not None:
                 self._hold(read(self.model, tower.samples, partial(self._count, tower.name)))
@@ -238,25 +241,41 @@ class InputSums:
         """The same batches; what the model was given and what it computed is checked after each.
 
         Raises:
-            ValueError: if a tower's mask was not given, or inputs of a module are not finite.
+            ValueError: if a tower's mask was not given or is none of tokens, or inputs of a module are not finite.
         """
         for number, batch in enumerate(batches, start=1):
             self.masks.clear()
+            self.sources.clear()
             self.samples.clear()
             yield batch
             for tower in self.watched:
-                if tower.mask is not None and tower.mask_required and self.masks.get(tower.name) is None:
-                    raise ValueError(
-                        f"calibration batch {number} has no mask of valid tokens for the tower {tower.name!r}: "
-                        f"expected one at the {tower.mask.side} {tower.mask.key!r} of '{tower.mask.path}', found the "
-                        f"batch's fields {sorted(batch)}; give the mask, or an anatomy whose tower has none"
-                    )
+                self._check_mask(tower, number, batch)
             for weight, parts in self.sums.items():
                 if not all(torch.isfinite(part.total).all() for part in parts):
                     raise ValueError(
                         f"calibration batch {number}: the inputs of '{weight.module}' are not finite (NaN or "
                         "infinite); check the batch, or run the model in single precision"
                     )
+
+    def _check_mask(self, tower: Tower, number: int, batch: Batch) -> None:
+        tap = tower.mask_source or tower.mask
+        if tap is None:
+            return
+        where = f"calibration batch {number}, tower {tower.name!r}"
+        if self.sources.get(tower.name) is None:
+            if tower.mask_required:
+                raise ValueError(
+                    f"calibration batch {number} has no mask of valid tokens for the tower {tower.name!r}: expected "
+                    f"one at the {tap.side} {tap.key!r} of {repr(tap.path) if tap.path else 'the described model'}, "
+                    f"found the batch's fields {sorted(batch)}; give the mask, or an anatomy whose tower has none"
+                )
+            return
+        mask = self.masks.get(tower.name)
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"{where}: expected a mask of valid tokens (B, L), found {found}; give one number a token")
+        if not mask.any():
+            raise ValueError(f"{where}: the mask marks no token as valid; expected non-zero where a token counts")
 
     def result(self) -> dict[Weight, list[Evidence]]:
         """What was summed, divided by the number of samples.
