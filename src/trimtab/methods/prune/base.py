@@ -163,7 +163,8 @@ class Pruner(Method):
 
     def assume(self, model: nn.Module, anatomy: Anatomy) -> None:
         """Masks that keep everything, of the size of real ones: zeros change no cost but the number of non-zeros."""
-        found = {w.path: parameter(model, w) for w in anatomy.weights(model, self.settings.convolutions)}
+        convolutions = getattr(self.settings, "convolutions", False)  # masks that are only given have no such setting
+        found = {w.path: parameter(model, w) for w in anatomy.weights(model, convolutions)}
         shapes = {path: p.shape for path, p in found.items()}
         total = sum(shape.numel() for shape in shapes.values())
         self.tensors = {path: pack(torch.ones(shape, dtype=torch.bool)) for path, shape in shapes.items()}
@@ -172,7 +173,8 @@ class Pruner(Method):
         self.state = {"prunable": total, "kept": total - int(total * self.settings.sparsity)}
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
-        found = {w.path: parameter(model, w) for w in anatomy.weights(model, self.settings.convolutions)}
+        # Convolutions too: the masks that there are say which weights were pruned.
+        found = {w.path: parameter(model, w) for w in anatomy.weights(model, convolutions=True)}
         masks = Masks.unpacked(self.tensors, {path: p.shape for path, p in found.items()})
         masks.apply(model)
         self.masked = [(found[path], mask.to(found[path].device)) for path, mask in masks.items()]
