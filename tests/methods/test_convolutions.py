@@ -13,6 +13,7 @@ from tests.zoo import ZOO
 from trimtab import Anatomy, Block, Masks, Tap, Tower
 from trimtab.methods import METHODS
 from trimtab.methods.prune import convolutions
+from trimtab.methods.prune.base import PruneSettings
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import collect
 from trimtab.methods.prune.scores import borrowed, matrix
@@ -61,7 +62,7 @@ def batches(count: int = 4) -> list[dict[str, Tensor]]:
     return [{"x": torch.randn(2, 3, 8, 8, generator=generator)} for _ in range(count)]
 
 
-@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("name", [n for n in PRUNERS if issubclass(METHODS[n].Settings, PruneSettings)])
 def test_a_convolution_is_pruned_as_the_linear_layer_that_it_equals(name):
     conv = stack()
     linear = Stack([OnPatches(layer) for layer in conv.blocks])
