@@ -8,7 +8,19 @@ from pathlib import Path
 from torch import nn
 
 from trimtab.anatomy import Anatomy
-from trimtab.backbones import bert, blip, clip, dual, vilt  # noqa: F401  (they register their descriptions)
+from trimtab.backbones import (  # noqa: F401  (they register their descriptions)
+    bert,
+    blip,
+    bridgetower,
+    clip,
+    decoder,
+    dual,
+    llava,
+    siglip,
+    t5,
+    vilt,
+    vit,
+)
 from trimtab.backbones.base import BACKBONES, Backbone, Encoded, Pictures
 from trimtab.registry import unknown
 

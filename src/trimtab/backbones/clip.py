@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes
+from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes, part_of
 from trimtab.backbones.base import BACKBONES, WEIGHTS, Backbone, Encoded, Pictures, load_pretrained
 
 
 @describes("CLIPModel")
 def describe(model: Any) -> Anatomy:
-    vision = Tower(
-        "vision", "vision", _blocks(model.vision_model, "vision_model"), ("vision_model",),
-        output=Tap(f"vision_model.encoder.layers.{len(model.vision_model.encoder.layers) - 1}"),
-        pooled=Tap("visual_projection"), pooled_token="first",
-    )  # fmt: skip
-    text = Tower(
-        "text", "text", _blocks(model.text_model, "text_model"), ("text_model",),
-        output=Tap("text_model.final_layer_norm"),
-        mask=Tap("text_model", "input", "attention_mask"), pooled=Tap("text_projection"), pooled_token="last",
-        causal=True,
-    )  # fmt: skip
-    return Anatomy((vision, text), heads=("visual_projection", "text_projection"))
+    (vision,), (text,) = part_of(model, "vision_model", "vision").towers, part_of(model, "text_model", "text").towers
+    towers = (
+        replace(vision, pooled=Tap("visual_projection"), scope=("vision_model",)),
+        replace(text, pooled=Tap("text_projection"), scope=("text_model",)),
+    )
+    return Anatomy(towers, heads=("visual_projection", "text_projection"))
 
 
-def _blocks(tower: Any, prefix: str) -> tuple[Block, ...]:
+@describes("CLIPVisionModel")
+def describe_vision(model: Any) -> Anatomy:
+    blocks = blocks_of(model)
+    scope = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
+    return Anatomy((Tower("vision", "vision", blocks, scope, output=Tap(blocks[-1].path)),))
+
+
+@describes("CLIPTextModel")
+def describe_text(model: Any) -> Anatomy:
+    tower = Tower(
+        "text", "text", blocks_of(model), ("embeddings", "encoder", "final_layer_norm"), output=Tap("final_layer_norm"),
+        mask=Tap("", "input", "attention_mask"), pooled_token="last", causal=True,
+    )  # fmt: skip
+    return Anatomy((tower,))
+
+
+def blocks_of(tower: Any) -> tuple[Block, ...]:
+    """The blocks of one of CLIP's or SigLIP's towers."""
     blocks = []
     for i, layer in enumerate(tower.encoder.layers):
-        path = f"{prefix}.encoder.layers.{i}"
+        path = f"encoder.layers.{i}"
         blocks.append(Block(path, layer.embed_dim, (
             Sublayer("attention", Tap(f"{path}.layer_norm1", "input"), Tap(f"{path}.self_attn")),
             Sublayer("mlp", Tap(f"{path}.layer_norm2", "input"), Tap(f"{path}.mlp")),

@@ -26,7 +26,8 @@ def describe(model: Any) -> Anatomy:
         ), returns_tuple=True))  # fmt: skip
     tower = Tower(
         "fusion", "fusion", tuple(blocks), ("embeddings", "encoder", "layernorm"),
-        output=Tap("layernorm"), mask=Tap("embeddings", key=1), pooled=Tap("pooler") if model.pooler else None,
+        output=Tap("layernorm"), mask=Tap("embeddings", key=1),
+        mask_source=Tap("", "input", "attention_mask"), pooled=Tap("pooler") if model.pooler else None,
     )  # fmt: skip
     return Anatomy((tower,), heads=("pooler",))
 

@@ -43,6 +43,8 @@ class PruneSettings:
     """Calibration batches, for pruners that need them; a step's, for those that work in steps."""
     batch_size: int = 32
     """Rows a calibration batch."""
+    convolutions: bool = False
+    """Whether convolutions are pruned too, as matrices (out, in * kh * kw / groups) over the patches they read."""
     allow_empty_tower: bool = False
     """Whether all the weights of a tower may go; otherwise that is an error."""
 
@@ -108,7 +110,7 @@ class Pruner(Method):
 
         Here: one calibration, one score for each weight, and an allocation for each sparsity.
         """
-        weights = prunable(calibration.subject, calibration.anatomy)
+        weights = self.prunable(calibration)
         score = SCORES[self.score]
         evidence = {w: [Evidence(len(t))] for w, t in weights.items()}
         if score.needs:
@@ -118,6 +120,10 @@ class Pruner(Method):
             scores[weight] = score(tensor, evidence.pop(weight))
         for sparsity in sparsities:
             yield found_masks(self.cut(scores, weights, sparsity))
+
+    def prunable(self, calibration: Calibration) -> dict[Weight, Tensor]:
+        """The prunable matrices (out, in) of the calibrated model, convolutions among them if the settings say so."""
+        return prunable(calibration.subject, calibration.anatomy, self.settings.convolutions)
 
     def counts(self, scores: dict[Weight, Tensor], weights: dict[Weight, Tensor], sparsity: float) -> dict[Weight, int]:
         """How many weights each tensor gives, by the allocation that was set or the pruner's own."""
@@ -155,17 +161,18 @@ class Pruner(Method):
 
     def assume(self, model: nn.Module, anatomy: Anatomy) -> None:
         """Masks that keep everything, of the size of real ones: zeros change no cost but the number of non-zeros."""
-        shapes = {w.path: parameter(model, w).shape for w in anatomy.weights(model)}
+        convolutions = getattr(self.settings, "convolutions", False)  # masks that are only given have no such setting
+        found = {w.path: parameter(model, w) for w in anatomy.weights(model, convolutions)}
+        shapes = {path: p.shape for path, p in found.items()}
         total = sum(shape.numel() for shape in shapes.values())
         self.tensors = {path: pack(torch.ones(shape, dtype=torch.bool)) for path, shape in shapes.items()}
         if self.changes_weights:
-            self.tensors |= {
-                w.path + VALUES: parameter(model, w).detach().flatten().clone() for w in anatomy.weights(model)
-            }
+            self.tensors |= {path + VALUES: p.detach().flatten().clone() for path, p in found.items()}
         self.state = {"prunable": total, "kept": total - int(total * self.settings.sparsity)}
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
-        found = {w.path: parameter(model, w) for w in anatomy.weights(model)}
+        # Convolutions too: the masks that there are say which weights were pruned.
+        found = {w.path: parameter(model, w) for w in anatomy.weights(model, convolutions=True)}
         masks = Masks.unpacked(self.tensors, {path: p.shape for path, p in found.items()})
         masks.apply(model)
         self.masked = [(found[path], mask.to(found[path].device)) for path, mask in masks.items()]
@@ -192,13 +199,15 @@ def summary(masks: Masks, anatomy: Anatomy) -> dict[str, Any]:
     return {"prunable": masks.prunable, "kept": masks.kept, "sparsity": masks.sparsity, "towers": towers}
 
 
-def prunable(model: nn.Module, anatomy: Anatomy) -> dict[Weight, Tensor]:
-    """The prunable matrices (out, in) of a model; ValueError if there is none."""
-    weights = {w: matrix(model, w) for w in anatomy.weights(model)}
+def prunable(model: nn.Module, anatomy: Anatomy, convolutions: bool = False) -> dict[Weight, Tensor]:
+    """The prunable matrices (out, in) of a model; ValueError if there is none, or one is not finite."""
+    weights = {w: matrix(model, w) for w in anatomy.weights(model, convolutions)}
     if not weights:
+        kinds = "linear layer or convolution" if convolutions else "linear layer"
+        stay = "embeddings stay whole" if convolutions else "embeddings stay whole, convolutions without `convolutions`"
         raise ValueError(
-            f"nothing to prune: the towers of this anatomy ({anatomy.source}) hold no linear layer "
-            f"(scopes: {', '.join(p for t in anatomy.towers for p in t.scope)}); convolutions and embeddings stay whole"
+            f"nothing to prune: the towers of this anatomy ({anatomy.source}) hold no {kinds} "
+            f"(scopes: {', '.join(p for t in anatomy.towers for p in t.scope)}); {stay}"
         )
     for weight, tensor in weights.items():
         if not torch.isfinite(tensor).all():
@@ -206,12 +215,7 @@ def prunable(model: nn.Module, anatomy: Anatomy) -> dict[Weight, Tensor]:
     return weights
 
 
-def _stored(weight: Weight, mask: Tensor) -> Tensor:
-    """A mask (out, in) as its parameter is stored."""
-    return mask.t().contiguous() if weight.transposed else mask
-
-
 def found_masks(masks: dict[Weight, Tensor], weights: dict[Weight, Tensor] | None = None) -> Masks:
     """Masks, and changed weights, from matrices (out, in)."""
-    changed = {w.path: _stored(w, t) for w, t in (weights or {}).items()}
-    return Masks({w.path: _stored(w, m) for w, m in masks.items()}, changed)
+    changed = {w.path: w.stored(t) for w, t in (weights or {}).items()}
+    return Masks({w.path: w.stored(m) for w, m in masks.items()}, changed)

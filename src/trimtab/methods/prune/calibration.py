@@ -187,4 +187,4 @@ def _gradient(weight: Weight, parameter: nn.Parameter, number: int) -> Tensor:
             "use single precision, or a loss that stays finite"
         )
     found = found if found.dtype == torch.float64 else found.float()
-    return found.t() if weight.transposed else found
+    return weight.matrix(found)

@@ -4,10 +4,11 @@
     gram       mean of x x^T over the inputs x       (in, in)      forward hooks
     gradient   mean gradient of the loss             (out, in)     backward passes
 
-Only what a score needs is collected. Hooks see the inputs of linear modules; `nn.MultiheadAttention` multiplies without
-calling any, so its projections are read around it: the fused input projection's inputs are the module's own (query, key
-and value, each for its rows where they differ), and the output projection's input is what the attention gives with an
-identity in that projection's place, which is then applied outside.
+Only what a score needs is collected. Hooks see the inputs of linear modules; those of convolutions are the patches that
+they read (convolutions.py). `nn.MultiheadAttention` multiplies without calling any module, so it is read around it: the
+fused input projection's inputs are the module's own (query, key and value, each for its rows where they differ), and
+the output projection's input is what the attention gives with an identity in that projection's place, which is then
+applied outside.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trimtab.anatomy import Anatomy, Tap, Weight, read
+from trimtab.anatomy import Anatomy, Tap, Tower, Weight, read
 from trimtab.methods.prune.calibration import Batch, Calibration, evaluating, gradients
+from trimtab.methods.prune.convolutions import Convolutions, patch_sums
 
 Need = Literal["squares", "gram", "gradient"]
 
@@ -52,7 +54,7 @@ def collect(calibration: Calibration, weights: Iterable[Weight], needs: frozense
 
     Returns:
         For each weight the evidence of its parts, from the first row down: one part, but for fused projections of an
-        attention whose query and key have different inputs.
+        attention whose query and key have different inputs, and for a convolution in groups.
 
     Raises:
         ValueError: if there is no batch, a weight's module is never reached, a batch lacks the tokens' mask of a tower,
@@ -91,7 +93,7 @@ def _mean(found: Iterable[dict[Weight, Tensor]]) -> dict[Weight, Tensor]:
 def rows_and_columns(model: nn.Module, weight: Weight) -> tuple[int, int]:
     """(out, in) of a prunable matrix, however its parameter is stored."""
     shape = getattr(model.get_submodule(weight.module), weight.parameter).shape
-    return (shape[1], shape[0]) if weight.transposed else (shape[0], shape[1])
+    return (shape[1], shape[0]) if weight.transposed else (shape[0], shape[1:].numel())
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
@@ -110,9 +112,9 @@ class _Sum:
 class InputSums:
     """Sums over the inputs of matrices while the model is called, in forward hooks: nothing of a batch is kept.
 
-    Padding tokens are left out where an input is as long as its tower's mask. An input of another length (the image
-    tokens that a text tower attends to) is counted whole; should it happen to be as long as the text, the text's mask
-    is applied to it, since nothing tells the two apart.
+    Padding tokens are left out where an input is as long as its tower's mask, and where it is what a block reads of
+    another tower (`Tower.memory`), by that tower's mask. Any other input is counted whole. Without a described memory
+    nothing tells image tokens that a text tower attends to from text of the same length: the text's mask is applied.
 
     A context manager: the hooks are gone and the model is as before when it is left.
 
@@ -131,16 +133,33 @@ class InputSums:
 
     def __enter__(self) -> InputSums:
         self.masks: dict[str, Tensor | None] = {}
+        self.sources: dict[str, Tensor | None] = {}
+        self.samples: dict[str, int] = {}
+        self.memories: dict[str, list[tuple[int, torch.Size]]] = {}
         self.stack = ExitStack()
         self.towers = {w: tower for w in self.weights if (tower := self.anatomy.owner(w.module))}
+        names = {t.name for t in self.towers.values()} | {t.memory for t in self.towers.values() if t.memory}
+        self.watched = [t for t in self.anatomy.towers if t.name in names]
         # torch's fused encoder layers call no module inside; hooks would see nothing.
         self.stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
-        for tower in {t.name: t for t in self.towers.values()}.values():
+        for tower in self.watched:
             if tower.mask is not None:
+                source = tower.mask_source or tower.mask
+                self._hold(read(self.model, source, partial(self.sources.__setitem__, tower.name)))
                 self._hold(read(self.model, tower.mask, partial(self.masks.__setitem__, tower.name)))
+            if tower.samples is not None:
+                self._hold(read(self.model, tower.samples, partial(self._count, tower.name)))
+            for block in tower.blocks if tower.memory else ():
+                hook = partial(self._memory, tower.name)
+                self._hold(self.model.get_submodule(block.path).register_forward_pre_hook(hook, with_kwargs=True))
+        convolutions = [w for w in self.weights if w.kernel]
         for weight in self.weights:
-            self._watch(weight)
+            if not weight.kernel:
+                self._watch(weight)
+        if convolutions:
+            parameters = [self.model.get_parameter(w.path) for w in convolutions]
+            self.stack.enter_context(Convolutions(parameters, lambda i, call: self._convolve(convolutions[i], call)))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -148,6 +167,14 @@ class InputSums:
 
     def _hold(self, handle: Any) -> None:
         self.stack.callback(handle.remove)
+
+    def _count(self, tower: str, value: Tensor) -> None:
+        self.samples[tower] = len(value)
+
+    def _memory(self, tower: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Note what a block is given beside the stream, its first argument, by where it lies in memory."""
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim == 3]
+        self.memories[tower] = [(x.data_ptr(), x.shape) for x in given[1:]]
 
     def _watch(self, weight: Weight) -> None:
         owner, _, name = weight.module.rpartition(".")
@@ -170,45 +197,85 @@ class InputSums:
         self._add(weight, [_batch_first(x, module) for x in given])
 
     def _add(self, weight: Weight, inputs: list[Tensor]) -> None:
-        """Add the inputs of a weight's parts; its rows are divided evenly among them."""
-        rows = rows_and_columns(self.model, weight)[0] // len(inputs)
-        sums = self.sums.setdefault(weight, [_Sum(rows, torch.zeros(())) for _ in inputs])
-        if len(sums) != len(inputs):
+        """Add the inputs (..., in) of a weight's parts."""
+        totals = []
+        for given in inputs:
+            x, mask = given.detach(), self._mask(weight, given)
+            if mask is not None and x.ndim == 3 and mask.shape == x.shape[:2]:
+                x = x[mask.bool()]
+            x = _single(x.reshape(-1, x.shape[-1]))
+            totals.append(x.t() @ x if self.gram else x.square().sum(dim=0))
+        self._sum(weight, totals, len(inputs[0]) if inputs[0].ndim > 1 else 1)
+
+    def _convolve(self, weight: Weight, call: dict[str, Any]) -> None:
+        """Add the patches that a convolution is about to read; of a padded text (B, C, L) those of padding are zero."""
+        x = _single(call["input"].detach())
+        x = x if x.ndim == call["weight"].ndim else x[None]
+        mask = self._mask(weight, x)
+        if mask is not None and x.ndim == 3 and mask.shape == (x.shape[0], x.shape[2]):
+            x = x.masked_fill(~mask.bool()[:, None], 0)
+        with torch.no_grad():
+            self._sum(weight, patch_sums({**call, "input": x}, self.gram), len(x))
+
+    def _mask(self, weight: Weight, x: Tensor) -> Tensor | None:
+        """The mask of the tower that an input comes from: its weight's own, or the one whose output is read."""
+        tower = self.towers.get(weight)
+        if tower is None:
+            return None
+        remembered = tower.memory and (x.data_ptr(), x.shape) in self.memories.get(tower.name, ())
+        return self.masks.get(tower.memory if remembered else tower.name)  # type: ignore[arg-type]
+
+    def _sum(self, weight: Weight, totals: list[Tensor], samples: int) -> None:
+        """Add the sums of a weight's parts, among which its rows are divided evenly."""
+        rows = rows_and_columns(self.model, weight)[0] // len(totals)
+        sums = self.sums.setdefault(weight, [_Sum(rows, torch.zeros(())) for _ in totals])
+        if len(sums) != len(totals):
             raise ValueError(f"'{weight.module}' attends to its own input in one call and to another in the next; "
                              f"leave it out of the towers' scopes: one weight cannot be scored for both")  # fmt: skip
         tower = self.towers.get(weight)
-        mask = self.masks.get(tower.name) if tower else None
-        for part, given in zip(sums, inputs, strict=True):
-            x = given.detach()
-            part.samples += len(x) if x.ndim > 1 else 1
-            if mask is not None and x.ndim == 3 and mask.shape == x.shape[:2]:
-                x = x[mask.bool()]
-            x = x.reshape(-1, x.shape[-1])
-            x = x if x.dtype == torch.float64 else x.float()
-            part.total = part.total.to(x.device) + (x.t() @ x if self.gram else x.square().sum(dim=0))
+        for part, total in zip(sums, totals, strict=True):
+            part.samples += self.samples.get(tower.name, samples) if tower else samples
+            part.total = part.total.to(total.device) + total
 
     def checked(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches; what the model was given and what it computed is checked after each.
 
         Raises:
-            ValueError: if a tower's mask was not given, or inputs of a module are not finite.
+            ValueError: if a tower's mask was not given or is none of tokens, or inputs of a module are not finite.
         """
         for number, batch in enumerate(batches, start=1):
             self.masks.clear()
+            self.sources.clear()
+            self.samples.clear()
             yield batch
-            for tower in self.towers.values():
-                if tower.mask is not None and self.masks.get(tower.name) is None:
-                    raise ValueError(
-                        f"calibration batch {number} has no mask of valid tokens for the tower {tower.name!r}: "
-                        f"expected one at the {tower.mask.side} {tower.mask.key!r} of '{tower.mask.path}', found the "
-                        f"batch's fields {sorted(batch)}; give the mask, or an anatomy whose tower has none"
-                    )
+            for tower in self.watched:
+                self._check_mask(tower, number, batch)
             for weight, parts in self.sums.items():
                 if not all(torch.isfinite(part.total).all() for part in parts):
                     raise ValueError(
                         f"calibration batch {number}: the inputs of '{weight.module}' are not finite (NaN or "
                         "infinite); check the batch, or run the model in single precision"
                     )
+
+    def _check_mask(self, tower: Tower, number: int, batch: Batch) -> None:
+        tap = tower.mask_source or tower.mask
+        if tap is None:
+            return
+        where = f"calibration batch {number}, tower {tower.name!r}"
+        if self.sources.get(tower.name) is None:
+            if tower.mask_required:
+                raise ValueError(
+                    f"calibration batch {number} has no mask of valid tokens for the tower {tower.name!r}: expected "
+                    f"one at the {tap.side} {tap.key!r} of {repr(tap.path) if tap.path else 'the described model'}, "
+                    f"found the batch's fields {sorted(batch)}; give the mask, or an anatomy whose tower has none"
+                )
+            return
+        mask = self.masks.get(tower.name)
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"{where}: expected a mask of valid tokens (B, L), found {found}; give one number a token")
+        if not mask.any():
+            raise ValueError(f"{where}: the mask marks no token as valid; expected non-zero where a token counts")
 
     def result(self) -> dict[Weight, list[Evidence]]:
         """What was summed, divided by the number of samples.
@@ -219,7 +286,7 @@ class InputSums:
         silent = sorted(w.path for w in self.weights if w not in self.sums)
         if silent:
             raise ValueError(
-                f"calibration never reached {len(silent)} linear layers, first '{silent[0]}': give batches that use "
+                f"calibration never reached {len(silent)} layers, first '{silent[0]}': give batches that use "
                 "them, or leave them out of the anatomy's towers"
             )
         found = {}
@@ -230,6 +297,11 @@ class InputSums:
                 for rows, m in means
             ]
         return found
+
+
+def _single(x: Tensor) -> Tensor:
+    """In at least single precision."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _batch_first(x: Tensor, attention: nn.MultiheadAttention) -> Tensor:

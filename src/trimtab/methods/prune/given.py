@@ -65,7 +65,8 @@ class Given(Pruner):
         with safe_open(folder / "weights.safetensors", "pt") as file:
             names = [n for n in file.keys() if n.startswith(prefix)]  # noqa: SIM118 (not a mapping)
             self.tensors = {n.removeprefix(prefix): file.get_tensor(n) for n in names}
-        shapes = {w.path: parameter(session.subject, w).shape for w in session.anatomy.weights(session.subject)}
+        prunable = session.anatomy.weights(session.subject, convolutions=True)
+        shapes = {w.path: parameter(session.subject, w).shape for w in prunable}
         if missing := [p for p in self.tensors if not p.endswith(".values") and p not in shapes]:
             raise ValueError(f"masks: those of '{folder}' are for another model: it has no prunable '{missing[0]}'")
         Masks.unpacked(self.tensors, shapes)  # raises if they are of another size

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trimtab.anatomy import Anatomy, Weight
 from trimtab.methods.base import METHODS
-from trimtab.methods.prune.base import Pruner, PruneSettings, found_masks, prunable
+from trimtab.methods.prune.base import Pruner, PruneSettings, found_masks
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import Evidence, collect
 from trimtab.methods.prune.masks import Masks, largest
@@ -122,7 +122,7 @@ class SparseGPT(Pruner):
 
     def find(self, calibration: Calibration, sparsities: Sequence[float]) -> Iterator[Masks]:
         for sparsity in sparsities:
-            weights = prunable(calibration.subject, calibration.anatomy)
+            weights = self.prunable(calibration)
             groups = by_block(calibration.anatomy, weights) if self.settings.sequential else [list(weights)]
             counts = self.counts(weights, weights, sparsity) if self.settings.sequential else {}
             masks: dict[Weight, Tensor] = {}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trimtab.anatomy import Weight
 from trimtab.methods.base import METHODS
-from trimtab.methods.prune.base import Pruner, PruneSettings, found_masks, prunable
+from trimtab.methods.prune.base import Pruner, PruneSettings, found_masks
 from trimtab.methods.prune.calibration import Batch, Calibration, gradients
 from trimtab.methods.prune.masks import Masks, kth_smallest
 from trimtab.methods.prune.scores import borrowed
@@ -67,7 +67,7 @@ class TAMT(Pruner):
 
     def trace(self, calibration: Calibration, sparsity: float) -> Iterator[tuple[Values, Values]]:
         """Mask values (out, in) at the start and now, after each step of the optimiser."""
-        weights = prunable(calibration.subject, calibration.anatomy)
+        weights = self.prunable(calibration)
         own = {w: t.clone() for w, t in weights.items()}
         count = int(sparsity * sum(t.numel() for t in own.values()))
         if count == 0:
