@@ -171,6 +171,7 @@ class InputSums:
         self.masks: dict[str, Tensor | None] = {}
         self.last: _Reduced | None = None
         self.stack = ExitStack()
+        self.rows = {w: rows_and_columns(self.model, w)[0] for w in self.weights}
         self.towers = {w: tower for w in self.weights if (tower := self.anatomy.owner(w.module))}
         # torch's fused encoder layers call no module inside; hooks would see nothing.
         self.stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
@@ -211,7 +212,7 @@ class InputSums:
 
     def _add(self, weight: Weight, inputs: list[Tensor]) -> None:
         """Add the inputs of a weight's parts; its rows are divided evenly among them."""
-        rows = rows_and_columns(self.model, weight)[0] // len(inputs)
+        rows = self.rows[weight] // len(inputs)
         sums = self.sums.setdefault(weight, [_Sum(rows, torch.zeros(())) for _ in inputs])
         if len(sums) != len(inputs):
             raise ValueError(f"'{weight.module}' attends to its own input in one call and to another in the next; "
