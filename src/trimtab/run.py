@@ -198,9 +198,16 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
 
     Raises:
         RecipeError: if the recipe's parts do not fit each other.
+        RunError: if it was started as one of several processes.
     """
     import yaml
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError(
+            f"{folder}: a run is the work of one process, found WORLD_SIZE={os.environ['WORLD_SIZE']} in the "
+            "environment: start it without `accelerate launch` or torchrun. `trimtab.prune` shares its calibration "
+            "among processes"
+        )
     started = time.time()
     gc.collect()  # an earlier run's model lives on in cycles of hooks until it is collected
     parts = assemble(recipe)

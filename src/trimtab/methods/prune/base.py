@@ -10,6 +10,8 @@ weights that they keep, override `find`. Allocations can be exchanged in any of 
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,22 +23,28 @@ from torch import Tensor, nn
 from trimtab.anatomy import Anatomy, Weight
 from trimtab.bits import pack
 from trimtab.methods.base import Method, Session
+from trimtab.methods.prune import processes
 from trimtab.methods.prune.allocations import ALLOCATIONS
 from trimtab.methods.prune.calibration import Calibration
-from trimtab.methods.prune.evidence import Evidence, collect
-from trimtab.methods.prune.masks import VALUES, Masks, clear_weights, keep_zeros, smallest
+from trimtab.methods.prune.evidence import Evidence, collect, rows_and_columns
+from trimtab.methods.prune.masks import VALUES, Masks, clear_weights, keep_zeros, largest_of_each, smallest
 from trimtab.methods.prune.scores import SCORES, matrix, parameter
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 
+DEFAULT_SPARSITY = 0.63
+
+
 @dataclass(frozen=True)
 class PruneSettings:
     """Settings of every pruner."""
 
-    sparsity: float = 0.63
-    """Share of the prunable weights that become zero, in [0, 1)."""
+    sparsity: float | None = None
+    """Share of the prunable weights that become zero, in [0, 1); None: 0.63, or what the pattern says."""
+    pattern: str | None = None
+    """`n:m`, such as 2:4: exactly n of every m inputs of an output that follow each other are kept; None: any."""
     allocation: str | None = None
     """How many weights each tensor gives: uniform, global, modality, multimodal or ecoflap; None: the pruner's own."""
     batches: int = 32
@@ -49,12 +57,43 @@ class PruneSettings:
     """Whether all the weights of a tower may go; otherwise that is an error."""
 
     def __post_init__(self) -> None:
+        share = DEFAULT_SPARSITY
+        if self.n_of_m:
+            share = 1 - self.n_of_m[0] / self.n_of_m[1]
+            self._check_pattern(share)
+        if self.sparsity is None:
+            object.__setattr__(self, "sparsity", share)  # from here on it is a number
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must lie in [0, 1), found {self.sparsity}")
         if self.batches < 1 or self.batch_size < 1:
             raise ValueError(f"batches and batch_size must be at least 1, found {self.batches} and {self.batch_size}")
         if self.allocation is not None:
             ALLOCATIONS[self.allocation]
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """The pattern as numbers; None without one."""
+        if self.pattern is None:
+            return None
+        found = re.fullmatch(r"(\d+):(\d+)", self.pattern)
+        n, m = map(int, found.groups()) if found else (0, 0)
+        if not 0 < n < m:
+            raise ValueError(
+                f"pattern: expected 'n:m' with 0 < n < m, such as '2:4' (2 of 4 are kept), found {self.pattern!r}"
+            )
+        return n, m
+
+    def _check_pattern(self, share: float) -> None:
+        if self.sparsity is not None and abs(self.sparsity - share) > 1e-9:
+            raise ValueError(
+                f"pattern {self.pattern!r} sets the sparsity to {share:g}, found sparsity: {self.sparsity}; "
+                "leave out one of them"
+            )
+        if self.allocation is not None:
+            raise ValueError(
+                f"pattern {self.pattern!r} says how many weights each tensor gives, found allocation: "
+                f"{self.allocation!r}; leave out one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -89,6 +128,8 @@ class Pruner(Method):
         allocation: name of its own allocation in `ALLOCATIONS`.
         rounds: how often it goes over calibration data for one sparsity; 0 if it needs none.
         changes_weights: whether it gives kept weights new values.
+        shares: whether several processes can share its calibration data.
+        finds: whether it finds masks, rather than being given them.
     """
 
     lever = "prune"
@@ -98,12 +139,44 @@ class Pruner(Method):
     score: ClassVar[str]
     allocation: ClassVar[str]
     changes_weights: ClassVar[bool] = False
+    shares: ClassVar[bool] = True
+    finds: ClassVar[bool] = True
 
     @property
     def rounds(self) -> int:
         return 1 if SCORES[self.score].needs else 0
 
     # --- finding masks ---
+
+    def masks(self, calibration: Calibration, sparsities: Sequence[float]) -> Iterator[Masks]:
+        """What `find` finds, checked, and the same in every process.
+
+        Raises:
+            ValueError: beside what `find` raises, if the pattern does not fit a weight, a tower is emptied, or the
+                processes of a group cannot work together: models differ, or the pruner does not share its data.
+        """
+        subject, anatomy = calibration.subject, calibration.anatomy
+        _, group = self.settings.n_of_m or (1, 1)
+        for weight in anatomy.weights(subject):
+            _, inputs = rows_and_columns(subject, weight)
+            if inputs % group:
+                raise ValueError(
+                    f"pattern {self.settings.pattern!r}: '{weight.path}' has {inputs} inputs, which groups of "
+                    f"{group} do not divide: choose another pattern, or name '{weight.module}' in the `heads` of an "
+                    "anatomy of your own, which leaves it whole"
+                )
+        _, size = processes.world()
+        if size > 1 and self.rounds and not self.shares:
+            raise ValueError(
+                f"{self.name} cannot share its calibration among processes, found {size}: "
+                "prune in one process, save the masks, and load them in all"
+            )
+        if size > 1:
+            prints = processes.weights_print(prunable(subject, anatomy).values())
+            processes.same(prints, f"the {size} processes hold different models: load the same checkpoint in all")
+        for found in self.find(calibration, sparsities):
+            self.check(found, anatomy)
+            yield found.from_first_process()
 
     def find(self, calibration: Calibration, sparsities: Sequence[float]) -> Iterator[Masks]:
         """Masks for one sparsity after another; the model is afterwards as before.
@@ -130,7 +203,15 @@ class Pruner(Method):
         return ALLOCATIONS[self.settings.allocation or self.allocation](scores, weights, sparsity)
 
     def cut(self, scores: dict[Weight, Tensor], weights: dict[Weight, Tensor], sparsity: float) -> dict[Weight, Tensor]:
-        """Masks (out, in), True = kept, from scores of every weight."""
+        """Masks (out, in), True = kept, from scores of every weight.
+
+        With a pattern n:m every group keeps as many as the sparsity asks for, rounded up: n at the pattern's own, more
+        in the first steps of a pruner that works in steps.
+        """
+        if self.settings.n_of_m:
+            _, group = self.settings.n_of_m
+            kept = math.ceil(group * (1 - sparsity) - 1e-6)
+            return {w: largest_of_each(s, group, kept) for w, s in scores.items()}
         counts = self.counts(scores, weights, sparsity)
         return {w: self.remove(s, counts[w]) for w, s in scores.items()}
 
@@ -153,8 +234,7 @@ class Pruner(Method):
     def prepare(self, session: Session) -> None:
         calibration = Calibration.of(session, self.settings.batches, self.settings.batch_size)
         started = time.perf_counter()
-        masks = next(iter(self.find(calibration, [self.settings.sparsity])))
-        self.check(masks, session.anatomy)
+        masks = next(self.masks(calibration, [self.settings.sparsity]))
         self.tensors = masks.packed()
         self.state = {"pruner": self.name, **summary(masks, session.anatomy)}
         self.state["seconds"] = round(time.perf_counter() - started, 2)

@@ -160,6 +160,8 @@ class ChitaSettings(PruneSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.pattern is not None:
+            raise ValueError(f"pattern: CHITA divides the weights itself, found {self.pattern!r}; leave it out")
         check_chita(self.allocation, self.ridge, self.block_size)
 
 
@@ -186,6 +188,7 @@ class Chita(Pruner):
     score = "sensitivity"
     allocation = "global"
     changes_weights = True
+    shares = False  # the gradients of all batches are held side by side
     Settings = ChitaSettings
     settings: ChitaSettings | ChitaPPSettings
 

@@ -4,7 +4,12 @@
     gram       mean of x x^T over the inputs x       (in, in)      forward hooks
     gradient   mean gradient of the loss             (out, in)     backward passes
 
-Only what a score needs is collected. Hooks see the inputs of linear modules; those of convolutions are the patches that
+Only what a score needs is collected. Inputs are summed within a call in single precision, and calls in double: that
+adds numbers of 24 bits in 53, which is exact as long as no call's sum is below 2^-29 of the total, so that neither the
+order nor the number of processes that share the batches changes a bit. Gradients are added in the order of the batches,
+whichever process computed them.
+
+Hooks see the inputs of linear modules; those of convolutions are the patches that
 they read (convolutions.py). `nn.MultiheadAttention` multiplies without calling any module, so it is read around it: the
 fused input projection's inputs are the module's own (query, key and value, each for its rows where they differ), and
 the output projection's input is what the attention gives with an identity in that projection's place, which is then
@@ -13,21 +18,25 @@ applied outside.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab.anatomy import Anatomy, Tap, Tower, Weight, read
+from trimtab.methods.prune import processes
 from trimtab.methods.prune.calibration import Batch, Calibration, evaluating, gradients
 from trimtab.methods.prune.convolutions import Convolutions, patch_sums
 
 Need = Literal["squares", "gram", "gradient"]
+
+_PIECE = 1 << 17  # numbers squared together on a CPU: half a megabyte in single precision
 
 
 @dataclass
@@ -52,27 +61,32 @@ def collect(calibration: Calibration, weights: Iterable[Weight], needs: frozense
             batches: Iterable[Batch]) -> dict[Weight, list[Evidence]]:  # fmt: skip
     """Go over batches and collect what is needed about each weight.
 
+    Of several processes each goes over its share of the batches, and all return the same.
+
     Returns:
         For each weight the evidence of its parts, from the first row down: one part, but for fused projections of an
         attention whose query and key have different inputs, and for a convolution in groups.
 
     Raises:
         ValueError: if there is no batch, a weight's module is never reached, a batch lacks the tokens' mask of a tower,
-            or inputs, loss or gradients are not finite; the module and the batch are named.
+            inputs, loss or gradients are not finite (the module and the batch are named), or processes were given
+            different batches.
     """
     weights = list(weights)
     model = calibration.subject
     shapes = {w: rows_and_columns(model, w) for w in weights}
     inputs = needs & {"squares", "gram"}
+    batches = processes.share(batches)
     with InputSums(model, calibration.anatomy, weights, "gram" in needs) if inputs else nullcontext() as sums:
         watched = sums.checked(batches) if sums else batches
         mean: dict[Weight, Tensor] = {}
         if "gradient" in needs:
-            mean = _mean(gradients(calibration, weights, watched))
+            mean = _mean(model, weights, gradients(calibration, weights, watched))
         else:
             with evaluating(calibration.model), torch.no_grad():
                 for batch in watched:
-                    calibration.model(**batch)
+                    if batch is not None:
+                        calibration.model(**batch)
         evidence = sums.result() if sums else {w: [Evidence(shapes[w][0])] for w in weights}
     for weight, gradient in mean.items():
         for part, g in zip(evidence[weight], gradient.split([e.rows for e in evidence[weight]]), strict=True):
@@ -80,14 +94,27 @@ def collect(calibration: Calibration, weights: Iterable[Weight], needs: frozense
     return evidence
 
 
-def _mean(found: Iterable[dict[Weight, Tensor]]) -> dict[Weight, Tensor]:
+def _mean(
+    model: nn.Module, weights: list[Weight], found: Iterable[dict[Weight, Tensor] | None]
+) -> dict[Weight, Tensor]:
+    """The mean of batches' gradients, added in the order of the batches; None: this process has none of a group."""
     total: dict[Weight, Tensor] = {}
     count = 0
-    for one in found:
-        count += 1
-        for weight, gradient in one.items():
-            total[weight] = total[weight].add_(gradient) if weight in total else gradient
+    for own in found:
+        members = sum(processes.everywhere(own is not None))  # the first so many processes have a batch
+        count += members
+        for weight in weights:
+            gradient = _nothing(model, weight) if own is None else own[weight]
+            for one in processes.in_order(gradient)[:members]:
+                total[weight] = total[weight].add_(one) if weight in total else one
     return {w: t.div_(count) for w, t in total.items()}
+
+
+def _nothing(model: nn.Module, weight: Weight) -> Tensor:
+    """A gradient of no batch, as `gradients` would give it."""
+    parameter = getattr(model.get_submodule(weight.module), weight.parameter)
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    return torch.zeros(rows_and_columns(model, weight), dtype=dtype, device=parameter.device)
 
 
 def rows_and_columns(model: nn.Module, weight: Weight) -> tuple[int, int]:
@@ -101,11 +128,22 @@ def rows_and_columns(model: nn.Module, weight: Weight) -> tuple[int, int]:
 
 @dataclass
 class _Sum:
-    """Sum over the inputs of `rows` rows of a matrix, and over how many samples it goes."""
+    """Sum over the inputs of `rows` rows of a matrix, over how many samples it goes, and the inputs' precision."""
 
     rows: int
     total: Tensor
     samples: int = 0
+    dtype: torch.dtype = torch.float32
+
+
+class _Reduced(NamedTuple):
+    """What an input was reduced to: its samples, and the sum over its valid tokens of x_j^2 or of x x^T."""
+
+    input: weakref.ref[Tensor]
+    version: int
+    mask: Tensor | None
+    samples: int
+    total: Tensor
 
 
 @dataclass
@@ -136,7 +174,10 @@ class InputSums:
         self.sources: dict[str, Tensor | None] = {}
         self.samples: dict[str, int] = {}
         self.memories: dict[str, list[tuple[int, torch.Size]]] = {}
+        self.valid: dict[str, bool] = {}  # whether a masked tower was given a valid token in any batch
+        self.last: _Reduced | None = None
         self.stack = ExitStack()
+        self.rows = {w: rows_and_columns(self.model, w)[0] for w in self.weights}
         self.towers = {w: tower for w in self.weights if (tower := self.anatomy.owner(w.module))}
         names = {t.name for t in self.towers.values()} | {t.memory for t in self.towers.values() if t.memory}
         self.watched = [t for t in self.anatomy.towers if t.name in names]
@@ -163,6 +204,7 @@ class InputSums:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.last = None
         self.stack.close()
 
     def _hold(self, handle: Any) -> None:
@@ -198,14 +240,23 @@ class InputSums:
 
     def _add(self, weight: Weight, inputs: list[Tensor]) -> None:
         """Add the inputs (..., in) of a weight's parts."""
-        totals = []
-        for given in inputs:
-            x, mask = given.detach(), self._mask(weight, given)
-            if mask is not None and x.ndim == 3 and mask.shape == x.shape[:2]:
-                x = x[mask.bool()]
-            x = _single(x.reshape(-1, x.shape[-1]))
-            totals.append(x.t() @ x if self.gram else x.square().sum(dim=0))
-        self._sum(weight, totals, len(inputs[0]) if inputs[0].ndim > 1 else 1)
+        found = [self._reduced(given, self._mask(weight, given)) for given in inputs]
+        self._sum(weight, [f.total for f in found], found[0].samples)
+
+    def _reduced(self, given: Tensor, mask: Tensor | None) -> _Reduced:
+        """The sums of an input. Linear layers that are called on one tensor after another (query, key and value) share
+        them; only a weak reference to the tensor is kept."""
+        last, version = self.last, -1 if given.is_inference() else given._version
+        if last and last.input() is given and last.version == version >= 0 and last.mask is mask:
+            return last
+        x = given.detach()
+        samples = len(x) if x.ndim > 1 else 1
+        if mask is not None and x.ndim == 3 and mask.shape == x.shape[:2] and not mask.all():
+            x = x[mask.bool()]
+        x = x.reshape(-1, x.shape[-1])
+        total = _gram(x) if self.gram else _squares(x)
+        self.last = _Reduced(weakref.ref(given), version, mask, samples, total)
+        return self.last
 
     def _convolve(self, weight: Weight, call: dict[str, Any]) -> None:
         """Add the patches that a convolution is about to read; of a padded text (B, C, L) those of padding are zero."""
@@ -227,7 +278,7 @@ class InputSums:
 
     def _sum(self, weight: Weight, totals: list[Tensor], samples: int) -> None:
         """Add the sums of a weight's parts, among which its rows are divided evenly."""
-        rows = rows_and_columns(self.model, weight)[0] // len(totals)
+        rows = self.rows[weight] // len(totals)
         sums = self.sums.setdefault(weight, [_Sum(rows, torch.zeros(())) for _ in totals])
         if len(sums) != len(totals):
             raise ValueError(f"'{weight.module}' attends to its own input in one call and to another in the next; "
@@ -235,7 +286,9 @@ class InputSums:
         tower = self.towers.get(weight)
         for part, total in zip(sums, totals, strict=True):
             part.samples += self.samples.get(tower.name, samples) if tower else samples
-            part.total = part.total.to(total.device) + total
+            part.dtype = torch.promote_types(part.dtype, total.dtype)
+            wide = torch.float32 if total.is_mps else torch.float64  # Apple's GPUs have no double precision
+            part.total = part.total.to(total.device, wide) + total.to(wide)
 
     def checked(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches; what the model was given and what it computed is checked after each.
@@ -243,11 +296,14 @@ class InputSums:
         Raises:
             ValueError: if a tower's mask was not given or is none of tokens, or inputs of a module are not finite.
         """
-        for number, batch in enumerate(batches, start=1):
+        for own, batch in enumerate(batches):
             self.masks.clear()
             self.sources.clear()
             self.samples.clear()
             yield batch
+            if batch is None:
+                continue
+            number = processes.number(own)
             for tower in self.watched:
                 self._check_mask(tower, number, batch)
             for weight, parts in self.sums.items():
@@ -274,15 +330,45 @@ class InputSums:
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"{where}: expected a mask of valid tokens (B, L), found {found}; give one number a token")
-        if not mask.any():
-            raise ValueError(f"{where}: the mask marks no token as valid; expected non-zero where a token counts")
+        self.valid[tower.name] = self.valid.get(tower.name, False) or bool(mask.any())
+
+    def _gather(self) -> None:
+        """Sum over processes. One that had no batch, or whose batches missed a module, has nothing to add to it."""
+        if processes.world()[1] == 1:
+            return
+        own = {w.path: [(p.rows, p.samples, p.dtype, p.total.shape) for p in parts] for w, parts in self.sums.items()}
+        every = processes.everywhere(own)
+        for weight in self.weights:
+            described = [parts for one in every if (parts := one.get(weight.path))]
+            if not described:
+                continue
+            if any(len(parts) != len(described[0]) for parts in described):
+                raise ValueError(
+                    f"'{weight.module}' attends to its own input in one process and to another in the next; leave it "
+                    "out of the towers' scopes: one weight cannot be scored for both"
+                )
+            device = getattr(self.model.get_submodule(weight.module), weight.parameter).device
+            parts = self.sums.get(weight, [])
+            self.sums[weight] = []
+            for i, (rows, _, _, shape) in enumerate(described[0]):
+                total = parts[i].total if parts else torch.zeros(shape, dtype=torch.float64, device=device)
+                dtype = max((p[i][2] for p in described), key=lambda d: d.itemsize)
+                samples = sum(p[i][1] for p in described)
+                self.sums[weight].append(_Sum(rows, processes.summed(total), samples, dtype))
 
     def result(self) -> dict[Weight, list[Evidence]]:
-        """What was summed, divided by the number of samples.
+        """What was summed, over all processes, divided by the number of samples.
 
         Raises:
             ValueError: if a module was never called during calibration.
         """
+        self._gather()
+        for tower, valid in self.valid.items():
+            if not valid:
+                raise ValueError(
+                    f"calibration, tower {tower!r}: no batch's mask marks a token as valid; expected non-zero where a "
+                    "token counts"
+                )
         silent = sorted(w.path for w in self.weights if w not in self.sums)
         if silent:
             raise ValueError(
@@ -291,7 +377,7 @@ class InputSums:
             )
         found = {}
         for weight in self.weights:
-            means = [(part.rows, part.total / part.samples) for part in self.sums[weight]]
+            means = [(part.rows, (part.total / part.samples).to(part.dtype)) for part in self.sums[weight]]
             found[weight] = [
                 Evidence(rows, squares=m.diagonal() if self.gram else m, gram=m if self.gram else None)
                 for rows, m in means
@@ -302,6 +388,26 @@ class InputSums:
 def _single(x: Tensor) -> Tensor:
     """In at least single precision."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Sum of x_j^2 over the rows of (n, in), in single precision or better.
+
+    On a CPU in pieces that stay in a core's cache, so that no copy of the input goes to memory.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if x.device.type != "cpu":
+        return x.to(wide).square().sum(dim=0)
+    total = torch.zeros(x.shape[1], dtype=torch.float64)
+    for piece in x.split(max(1, _PIECE // max(x.shape[1], 1))):
+        total += piece.to(wide).square().sum(dim=0)
+    return total.to(wide)
+
+
+def _gram(x: Tensor) -> Tensor:
+    """Sum of x x^T over the rows of (n, in)."""
+    x = _single(x)
+    return x.t() @ x
 
 
 def _batch_first(x: Tensor, attention: nn.MultiheadAttention) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from safetensors import safe_open
 
 from trimtab.methods.base import METHODS, Session
 from trimtab.methods.prune.base import Pruner, summary
-from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.masks import Masks
 from trimtab.methods.prune.scores import parameter
 
@@ -31,12 +29,9 @@ class Given(Pruner):
     """The masks of an earlier pruning, and the kept weights where the pruner changed them."""
 
     name = "masks"
-    score = "magnitude"  # never asked for: nothing is scored
+    finds = False
     Settings = MasksSettings
     settings: MasksSettings  # type: ignore[assignment]
-
-    def find(self, calibration: Calibration, sparsities: Sequence[float]) -> Iterator[Masks]:
-        raise ValueError("masks: they are there already: Masks.load(path, model).apply(model) sets the zeros")
 
     def prepare(self, session: Session) -> None:
         path = Path(self.settings.path)

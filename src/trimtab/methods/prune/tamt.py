@@ -39,6 +39,8 @@ class TAMTSettings(PruneSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.pattern is not None:
+            raise ValueError(f"pattern: TAMT learns which weights go, found {self.pattern!r}; leave it out")
         if self.allocation not in (None, "global"):
             raise ValueError(f"allocation: TAMT learns it with one threshold, found {self.allocation!r}; leave it out")
         if self.learning_rate <= 0 or self.alpha <= 0:
@@ -52,6 +54,7 @@ class TAMT(Pruner):
     name = "tamt"
     score = "magnitude"
     allocation = "global"
+    shares = False  # each batch is a step of the optimiser
     Settings = TAMTSettings
     settings: TAMTSettings
 
