@@ -8,6 +8,8 @@ from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageT
 from transformers import BlipModel as TransformersBlip
 
 from trimtab import Anatomy, backbones
+from trimtab.data import pictograms
+from trimtab.data.images import encoded
 from trimtab.tasks import TASKS, TaskModel
 
 
@@ -53,6 +55,26 @@ def test_start_from_keeps_the_function_of_the_vision_tower():
         torch.testing.assert_close(block(x), other(x, None), atol=1e-4, rtol=1e-4)
     token = theirs.pre_layrnorm(theirs.embeddings(torch.zeros(1, 3, 64, 64)))[:, 0]
     torch.testing.assert_close(mine.embeddings(torch.zeros(1, 3, 64, 64))[:, 0], token)
+
+
+@torch.no_grad()
+def test_start_from_lets_words_fit_the_picture():
+    """Before any training, a caption's words are likelier with the scene that it tells of than with another."""
+    rows = list(encoded(pictograms.load("retrieval", rows=32, progress=False)))
+    clip, blip = backbones.load("tiny-clip"), backbones.load("tiny-blip", pretrained=False)
+    blip.start_from(clip)
+    model = TaskModel(blip, TASKS["captioning"]()).eval()
+    batch = model.task.collate(blip, rows, train=False)
+    own = model(**batch)["loss"]
+    other = model(**{**batch, "pixel_values": batch["pixel_values"].roll(1, 0)})["loss"]
+    assert own < other - 0.003
+
+
+def test_start_from_refuses_other_words():
+    clip, blip = backbones.load("tiny-clip", pretrained=False), backbones.load("tiny-blip", pretrained=False)
+    clip.tokenizer.add_tokens(["zeppelin"])
+    with pytest.raises(ValueError, match="their words and widths must be the same"):
+        blip.start_from(clip)
 
 
 def test_captions_are_those_of_transformers_after_an_export(blip, tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes
 from trimtab.backbones.base import BACKBONES, WEIGHTS, Backbone, Encoded, Pictures, load_pretrained
@@ -118,7 +119,45 @@ class BlipBackbone(Backbone):
 
     @torch.no_grad()
     def start_from(self, other: Backbone) -> None:
-        """Take the vision tower of a CLIP of the same sizes, as BLIP's starts from a pretrained vision transformer."""
+        """Take the vision tower of a CLIP of the same sizes, as BLIP's starts from a pretrained vision transformer, and
+        let the text tower begin by reading what that CLIP says of a picture.
+
+        Raises:
+            ValueError: if the two have other words or another width.
+        """
+        width = self.model.config.text_config.hidden_size
+        if other.tokenizer.get_vocab() != self.tokenizer.get_vocab() or other.width != width:
+            raise ValueError(
+                f"{self.name} (width {width}) cannot start from {other.name!r} (vectors of {other.width}): their words "
+                "and widths must be the same"
+            )
+        self._start_vision(other)
+        self._start_text(other)
+
+    def _start_text(self, other: Backbone) -> None:
+        """A word begins as CLIP's vector of it, and every cross-attention as a look at the class token that gives
+        CLIP's vector of the picture, so that what is in the picture is likelier to be said from the first step on."""
+        text = self.model.text_decoder
+        words = self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))
+        vectors = other.text(**other.texts([f"a {word}" for word in words])).pooled
+        vectors = F.normalize(F.normalize(vectors, dim=-1) - F.normalize(vectors, dim=-1).mean(dim=0), dim=-1)
+        text.get_input_embeddings().weight.copy_(vectors / 2)
+        head = text.cls.predictions.transform.dense
+        nn.init.eye_(head.weight)
+        nn.init.zeros_(head.bias)
+        colours = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        seen = self.look(F.interpolate(colours, size=self.pictures.size, mode="nearest"))
+        apart = seen[:, 0].mean(dim=0) - seen[:, 1:].mean(dim=(0, 1))  # the class token's way out of the patches
+        gap, apart = apart.norm(), apart / apart.norm()
+        for layer in text.bert.encoder.layer:
+            cross = layer.crossattention
+            size = cross.self.attention_head_size
+            cross.self.key.weight[::size] = apart  # the first channel of each head
+            cross.self.query.bias[::size] = 6 * size**0.5 / gap
+            cross.self.value.weight.copy_(other.model.visual_projection.weight)
+            cross.output.dense.weight.copy_(0.3 * torch.eye(len(apart)))
+
+    def _start_vision(self, other: Backbone) -> None:
         source, own = other.model.vision_model, self.model.vision_model
         start = without_pre_norm(source)
         pairs = [
