@@ -186,8 +186,6 @@ def test_masks_that_are_none_of_tokens_are_refused():
     ):
         blown = MASK[:, None, None].expand(-1, -1, 5, -1).float()
         trimtab.prune(member.model(), "wanda", [0.5], [{**member.batch, "attention_mask": blown}])
-    with pytest.raises(ValueError, match="batch 1, tower 'text': the mask marks no token as valid"):
-        trimtab.prune(member.model(), "wanda", [0.5], [{**member.batch, "attention_mask": MASK * 0}])
 
 
 def test_a_model_that_holds_a_described_one_is_described():

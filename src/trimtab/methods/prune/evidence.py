@@ -274,8 +274,6 @@ class InputSums:
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"{where}: expected a mask of valid tokens (B, L), found {found}; give one number a token")
-        if not mask.any():
-            raise ValueError(f"{where}: the mask marks no token as valid; expected non-zero where a token counts")
 
     def result(self) -> dict[Weight, list[Evidence]]:
         """What was summed, divided by the number of samples.
