@@ -338,6 +338,8 @@ class InputSums:
             return
         own = {w.path: [(p.rows, p.samples, p.dtype, p.total.shape) for p in parts] for w, parts in self.sums.items()}
         every = processes.everywhere(own)
+        seen = processes.everywhere(self.valid)
+        self.valid = {tower: any(one.get(tower) for one in seen) for one in seen for tower in one}
         for weight in self.weights:
             described = [parts for one in every if (parts := one.get(weight.path))]
             if not described:
