@@ -157,7 +157,7 @@ class Pruner(Method):
         """
         subject, anatomy = calibration.subject, calibration.anatomy
         _, group = self.settings.n_of_m or (1, 1)
-        for weight in anatomy.weights(subject):
+        for weight in anatomy.weights(subject, self.settings.convolutions):
             _, inputs = rows_and_columns(subject, weight)
             if inputs % group:
                 raise ValueError(
@@ -172,7 +172,7 @@ class Pruner(Method):
                 "prune in one process, save the masks, and load them in all"
             )
         if size > 1:
-            prints = processes.weights_print(prunable(subject, anatomy).values())
+            prints = processes.weights_print(self.prunable(calibration).values())
             processes.same(prints, f"the {size} processes hold different models: load the same checkpoint in all")
         for found in self.find(calibration, sparsities):
             self.check(found, anatomy)
