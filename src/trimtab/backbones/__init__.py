@@ -4,33 +4,48 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from trimtab.anatomy import Anatomy
 from trimtab.backbones import bert, clip, dual, vilt  # noqa: F401  (they register their descriptions)
 from trimtab.backbones.base import BACKBONES, Backbone, Encoded, Pictures
+from trimtab.backbones.official import FORMATS, LoadReport, load_official, own_class
 from trimtab.registry import unknown
 
-__all__ = ["BACKBONES", "Backbone", "Encoded", "Pictures", "load", "load_model"]
+__all__ = ["BACKBONES", "FORMATS", "Backbone", "Encoded", "LoadReport", "Pictures", "load", "load_model",
+           "load_official"]  # fmt: skip
 
 _FAMILIES = {"vilt": vilt.load, "clip": clip.load}
 
 
-def load(name_or_path: str | Path, pretrained: bool = True) -> Backbone:
-    """A backbone by registered name, or from a local transformers folder.
+def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = None, **settings: Any) -> Backbone:
+    """A backbone by registered name, from a local transformers folder, or from a checkpoint file of its authors.
 
     Args:
-        name_or_path: a name in `BACKBONES`, or a folder with config.json, safetensors weights and a tokenizer.
-        pretrained: False gives the same model with fresh random weights.
+        name_or_path: a name in `BACKBONES`, a folder with config.json and safetensors weights, or a file whose format
+            is recognised from the names of its tensors (`FORMATS`).
+        pretrained: False gives the same model with fresh random weights (not for files).
+        tokenizer: for files, which hold none: a tokenizer, or the folder of one. Without it texts must be given as ids.
+        settings: for files, of their format, such as `image_size`.
 
     Raises:
-        ValueError: if the name is unknown, or the folder's weights are truncated or do not fit its config.
+        ValueError: if the name is unknown, or the weights are truncated, missing, or do not fit.
         FileNotFoundError: if the folder lacks a file.
     """
     name = str(name_or_path)
     if name in BACKBONES:
         return BACKBONES[name](pretrained=pretrained)
+    if Path(name).is_file():
+        if isinstance(tokenizer, (str, Path)):
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        model, report = load_official(name, **settings)
+        backbone = FORMATS[report.format].backbone(name, model, tokenizer)
+        backbone.load_report = report
+        return backbone
     folder, family = _folder(name)
     if family not in _FAMILIES:
         raise ValueError(f"{folder / 'config.json'}: {unknown('model_type', str(family), _FAMILIES)}")
@@ -38,22 +53,27 @@ def load(name_or_path: str | Path, pretrained: bool = True) -> Backbone:
 
 
 def load_model(name_or_path: str | Path) -> tuple[nn.Module, Anatomy]:
-    """A plain model and its anatomy: a registered backbone's, or of any transformers folder (weights are not read).
+    """A plain model and its anatomy: a registered backbone's, of any transformers folder (weights are not read), or of
+    an official checkpoint file.
 
     Raises:
-        ValueError: if the name is unknown, or no anatomy is registered and none can be discovered.
+        ValueError: if the name is unknown, the file cannot be used, or no anatomy is registered or discovered.
         FileNotFoundError: if the folder lacks config.json.
     """
     name = str(name_or_path)
     if name in BACKBONES:
         backbone = BACKBONES[name](pretrained=False)
         return backbone.model, backbone.anatomy
+    if Path(name).is_file():
+        model, _ = load_official(name)
+        return model, Anatomy.of(model)
     folder, _ = _folder(name)
     import torch
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder)
-    named = getattr(transformers, (config.architectures or [""])[0], None)
+    architecture = (json.loads((folder / "config.json").read_text()).get("architectures") or [""])[0]
+    named = own_class(architecture) or getattr(transformers, architecture, None)
+    config = transformers.AutoConfig.from_pretrained(folder)  # after our class is imported, which makes it known
     with torch.device("meta"):  # shapes are all that is asked for
         model = named._from_config(config) if named else transformers.AutoModel.from_config(config)
     return model, Anatomy.of(model)

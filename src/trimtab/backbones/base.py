@@ -73,6 +73,8 @@ class Backbone(nn.Module):
         name: registered name or path from which it was loaded.
         model: the plain module; all paths of the anatomy are relative to it.
         anatomy: its description.
+        tokenizer: of transformers, or None if the weights came from a file and nobody named one.
+        load_report: what an official checkpoint file gave; None if the weights are no such file's.
         kind: `dual` (two towers, one vector each) or `joint` (one fused stream).
         width: width of `Encoded.pooled`.
     """
@@ -88,13 +90,20 @@ class Backbone(nn.Module):
         self.width = width
         self.max_text = max_text
         self.anatomy = Anatomy.of(model)
+        self.load_report: Any = None
 
     def images(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
         """PIL images -> `pixel_values` (B, 3, H, W)."""
         return {"pixel_values": self.pictures(pictures)}
 
     def texts(self, sentences: Sequence[str]) -> dict[str, Tensor]:
-        """Strings -> `input_ids` and `attention_mask` (B, L), padded to the longest, cut at `max_text` tokens."""
+        """Strings -> `input_ids` and `attention_mask` (B, L), padded to the longest, cut at `max_text` tokens.
+
+        Raises:
+            ValueError: if there is no tokenizer (an official checkpoint file holds none).
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"{self.name}: no tokenizer: give its folder, trimtab.load(..., tokenizer=FOLDER)")
         encoded = self.tokenizer(
             list(sentences), padding=True, truncation=True, max_length=self.max_text, return_tensors="pt"
         )
@@ -108,6 +117,14 @@ class Backbone(nn.Module):
 
     def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not fuse image and text")
+
+    @property
+    def vocabulary(self) -> int:
+        """How many ids there are."""
+        if self.tokenizer is not None:
+            return len(self.tokenizer)
+        config = self.model.config
+        return getattr(config, "text_config", config).vocab_size
 
     def set_attention(self, implementation: str) -> None:
         """transformers' attention implementation (`eager`, `sdpa`); ValueError if the model has no choice."""
@@ -134,7 +151,8 @@ class Backbone(nn.Module):
         }  # fmt: skip
         with replace_folder(folder) as partial:
             write_pretrained(copy.deepcopy(self.model).to(dtype), partial, sparse)
-            self.tokenizer.save_pretrained(partial)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(partial)
             (partial / "preprocessor_config.json").write_text(json.dumps(prepare, indent=1) + "\n")
 
     def fold_projections(self, image: Tensor, text: Tensor, scale: Tensor) -> None:
@@ -151,7 +169,7 @@ class Backbone(nn.Module):
         size = self.pictures.size
         return {
             "pixel_values": torch.randn(batch, 3, size, size, generator=generator),
-            "input_ids": torch.randint(5, len(self.tokenizer), (batch, text_tokens), generator=generator),
+            "input_ids": torch.randint(5, self.vocabulary, (batch, text_tokens), generator=generator),
             "attention_mask": torch.ones(batch, text_tokens, dtype=torch.long),
         }
 
