@@ -98,11 +98,25 @@ def _half(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.half() if k.startswith("clip.") and not any(w in k for w in whole) else v for k, v in state.items()}
 
 
+def _xvlm(model: Any) -> dict[str, Tensor]:
+    text, mask = ids()
+    side = model.config.vision_config.image_size
+    more = {}
+    if model.config.task == "nlvr2":
+        more = {"second_image": pixels(2, 3, side, side).flip(0)}
+    if model.config.task == "vqa":
+        more = {"answer_ids": ids()[0].flip(0), "answer_mask": ids()[1].flip(0)}
+    return model(pixels(2, 3, side, side), text, mask, **more)
+
+
 _POOLER = "txt_enc.bert.pooler"
 _VSE = {"run": _vse, "file": _vse_file, "settings": {"text_heads": 4}}
 _CLIP = {"run": _clip4clip, "file": _half, "settings": {"vision_heads": 4, "text_heads": 3, "cross_heads": 4}}
 _TWO = {"vision": ("vision", 2, 12), "text": ("text", 3, 18)}
 _VSE_TEXT = {"text": ("text", 2, 12)}
+
+_BERT = {"text": ("text", 2, 12), "fusion": ("fusion", 2, 20)}
+_XVLM = {"run": _xvlm, "settings": {"text_heads": 4, "vision_heads": 4, "local_layers": 1}}
 
 PUBLISHED: dict[str, Published] = {
     "vse_grid": Published("vse", towers={"vision": ("vision", 5, 0), **_VSE_TEXT}, idle=(_POOLER,), **_VSE),
@@ -115,4 +129,7 @@ PUBLISHED: dict[str, Published] = {
         "clip4clip", towers={**_TWO, "cross": ("fusion", 2, 12)}, idle=("clip.logit_scale",), **_CLIP
     ),
     "clip4clip_meanP_3d": Published("clip4clip", towers=_TWO, **_CLIP),
+    # Besides the blocks' six matrices, Swin's two patch merges are prunable.
+    "xvlm_swin": Published("xvlm", towers={"vision": ("vision", 6, 38), **_BERT}, **_XVLM),
+    "xvlm_clip": Published("xvlm", towers={"vision": ("vision", 3, 18), **_BERT}, **_XVLM),
 }  # fmt: skip
