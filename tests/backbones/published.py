@@ -109,7 +109,21 @@ def _xvlm(model: Any) -> dict[str, Tensor]:
     return model(pixels(2, 3, side, side), text, mask, **more)
 
 
+def _mdetr(model: Any) -> dict[str, Tensor]:
+    text, mask = ids()
+    text = text.masked_fill(mask == 0, 1)  # RoBERTa's padding
+    seen = torch.ones(2, 64, 96)
+    seen[1, 33:] = 0
+    return model(pixels(2, 3, 64, 96) * seen[:, None], text, mask, seen)
+
+
+def _mdetr_file(state: dict[str, Tensor]) -> Any:
+    average = {k: v * 1.01 if v.is_floating_point() else v for k, v in state.items()}
+    return {"model": state, "model_ema": average, "epoch": 39, "args": argparse.Namespace(backbone="resnet101")}
+
+
 _POOLER = "txt_enc.bert.pooler"
+_ROBERTA_POOLER = "transformer.text_encoder.pooler"
 _VSE = {"run": _vse, "file": _vse_file, "settings": {"text_heads": 4}}
 _CLIP = {"run": _clip4clip, "file": _half, "settings": {"vision_heads": 4, "text_heads": 3, "cross_heads": 4}}
 _TWO = {"vision": ("vision", 2, 12), "text": ("text", 3, 18)}
@@ -132,4 +146,9 @@ PUBLISHED: dict[str, Published] = {
     # Besides the blocks' six matrices, Swin's two patch merges are prunable.
     "xvlm_swin": Published("xvlm", towers={"vision": ("vision", 6, 38), **_BERT}, **_XVLM),
     "xvlm_clip": Published("xvlm", towers={"vision": ("vision", 3, 18), **_BERT}, **_XVLM),
+    "mdetr": Published(
+        "mdetr", run=_mdetr, file=_mdetr_file, settings={"heads": 4, "text_heads": 2}, idle=(_ROBERTA_POOLER,),
+        towers={"vision": ("vision", 5, 0), "text": ("text", 2, 12), "encoder": ("fusion", 2, 8),
+                "decoder": ("fusion", 2, 12)},
+    ),
 }  # fmt: skip

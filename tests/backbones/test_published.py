@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import trimtab
-from tests.backbones.published import PUBLISHED, tensors
+from tests import conformance
+from tests.backbones.published import GOLDEN, PUBLISHED, tensors
 from trimtab.anatomy import Anatomy, Tap, read
 from trimtab.backbones.official import CheckpointError, build_official, load_official
 from trimtab.checkpoints import convert_official
+from trimtab.methods import METHODS
 
 every = pytest.mark.parametrize("name", PUBLISHED)
 one_each = pytest.mark.parametrize("name", {p.format: name for name, p in PUBLISHED.items()}.values())
@@ -30,6 +32,13 @@ def saved(tmp_path):
         return tmp_path / "any.name"
 
     return save
+
+
+@pytest.mark.parametrize("case", conformance.find(GOLDEN), ids=lambda case: case.name)
+def test_reference_outputs_of_the_authors_classes(case):
+    checks = [c for c in conformance.compare(case) if isinstance(c, conformance.Check)]
+    assert checks
+    assert not [c for c in checks if not c.passed]
 
 
 @every
@@ -105,11 +114,43 @@ def test_taps_and_masks_see_what_flows(name):
     assert all(seen[tap][-1] == block.width for tap, block in parts)
 
 
+@every
+def test_a_block_of_every_tower_can_be_skipped(name):
+    """Of every tower of tokens: a convolutional block has no place for an adapter."""
+    model, _ = build(name)
+    anatomy = Anatomy.of(model)
+    plan = tuple(next(b.path for b in t.blocks if b.sublayers) for t in anatomy.towers if t.layout == "tokens")
+    method = METHODS["random-skip"](skip=len(plan), plan=plan, reduction=4)
+    method.assume(model, anatomy)
+    before = {k: v.detach() for k, v in PUBLISHED[name].run(model).items()}
+    left = method.attach(model, anatomy)
+    assert len(list(left.blocks())) == len(list(anatomy.blocks())) - len(plan)
+    after = PUBLISHED[name].run(model)
+    assert all(torch.isfinite(after[k]).all() for k in before)
+    assert any(not torch.allclose(before[k], after[k]) for k in before)
+    sum(v.sum() for v in after.values()).backward()
+
+
+@every
+def test_side_networks_listen_to_every_tower_of_tokens(name):
+    model, _ = build(name)
+    anatomy = Anatomy.of(model)
+    plain = [t.name for t in anatomy.towers if t.layout == "tokens" and len({b.width for b in t.blocks}) == 1]
+    before = {k: v.detach() for k, v in PUBLISHED[name].run(model).items()}
+    METHODS["unipt"](towers=tuple(plain), form="token").attach(model.requires_grad_(False), anatomy)
+    after = PUBLISHED[name].run(model)
+    assert any(not torch.allclose(before[k], after[k]) for k in before)
+    sum((v * torch.randn_like(v)).sum() for v in after.values()).backward()
+    reached = {tower for tower, side in model.unipt.items() if any(p.grad is not None for p in side.parameters())}
+    assert reached == set(plain)
+    assert all(p.grad is None for n, p in model.named_parameters() if not n.startswith("unipt."))
+
+
 @one_each
 def test_half_the_tensors_missing(name):
     state = tensors(name)
     half = dict(list(state.items())[: len(state) // 2])
-    with pytest.raises(CheckpointError, match=rf"{name}.pth: (its \d+ tensors|looks like|has neither)"):
+    with pytest.raises(CheckpointError, match=rf"{name}.pth: .*'[\w.]+'"):
         build(name, half)
     rest = {k: v for i, (k, v) in enumerate(state.items()) if not k.endswith("bias")}
     with pytest.raises(CheckpointError, match=rf"{name}.pth: looks like .* tensors are missing: '.*', '.*', '.*' and"):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from trimtab.anatomy import Anatomy
-from trimtab.backbones import bert, clip, clip4clip, dual, vilt, vse, xvlm  # noqa: F401  (they register their descriptions)
+from trimtab.backbones import bert, clip, clip4clip, dual, mdetr, vilt, vse, xvlm  # noqa: F401  (they register their descriptions)
 from trimtab.backbones.base import BACKBONES, Backbone, Encoded, Pictures
 from trimtab.backbones.official import FORMATS, LoadReport, load_official, own_class
 from trimtab.registry import unknown

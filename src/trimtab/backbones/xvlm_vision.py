@@ -25,7 +25,14 @@ class SwinTower(SwinModel):
     def forward(self, pixel_values: Tensor, regions: tuple[Tensor, Tensor] | None = None):
         """(B, 3, S, S) -> (B, 1 + P, D), or with regions those (R, 1 + P, D) and the images."""
         check_pixels(pixel_values, self.config.image_size)
-        x = super().forward(pixel_values=pixel_values).last_hidden_state
+        x, (height, width) = self.embeddings(pixel_values)
+        for stage in self.encoder.layers:  # transformers' own loop wants attention weights from every block
+            for block in stage.blocks:
+                x = block(x, (height, width))[0]
+            if stage.downsample is not None:
+                x = stage.downsample(x, (height, width))
+                height, width = (height + 1) // 2, (width + 1) // 2
+        x = self.layernorm(x)
         images = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
         if regions is None:
             return images
