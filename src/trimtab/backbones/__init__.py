@@ -9,7 +9,20 @@ from typing import Any
 from torch import nn
 
 from trimtab.anatomy import Anatomy
-from trimtab.backbones import bert, clip, clip4clip, dual, mdetr, vilt, vse, xvlm  # noqa: F401  (they register their descriptions)
+from trimtab.backbones import (  # noqa: F401  (they register their descriptions and formats)
+    bert,
+    blip_official,
+    clip,
+    clip4clip,
+    clip_vil,
+    dual,
+    mdetr,
+    meter,
+    vilt,
+    vilt_official,
+    vse,
+    xvlm,
+)
 from trimtab.backbones.base import BACKBONES, Backbone, Encoded, Pictures
 from trimtab.backbones.official import FORMATS, LoadReport, load_official, own_class
 from trimtab.registry import unknown
@@ -17,7 +30,7 @@ from trimtab.registry import unknown
 __all__ = ["BACKBONES", "FORMATS", "Backbone", "Encoded", "LoadReport", "Pictures", "load", "load_model",
            "load_official"]  # fmt: skip
 
-_FAMILIES = {"vilt": vilt.load, "clip": clip.load}
+_FAMILIES = {"vilt": vilt.load, "clip": clip.load, "clip_vil": clip_vil.load, "meter": meter.load}
 
 
 def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = None, **settings: Any) -> Backbone:
@@ -46,7 +59,9 @@ def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = Non
         backbone = FORMATS[report.format].backbone(name, model, tokenizer)
         backbone.load_report = report
         return backbone
-    folder, family = _folder(name)
+    folder, family, architecture = _folder(name)
+    if architecture in blip_official.CLASSES:
+        return blip_official.load(folder, name, pretrained)
     if family not in _FAMILIES:
         raise ValueError(f"{folder / 'config.json'}: {unknown('model_type', str(family), _FAMILIES)}")
     return _FAMILIES[family](folder, name, pretrained)
@@ -67,11 +82,10 @@ def load_model(name_or_path: str | Path) -> tuple[nn.Module, Anatomy]:
     if Path(name).is_file():
         model, _ = load_official(name)
         return model, Anatomy.of(model)
-    folder, _ = _folder(name)
+    folder, _, architecture = _folder(name)
     import torch
     import transformers
 
-    architecture = (json.loads((folder / "config.json").read_text()).get("architectures") or [""])[0]
     named = own_class(architecture) or getattr(transformers, architecture, None)
     config = transformers.AutoConfig.from_pretrained(folder)  # after our class is imported, which makes it known
     with torch.device("meta"):  # shapes are all that is asked for
@@ -79,12 +93,13 @@ def load_model(name_or_path: str | Path) -> tuple[nn.Module, Anatomy]:
     return model, Anatomy.of(model)
 
 
-def _folder(name: str) -> tuple[Path, str]:
-    """A transformers folder and its model type."""
+def _folder(name: str) -> tuple[Path, str, str]:
+    """A transformers folder, its model type and the class that it names."""
     folder = Path(name)
     if not folder.is_dir():
         raise ValueError(f"{unknown('backbone', name, BACKBONES)}; nor is there a folder of that name")
     config = folder / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{folder}: expected a transformers folder with config.json, found none")
-    return folder, json.loads(config.read_text()).get("model_type")
+    content = json.loads(config.read_text())
+    return folder, content.get("model_type"), (content.get("architectures") or [""])[0]

@@ -174,6 +174,9 @@ class Backbone(nn.Module):
         }
 
 
+# What CLIP's pictures, and those of models built on it, are normalised with.
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
 BACKBONES: Registry[Any] = Registry("backbone")
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -191,6 +194,14 @@ def load_pretrained(model_class: Any, folder: Path, pretrained: bool, **options:
     if not pretrained:
         return model_class._from_config(config, dtype=torch.float32)
     return load_weights(model_class, folder, config, torch.float32, **options)
+
+
+def find_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder, or None: what came from an official checkpoint file has none."""
+    from transformers import AutoTokenizer
+
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
+    return AutoTokenizer.from_pretrained(folder) if any((folder / name).is_file() for name in names) else None
 
 
 def check_safetensors(path: Path) -> None:

@@ -15,12 +15,12 @@ from trimtab.backbones.base import BACKBONES, WEIGHTS, Backbone, Encoded, Pictur
 @describes("CLIPModel")
 def describe(model: Any) -> Anatomy:
     vision = Tower(
-        "vision", "vision", _blocks(model.vision_model, "vision_model"), ("vision_model",),
+        "vision", "vision", tower_blocks(model.vision_model, "vision_model"), ("vision_model",),
         output=Tap(f"vision_model.encoder.layers.{len(model.vision_model.encoder.layers) - 1}"),
         pooled=Tap("visual_projection"), pooled_token="first",
     )  # fmt: skip
     text = Tower(
-        "text", "text", _blocks(model.text_model, "text_model"), ("text_model",),
+        "text", "text", tower_blocks(model.text_model, "text_model"), ("text_model",),
         output=Tap("text_model.final_layer_norm"),
         mask=Tap("text_model", "input", "attention_mask"), pooled=Tap("text_projection"), pooled_token="last",
         causal=True,
@@ -28,7 +28,8 @@ def describe(model: Any) -> Anatomy:
     return Anatomy((vision, text), heads=("visual_projection", "text_projection"))
 
 
-def _blocks(tower: Any, prefix: str) -> tuple[Block, ...]:
+def tower_blocks(tower: Any, prefix: str) -> tuple[Block, ...]:
+    """The pre-norm layers under `<prefix>.encoder.layers` of transformers' CLIP towers."""
     blocks = []
     for i, layer in enumerate(tower.encoder.layers):
         path = f"{prefix}.encoder.layers.{i}"

@@ -27,7 +27,8 @@ from trimtab.backbones.reading import CheckpointError, read_checkpoint
 from trimtab.registry import unknown
 
 __all__ = ["FORMATS", "CheckpointError", "Format", "Item", "LoadReport", "Tensors", "build_official", "find_format",
-           "load_official", "own_model", "read_checkpoint", "reads", "renamed", "resize_grid"]  # fmt: skip
+           "grid_side", "head_count", "load_official", "own_class", "own_model", "read_checkpoint", "reads", "renamed",
+           "resize_grid"]  # fmt: skip
 
 
 class Item(NamedTuple):
@@ -274,8 +275,8 @@ def _fill(model_class: Any, config: Any, weights: dict[str, Tensor]) -> nn.Modul
 def renamed(state: Tensors, rules: Iterable[tuple[str, str | tuple[str, ...]]]) -> Iterator[Item]:
     """Items by rules (pattern, replacement), of which the first whose pattern matches a whole name applies.
 
-    A replacement that is a tuple splits the tensor along its first axis into equal parts, one a name. A name that no
-    rule matches is left over.
+    A replacement that is a tuple splits the tensor along its first axis into equal parts, one a name; an empty one
+    leaves it to the caller. A name that no rule matches is left over.
     """
     compiled = [(re.compile(pattern), new) for pattern, new in rules]
     for key, tensor in state.items():
@@ -283,11 +284,12 @@ def renamed(state: Tensors, rules: Iterable[tuple[str, str | tuple[str, ...]]]) 
             if not (match := pattern.fullmatch(key)):
                 continue
             names = (new,) if isinstance(new, str) else new
-            if len(tensor.shape) and tensor.shape[0] % len(names):
+            if names and tensor.dim() and tensor.shape[0] % len(names):
                 raise CheckpointError(
                     f"{state.where}: '{key}' has {tuple(tensor.shape)}, expected a first axis of {len(names)} parts"
                 )
-            for name, part in zip(names, tensor.chunk(len(names)) if len(names) > 1 else (tensor,), strict=True):
+            parts = tensor.chunk(len(names)) if len(names) > 1 else (tensor,) * len(names)
+            for name, part in zip(names, parts, strict=True):
                 yield Item(key, match.expand(name), part)
             break
 
@@ -327,3 +329,15 @@ def grid_side(state: Tensors, key: str, patch: int, image_size: int | None, extr
     if image_size < patch or image_size % patch:
         raise CheckpointError(f"image_size {image_size} is no multiple of the patch of {patch} pixels of {state.title}")
     return image_size
+
+
+def head_count(width: int, given: int | None, setting: str) -> int:
+    """Attention heads of a width: as given, else of 64 channels each, as all published sizes have them.
+
+    Raises:
+        CheckpointError: if the width is no multiple of them.
+    """
+    heads = given or max(width // 64, 1)
+    if width % heads or (given is None and width % 64):
+        raise CheckpointError(f"no tensor tells the number of attention heads of a width of {width}: set `{setting}`")
+    return heads

@@ -55,7 +55,7 @@ def _has(model: Any, path: str) -> bool:
 
 def _vision(tower: Any) -> Tower:
     if type(tower).__name__ == "ClipTower":
-        blocks = clip._blocks(tower, "vision_encoder")
+        blocks = clip.tower_blocks(tower, "vision_encoder")
         return Tower("vision", "vision", blocks, ("vision_encoder",), output=Tap("vision_encoder.post_layernorm"))
     parts = []
     for s, stage in enumerate(tower.encoder.layers):
