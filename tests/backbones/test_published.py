@@ -17,6 +17,11 @@ from trimtab.checkpoints import convert_official
 from trimtab.methods import METHODS
 
 every = pytest.mark.parametrize("name", PUBLISHED)
+# Without those whose difference lies in the CNN, the patches or a head of no blocks.
+distinct = pytest.mark.parametrize(
+    "name",
+    [n for n in PUBLISHED if n not in ("vse_caffe", "clip4clip_meanP", "clip4clip_seqLSTM", "clip4clip_meanP_3d")],
+)
 one_each = pytest.mark.parametrize("name", {p.format: name for name, p in PUBLISHED.items()}.values())
 
 
@@ -92,7 +97,7 @@ def test_anatomy_has_the_towers_of_the_papers(name):
     assert anatomy.source.startswith("registered for")
 
 
-@every
+@distinct
 def test_taps_and_masks_see_what_flows(name):
     """Every tap of the anatomy is passed in a forward pass; those of blocks carry tensors of the block's width."""
     model, _ = build(name)
@@ -114,7 +119,19 @@ def test_taps_and_masks_see_what_flows(name):
     assert all(seen[tap][-1] == block.width for tap, block in parts)
 
 
-@every
+@distinct
+@torch.no_grad()
+def test_attention_can_be_chosen(name):
+    model, _ = build(name)
+    fused = PUBLISHED[name].run(model)
+    model.set_attn_implementation("eager")
+    parts = [m for m in model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "config")]
+    assert {m.config._attn_implementation for m in parts} == {"eager"}
+    for key, plain in PUBLISHED[name].run(model).items():
+        torch.testing.assert_close(fused[key], plain, rtol=1e-4, atol=1e-5)
+
+
+@distinct
 def test_a_block_of_every_tower_can_be_skipped(name):
     """Of every tower of tokens: a convolutional block has no place for an adapter."""
     model, _ = build(name)
@@ -131,19 +148,52 @@ def test_a_block_of_every_tower_can_be_skipped(name):
     sum(v.sum() for v in after.values()).backward()
 
 
-@every
+@distinct
 def test_side_networks_listen_to_every_tower_of_tokens(name):
-    model, _ = build(name)
-    anatomy = Anatomy.of(model)
-    plain = [t.name for t in anatomy.towers if t.layout == "tokens" and len({b.width for b in t.blocks}) == 1]
-    before = {k: v.detach() for k, v in PUBLISHED[name].run(model).items()}
-    METHODS["unipt"](towers=tuple(plain), form="token").attach(model.requires_grad_(False), anatomy)
-    after = PUBLISHED[name].run(model)
-    assert any(not torch.allclose(before[k], after[k]) for k in before)
-    sum((v * torch.randn_like(v)).sum() for v in after.values()).backward()
-    reached = {tower for tower, side in model.unipt.items() if any(p.grad is not None for p in side.parameters())}
-    assert reached == set(plain)
-    assert all(p.grad is None for n, p in model.named_parameters() if not n.startswith("unipt."))
+    """One at a time: above a tower with a side network nothing is back-propagated into those below."""
+    anatomy = Anatomy.of(build(name)[0])
+    for tower in anatomy.towers:
+        if tower.layout != "tokens" or len({b.width for b in tower.blocks}) > 1:
+            continue
+        model, _ = build(name)
+        before = PUBLISHED[name].run(model)
+        METHODS["unipt"](towers=(tower.name,), form="token").attach(model.requires_grad_(False), anatomy)
+        after = PUBLISHED[name].run(model)
+        assert any(not torch.allclose(before[k], after[k]) for k in before), tower.name
+        sum((v * torch.randn_like(v)).sum() for v in after.values() if v.requires_grad).backward()
+        assert all(p.grad is not None for p in model.unipt[tower.name].project.parameters()), tower.name
+        assert all(p.grad is None for n, p in model.named_parameters() if not n.startswith("unipt."))
+
+
+@pytest.mark.parametrize("name", ["vse_grid", "vse_caffe", "clip4clip_meanP", "xvlm_clip"])
+@torch.no_grad()
+def test_backbones_for_tasks_from_a_file_and_from_the_folder_that_it_becomes(name, saved, tmp_path):
+    from PIL import Image
+
+    backbone = trimtab.load(saved(name), **PUBLISHED[name].settings)
+    assert backbone.load_report.format == PUBLISHED[name].format
+    backbone.save_pretrained(tmp_path / "out")
+    again = trimtab.load(tmp_path / "out")
+    picture = Image.new("RGB", (40, 30), (250, 100, 20))
+    pixel_values = again.images([picture])["pixel_values"]
+    assert torch.equal(pixel_values, backbone.images([picture])["pixel_values"])
+    batch = again.example(2, text_tokens=7)
+    text = {k: v for k, v in batch.items() if k != "pixel_values"}
+    for one in (backbone, again):
+        if one.kind == "joint":
+            assert one.pair(**batch).pooled.shape == (2, one.width) and one.match(one.pair(**batch)).shape == (2,)
+        else:
+            assert one.image(pixel_values).pooled.shape == (1, one.width)
+            assert one.text(**text).pooled.shape == (2, one.width)
+
+
+def test_detectors_take_bytes_with_blue_first(saved):
+    from PIL import Image
+
+    backbone = trimtab.load(saved("vse_caffe"), **PUBLISHED["vse_caffe"].settings)
+    pixels = backbone.images([Image.new("RGB", (8, 8), (250, 100, 20))])["pixel_values"]
+    wanted = torch.tensor([20 - 102.9801, 100 - 115.9465, 250 - 122.7717])
+    torch.testing.assert_close(pixels[0, :, 0, 0], wanted, atol=1e-3, rtol=0)
 
 
 @one_each
@@ -173,7 +223,7 @@ def test_another_backbones_checkpoint_is_refused(name):
         build_official(tensors(others[0]), {}, "x.pth", PUBLISHED[name].format)
 
 
-@every
+@distinct
 def test_texts_longer_than_the_table_of_positions(name, monkeypatch):
     from tests.backbones import published
 

@@ -30,7 +30,10 @@ from trimtab.registry import unknown
 __all__ = ["BACKBONES", "FORMATS", "Backbone", "Encoded", "LoadReport", "Pictures", "load", "load_model",
            "load_official"]  # fmt: skip
 
-_FAMILIES = {"vilt": vilt.load, "clip": clip.load, "clip_vil": clip_vil.load, "meter": meter.load}
+_FAMILIES = {
+    "vilt": vilt.load, "clip": clip.load, "clip_vil": clip_vil.load, "meter": meter.load,
+    "trimtab_vse": vse.load, "trimtab_clip4clip": clip4clip.load, "trimtab_xvlm": xvlm.load,
+}  # fmt: skip
 
 
 def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = None, **settings: Any) -> Backbone:

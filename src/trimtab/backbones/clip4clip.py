@@ -13,11 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes
 from trimtab.backbones import clip
-from trimtab.backbones.official import CheckpointError, Format, Item, Tensors, own_model, reads, renamed
+from trimtab.backbones.base import CLIP_MEAN, CLIP_STD, Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
+from trimtab.backbones.official import CheckpointError, Format, Item, Tensors, head_count, own_model, reads, renamed
 
 own_model("Clip4Clip", "trimtab.backbones.clip4clip_model")
 
@@ -118,9 +122,11 @@ class Clip4ClipFormat(Format):
         config = Clip4ClipConfig(
             clip_config={
                 "projection_dim": embed,
-                "vision_config": _sizes(state, "clip.visual.transformer.resblocks.", vision, vision_heads)
+                "vision_config": _sizes(
+                    state, "clip.visual.transformer.resblocks.", vision, vision_heads, "vision_heads"
+                )
                 | {"image_size": round((rows - 1) ** 0.5) * patch, "patch_size": patch, "projection_dim": embed},
-                "text_config": _sizes(state, "clip.transformer.resblocks.", text, text_heads) | {
+                "text_config": _sizes(state, "clip.transformer.resblocks.", text, text_heads, "text_heads") | {
                     "vocab_size": state.size("clip.token_embedding.weight"), "max_position_embeddings": context,
                     "projection_dim": embed,
                     # 2 is transformers' sign for "read the text at its largest id", as CLIP does.
@@ -129,7 +135,7 @@ class Clip4ClipFormat(Format):
             },
             # Norms outside CLIP are written anew in the authors' code, with another epsilon.
             cross_config=_sizes(state, "clip.transformer.resblocks.", embed,
-                                text_heads if head == "seqTransf" else cross_heads)
+                                text_heads if head == "seqTransf" else cross_heads, "cross_heads")
             | {"num_hidden_layers": blocks, "max_position_embeddings": context, "layer_norm_eps": 1e-12,
                "bos_token_id": None},
             head=head, depth=depth or (state.size("clip.visual.conv2.weight", 2) if _deep(state) else 1),
@@ -144,6 +150,9 @@ class Clip4ClipFormat(Format):
         if config.head != _head_of(state):
             yield from _start(state, config)
 
+    def backbone(self, name: str, model: Any, tokenizer: Any) -> Clip4ClipBackbone:
+        return Clip4ClipBackbone(name, model, tokenizer)
+
 
 def _deep(state: Tensors) -> bool:
     return "clip.visual.conv2.weight" in state
@@ -156,10 +165,10 @@ def _head_of(state: Tensors) -> str:
     return "meanP"
 
 
-def _sizes(state: Tensors, blocks: str, width: int, heads: int | None) -> dict[str, Any]:
+def _sizes(state: Tensors, blocks: str, width: int, heads: int | None, setting: str) -> dict[str, Any]:
     return {
         "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": state.count(blocks),
-        "num_attention_heads": heads or max(width // 64, 1), "hidden_act": "quick_gelu",
+        "num_attention_heads": head_count(width, heads, setting), "hidden_act": "quick_gelu",
     }  # fmt: skip
 
 
@@ -183,3 +192,43 @@ def _start(state: Tensors, config: Any) -> Iterator[Item]:
     for item in renamed(state, block_rules(r"clip\.transformer", to)) if to else ():
         if int(item.key.split(".")[3]) < config.cross_config.num_hidden_layers:
             yield item
+
+
+class Clip4ClipBackbone(Backbone):
+    """A CLIP4Clip for tasks of pictures: each is a video of one frame, which takes a head without a sense of time."""
+
+    kind = "dual"
+
+    def __init__(self, name: str, model: Any, tokenizer: Any):
+        config = model.config
+        if config.head != "meanP" or config.depth > 1:
+            raise ValueError(
+                f"{name}: a CLIP4Clip with head {config.head!r} over {config.depth} frames is for videos, of which we "
+                "have no tasks yet; `trimtab.backbones.load_official` gives the plain model"
+            )
+        vision, text = config.clip_config.vision_config, config.clip_config.text_config
+        super().__init__(name, model, tokenizer, Pictures(vision.image_size, CLIP_MEAN, CLIP_STD),
+                         config.clip_config.projection_dim, min(text.max_position_embeddings, 32))  # fmt: skip
+
+    def image(self, pixel_values: Tensor) -> Encoded:
+        return Encoded(self.model.encode_video(pixel_values[:, None])[:, 0])
+
+    def text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        return Encoded(self.model.encode_text(input_ids, attention_mask))
+
+    @property
+    def vocabulary(self) -> int:
+        """How many ids there are."""
+        return self.model.config.clip_config.text_config.vocab_size
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """Natural logarithm of the factor by which cosines are multiplied, a scalar parameter."""
+        return self.model.clip.logit_scale
+
+
+def load(folder: Path, name: str, pretrained: bool = True) -> Clip4ClipBackbone:
+    """A folder that `trimtab convert` or `save_pretrained` wrote; with a tokenizer if there is one in it."""
+    from trimtab.backbones.clip4clip_model import Clip4Clip
+
+    return Clip4ClipBackbone(name, load_pretrained(Clip4Clip, folder, pretrained), find_tokenizer(folder))

@@ -13,16 +13,21 @@ image.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from trimtab.anatomy import Anatomy, Block, Modality, Sublayer, Tap, Tower, describes
 from trimtab.backbones import bert, clip
+from trimtab.backbones.base import CLIP_MEAN, CLIP_STD, Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
 from trimtab.backbones.official import (
     CheckpointError,
     Format,
     Item,
     Tensors,
     grid_side,
+    head_count,
     own_model,
     reads,
     renamed,
@@ -195,6 +200,42 @@ class XvlmFormat(Format):
         for item in renamed(state, [(r"((?:text_encoder|text_decoder)\..+)", r"\1")]):
             yield from _words(item, task_of(state), config)
 
+    def backbone(self, name: str, model: Any, tokenizer: Any) -> XvlmBackbone:
+        return XvlmBackbone(name, model, tokenizer)
+
+
+class XvlmBackbone(Backbone):
+    """An X-VLM that fuses: text tokens that have seen the picture."""
+
+    kind = "joint"
+
+    def __init__(self, name: str, model: Any, tokenizer: Any):
+        if model.config.task not in ("pretrain", "retrieval", "grounding"):
+            raise ValueError(f"{name}: an X-VLM for {model.config.task} does its task by itself; for ours load a "
+                             "pretrained file with task='retrieval'")  # fmt: skip
+        text = model.config.text_config
+        pictures = Pictures(model.config.vision_config.image_size, CLIP_MEAN, CLIP_STD)
+        super().__init__(name, model, tokenizer, pictures, text.hidden_size, min(text.max_position_embeddings, 40))
+
+    def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        images, text = self.model.encode_image(pixel_values), self.model.encode_text(input_ids, attention_mask)
+        tokens = self.model.fuse(text, attention_mask, images)
+        return Encoded(tokens[:, 0], tokens, attention_mask)
+
+    def match(self, encoded: Encoded) -> Tensor:
+        """Logit that text and image belong together, (B,); ValueError if the model has no head for it."""
+        if not hasattr(self.model, "itm_head"):
+            raise ValueError(f"{self.name}: no head for matching: load a pretrained file with task='retrieval'")
+        no, yes = self.model.itm_head(encoded.pooled).unbind(dim=-1)
+        return yes - no
+
+
+def load(folder: Path, name: str, pretrained: bool = True) -> XvlmBackbone:
+    """A folder that `trimtab convert` or `save_pretrained` wrote; with a tokenizer if there is one in it."""
+    from trimtab.backbones.xvlm_model import Xvlm
+
+    return XvlmBackbone(name, load_pretrained(Xvlm, folder, pretrained), find_tokenizer(folder))
+
 
 def task_of(state: Tensors) -> str:
     """The task for which a file was trained, from the parts that it has."""
@@ -245,7 +286,7 @@ def _vit(state: Tensors, image_size: int | None, heads: int | None) -> dict[str,
         "model_type": "clip_vision_model", "hidden_size": width, "patch_size": patch, "hidden_act": "quick_gelu",
         "image_size": grid_side(state, "vision_encoder.pos_embed.weight", patch, image_size),
         "num_hidden_layers": state.count("vision_encoder.encoder.layers."),
-        "num_attention_heads": heads or max(width // 64, 1), "layer_norm_eps": 1e-5,
+        "num_attention_heads": head_count(width, heads, "vision_heads"), "layer_norm_eps": 1e-5,
         "intermediate_size": state.size("vision_encoder.encoder.layers.0.mlp.fc1.weight"),
     }  # fmt: skip
 

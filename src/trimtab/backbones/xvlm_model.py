@@ -98,7 +98,9 @@ class FusionBert(BertPreTrainedModel):
         for i in range(config.num_hidden_layers):
             layer = BertLayer(config if i < fusion else seeing)
             layer.attention.self.is_causal = causal
+            layer.attention.self.config = config  # which says what computes attention, and may change
             if i >= fusion:
+                layer.crossattention.self.config = config
                 cross, turn = layer.crossattention.self, (i - fusion) % images
                 if width != config.hidden_size:
                     cross.key = nn.Linear(width, config.hidden_size)
