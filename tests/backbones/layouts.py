@@ -106,3 +106,145 @@ def meter(tasks: tuple[str, ...] = ("mlm", "itm"), answers: int = 3129, **sizes:
     for task in tasks:
         out |= heads[task]
     return out
+
+
+def vit_block(name: str, width: int) -> Shapes:
+    """A block as timm names it."""
+    out = norm(f"{name}.norm1", width) | linear(f"{name}.attn.qkv", 3 * width, width)
+    out |= linear(f"{name}.attn.proj", width, width) | norm(f"{name}.norm2", width)
+    return out | linear(f"{name}.mlp.fc1", 4 * width, width) | linear(f"{name}.mlp.fc2", width, 4 * width)
+
+
+VILT: dict[str, int] = {"width": 768, "layers": 12, "patch": 32, "grid": 12, "words": 30522, "positions": 40}
+TINY_VILT: dict[str, int] = {"width": 16, "layers": 2, "patch": 8, "grid": 3, "words": 40, "positions": 9}
+
+
+def vilt(tasks: tuple[str, ...] = ("mlm", "itm"), answers: int = 3129, **sizes: int) -> Shapes:
+    """A ViLT with heads of any of `mlm`, `itm`, `vqa`, `nlvr2`, `irtr`. `sizes` as in VILT above."""
+    s = VILT | sizes
+    w = s["width"]
+    out = bert_embeddings("text_embeddings", s["words"], s["positions"], w, 2)
+    out |= {"token_type_embeddings.weight": (3 if "nlvr2" in tasks else 2, w), "transformer.cls_token": (1, 1, w),
+            "transformer.pos_embed": (1, s["grid"] ** 2 + 1, w)}  # fmt: skip
+    out |= {"transformer.patch_embed.proj.weight": (w, 3, s["patch"], s["patch"])}
+    out |= {"transformer.patch_embed.proj.bias": (w,)}
+    for i in range(s["layers"]):
+        out |= vit_block(f"transformer.blocks.{i}", w)
+    out |= norm("transformer.norm", w) | linear("pooler.dense", w, w)
+    heads = {
+        "mlm": {"mlm_score.bias": (s["words"],), **linear("mlm_score.transform.dense", w, w),
+                **norm("mlm_score.transform.LayerNorm", w), **linear("mlm_score.decoder", s["words"], w, bias=False)},
+        "itm": linear("itm_score.fc", 2, w), "vqa": classifier("vqa_classifier", w, 2 * w, answers),
+        "nlvr2": classifier("nlvr2_classifier", 2 * w, 2 * w, 2), "irtr": linear("rank_output", 1, w),
+    }  # fmt: skip
+    for task in tasks:
+        out |= heads[task]
+    return out
+
+
+BLIP: dict[str, int] = {"vision": 768, "vision_layers": 12, "patch": 16, "grid": 14, "width": 768, "layers": 12,
+                        "words": 30524, "positions": 512, "embed": 256}  # fmt: skip
+TINY_BLIP: dict[str, int] = {"vision": 16, "vision_layers": 2, "patch": 8, "grid": 2, "width": 16, "layers": 2,
+                             "words": 40, "positions": 12, "embed": 6}  # fmt: skip
+
+
+def blip(parts: tuple[str, ...] = ("text_encoder", "text_decoder", "contrast", "itm"), momentum: bool = False,
+         **sizes: int) -> Shapes:  # fmt: skip
+    """A BLIP of any of these parts and `nlvr2` (an encoder for two pictures). `sizes` as in BLIP above."""
+    s = BLIP | sizes
+    v, w = s["vision"], s["width"]
+    out: Shapes = {"visual_encoder.cls_token": (1, 1, v), "visual_encoder.pos_embed": (1, s["grid"] ** 2 + 1, v),
+                   "visual_encoder.patch_embed.proj.weight": (v, 3, s["patch"], s["patch"]),
+                   "visual_encoder.patch_embed.proj.bias": (v,), **norm("visual_encoder.norm", v)}  # fmt: skip
+    for i in range(s["vision_layers"]):
+        out |= vit_block(f"visual_encoder.blocks.{i}", v)
+    for part, root in (
+        ("text_encoder", "text_encoder"),
+        ("nlvr2", "text_encoder"),
+        ("text_decoder", "text_decoder.bert"),
+    ):
+        if part not in parts:
+            continue
+        out |= bert_embeddings(f"{root}.embeddings", s["words"], s["positions"], w, None)
+        for i in range(s["layers"]):
+            layer = bert_layer(f"{root}.encoder.layer.{i}", w, 4 * w, cross=v)
+            out |= twin(layer, f"{root}.encoder.layer.{i}", w, merge=i >= 6) if part == "nlvr2" else layer
+    if "text_decoder" in parts:
+        head = "text_decoder.cls.predictions"
+        out |= {f"{head}.bias": (s["words"],), **linear(f"{head}.transform.dense", w, w),
+                **norm(f"{head}.transform.LayerNorm", w), **linear(f"{head}.decoder", s["words"], w)}  # fmt: skip
+    if "contrast" in parts:
+        out |= linear("vision_proj", s["embed"], v) | linear("text_proj", s["embed"], w) | {"temp": ()}
+    if "itm" in parts:
+        out |= linear("itm_head", 2, w)
+    if "nlvr2" in parts:
+        out |= linear("cls_head.0", w, w) | linear("cls_head.2", 2, w)
+    if momentum:
+        copies = {"visual_encoder", "text_encoder", "vision_proj", "text_proj"}
+        split = {k: k.split(".", 1) for k in out}
+        out |= {f"{a}_m.{b[0]}": out[k] for k, (a, *b) in split.items() if a in copies}
+        out |= {"image_queue": (s["embed"], 4), "text_queue": (s["embed"], 4), "queue_ptr": (1,)}
+    return out
+
+
+def twin(layer: Shapes, name: str, width: int, merge: bool) -> Shapes:
+    """A layer whose cross-attention reads two pictures."""
+    cross, out = f"{name}.crossattention", {}
+    for key, shape in layer.items():
+        if key.startswith(f"{cross}.self."):
+            out |= {key.replace(f"{cross}.self.", f"{cross}.self{i}."): shape for i in (0, 1)}
+        elif key.startswith(f"{cross}.output.dense."):
+            out |= {key.replace(".output.dense.", f".output.dense{i}."): shape for i in (0, 1)}
+        else:
+            out[key] = shape
+    return out | (linear(f"{cross}.output.merge_layer", width, 2 * width) if merge else {})
+
+
+CLIP_VIL: dict[str, Any] = {"stem": 80, "stages": (4, 6, 10, 6), "grid_positions": 25, "width": 768, "layers": 12,
+                            "words": 30522, "positions": 512}  # fmt: skip
+TINY_CLIP_VIL: dict[str, Any] = {"stem": 4, "stages": (1, 2, 1, 1), "grid_positions": 3, "width": 16, "layers": 2,
+                                 "words": 40, "positions": 12}  # fmt: skip
+
+
+def clip_vil(task: str = "pretrain", answers: int = 9500, **sizes: Any) -> Shapes:
+    """A CLIP-ViL, pretrained or for VQA, with its `module.` prefix and some of what it leaves unused."""
+    s = CLIP_VIL | sizes
+    w, stem = s["width"], s["stem"]
+    root = "module.bert" if task == "pretrain" else "module.lxrt_encoder.model.bert"
+    visual = f"{root}.encoder.visual_model.visual"
+
+    def conv(name: str, bn: str, out: int, into: int, kernel: int) -> Shapes:
+        stats = {f"{bn}.{n}": (out,) for n in ("weight", "bias", "running_mean", "running_var")}
+        return {f"{name}.weight": (out, into, kernel, kernel), **stats, f"{bn}.num_batches_tracked": ()}
+
+    out = conv(f"{visual}.conv1", f"{visual}.bn1", stem // 2, 3, 3)
+    out |= conv(f"{visual}.conv2", f"{visual}.bn2", stem // 2, stem // 2, 3)
+    out |= conv(f"{visual}.conv3", f"{visual}.bn3", stem, stem // 2, 3)
+    channels = stem
+    for i, count in enumerate(s["stages"]):
+        for j in range(count):
+            block, inner = f"{visual}.layer{i + 1}.{j}", stem * 2**i
+            out |= conv(f"{block}.conv1", f"{block}.bn1", inner, channels, 1)
+            out |= conv(f"{block}.conv2", f"{block}.bn2", inner, inner, 3)
+            out |= conv(f"{block}.conv3", f"{block}.bn3", 4 * inner, inner, 1)
+            if not j:
+                out |= conv(f"{block}.downsample.0", f"{block}.downsample.1", 4 * inner, channels, 1)
+            channels = 4 * inner
+    out |= linear(f"{visual}.attnpool.k_proj", channels, channels)
+    out |= {f"{root}.encoder.visual_model.logit_scale": ()} | norm(f"{root}.encoder.visual_model.ln_final", 8)
+    out |= {f"{root}.encoder.visual_pos.{a}_position_embedding.weight": (s["grid_positions"], channels) for a in "xy"}
+    out |= linear(f"{root}.encoder.visn_fc.visn_fc", w, channels) | norm(f"{root}.encoder.visn_fc.visn_layer_norm", w)
+    out |= linear(f"{root}.encoder.visn_fc.box_fc", w, 4) | norm(f"{root}.encoder.visn_fc.box_layer_norm", w)
+    embeddings = bert_embeddings(f"{root}.embeddings", s["words"], s["positions"], w, 2)
+    out |= {k: v for k, v in embeddings.items() if not k.endswith("position_ids")}
+    for i in range(s["layers"]):
+        out |= bert_layer(f"{root}.encoder.layer.{i}", w, 4 * w)
+    out |= linear(f"{root}.pooler.dense", w, w)
+    head = "module.answer_head.logit_fc" if task == "pretrain" else "module.logit_fc"
+    out |= linear(f"{head}.0", 2 * w, w) | norm(f"{head}.2", 2 * w) | linear(f"{head}.3", answers, 2 * w)
+    if task == "pretrain":
+        cls = "module.cls"
+        out |= {f"{cls}.predictions.bias": (s["words"],), **linear(f"{cls}.predictions.transform.dense", w, w),
+                **norm(f"{cls}.predictions.transform.LayerNorm", w), **linear(f"{cls}.seq_relationship", 2, w),
+                **linear(f"{cls}.predictions.decoder", s["words"], w, bias=False)}  # fmt: skip
+    return out

@@ -1,7 +1,7 @@
 """Tiny random checkpoint files in the layouts in which the papers' authors published theirs.
 
 The names and shapes of the tensors are those that the authors' own classes have at tiny sizes
-(`tests/golden/backbones/shapes.json`); the values are drawn here.
+(`shapes.json`); the values are drawn here.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "backbones"
-SHAPES: dict[str, dict[str, list[Any]]] = json.loads((GOLDEN / "shapes.json").read_text())
+SHAPES: dict[str, dict[str, list[Any]]] = json.loads(Path(__file__).with_name("shapes.json").read_text())
 
 
 @dataclass(frozen=True)

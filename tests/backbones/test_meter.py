@@ -8,7 +8,9 @@ import torch
 import trimtab
 from tests.backbones import layouts
 from trimtab.anatomy import Anatomy
+from trimtab.backbones import load_model, load_official
 from trimtab.backbones.official import FORMATS, CheckpointError, Tensors, build_official
+from trimtab.cli import main
 from trimtab.cost import count_macs
 from trimtab.methods import METHODS
 
@@ -100,6 +102,26 @@ def test_saved_and_read_again_bit_for_bit(tmp_path):
             for found, wanted in zip(again(**batch()).to_tuple(), model(**batch()).to_tuple(), strict=True):
                 assert torch.equal(found, wanted)
     assert trimtab.load(tmp_path / "dense").model.config.tasks == {"vqa": 7}
+
+
+def test_converted_on_the_command_line(tmp_path, capsys):
+    """With a width of 64, of which the number of heads is known."""
+    sizes = layouts.TINY_METER | {"width": 64, "text_width": 64, "hidden": 64, "layers": 1}
+    torch.save({"state_dict": layouts.fill(layouts.meter(("itm",), **sizes))}, tmp_path / "meter.ckpt")
+    arguments = ["convert", str(tmp_path / "meter.ckpt"), str(tmp_path / "out"), "--image-size", "32"]
+    assert main(arguments) == 0
+    assert "METER" in (shown := capsys.readouterr().out) and "resized from (5, 64) to (17, 64)" in shown
+    direct, _ = load_official(tmp_path / "meter.ckpt", image_size=32)
+    wanted, found = direct.state_dict(), trimtab.from_pretrained(tmp_path / "out").state_dict()
+    assert wanted.keys() == found.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
+    assert main(arguments) == 2 and "is there already" in capsys.readouterr().err
+    arguments[-1], arguments[2] = "30", str(tmp_path / "other")
+    assert main(arguments) == 2 and "no multiple of the patch" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    assert main(["convert", str(tmp_path), str(tmp_path / "other")]) == 2
+    assert "--to sparse or --to dense" in capsys.readouterr().err
+    model, anatomy = load_model(tmp_path / "out")
+    assert len(anatomy.towers) == 4 and next(model.parameters()).is_meta
 
 
 def test_new_heads_start_as_the_authors_have_them():

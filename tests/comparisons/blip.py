@@ -71,9 +71,8 @@ def caption(case: Case) -> dict[str, Tensor]:
     ids = case.info["ids"]
     prompt = torch.tensor([[ids["dec_bos"], *map(int, ids["prompt"].split()[1:-1]), ids["sep"]]] * len(seen))
     longest = case.tensors["caption.out.greedy_ids_from_prompt"].shape[1]
-    greedy = model.generate(
-        case.tensors["in.image_large"], prompt, max_length=longest, min_length=1, do_sample=False, num_beams=1
-    )
+    image = case.tensors["in.image_large"]
+    greedy = model.generate(image, prompt, max_length=longest, min_length=1, do_sample=False, num_beams=1)
     return {"lm_logits": lm.logits, "loss_lm": lm.loss, "greedy_ids_from_prompt": greedy}
 
 

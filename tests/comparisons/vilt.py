@@ -1,6 +1,6 @@
 """ViLT: every stage of its published code, in transformers' classes.
 
-The order of image tokens is drawn at random, by theirs and by transformers' code alike: with the same seed, given in
+The order of image tokens is drawn at random, by theirs and by transformers' code alike: with the seed that is given in
 the reference's description, both draw the same.
 """
 

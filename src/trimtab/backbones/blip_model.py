@@ -42,9 +42,10 @@ class BlipPretraining(BlipPreTrainedModel):
         for path, module in shared.items():
             self.text_decoder.bert.set_submodule(path, module)
             tied |= {f"text_decoder.bert.{path}.{n}": f"text_encoder.{path}.{n}" for n, _ in module.named_parameters()}
-        # For transformers, which otherwise refuses to save what shares memory.
+        # For transformers, which else refuses to save what shares memory; the decoder's own list of ties would name
+        # another source for the same weights.
         self._tied_weights_keys = tied
-        self.text_decoder._tied_weights_keys = None
+        self.text_decoder.all_tied_weights_keys = {}
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

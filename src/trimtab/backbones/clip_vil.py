@@ -92,7 +92,7 @@ class ClipVilFormat(Format):
             (rf"{root}encoder\.visual_model\.visual\.((?:conv|bn|layer).*)", r"vision.\1"),
             (rf"{root}encoder\.visual_pos\.([xy]_position_embedding\.weight)", r"\1"),
             (rf"{root}encoder\.visn_fc\.(visn_fc|visn_layer_norm)\.(\w+)", r"\1.\2"),
-            (rf"{root}pooler\.dense\.(\w+)", r"pooler.\1"),
+            (rf"{root}(pooler\.dense\.\w+)", r"\1"),
         ]  # fmt: skip
         if config.pretraining_answers:
             rules += [

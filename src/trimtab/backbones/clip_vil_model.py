@@ -53,6 +53,18 @@ class ClipVilOutput(ModelOutput):
     pooled: Tensor | None = None
 
 
+class Pooler(nn.Module):
+    """A linear map of the first token, without BERT's tanh."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, L, D) -> (B, D)."""
+        return self.dense(tokens[:, 0])
+
+
 class PretrainingHeads(nn.Module):
     """Masked words, and whether picture and text belong together."""
 
@@ -93,7 +105,7 @@ class ClipVilModel(PreTrainedModel):
         self.dropout = nn.Dropout(text.hidden_dropout_prob)
         self.bert = BertModel(text, add_pooling_layer=False)  # its embeddings and its layers
         self.valid = nn.Identity()  # a name for the mask of the joint sequence, (B, L + h*w)
-        self.pooler = nn.Linear(width, width)  # without BERT's tanh
+        self.pooler = Pooler(width)
         if config.pretraining_answers:
             self.cls = PretrainingHeads(text)
             self.answer_head = answer_head(width, config.pretraining_answers)
@@ -145,7 +157,7 @@ class ClipVilModel(PreTrainedModel):
         mask = (1 - valid[:, None, None]) * torch.finfo(image.dtype).min  # (B, 1, 1, L + h*w)
         joint = self.bert.encoder(torch.cat([text, image], dim=1), mask).last_hidden_state
         length = input_ids.shape[1]
-        return ClipVilOutput(joint[:, :length], joint[:, length:], self.pooler(joint[:, 0]))
+        return ClipVilOutput(joint[:, :length], joint[:, length:], self.pooler(joint))
 
 
 AutoConfig.register("clip_vil", ClipVilConfig)
