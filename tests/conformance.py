@@ -4,6 +4,9 @@ A case is a safetensors file of inputs, parameters and results with a JSON file 
 from the JSON (`pruner`, or `case`), never from the file's name. Prints one JSON line a case: the quantity that came
 closest to its tolerance (or passed it), its error and tolerance, whether all passed, and what was left out, with the
 reason. The exit status is 1 if a case fails or there is none.
+
+A sub-folder with `meta.json` is a backbone, named by the folder: checkpoint files in its authors' format, and
+`io*.safetensors` with `<stage>.in.<name>` and `<stage>.out.<name>`. Each stage is a case of its own.
 """
 
 from __future__ import annotations
@@ -49,16 +52,20 @@ class Case:
         tensors: inputs, parameters and results.
         info: its JSON.
         folder: where it lies; a case may need another file of it, which it names.
+        stage: of a backbone (its pretraining, a task); what it computes is under `<stage>.out.` in the tensors.
     """
 
     name: str
     info: dict[str, Any]
     folder: Path
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    stage: str | None = None
 
     @property
     def kind(self) -> str:
-        """What it is a case of: `pruner NAME`, or the JSON's `case`."""
+        """What it is a case of: `pruner NAME`, `backbone FOLDER`, or the JSON's `case`."""
+        if self.stage is not None:
+            return f"backbone {self.folder.name}"
         return f"pruner {self.info['pruner'].lower()}" if "pruner" in self.info else str(self.info.get("case"))
 
 
@@ -88,7 +95,27 @@ def close(quantity: str, found: Tensor, wanted: Tensor, relative: float = 1e-5, 
 
 def find(folder: Path) -> list[Case]:
     """Every case of a folder, tensors not yet read."""
-    return [Case(p.stem, json.loads(p.read_text()), folder) for p in sorted(folder.glob("*.json"))]
+    if (folder / "meta.json").is_file():
+        return _stages(folder)
+    cases = [Case(p.stem, info, folder) for p in sorted(folder.glob("*.json"))
+             if isinstance(info := json.loads(p.read_text()), dict)]  # fmt: skip
+    return cases + [case for p in sorted(folder.glob("*/meta.json")) for case in _stages(p.parent)]
+
+
+def _stages(folder: Path) -> list[Case]:
+    """A case for each stage of a backbone."""
+    info = json.loads((folder / "meta.json").read_text())
+    stages = dict.fromkeys(key.split(".out.")[0] for key in sorted(_arrays(folder)) if ".out." in key)
+    return [Case(f"{folder.name} {stage}", info, folder, stage=stage) for stage in stages]
+
+
+def _arrays(folder: Path) -> dict[str, Tensor]:
+    """What a backbone's `io*.safetensors` hold; from `io_NAME` under the prefix `NAME.`."""
+    found = {}
+    for file in sorted(folder.glob("io*.safetensors")):
+        prefix = f"{file.stem.removeprefix('io_')}." if file.stem != "io" else ""
+        found |= {prefix + key: tensor for key, tensor in load_file(file).items()}
+    return found
 
 
 def compare(case: Case) -> list[Check | Skipped]:
@@ -96,12 +123,30 @@ def compare(case: Case) -> list[Check | Skipped]:
     import tests.comparisons  # noqa: F401  (fills COMPARISONS)
 
     file = case.folder / f"{case.name}.safetensors"
-    if not file.exists():
+    if case.stage is None and not file.exists():
         return [Skipped("no tensors beside the JSON: figures and descriptions, nothing to compute")]
     if case.kind not in COMPARISONS:
         return [Skipped(f"no comparison for {case.kind!r}: the library does not have this part")]
-    case.tensors = load_file(file)
+    case.tensors = load_file(file) if case.stage is None else _arrays(case.folder)
     return list(COMPARISONS[case.kind](case))
+
+
+def stage(case: Case, found: dict[str, Tensor], left_out: dict[str, str] | None = None) -> Iterator[Check | Skipped]:
+    """What a stage of a backbone computed against all that its file has of it, within 1e-4.
+
+    Args:
+        found: name of an output -> our value.
+        left_out: name of an output -> why it is not compared.
+    """
+    prefix = f"{case.stage}.out."
+    for key, wanted in case.tensors.items():
+        if not key.startswith(prefix):
+            continue
+        name = key.removeprefix(prefix)
+        if name in found:
+            yield close(name, found[name], wanted, relative=1e-4, absolute=1e-4)
+        else:
+            yield Skipped(f"{name}: {(left_out or {}).get(name, 'not computed')}")
 
 
 def line(case: Case, results: list[Check | Skipped]) -> dict[str, Any]:

@@ -5,13 +5,14 @@ The sparse layout is that of `trimtab.sparse`. Config, tokenizer and all other f
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from trimtab import sparse as layout
 from trimtab.data.cache import replace_folder
 from trimtab.shards import DENSE, SHARD_SIZE, ShardWriter, find, open_safetensors, read_index
+
+if TYPE_CHECKING:
+    from trimtab.backbones.official import LoadReport
 
 # Other copies of a model's weights that checkpoints carry; what is converted must not take them along.
 _WEIGHTS = (
@@ -87,11 +91,18 @@ def from_pretrained(folder: str | Path) -> Any:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: expected a transformers folder with config.json, found none")
-    config = transformers.AutoConfig.from_pretrained(folder)
-    name = (config.architectures or [None])[0]
-    model_class = getattr(transformers, str(name), None)
+    try:
+        name = (json.loads((folder / "config.json").read_text()).get("architectures") or [None])[0]
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: no JSON ({error})") from error
+    from trimtab.backbones.official import own_class  # not above: backbones import this module
+
+    model_class = own_class(str(name)) or getattr(transformers, str(name), None)
     if model_class is None:
-        raise ValueError(f"{folder / 'config.json'}: architectures names {name!r}, which is no class of transformers")
+        raise ValueError(
+            f"{folder / 'config.json'}: architectures names {name!r}, which is no class of transformers or trimtab"
+        )
+    config = transformers.AutoConfig.from_pretrained(folder)
     return load_weights(model_class, folder, config, dtype=None)
 
 
@@ -170,6 +181,43 @@ class Conversion:
 
     sizes: layout.Sizes
     bytes_before: int
+
+
+def convert_official(
+    path: str | Path, out: str | Path, sparse: bool = False, max_shard_size: int | str = SHARD_SIZE, **settings: Any
+) -> tuple[Conversion, LoadReport]:
+    """Write a checkpoint file of its authors as a folder that `from_pretrained` and `trimtab.load` read.
+
+    Args:
+        path: the file (see `trimtab.backbones.load_official`).
+        out: a folder that is not there yet.
+        sparse: write the sparse layout.
+        max_shard_size: bytes a weight file, such as 10**9 or "500MB" (powers of ten).
+        settings: of the file's format, such as `image_size`.
+
+    Raises:
+        FileExistsError: if `out` is there.
+        FileNotFoundError, ValueError: as `load_official`.
+        OSError: if it cannot be written (the disk is full); nothing is left then.
+    """
+    from trimtab.backbones.official import load_official
+
+    out = _new(out)
+    model, report = load_official(path, **settings)
+    if report.fresh:
+        raise ValueError(
+            f"{path}: {len(report.fresh)} tensors would be random, such as '{report.fresh[0]}'; train first"
+        )
+    save_pretrained(model, out, sparse, max_shard_size)
+    sizes = layout.Sizes()
+    if sparse:
+        sizes = layout.sizes(out)
+    else:
+        for _, tensors in DenseReader(out).batches():
+            for tensor in tensors.values():
+                sizes.add(tensor.shape, tensor.element_size(), layout.count_nonzeros(tensor), False)
+        sizes.file_bytes = layout.stored_bytes(out, DENSE)
+    return Conversion(sizes, Path(path).stat().st_size), report
 
 
 def convert(folder: str | Path, out: str | Path, to: Literal["sparse", "dense"],

@@ -41,7 +41,7 @@ def _options_first(arguments: Sequence[str]) -> list[str]:
     command, options, rest = list(arguments[:1]), [], []
     words = iter(arguments[1:])
     for word in words:
-        if word in ("--out", "--dtype", "--to", "--max-shard-size", "--tokens"):
+        if word in ("--out", "--dtype", "--to", "--max-shard-size", "--tokens", "--image-size"):
             options += [word, *([value] if (value := next(words, None)) is not None else [])]
         else:
             (options if word.startswith("-") else rest).append(word)
@@ -80,11 +80,16 @@ def _parser() -> ArgumentParser:
     export.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of the weights")
     export.add_argument("--sparse", action="store_true", help="in the sparse layout: only non-zeros are stored")
 
-    convert = command("convert", "Write a checkpoint with its weights at the size of their non-zeros, or dense again.")
-    convert.add_argument("folder", type=Path, help="a transformers folder: safetensors, pytorch_model.bin, or sparse")
+    convert = command(
+        "convert", "Write a checkpoint folder in another layout, or from a file as its authors published."
+    )
+    source = "a transformers folder (safetensors, pytorch_model.bin, or sparse), or an official checkpoint file"
+    convert.add_argument("folder", type=Path, help=source)
     convert.add_argument("out", type=Path, help="where to write; must not be there yet")
     layouts = "sparse: bitmasks and packed values, see docs/sparse.md; dense: safetensors as transformers reads them"
-    convert.add_argument("--to", choices=["sparse", "dense"], required=True, help=layouts)
+    convert.add_argument("--to", choices=["sparse", "dense"], help=f"{layouts} (default for an official file)")
+    size = "for an official file: resize its table of positions for square images of so many pixels"
+    convert.add_argument("--image-size", type=int | None, default=None, help=size)
     convert.add_argument("--max-shard-size", type=str, default="2GB", help="of a weight file, such as 500MB")
 
     speed = command("speed", "Which layers of a 2:4-pruned model run faster here with torch's semi-structured kernels.")
@@ -172,15 +177,24 @@ def _convert(options: Any) -> None:
     from rich.table import Table
 
     _quiet()
-    from trimtab.checkpoints import convert
+    from trimtab.checkpoints import convert, convert_official
 
-    done = convert(options.folder, options.out, options.to, options.max_shard_size)
+    if options.folder.is_file():
+        settings = {} if options.image_size is None else {"image_size": options.image_size}
+        to = options.to or "dense"
+        done, report = convert_official(options.folder, options.out, to == "sparse", options.max_shard_size, **settings)
+        print(report)
+    elif options.to is None:
+        raise ValueError(f"{options.folder}: name the layout to write, --to sparse or --to dense")
+    else:
+        to = options.to
+        done = convert(options.folder, options.out, to, options.max_shard_size)
     sizes, before = done.sizes, done.bytes_before
     row = {
         "tensors": sizes.tensors, "stored sparse": sizes.packed, "weights": sizes.weights, "non-zeros": sizes.nonzeros,
         "bytes before": before, "bytes after": sizes.file_bytes, "ratio": sizes.file_bytes / max(before, 1),
     }  # fmt: skip
-    table = Table(title=f"{options.out}: {options.to}")
+    table = Table(title=f"{options.out}: {to}")
     for column in row:
         table.add_column(column, justify="right")
     table.add_row(*(f"{v:,}" if isinstance(v, int) else f"{v:.3f}" for v in row.values()))

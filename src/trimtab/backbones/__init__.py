@@ -4,79 +4,112 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from trimtab.anatomy import Anatomy
-from trimtab.backbones import (  # noqa: F401  (they register their descriptions)
+from trimtab.backbones import (  # noqa: F401  (they register their descriptions and formats)
     bert,
     blip,
+    blip_official,
     bridgetower,
     clip,
+    clip4clip,
+    clip_vil,
     decoder,
     dual,
     llava,
+    mdetr,
+    meter,
     siglip,
     t5,
     vilt,
+    vilt_official,
     vit,
+    vse,
+    xvlm,
 )
 from trimtab.backbones.base import BACKBONES, Backbone, Encoded, Pictures
+from trimtab.backbones.official import FORMATS, LoadReport, load_official, own_class
 from trimtab.registry import unknown
 
-__all__ = ["BACKBONES", "Backbone", "Encoded", "Pictures", "load", "load_model"]
+__all__ = ["BACKBONES", "FORMATS", "Backbone", "Encoded", "LoadReport", "Pictures", "load", "load_model",
+           "load_official"]  # fmt: skip
 
-_FAMILIES = {"vilt": vilt.load, "clip": clip.load, "blip": blip.load}
+_FAMILIES = {
+    "vilt": vilt.load, "clip": clip.load, "blip": blip.load, "clip_vil": clip_vil.load, "meter": meter.load,
+    "trimtab_vse": vse.load, "trimtab_clip4clip": clip4clip.load, "trimtab_xvlm": xvlm.load,
+}  # fmt: skip
 
 
-def load(name_or_path: str | Path, pretrained: bool = True) -> Backbone:
-    """A backbone by registered name, or from a local transformers folder.
+def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = None, **settings: Any) -> Backbone:
+    """A backbone by registered name, from a local transformers folder, or from a checkpoint file of its authors.
 
     Args:
-        name_or_path: a name in `BACKBONES`, or a folder with config.json, safetensors weights and a tokenizer.
-        pretrained: False gives the same model with fresh random weights.
+        name_or_path: a name in `BACKBONES`, a folder with config.json and safetensors weights, or a file whose format
+            is recognised from the names of its tensors (`FORMATS`).
+        pretrained: False gives the same model with fresh random weights (not for files).
+        tokenizer: for files, which hold none: a tokenizer, or the folder of one. Without it texts must be given as ids.
+        settings: for files, of their format, such as `image_size`.
 
     Raises:
-        ValueError: if the name is unknown, or the folder's weights are truncated or do not fit its config.
+        ValueError: if the name is unknown, or the weights are truncated, missing, or do not fit.
         FileNotFoundError: if the folder lacks a file.
     """
     name = str(name_or_path)
     if name in BACKBONES:
         return BACKBONES[name](pretrained=pretrained)
-    folder, family = _folder(name)
+    if Path(name).is_file():
+        if isinstance(tokenizer, (str, Path)):
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        model, report = load_official(name, **settings)
+        backbone = FORMATS[report.format].backbone(name, model, tokenizer)
+        backbone.load_report = report
+        return backbone
+    folder, family, architecture = _folder(name)
+    if architecture in blip_official.CLASSES and architecture != "BlipForConditionalGeneration":
+        return blip_official.load(folder, name, pretrained)
     if family not in _FAMILIES:
         raise ValueError(f"{folder / 'config.json'}: {unknown('model_type', str(family), _FAMILIES)}")
     return _FAMILIES[family](folder, name, pretrained)
 
 
 def load_model(name_or_path: str | Path) -> tuple[nn.Module, Anatomy]:
-    """A plain model and its anatomy: a registered backbone's, or of any transformers folder (weights are not read).
+    """A plain model and its anatomy: a registered backbone's, of any transformers folder (weights are not read), or of
+    an official checkpoint file.
 
     Raises:
-        ValueError: if the name is unknown, or no anatomy is registered and none can be discovered.
+        ValueError: if the name is unknown, the file cannot be used, or no anatomy is registered or discovered.
         FileNotFoundError: if the folder lacks config.json.
     """
     name = str(name_or_path)
     if name in BACKBONES:
         backbone = BACKBONES[name](pretrained=False)
         return backbone.model, backbone.anatomy
-    folder, _ = _folder(name)
+    if Path(name).is_file():
+        model, _ = load_official(name)
+        return model, Anatomy.of(model)
+    folder, _, architecture = _folder(name)
     import torch
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder)
-    named = getattr(transformers, (config.architectures or [""])[0], None)
+    named = own_class(architecture) or getattr(transformers, architecture, None)
+    config = transformers.AutoConfig.from_pretrained(folder)  # after our class is imported, which makes it known
     with torch.device("meta"):  # shapes are all that is asked for
         model = named._from_config(config) if named else transformers.AutoModel.from_config(config)
     return model, Anatomy.of(model)
 
 
-def _folder(name: str) -> tuple[Path, str]:
-    """A transformers folder and its model type."""
+def _folder(name: str) -> tuple[Path, str, str]:
+    """A transformers folder, its model type and the class that it names."""
     folder = Path(name)
     if not folder.is_dir():
         raise ValueError(f"{unknown('backbone', name, BACKBONES)}; nor is there a folder of that name")
     config = folder / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{folder}: expected a transformers folder with config.json, found none")
-    return folder, json.loads(config.read_text()).get("model_type")
+    content = json.loads(config.read_text())
+    return folder, content.get("model_type"), (content.get("architectures") or [""])[0]

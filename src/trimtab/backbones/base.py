@@ -73,6 +73,8 @@ class Backbone(nn.Module):
         name: registered name or path from which it was loaded.
         model: the plain module; all paths of the anatomy are relative to it.
         anatomy: its description.
+        tokenizer: of transformers, or None if the weights came from a file and nobody named one.
+        load_report: what an official checkpoint file gave; None if the weights are no such file's.
         kind: `dual` (two towers, one vector each) or `joint` (one fused stream).
         width: width of `Encoded.pooled`.
     """
@@ -88,13 +90,20 @@ class Backbone(nn.Module):
         self.width = width
         self.max_text = max_text
         self.anatomy = Anatomy.of(model)
+        self.load_report: Any = None
 
     def images(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
         """PIL images -> `pixel_values` (B, 3, H, W)."""
         return {"pixel_values": self.pictures(pictures)}
 
     def texts(self, sentences: Sequence[str]) -> dict[str, Tensor]:
-        """Strings -> `input_ids` and `attention_mask` (B, L), padded to the longest, cut at `max_text` tokens."""
+        """Strings -> `input_ids` and `attention_mask` (B, L), padded to the longest, cut at `max_text` tokens.
+
+        Raises:
+            ValueError: if there is no tokenizer (an official checkpoint file holds none).
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"{self.name}: no tokenizer: give its folder, trimtab.load(..., tokenizer=FOLDER)")
         encoded = self.tokenizer(
             list(sentences), padding=True, truncation=True, max_length=self.max_text, return_tensors="pt"
         )
@@ -132,6 +141,14 @@ class Backbone(nn.Module):
         """The model's own map from features to words: linear map, (GELU,) norm, bias (V,) of the tied decoder."""
         return None
 
+    @property
+    def vocabulary(self) -> int:
+        """How many ids there are."""
+        if self.tokenizer is not None:
+            return len(self.tokenizer)
+        config = self.model.config
+        return getattr(config, "text_config", config).vocab_size
+
     def set_attention(self, implementation: str) -> None:
         """transformers' attention implementation (`eager`, `sdpa`); ValueError if the model has no choice."""
         choose = getattr(self.model, "set_attn_implementation", None)
@@ -157,7 +174,8 @@ class Backbone(nn.Module):
         }  # fmt: skip
         with replace_folder(folder) as partial:
             write_pretrained(copy.deepcopy(self.model).to(dtype), partial, sparse)
-            self.tokenizer.save_pretrained(partial)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(partial)
             (partial / "preprocessor_config.json").write_text(json.dumps(prepare, indent=1) + "\n")
 
     def fold_projections(self, image: Tensor, text: Tensor, scale: Tensor) -> None:
@@ -174,10 +192,13 @@ class Backbone(nn.Module):
         size = self.pictures.size
         return {
             "pixel_values": torch.randn(batch, 3, size, size, generator=generator),
-            "input_ids": torch.randint(5, len(self.tokenizer), (batch, text_tokens), generator=generator),
+            "input_ids": torch.randint(5, self.vocabulary, (batch, text_tokens), generator=generator),
             "attention_mask": torch.ones(batch, text_tokens, dtype=torch.long),
         }
 
+
+# What CLIP's pictures, and those of models built on it, are normalised with.
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 BACKBONES: Registry[Any] = Registry("backbone")
 WEIGHTS = Path(__file__).parent / "weights"
@@ -196,6 +217,14 @@ def load_pretrained(model_class: Any, folder: Path, pretrained: bool, **options:
     if not pretrained:
         return model_class._from_config(config, dtype=torch.float32)
     return load_weights(model_class, folder, config, torch.float32, **options)
+
+
+def find_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder, or None: what came from an official checkpoint file has none."""
+    from transformers import AutoTokenizer
+
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
+    return AutoTokenizer.from_pretrained(folder) if any((folder / name).is_file() for name in names) else None
 
 
 def check_safetensors(path: Path) -> None:

@@ -8,6 +8,7 @@ our `tiny-blip`.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes
-from trimtab.backbones.base import BACKBONES, WEIGHTS, Backbone, Encoded, Pictures, load_pretrained
+from trimtab.backbones.base import BACKBONES, WEIGHTS, Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
 from trimtab.backbones.clip import without_pre_norm
+from trimtab.backbones.official import own_class, own_model
+
+own_model("BlipForMatchingAndCaptions", "trimtab.backbones.blip_model")
 
 _TEXTS = {"text_model": "text", "text_encoder": "text", "text_decoder": "decoder"}  # attribute -> name of the tower
 
@@ -26,7 +30,7 @@ _TEXTS = {"text_model": "text", "text_encoder": "text", "text_decoder": "decoder
 def describe(model: Any) -> Anatomy:
     layers = model.vision_model.encoder.layers
     towers = [Tower(
-        "vision", "vision", tuple(_vision_block(f"vision_model.encoder.layers.{i}", layer.embed_dim)
+        "vision", "vision", tuple(vision_block(f"vision_model.encoder.layers.{i}", layer.embed_dim)
                                   for i, layer in enumerate(layers)),
         # Not the norm behind it: BLIP calls that twice, on the tokens and again on the first of them.
         ("vision_model",), output=Tap(f"vision_model.encoder.layers.{len(layers) - 1}"),
@@ -54,7 +58,7 @@ def _heads(model: Any) -> tuple[str, ...]:
     return tuple(name for name in known if name in there)
 
 
-def _vision_block(path: str, width: int) -> Block:
+def vision_block(path: str, width: int) -> Block:
     return Block(path, width, (
         Sublayer("attention", Tap(f"{path}.layer_norm1", "input"), Tap(f"{path}.self_attn")),
         Sublayer("mlp", Tap(f"{path}.layer_norm2", "input"), Tap(f"{path}.mlp")),
@@ -68,23 +72,6 @@ def _text_block(path: str, width: int, crosses: bool) -> Block:
         parts.append(Sublayer("cross-attention", Tap(cross, "input"), Tap(f"{cross}.output.dense")))
     parts.append(Sublayer("mlp", Tap(f"{path}.intermediate", "input"), Tap(f"{path}.output")))
     return Block(path, width, tuple(parts))
-
-
-def model_class() -> Any:
-    """`BlipForConditionalGeneration` with a matching head beside its word head.
-
-    The published BLIP has an encoder to match and a decoder to write that share all but their self-attention. Here one
-    text tower does both, with and without the causal mask.
-    """
-    from transformers import BlipForConditionalGeneration
-
-    class BlipForPreTraining(BlipForConditionalGeneration):
-        def __init__(self, config: Any):
-            super().__init__(config)
-            self.itm_head = nn.Linear(config.text_config.hidden_size, 2)
-            self.post_init()
-
-    return BlipForPreTraining
 
 
 class BlipBackbone(Backbone):
@@ -105,6 +92,8 @@ class BlipBackbone(Backbone):
         return Encoded(tokens[:, 0], tokens, attention_mask)
 
     def write(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        input_ids = input_ids.clone()
+        input_ids[:, 0] = self.model.config.text_config.bos_token_id  # the published models write from [DEC], not [CLS]
         return self._text(seen, input_ids, attention_mask, causal=True)
 
     @property
@@ -113,7 +102,9 @@ class BlipBackbone(Backbone):
         return head.transform.dense, head.transform.LayerNorm, head.bias
 
     def match(self, encoded: Encoded) -> Tensor:
-        """Logit that text and image belong together, (B,)."""
+        """Logit that text and image belong together, (B,); ValueError if the model has no head for it."""
+        if not hasattr(self.model, "itm_head"):
+            raise ValueError(f"{self.name}: {type(self.model).__name__} has no head for matching")
         no, yes = self.model.itm_head(encoded.pooled).unbind(dim=-1)
         return yes - no
 
@@ -184,13 +175,15 @@ class BlipBackbone(Backbone):
 
 
 def load(folder: Path, name: str, pretrained: bool = True) -> BlipBackbone:
-    """A transformers BLIP folder: config.json, model.safetensors, the tokenizer's files."""
-    from transformers import AutoTokenizer
+    """A folder of `BlipForMatchingAndCaptions`, or transformers' `BlipForConditionalGeneration`, which only writes."""
+    import transformers
 
-    model = load_pretrained(model_class(), folder, pretrained)
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model_class = own_class(architecture) or getattr(transformers, architecture)
+    model = load_pretrained(model_class, folder, pretrained)
     text, vision = model.config.text_config, model.config.vision_config
-    return BlipBackbone(name, model, AutoTokenizer.from_pretrained(folder), Pictures(vision.image_size),
-                        text.hidden_size, min(text.max_position_embeddings, 40))  # fmt: skip
+    return BlipBackbone(name, model, find_tokenizer(folder), Pictures(vision.image_size), text.hidden_size,
+                        min(text.max_position_embeddings, 40))  # fmt: skip
 
 
 @BACKBONES.register("tiny-blip")

@@ -25,7 +25,7 @@ def describe(model: Any) -> Anatomy:
 
 @describes("CLIPVisionModel")
 def describe_vision(model: Any) -> Anatomy:
-    blocks = blocks_of(model)
+    blocks = tower_blocks(model)
     scope = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
     return Anatomy((Tower("vision", "vision", blocks, scope, output=Tap(blocks[-1].path)),))
 
@@ -33,17 +33,17 @@ def describe_vision(model: Any) -> Anatomy:
 @describes("CLIPTextModel")
 def describe_text(model: Any) -> Anatomy:
     tower = Tower(
-        "text", "text", blocks_of(model), ("embeddings", "encoder", "final_layer_norm"), output=Tap("final_layer_norm"),
-        mask=Tap("", "input", "attention_mask"), pooled_token="last", causal=True,
+        "text", "text", tower_blocks(model), ("embeddings", "encoder", "final_layer_norm"),
+        output=Tap("final_layer_norm"), mask=Tap("", "input", "attention_mask"), pooled_token="last", causal=True,
     )  # fmt: skip
     return Anatomy((tower,))
 
 
-def blocks_of(tower: Any) -> tuple[Block, ...]:
-    """The blocks of one of CLIP's or SigLIP's towers."""
+def tower_blocks(tower: Any, prefix: str = "") -> tuple[Block, ...]:
+    """The pre-norm blocks of one of CLIP's or SigLIP's towers, which the described model holds under a prefix."""
     blocks = []
     for i, layer in enumerate(tower.encoder.layers):
-        path = f"encoder.layers.{i}"
+        path = f"{prefix}.encoder.layers.{i}".lstrip(".")
         blocks.append(Block(path, layer.embed_dim, (
             Sublayer("attention", Tap(f"{path}.layer_norm1", "input"), Tap(f"{path}.self_attn")),
             Sublayer("mlp", Tap(f"{path}.layer_norm2", "input"), Tap(f"{path}.mlp")),

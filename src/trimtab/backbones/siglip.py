@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 from trimtab.anatomy import Anatomy, Tap, Tower, describes, part_of
-from trimtab.backbones.clip import blocks_of
+from trimtab.backbones.clip import tower_blocks
 
 
 @describes("SiglipVisionModel", "Siglip2VisionModel")
 def describe_vision(model: Any) -> Anatomy:
     tower = Tower(
-        "vision", "vision", blocks_of(model), ("embeddings", "encoder", "post_layernorm"),
+        "vision", "vision", tower_blocks(model), ("embeddings", "encoder", "post_layernorm"),
         output=Tap("post_layernorm"), pooled=Tap("head") if model.use_head else None,
     )  # fmt: skip
     if type(model).__name__.startswith("Siglip2"):  # pictures of any shape, as padded rows of patches
@@ -23,7 +23,7 @@ def describe_vision(model: Any) -> Anatomy:
 @describes("SiglipTextModel", "Siglip2TextModel")
 def describe_text(model: Any) -> Anatomy:
     tower = Tower(
-        "text", "text", blocks_of(model), ("embeddings", "encoder", "final_layer_norm"),
+        "text", "text", tower_blocks(model), ("embeddings", "encoder", "final_layer_norm"),
         output=Tap("final_layer_norm"), mask=Tap("", "input", "attention_mask"),
         mask_required=False,  # it was trained on padded texts without a mask: padding is text to it
         pooled=Tap("head"), pooled_token="last",

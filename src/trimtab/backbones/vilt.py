@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes
-from trimtab.backbones.base import BACKBONES, WEIGHTS, Backbone, Encoded, Pictures, load_pretrained
+from trimtab.backbones.base import BACKBONES, WEIGHTS, Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
 from trimtab.backbones.clip import without_pre_norm
 
 
@@ -33,9 +33,14 @@ def describe(model: Any) -> Anatomy:
 
 
 class ViltBackbone(Backbone):
-    """A ViLT with its image-text matching head (`ViltForImageAndTextRetrieval`), which matching starts from."""
+    """A ViLT; matching starts from its ranking head (`ViltForImageAndTextRetrieval`) or that of its pretraining."""
 
     kind = "joint"
+
+    def __init__(self, name: str, model: Any, tokenizer: Any):
+        config = model.config
+        longest = min(config.max_position_embeddings, 40)
+        super().__init__(name, model, tokenizer, Pictures(config.image_size), config.hidden_size, longest)
 
     def look(self, pixel_values: Tensor) -> Tensor:
         """Patch and position embeddings of full square images, (B, 1 + P, D), in row-major order.
@@ -104,18 +109,35 @@ class ViltBackbone(Backbone):
             target.copy_(value)
 
     def match(self, encoded: Encoded) -> Tensor:
-        """Logit that text and image belong together, (B,)."""
-        return self.model.rank_output(encoded.pooled).squeeze(-1)
+        """Logit that text and image belong together, (B,).
+
+        Raises:
+            ValueError: if the model has no head for it.
+        """
+        if hasattr(self.model, "rank_output"):
+            return self.model.rank_output(encoded.pooled).squeeze(-1)
+        if hasattr(self.model, "itm_score"):
+            logits = self.model.itm_score(encoded.pooled)
+            return logits[:, 1] - logits[:, 0]
+        raise ValueError(f"{self.name}: {type(self.model).__name__} has no head for matching: load it with task='irtr'")
 
 
 def load(folder: Path, name: str, pretrained: bool = True) -> ViltBackbone:
-    """A transformers ViLT folder: config.json, model.safetensors, the tokenizer's files."""
-    from transformers import AutoTokenizer, ViltForImageAndTextRetrieval
+    """A transformers ViLT folder: config.json, model.safetensors, and the tokenizer's files if it has any."""
+    import json
 
-    model = load_pretrained(ViltForImageAndTextRetrieval, folder, pretrained)
-    config = model.config
-    return ViltBackbone(name, model, AutoTokenizer.from_pretrained(folder), Pictures(config.image_size),
-                        config.hidden_size, min(config.max_position_embeddings, 40))  # fmt: skip
+    import transformers
+
+    from trimtab.backbones.vilt_model import ViltForPretraining
+
+    named = (json.loads((folder / "config.json").read_text()).get("architectures") or [""])[0]
+    others = (
+        transformers.ViltForQuestionAnswering,
+        transformers.ViltForImagesAndTextClassification,
+        ViltForPretraining,
+    )
+    model_class = {c.__name__: c for c in others}.get(named, transformers.ViltForImageAndTextRetrieval)
+    return ViltBackbone(name, load_pretrained(model_class, folder, pretrained), find_tokenizer(folder))
 
 
 @BACKBONES.register("tiny-vilt")
