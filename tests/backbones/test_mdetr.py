@@ -87,6 +87,29 @@ def test_variants_that_are_not_read():
         build(heads=5)
 
 
+@pytest.mark.slow
+def test_a_step_at_the_published_size():
+    """ResNet-101, RoBERTa-base, 6 + 6 layers on one picture of 800 x 1333 pixels, trained beside its encoder."""
+    import resource
+
+    from trimtab.anatomy import Anatomy
+    from trimtab.backbones.mdetr_model import Mdetr, MdetrConfig
+    from trimtab.methods import METHODS
+
+    config = MdetrConfig({"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1})
+    model = Mdetr(config).eval().requires_grad_(False)
+    METHODS["unipt"](towers=("encoder",), form="token").attach(model, Anatomy.of(model))
+    text = torch.randint(5, 50000, (1, 20), generator=torch.Generator().manual_seed(0))
+    before = model.unipt["encoder"].up.weight.detach().clone()
+    out = model(pixels(1, 3, 800, 1333), text, torch.ones_like(text))
+    assert out["logits"].shape == (6, 1, 100, 256) and out["words"].shape == (1, 20, 64)
+    optimiser = torch.optim.AdamW(model.unipt.parameters(), lr=1e-3)
+    (out["logits"].square().mean() + out["boxes"].mean()).backward()
+    optimiser.step()
+    assert not torch.equal(before, model.unipt["encoder"].up.weight)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 24e9
+
+
 def test_parameters_of_the_published_sizes():
     """Counted on the meta device, against the authors' own classes."""
     from trimtab.backbones.mdetr_model import GQA, Mdetr, MdetrConfig

@@ -51,6 +51,8 @@ def test_nlvr2_doubles_the_fusing_layers_and_shares_their_maps_of_the_images():
     assert first.key is second.key and first.query is not second.query
     assert "text_encoder.bert.encoder.layer.3.crossattention.self.key.weight" not in model.state_dict()
     assert torch.equal(first.query.weight, second.query.weight)
+    first.key = torch.nn.Linear(40, 32)  # as LoRA does
+    assert second.key is first.key
     text, mask = ids()
     image, other = pixels(2, 3, 32, 32), pixels(2, 3, 32, 32).flip(0)
     assert not torch.allclose(model(image, text, mask, other)["classes"], model(other, text, mask, image)["classes"])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, BertConfig, CLIPVisionConfig, PretrainedConfig, PreTrainedModel, SwinConfig
 from transformers.models.bert.modeling_bert import (
+    BertCrossAttention,
     BertEmbeddings,
     BertLayer,
     BertPredictionHeadTransform,
@@ -76,6 +77,23 @@ class XvlmConfig(PretrainedConfig):
         return self.vision_config.hidden_size
 
 
+class SharedCross(BertCrossAttention):
+    """Attention to a further image, whose maps of keys and values are those of another layer, whatever stands there."""
+
+    def __init__(self, config: Any, first: nn.Module):
+        super().__init__(config)
+        del self.key, self.value
+        self.__dict__["first"] = first  # no part of this layer: saved, counted and pruned where it is
+
+    @property
+    def key(self) -> nn.Module:
+        return self.first.key
+
+    @property
+    def value(self) -> nn.Module:
+        return self.first.value
+
+
 class FusionBert(BertPreTrainedModel):
     """BERT whose layers from `fusion` on attend to image tokens between self-attention and feed-forward part.
 
@@ -106,10 +124,8 @@ class FusionBert(BertPreTrainedModel):
                     cross.key = nn.Linear(width, config.hidden_size)
                     cross.value = nn.Linear(width, config.hidden_size)
                 if turn:
-                    # Shared with the layer of the first image and saved there: seen here, but no part of this layer.
                     first = self.encoder.layer[i - turn].crossattention.self
-                    del cross.key, cross.value
-                    cross.__dict__ |= {"key": first.key, "value": first.value}
+                    layer.crossattention.self = SharedCross(config, first)
             self.encoder.layer.append(layer)
         self.post_init()
 
