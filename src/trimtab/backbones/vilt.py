@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes
-from trimtab.backbones.base import BACKBONES, WEIGHTS, Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
+from trimtab.backbones.base import (
+    BACKBONES,
+    WEIGHTS,
+    Backbone,
+    Encoded,
+    Pictures,
+    check_sizes,
+    find_tokenizer,
+    load_pretrained,
+)
 from trimtab.backbones.clip import without_pre_norm
 
 
@@ -53,6 +62,11 @@ class ViltBackbone(Backbone):
         patches = embeddings.patch_embeddings(pixel_values).flatten(2).transpose(1, 2)  # (B, P, D)
         tokens = torch.cat([embeddings.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         return embeddings.dropout(tokens + embeddings.position_embeddings)
+
+    def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        config = self.model.config
+        check_sizes("ViLT", input_ids, config.max_position_embeddings, pixel_values, config.image_size)
+        return super().pair(pixel_values, input_ids, attention_mask)
 
     def fuse(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         valid = torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device)
