@@ -222,13 +222,15 @@ def evaluate(model: TaskModel, table: Any, size: int = 64) -> tuple[dict[str, fl
 class TrainingSession:
     """What methods get while they prepare: see `trimtab.methods.Session`."""
 
-    def __init__(self, model: TaskModel, train: Any, validation: Any, spec: TrainingSpec, seed: int, title: str):
+    def __init__(self, model: TaskModel, train: Any, validation: Any, spec: TrainingSpec, seed: int, title: str,
+                 folder: Path | None = None):  # fmt: skip
         self.model = model
         self.anatomy: Anatomy = model.backbone.anatomy
         self.spec = spec
         self.seed = seed
         self._tables = {"train": train, "validation": validation}
         self._title = title
+        self.folder = folder
 
     @property
     def subject(self) -> nn.Module:
@@ -239,8 +241,15 @@ class TrainingSession:
 
     def batches(self, split: Literal["train", "validation"], size: int | None = None) -> Iterator[dict[str, Tensor]]:
         table = self._tables[split]
-        for _, batch in batches(self.model, table, size or self.spec.batch_size, train=True, seed=self.seed):
-            yield batch
+        size = size or self.spec.batch_size
+        if split == "validation" and len(table) < size:
+            raise ValueError(
+                f"the validation split has {len(table)} rows, but a batch of it takes {size}: give `data.validation` "
+                f"at least {size} rows, or lower training.batch_size (or the method's `rows`)"
+            )
+        return (batch for _, batch in batches(self.model, table, size, train=True, seed=self.seed))
 
     def fit(self, model: TaskModel, steps: int, callbacks: list[TrainerCallback]) -> list[dict[str, float]]:
-        return fit(model, self._tables["train"], self.spec, self.seed, callbacks, f"{self._title}: search", steps)
+        checkpoints = None if self.folder is None else self.folder / "search"
+        return fit(model, self._tables["train"], self.spec, self.seed, callbacks, f"{self._title}: search", steps,
+                   checkpoints)  # fmt: skip

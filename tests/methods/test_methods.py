@@ -18,6 +18,10 @@ BACKBONES = {"tiny-clip": "retrieval", "tiny-vilt": "vqa"}
 SETTINGS = {
     "das": {"skip": 2, "search_steps": 6, "turn": 2},
     "random-skip": {"skip": 2},
+    "block-influence": {"skip": 2},
+    "greedy-skip": {"skip": 2, "search_steps": 2},
+    "exhaustive-skip": {"skip": 1, "search_steps": 2},
+    "bandit-skip": {"skip": 2, "search_steps": 2, "evaluations": 6},
     **{
         name: {"batches": 2, "batch_size": 8}
         for name in ("multiflow", "snip", "wanda", "ria", "sparsegpt", "chita", "tamt")
