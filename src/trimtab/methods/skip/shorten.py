@@ -132,7 +132,7 @@ def _shorten_config(model: nn.Module, path: str, count: int, kept: list[int]) ->
     """Set the number of layers, and cut the lists with one entry a layer.
 
     Which setting it is differs from class to class. The one is right with which the class, built from its
-    configuration, has exactly the parameters that the shortened model has.
+    configuration, has exactly the parameters in this list that the shortened model has.
     """
     configs = list(_configs(model, path))
     numbers = [(c, k) for c in configs for k, v in _values(c) if v == count and type(v) is int and _counts_layers(k)]
@@ -148,7 +148,7 @@ def _shorten_config(model: nn.Module, path: str, count: int, kept: list[int]) ->
     for choice in sorted(product((True, False), repeat=len(numbers)), key=lambda c: (abs(sum(c) - 1), c)):
         for (config, key), take in zip(numbers, choice, strict=True):
             setattr(config, key, len(kept) if take else count)
-        if any(choice) and (fresh := _fits(model)) is not None:
+        if any(choice) and (fresh := _fits(model, path)) is not None:
             _copy_counts(fresh, model)
             return
     for config, key in numbers:
@@ -182,23 +182,24 @@ def _configs(model: nn.Module, path: str) -> Iterator[Any]:
             yield config
 
 
-def _fits(model: Any) -> nn.Module | None:
-    """The class built from the model's configuration, without data, if it has the model's parameters and shapes."""
+def _fits(model: Any, path: str) -> nn.Module | None:
+    """The class built from the configuration, without data, if its list at `path` has the parameters that ours has."""
     try:
         with torch.device("meta"):
             fresh = type(model)(model.config)
     except (ValueError, IndexError, TypeError, AttributeError):
         return None
-    same = {n: p.shape for n, p in fresh.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
-    return fresh if same else None
+    own, built = ({n: p.shape for n, p in m.named_parameters() if n.startswith(f"{path}.")} for m in (model, fresh))
+    return fresh if own == built else None
 
 
 def _copy_counts(fresh: nn.Module, model: nn.Module) -> None:
     """Put the numbers of layers right in the configurations of parts too, which may be copies (T5's stacks)."""
+    modules = dict(model.named_modules())
     for name, module in fresh.named_modules():
-        if getattr(module, "config", None) is None:
+        own = getattr(modules.get(name), "config", None)  # None too where another list still holds a skipped block
+        if own is None or getattr(module, "config", None) is None:
             continue
-        own = model.get_submodule(name).config
         for key, value in _values(module.config):
             if _counts_layers(key) and type(value) is int and getattr(own, key, None) != value:
                 setattr(own, key, value)
