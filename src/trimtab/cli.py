@@ -41,7 +41,7 @@ def _options_first(arguments: Sequence[str]) -> list[str]:
     command, options, rest = list(arguments[:1]), [], []
     words = iter(arguments[1:])
     for word in words:
-        if word in ("--out", "--dtype", "--to", "--max-shard-size"):
+        if word in ("--out", "--dtype", "--to", "--max-shard-size", "--plot"):
             options += [word, *([value] if (value := next(words, None)) is not None else [])]
         else:
             (options if word.startswith("-") else rest).append(word)
@@ -85,6 +85,10 @@ def _parser() -> ArgumentParser:
     layouts = "sparse: bitmasks and packed values, see docs/sparse.md; dense: safetensors as transformers reads them"
     convert.add_argument("--to", choices=["sparse", "dense"], required=True, help=layouts)
     convert.add_argument("--max-shard-size", type=str, default="2GB", help="of a weight file, such as 500MB")
+
+    plan = command("plan", "Print which blocks a search skips: tower, MACs, gate of each.")
+    plan.add_argument("plan", type=Path, help="a run folder, or a plan's JSON file")
+    plan.add_argument("--plot", type=Path, help="write a picture of the gates over the search (PNG)")
 
     cost = command("cost", "What a recipe will cost, without data or weights: parameters, MACs, bytes.")
     cost.add_argument("recipe", type=str, help="a YAML file or the name of a shipped recipe")
@@ -176,6 +180,24 @@ def _convert(options: Any) -> None:
         table.add_column(column, justify="right")
     table.add_row(*(f"{v:,}" if isinstance(v, int) else f"{v:.3f}" for v in row.values()))
     Console().print(table)
+
+
+def _plan(options: Any) -> None:
+    from rich.console import Console
+
+    _quiet()
+    from trimtab.methods.skip.plan import Plan
+
+    Console().print(Plan.read(options.plan).table())
+    if options.plot:
+        from trimtab._report_gates import gates_figure
+
+        file = options.plan / "plan.json" if options.plan.is_dir() else options.plan
+        picture = gates_figure(json.loads(file.read_text()))
+        if picture is None:
+            raise ValueError(f"{file}: holds no course of a search to draw (its method did not search in steps)")
+        options.plot.write_bytes(picture)
+        print(f"gates: {options.plot}")
 
 
 def _cost(options: Any) -> None:
