@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,13 @@ def choose(switches: Sequence[Switch], plan: Sequence[int]) -> None:
 
 
 def mean_over_processes(losses: Sequence[float], device: torch.device) -> list[float]:
-    """The mean of each loss over all processes, so that all of them go on with the same numbers."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    """The mean of each number over all processes, so that all of them go on with the same."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return list(losses)
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    PartialState(cpu=device.type == "cpu")  # joins the processes if the trainer has not done so yet
     total = torch.tensor(losses, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return (total / dist.get_world_size()).tolist()

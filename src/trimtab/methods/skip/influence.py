@@ -19,7 +19,7 @@ from trimtab.anatomy import Block, Tap, argument, pick
 from trimtab.methods.base import METHODS, Session
 from trimtab.methods.skip.base import Skipping, SkipSettings, Supernet
 from trimtab.methods.skip.budget import Indices, Target
-from trimtab.methods.skip.evaluate import SearchError
+from trimtab.methods.skip.evaluate import SearchError, mean_over_processes
 
 
 @torch.no_grad()
@@ -52,7 +52,8 @@ def block_influence(model: nn.Module, subject: nn.Module, blocks: Sequence[Block
         for handle in handles:
             handle.remove()
         model.train(was)
-    return [s / max(n, 1) for s, n in zip(sums, counts, strict=True)]
+    found = [s / max(n, 1) for s, n in zip(sums, counts, strict=True)]
+    return mean_over_processes(found, next(iter(batch.values())).device)
 
 
 @dataclass(frozen=True)
