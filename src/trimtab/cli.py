@@ -41,7 +41,7 @@ def _options_first(arguments: Sequence[str]) -> list[str]:
     command, options, rest = list(arguments[:1]), [], []
     words = iter(arguments[1:])
     for word in words:
-        if word in ("--out", "--dtype", "--to", "--max-shard-size", "--tokens", "--image-size"):
+        if word in ("--out", "--dtype", "--to", "--max-shard-size", "--tokens", "--image-size", "--plot"):
             options += [word, *([value] if (value := next(words, None)) is not None else [])]
         else:
             (options if word.startswith("-") else rest).append(word)
@@ -97,6 +97,10 @@ def _parser() -> ArgumentParser:
     speed.add_argument("--tokens", type=int, default=4096, help="rows of the inputs: batch times length")
     speed.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float16", help="to compute in")
     speed.add_argument("--json", action="store_true", help="print JSON: an object with a list of layers")
+
+    plan = command("plan", "Print which blocks a search skips: tower, MACs, gate of each.")
+    plan.add_argument("plan", type=Path, help="a run folder, or a plan's JSON file")
+    plan.add_argument("--plot", type=Path, help="write a picture of the gates over the search (PNG)")
 
     cost = command("cost", "What a recipe will cost, without data or weights: parameters, MACs, bytes.")
     cost.add_argument("recipe", type=str, help="a YAML file or the name of a shipped recipe")
@@ -227,6 +231,24 @@ def _speed(options: Any) -> None:
         table.add_row(x.path, shape, f"{100 * x.zeros:.1f} %", *timed, "yes" if x.converted else x.why)
     Console().print(table)
     print(f"{len(report.converted)} of {len(report.layers)} linear layers run faster; nothing was written")
+
+
+def _plan(options: Any) -> None:
+    from rich.console import Console
+
+    _quiet()
+    from trimtab.methods.skip.plan import Plan
+
+    Console().print(Plan.read(options.plan).table())
+    if options.plot:
+        from trimtab._report_gates import gates_figure
+
+        file = options.plan / "plan.json" if options.plan.is_dir() else options.plan
+        picture = gates_figure(json.loads(file.read_text()))
+        if picture is None:
+            raise ValueError(f"{file}: holds no course of a search to draw (its method did not search in steps)")
+        options.plot.write_bytes(picture)
+        print(f"gates: {options.plot}")
 
 
 def _cost(options: Any) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from trimtab import _report_plots as plots
 from trimtab import _report_sparsity as sparsity
+from trimtab._report_gates import gates_figure
 from trimtab._report_runs import (
     COSTS,
     RunRecord,
@@ -289,13 +290,23 @@ def _query(sample: dict[str, Any]) -> str:
 def _plans(section: Section) -> list[dict[str, Any]]:
     """List the plans found, seeds that agree on one together."""
     seeds: dict[tuple[str, tuple[str, ...], int], list[int]] = {}
+    figures: dict[tuple[str, tuple[str, ...], int], bytes | None] = {}
     for run in section.runs:
         if run.plan is not None:
             skip, candidates = (_texts(run.plan.get(key)) for key in ("skip", "candidates"))
-            seeds.setdefault((run.info["variant"], skip, len(candidates)), []).append(run.info["seed"])
+            key = (run.info["variant"], skip, len(candidates))
+            seeds.setdefault(key, []).append(run.info["seed"])
+            if key not in figures:  # of the first seed with this plan
+                figures[key] = gates_figure(run.plan)
     return [
-        {"method": variant, "seeds": ", ".join(map(str, agreeing)), "skipped": skip, "candidates": candidates}
-        for (variant, skip, candidates), agreeing in seeds.items()
+        {
+            "method": key[0],
+            "seeds": ", ".join(map(str, agreeing)),
+            "skipped": key[1],
+            "candidates": key[2],
+            "gates": (png := figures[key]) and plots.data_uri(png),
+        }
+        for key, agreeing in seeds.items()
     ]
 
 

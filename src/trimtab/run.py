@@ -218,7 +218,7 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
     print_ = fingerprint(model.backbone.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     label = f"{recipe.name} {recipe.variant}"
-    session = training.TrainingSession(model, train, validation, spec, recipe.seed, label)
+    session = training.TrainingSession(model, train, validation, spec, recipe.seed, label, folder)
     model.backbone.requires_grad_(False)
     anatomy = model.backbone.anatomy
     for method in parts.methods:
@@ -252,7 +252,8 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
         costs = cost.measure(parts, cost.dense(recipe), spec.batch_size, folder / "weights.safetensors")
         _write_json(folder / "costs.json", costs)
     _gallery(parts.task, records, test, folder / "samples")
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    for scratch in (checkpoints, folder / "search"):
+        shutil.rmtree(scratch, ignore_errors=True)
     info = {
         "format": FORMAT, "status": "finished", "name": recipe.name, "variant": recipe.variant, "seed": recipe.seed,
         "recipe_title": recipe.title, "task": recipe.task["name"], "data": _data_label(recipe.data),
@@ -351,9 +352,9 @@ def export(folder: str | Path, out: str | Path, dtype: str = "float32", sparse: 
     folder, out = Path(folder), Path(out)
     if out.exists():
         raise RunError(f"{out}: is there already; name a new folder")
-    stuck = [m["name"] for m in load_recipe(folder).methods if not METHODS[m["name"]].folds]
+    stuck = [m["name"] for i, m in enumerate(load_recipe(folder).methods) if not _method(m, f"methods.{i}").folds]
     if stuck:
-        able = sorted(name for name, method in METHODS.items() if method.folds)
+        able = sorted(name for name, method in METHODS.items() if method.folds is True)
         raise RunError(f"{folder}: {', '.join(stuck)} changed the model's modules, which a transformers folder cannot "
                        f"hold; exported are runs of {', '.join(able)}")  # fmt: skip
     parts = _loaded(folder)

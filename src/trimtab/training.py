@@ -7,6 +7,7 @@ callbacks. What is added here: parameter groups with a learning rate of their ow
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -231,13 +232,15 @@ def evaluate(model: TaskModel, table: Any, size: int = 64) -> tuple[dict[str, fl
 class TrainingSession:
     """What methods get while they prepare: see `trimtab.methods.Session`."""
 
-    def __init__(self, model: TaskModel, train: Any, validation: Any, spec: TrainingSpec, seed: int, title: str):
+    def __init__(self, model: TaskModel, train: Any, validation: Any, spec: TrainingSpec, seed: int, title: str,
+                 folder: Path | None = None):  # fmt: skip
         self.model = model
         self.anatomy: Anatomy = model.backbone.anatomy
         self.spec = spec
         self.seed = seed
         self._tables = {"train": train, "validation": validation}
         self._title = title
+        self.folder = folder
 
     @property
     def subject(self) -> nn.Module:
@@ -247,9 +250,27 @@ class TrainingSession:
         return model.backbone.model
 
     def batches(self, split: Literal["train", "validation"], size: int | None = None) -> Iterator[dict[str, Tensor]]:
-        table = self._tables[split]
-        for _, batch in batches(self.model, table, size or self.spec.batch_size, train=True, seed=self.seed):
-            yield batch
+        """See `Session`. With several processes each gets its part of a larger validation batch, one after another in
+        the order of rows: what is averaged over processes is then what one process finds on the whole batch. Training
+        batches are the same everywhere, so that statistics taken from them are.
+
+        Raises:
+            ValueError: if the validation split has fewer rows than a batch.
+        """
+        table, size = self._tables[split], size or self.spec.batch_size
+        world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
+        parts = world if split == "validation" else 1
+        if split == "validation" and len(table) < size * parts:
+            raise ValueError(
+                f"the validation split has {len(table)} rows, but a batch of it takes {size * parts}: give "
+                f"`data.validation` at least {size * parts} rows, or lower training.batch_size (or the method's `rows`)"
+            )
+        found = (batch for _, batch in batches(self.model, table, size * parts, train=True, seed=self.seed))
+        if parts == 1:
+            return found
+        return ({k: v[rank * size : (rank + 1) * size] for k, v in batch.items()} for batch in found)
 
     def fit(self, model: TaskModel, steps: int, callbacks: list[TrainerCallback]) -> list[dict[str, float]]:
-        return fit(model, self._tables["train"], self.spec, self.seed, callbacks, f"{self._title}: search", steps)
+        checkpoints = None if self.folder is None else self.folder / "search"
+        return fit(model, self._tables["train"], self.spec, self.seed, callbacks, f"{self._title}: search", steps,
+                   checkpoints)  # fmt: skip

@@ -1,14 +1,19 @@
-"""DAS: the search's gates and plans, step by step, and the adapters."""
+"""DAS: the search's gates and plans, step by step, the adapters, and blocks with their adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
+from transformers import BertConfig, ViltConfig
+from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.vilt.modeling_vilt import ViltEncoder
 
 from tests.comparisons.modules import copy_parameters, gradient_checks, pairs
 from tests.conformance import Case, Check, Skipped, close, compares
-from trimtab.methods.skip.adapters import Adapter
+from trimtab.anatomy import Block, Sublayer, Tap
+from trimtab.methods.skip.adapters import Adapter, add_adapters
 from trimtab.methods.skip.das import Gates
 
 
@@ -47,18 +52,84 @@ def gates(case: Case) -> Iterator[Check | Skipped]:
 
 @compares("C(ii)")
 def adapters(case: Case) -> Iterator[Check | Skipped]:
-    """Adapters in the published variants that the library has: LayerNorm first, a fixed scale."""
+    """Adapters in the published variants."""
     info = case.info
     for variant, settings in info["variants"].items():
-        if settings["layernorm"] != "in" or settings["scalar"] == "learnable_scalar":
-            what = f"LayerNorm {settings['layernorm']!r}, scale {settings['scalar']}"
-            yield Skipped(f"{variant}: {what}: neither the skip nor the side adapter is of this form")
-            continue
-        adapter = Adapter(info["d_model"], info["bottleneck"], settings["add_residual"], float(settings["scalar"]))
+        learned = settings["scalar"] == "learnable_scalar"
+        adapter = Adapter(info["d_model"], info["bottleneck"], settings["add_residual"],
+                          "learned" if learned else float(settings["scalar"]), settings["layernorm"])  # fmt: skip
         part = {k.removeprefix(f"{variant}."): v for k, v in case.tensors.items() if k.startswith(f"{variant}.")}
-        names = pairs(norm="adapter_layer_norm_before", down="down_proj", up="up_proj")
+        names = pairs(down="down_proj", up="up_proj")
+        if settings["layernorm"] != "none":
+            names |= pairs(norm="adapter_layer_norm_before")
+        if learned:
+            names |= {"scale": "param.scale"}
         copy_parameters(adapter, part, names)
-        out = adapter(part["x"])
+        out = adapter(part["x"], part.get("residual"))
         yield close(f"{variant} output", out, part["y"])
         out.square().sum().backward()
         yield from gradient_checks(adapter, part, names)
+
+
+@compares("C(ii) blocks")
+def blocks(case: Case) -> Iterator[Check | Skipped]:
+    """A kept block of ViLT and a fusion layer of METER with their adapters, put into transformers' classes."""
+    info = case.info
+    for name, build in (("vilt", _vilt), ("meter", _meter)):
+        part = {k.removeprefix(f"{name}."): v for k, v in case.tensors.items() if k.startswith(f"{name}.")}
+        model, block, call = build(info, part)
+        add_adapters(model, block, info["adapter_bottleneck"])
+        for i in range(len(block.sublayers)):
+            adapter = model.get_submodule(f"{block.path}.das_{i}")
+            prefix = ADAPTERS[name][i]
+            names = {"norm": "adapter_layer_norm_before", "down": "down_proj", "up": "up_proj"}
+            copy_parameters(adapter, part, pairs(**{k: f"{prefix}.{v}" for k, v in names.items()}))
+        with torch.no_grad():
+            yield close(f"{name} block", call(model.eval()), part["y"])
+
+
+ADAPTERS = {
+    "vilt": ("adapter0", "adapter1"),
+    "meter": ("attention.output.adapter", "crossattention.output.adapter", "adapter"),
+}
+
+
+def _vilt(info: dict, part: dict[str, Tensor]) -> tuple[ViltEncoder, Block, Callable]:
+    d = info["d"]
+    config = ViltConfig(hidden_size=d, num_hidden_layers=1, num_attention_heads=info["heads"], layer_norm_eps=1e-6,
+                        intermediate_size=d * info["mlp_ratio"])  # fmt: skip
+    model = ViltEncoder(config)
+    q, k, v = (f"attention.attention.{x}" for x in ("query", "key", "value"))
+    state = {"layernorm_before": "norm1", "layernorm_after": "norm2", "attention.output.dense": "attn.proj",
+             "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2"}  # fmt: skip
+    loaded = {f"{a}.{p}": part[f"param.{b}.{p}"] for a, b in state.items() for p in ("weight", "bias")}
+    for p in ("weight", "bias"):
+        loaded |= dict(zip((f"{x}.{p}" for x in (q, k, v)), part[f"param.attn.qkv.{p}"].chunk(3), strict=True))
+    model.layer[0].load_state_dict(loaded)
+    block = Block("layer.0", d, (
+        Sublayer("attention", Tap("layer.0.layernorm_before", "input"), Tap("layer.0.attention.output")),
+        Sublayer("mlp", Tap("layer.0.layernorm_after", "input"), Tap("layer.0.output")),
+    ), returns_tuple=True)  # fmt: skip
+    mask = (1 - part["mask"][:, None, None].float()) * -1e9
+    return model, block, lambda m: m.layer[0](part["x"], mask)[0]
+
+
+def _meter(info: dict, part: dict[str, Tensor]) -> tuple[torch.nn.Module, Block, Callable]:
+    config = BertConfig(hidden_size=info["d"], num_attention_heads=info["heads"], is_decoder=True, vocab_size=2,
+                        intermediate_size=info["d"] * info["mlp_ratio"], add_cross_attention=True,
+                        attn_implementation="eager")  # fmt: skip
+    model = torch.nn.Module()
+    model.layer = BertLayer(config, layer_idx=0)
+    model.layer.load_state_dict({k.removeprefix("param."): v for k, v in part.items() if k.startswith("param.") and
+                                 "adapter" not in k})  # fmt: skip
+    block = fusion_block("layer", info["d"])
+    return model, block, lambda m: m.layer(part["x"], part["mask_ext"], part["ctx"], part["ctx_mask_ext"])
+
+
+def fusion_block(path: str, width: int) -> Block:
+    """METER's fusion layer: adapters join the attention's output before the LayerNorm, the MLP's after it."""
+    parts = [
+        Sublayer(f"{kind}attention", Tap(f"{path}.{name}", "input"), Tap(f"{path}.{name}.output.dropout"))  # type: ignore
+        for kind, name in (("", "attention"), ("cross-", "crossattention"))
+    ]
+    return Block(path, width, (*parts, Sublayer("mlp", Tap(f"{path}.intermediate", "input"), Tap(f"{path}.output"))))

@@ -19,6 +19,10 @@ NAMES = sorted(set(METHODS) - {"masks"})  # masks come from somewhere: see test_
 SETTINGS = {
     "das": {"skip": 2, "search_steps": 6, "turn": 2},
     "random-skip": {"skip": 2},
+    "block-influence": {"skip": 2},
+    "greedy-skip": {"skip": 2, "search_steps": 2},
+    "exhaustive-skip": {"skip": 1, "search_steps": 2},
+    "bandit-skip": {"skip": 2, "search_steps": 2, "evaluations": 6},
     **{
         name: {"batches": 2, "batch_size": 8}
         for name in ("multiflow", "snip", "wanda", "ria", "sparsegpt", "chita", "tamt")

@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
@@ -27,11 +28,16 @@ METHODS: Registry[Any] = Registry("method")
 
 
 class Session(Protocol):
-    """What a method may ask for while it prepares: the model with its task, data, and a way to train."""
+    """What a method may ask for while it prepares: the model with its task, data, and a way to train.
+
+    `folder` is the run's folder, where a method may keep under `search/` what an interrupted run needs to go on; it is
+    deleted when the run is finished. None keeps nothing.
+    """
 
     model: Any
     anatomy: Anatomy
     seed: int
+    folder: Path | None
 
     @property
     def subject(self) -> nn.Module:

@@ -1,85 +1,262 @@
-"""The small modules with which DAS works: bottleneck adapters beside kept blocks, one in place of a skipped block."""
+"""The small modules with which DAS works: adapters in kept blocks, one in place of a skipped block.
+
+    parallel     kept:     y = part(x) + up(relu(down(LN(x))))              x: the un-normalised stream (METER, ViLT)
+                 skipped:  y = x + up(relu(down(LN(x))))
+    sequential   kept:     y = part(z + up(relu(down(z))))                  z = norm(x), the block's own norm (LLaVA)
+                 skipped:  y = x + z + up(relu(down(z)))
+    routed       kept:     y = attention(z + r_1 B down(z) + r_2 D down(z)) r = softmax(Linear(z[first token]) / 10)
+                 skipped:  y = x + r_1 B down(z) + r_2 D down(z)            (LaVIN's two experts)
+    none         nothing is added anywhere: a skipped block is the identity
+
+Sources: `efficientmodules.py` (METER), `adapter.py` (ViLT), `das_adapter.py` (LLaVA-DAS), `mm_adapter.py` (LaVIN-DAS).
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from trimtab.anatomy import Block, Tap, argument, read, rewrite
+from trimtab.anatomy import AnatomyError, Block, Sublayer, Tap, read, rewrite
+
+Form = Literal["parallel", "sequential", "routed", "none"]
 
 
 class Adapter(nn.Module):
-    """LayerNorm -> Linear(D, b) -> ReLU -> Linear(b, D) [-> + input]; weights N(0, 0.02), biases 0 (DAS, `adapter.py`).
+    """[LayerNorm ->] Linear(D, b) -> ReLU -> Linear(b, D) -> scale [-> LayerNorm] [-> + residual].
 
     Args:
         width: D of the stream, (B, L, D) in and out.
         bottleneck: b.
-        residual: whether the input is added to the output.
-        scale: factor of the output before the residual.
+        residual: whether the residual is added to the output.
+        scale: factor of the output before the residual; `learned` makes it a parameter, 1 at first.
+        norm: where the LayerNorm is: before (`in`), after the scale (`out`), or `none`.
+        init: `bert` draws weights from N(0, 0.02), `xavier` from Xavier's uniform; biases are 0.
     """
 
-    def __init__(self, width: int, bottleneck: int, residual: bool = False, scale: float = 1.0):
+    def __init__(
+        self,
+        width: int,
+        bottleneck: int,
+        residual: bool = False,
+        scale: float | Literal["learned"] = 1.0,
+        norm: Literal["in", "out", "none"] = "in",
+        init: Literal["bert", "xavier"] = "bert",
+    ):
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.Identity() if norm == "none" else nn.LayerNorm(width)
         self.down = nn.Linear(width, bottleneck)
         self.up = nn.Linear(bottleneck, width)
-        self.residual, self.scale = residual, scale
+        self.residual, self.place = residual, norm
+        self.scale = nn.Parameter(torch.ones(1)) if scale == "learned" else scale
         for linear in (self.down, self.up):
-            nn.init.normal_(linear.weight, std=0.02)
+            if init == "bert":
+                nn.init.normal_(linear.weight, std=0.02)
+            else:
+                nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(B, L, D) -> (B, L, D); `residual` is what is added instead of `x`."""
+        out = self.up(self.down(self.norm(x) if self.place == "in" else x).relu()) * self.scale
+        if self.place == "out":
+            out = self.norm(out)
+        return out + (x if residual is None else residual) if self.residual else out
+
+
+class RoutedAdapter(nn.Module):
+    """Two experts on one bottleneck, mixed by weights that the first token of the sequence decides (LaVIN).
+
+    With a key-value cache a later pass sees only the newest token: the weights of the pass that began the sequence are
+    kept for it. `begin` says whether the next pass begins one.
+
+    Args:
+        width: D of the stream, (B, L, D) in and out.
+        bottleneck: b, divided by 2 groups.
+        residual: whether the input is added to the output.
+        temperature: of the softmax over experts.
+    """
+
+    def __init__(self, width: int, bottleneck: int, residual: bool = False, temperature: float = 10.0):
+        super().__init__()
+        bottleneck = max(2, bottleneck - bottleneck % 2)
+        self.down = nn.Linear(width, bottleneck)
+        self.experts = nn.ModuleList(nn.Conv1d(bottleneck, width, 1, groups=2) for _ in range(2))
+        self.route = nn.Linear(width, 2)
+        self.dropout = nn.Dropout(0.1)
+        self.residual, self.temperature = residual, temperature
+        self.begin = True
+        self.weights: Tensor | None = None  # (B, 2) of the sequences that are being generated
+        nn.init.xavier_uniform_(self.down.weight)
+        for module in (self.down, *self.experts):
+            nn.init.zeros_(module.bias)
+        for expert in self.experts:
+            nn.init.zeros_(expert.weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        out = self.up(self.down(self.norm(x)).relu()) * self.scale
+        if self.begin or self.weights is None or len(self.weights) != len(x):
+            self.weights = (self.route(x[:, 0]) / self.temperature).softmax(-1)
+        hidden = self.dropout(self.down(x)).transpose(1, 2)  # (B, b, L)
+        first, second = (expert(hidden).transpose(1, 2) for expert in self.experts)
+        out = first * self.weights[:, :1, None] + second * self.weights[:, 1:, None]
         return x + out if self.residual else out
 
 
-def add_parallel_adapters(model: nn.Module, block: Block, bottleneck: int) -> None:
-    """Give every sublayer of a block an adapter that reads its input and is added to its output.
+def begins(names: list[str], args: tuple, kwargs: dict) -> bool:
+    """Whether a block's call begins a sequence: no position is given, or one of the positions is 0."""
+    position = value_of("position_ids", names, args, kwargs)
+    return position is None or bool((position == 0).any())
+
+
+def value_of(name: str, names: list[str], args: tuple, kwargs: dict) -> Any:
+    """An argument of a call by its name, however it was passed; None if it was not."""
+    if name in kwargs:
+        return kwargs[name]
+    return args[names.index(name)] if name in names[: len(args)] else None
+
+
+def parameter_names(module: nn.Module) -> list[str]:
+    """Names of what a module's forward takes by position, in order."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [n for n, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds]
+
+
+def own_norm(model: nn.Module, block: Block, part: Sublayer) -> str:
+    """Path of the norm that a block applies before a part.
+
+    Raises:
+        AnatomyError: if the part does not begin with a norm (a model that normalises after its parts).
+    """
+    path = part.read.path
+    kind = type(model.get_submodule(path)).__name__
+    if part.read.side != "input" or "norm" not in kind.lower():
+        raise AnatomyError(
+            f"block '{block.path}': sequential and routed adapters work on the normalised input of a part, but its "
+            f"{part.kind} reads '{path}', a {kind} and no norm; use parallel adapters"
+        )
+    return path
+
+
+def add_adapters(model: nn.Module, block: Block, bottleneck: int, form: Form = "parallel") -> None:
+    """Give the sublayers of a kept block their adapters.
 
     They are stored in the block itself (`das_0`, `das_1`, ...), so that they go when the block goes.
     """
     owner = model.get_submodule(block.path)
+    place = next(owner.parameters())
     for i, part in enumerate(block.sublayers):
-        adapter = Adapter(block.width, bottleneck)
-        owner.add_module(f"das_{i}", adapter.to(next(owner.parameters()).device))
-        seen: list[Tensor] = []  # the sublayer's input, from its read until its write in the same pass
-        read(model, part.read, seen.append)
-        rewrite(model, part.write, lambda out, adapter=adapter, seen=seen: out + adapter(seen.pop()))
+        if form == "none" or (form == "routed" and part.kind != "attention"):
+            continue
+        adapter: nn.Module
+        if form == "parallel":
+            adapter = Adapter(block.width, bottleneck)
+        elif form == "sequential":
+            adapter = Adapter(block.width, bottleneck, residual=True, norm="none", init="xavier")
+        else:
+            adapter = RoutedAdapter(block.width, bottleneck, residual=True)
+            names = parameter_names(owner)
+
+            def start(module, args, kwargs, adapter=adapter, names=names):
+                adapter.begin = begins(names, args, kwargs)
+
+            owner.register_forward_pre_hook(start, with_kwargs=True)
+        owner.add_module(f"das_{i}", adapter.to(place.device, place.dtype))
+        if form == "parallel":
+            seen: list[Tensor] = []  # the sublayer's input, from its read until its write in the same pass
+            read(model, part.read, seen.append)
+            rewrite(model, part.write, lambda out, adapter=adapter, seen=seen: out + adapter(seen.pop()))
+        else:
+            rewrite(model, Tap(own_norm(model, block, part)), adapter)
 
 
 class Skipped(nn.Module):
     """What stands in place of a skipped block: its adapter on the stream that the block would have carried on.
 
-    It takes whatever the block took (masks, memories, caches) and uses the stream alone.
+    It takes whatever the block took (masks, memories, caches). What the block would have returned beside the stream is
+    handed on as it came in: a second stream with an adapter of its own, a position bias without.
+
+    Args:
+        model: the model, with the block still in its place.
+        block: its description.
+        bottleneck: width of an adapter in a kept block; the skip adapter is as wide as those of the block together.
+        form: of the adapters.
     """
 
-    def __init__(self, block: Block, bottleneck: int):
+    def __init__(self, model: nn.Module, block: Block, bottleneck: int, form: Form = "parallel"):
         super().__init__()
-        self.adapter = Adapter(block.width, bottleneck, residual=True)
-        self.tap = Tap(block.path, "input", 0)
-        self.keyword = block.stream
-        self.returns_tuple = block.returns_tuple
+        original = model.get_submodule(block.path)
+        place = next(original.parameters())
+        self.names = parameter_names(original)
+        self.stream, self.also = block.stream, block.also
+        self.returns_tuple = block.returns_tuple or bool(block.also)
+        self.form = form
+        self.norm: nn.Module | None = None
+        if form in ("sequential", "routed"):
+            # A copy: in the search the block stays beside this module, and its adapters change what its norm puts out.
+            self.norm = copy.deepcopy(model.get_submodule(own_norm(model, block, block.sublayers[0])))
+            self.norm._forward_hooks.clear()
+        self.adapter = self._adapter(block, bottleneck, 0).to(place.device, place.dtype)
+        others = [self._adapter(block, bottleneck, i + 1) for i in range(len(block.also))]
+        self.others = nn.ModuleList(others).to(place.device, place.dtype)
+
+    def _adapter(self, block: Block, bottleneck: int, stream: int) -> nn.Module:
+        count = sum(part.stream == stream for part in block.sublayers)
+        if self.form == "none" or not count:
+            return nn.Identity()
+        if self.form == "parallel":
+            return Adapter(block.width, bottleneck * count, residual=True)
+        if self.form == "sequential":
+            return Adapter(block.width, bottleneck * count, residual=True, norm="none", init="xavier")
+        return RoutedAdapter(block.width, bottleneck * 4)  # as wide as four of the one adapter in a kept block
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        stream = kwargs[self.keyword] if self.keyword in kwargs else argument(self.tap, args, kwargs)
-        out = self.adapter(stream)
-        return (out,) if self.returns_tuple else out
+        stream = kwargs[self.stream] if self.stream in kwargs else args[0]
+        if isinstance(self.adapter, RoutedAdapter):
+            self.adapter.begin = begins(self.names, args, kwargs)
+        out = self.adapter(stream) if self.norm is None else stream + self.adapter(self.norm(stream))
+        if not self.returns_tuple:
+            return out
+        rest = (value_of(name, self.names, args, kwargs) for name in self.also)
+        return (out, *(adapter(value) for adapter, value in zip(self.others, rest, strict=True)))
 
 
 class Switch(nn.Module):
-    """A block and its replacement side by side, for the search: `skip` says which of them runs."""
+    """A block and its replacement side by side, for the search: `skip` says which of them runs.
+
+    With `before` set, it is asked first and may answer in the block's place; with `after`, it is told the result.
+    """
 
     def __init__(self, block: nn.Module, replacement: Skipped):
         super().__init__()
         self.block, self.replacement = block, replacement
         self.skip = False
+        self.before: Callable[[], Any] | None = None
+        self.after: Callable[[Any], None] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return (self.replacement if self.skip else self.block)(*args, **kwargs)
+        if self.before is not None and (known := self.before()) is not None:
+            return known
+        out = (self.replacement if self.skip else self.block)(*args, **kwargs)
+        if self.after is not None:
+            self.after(out)
+        return out
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     """Put another module at a dotted path."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, new)
+
+
+def train_adapters(model: nn.Module, heads: tuple[str, ...]) -> None:
+    """What DAS trains in the model: adapters, and the heads (pooler and projections)."""
+    for module in model.modules():
+        if isinstance(module, (Adapter, RoutedAdapter)):
+            module.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if any(name.startswith(h + ".") for h in heads):
+            parameter.requires_grad_(True)

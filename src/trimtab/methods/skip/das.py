@@ -9,44 +9,28 @@
               gone and one residual adapter as wide as theirs together (b * sublayers) stands in their place, so that
               trained parameters hardly change with k
 
-Sections 3.2-3.3 of the paper, `meter_module_search.py` and `vilt_module_search.py`.
+Sections 3.2-3.3 of the paper, `meter_module_search.py` and `vilt_module_search.py`. The indices of gates are those of
+the candidates, in the order of `towers`: METER's code has its six text layers first and then its six image layers, and
+prints the two labels the wrong way round; here a gate carries its block's path.
 """
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trimtab.anatomy import Anatomy, Block
-from trimtab.methods.base import METHODS, Method, Session
-from trimtab.methods.skip.adapters import Skipped, Switch, add_parallel_adapters, replace_module
-from trimtab.registry import unknown
-
-
-@dataclass(frozen=True)
-class SkipSettings:
-    """Settings of every way to skip."""
-
-    skip: int = 2
-    """How many blocks are skipped (k)."""
-    reduction: int = 8
-    """In-block adapters are width / reduction wide (published: 768 / 8 = 96)."""
-    towers: tuple[str, ...] | None = None
-    """Towers whose blocks are candidates; None for all."""
-    plan: tuple[str, ...] | None = None
-    """Paths of the blocks to skip; given, nothing is searched."""
-    plan_seed: int | None = None
-    """Seed of a random plan (`random-skip` only); None takes the recipe's."""
-
-    def __post_init__(self) -> None:
-        if self.skip < 0 or self.reduction < 1:
-            raise ValueError(
-                f"skip must be at least 0 and reduction at least 1, found {self.skip} and {self.reduction}"
-            )
+from trimtab.anatomy import Block
+from trimtab.data.cache import replace_file
+from trimtab.methods.base import METHODS, Session
+from trimtab.methods.skip.base import Skipping, SkipSettings, Supernet, search_folder, search_key
+from trimtab.methods.skip.budget import Indices, Target
+from trimtab.methods.skip.evaluate import PlanLosses, check_finite, choose
 
 
 @dataclass(frozen=True)
@@ -58,13 +42,21 @@ class DASSettings(SkipSettings):
     warmup: float = 1 / 3
     """Share of them before the first gate update (published: 1 of 3 epochs)."""
     turn: int = 10
-    """Training steps between gate updates."""
+    """Training steps between gate updates (published: 10; LLaVA-DAS: 3)."""
     subsets: int = 3
-    """Distinct plans compared at an update."""
+    """Distinct plans compared at an update (published: 3; LLaVA-DAS: 5)."""
     gate_rate: float = 1.0
-    """Learning rate of the gates (METER's code defines 0.1 and never applies it: 1.0 is what ran)."""
+    """Learning rate of the gates: 1.0 is what ran (METER's code defines 0.1 and never applies it); LaVIN 0.05."""
     dropout_in_rewards: bool = True
-    """Leave the model in training mode for rewards, as METER's and ViLT's code does; False evaluates."""
+    """Leave the model in training mode for rewards, as METER's and ViLT's code does; False evaluates, as LaVIN's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.turn < 1 or self.subsets < 2:
+            raise ValueError(
+                f"turn must be at least 1 and subsets at least 2, found {self.turn} and {self.subsets}: a plan is "
+                "judged against the mean of the others"
+            )
 
 
 class Gates:
@@ -72,28 +64,34 @@ class Gates:
 
     Args:
         candidates: number of blocks that may be skipped.
-        skip: how many are.
+        skip: how many are, or what a plan must save.
         rate: learning rate of the gates.
+        generator: of the draws; None takes torch's global one.
     """
 
-    def __init__(self, candidates: int, skip: int, rate: float = 1.0):
+    def __init__(self, candidates: int, skip: int | Target, rate: float = 1.0,
+                 generator: torch.Generator | None = None):  # fmt: skip
         self.values = torch.zeros(candidates)
-        self.skip, self.rate = skip, rate
+        self.target = Target.count(candidates, skip) if isinstance(skip, int) else skip
+        self.rate, self.generator = rate, generator
 
     @property
     def probabilities(self) -> Tensor:
         return self.values.sigmoid()
 
     def draw(self) -> list[int]:
-        """`skip` candidates without replacement, in proportion to their probabilities."""
-        return torch.multinomial(self.probabilities, self.skip).tolist()
+        """Candidates without replacement, in proportion to their probabilities, until they are enough."""
+        most = self.target.sizes()[-1]
+        order = torch.multinomial(self.probabilities, most, generator=self.generator).tolist()
+        return order if self.target.unit == "blocks" else list(self.target.fill(order))
 
     def subsets(self, count: int) -> list[list[int]]:
         """Distinct draws, each sorted; ValueError if there are not that many."""
-        from math import comb
-
-        if comb(len(self.values), self.skip) < count:
-            raise ValueError(f"{len(self.values)} blocks have fewer than {count} distinct plans that skip {self.skip}")
+        if len(list(islice(self.target.plans(), count))) < count:
+            raise ValueError(
+                f"{len(self.values)} blocks have fewer than {count} distinct plans that skip {self.target.needed:g} "
+                f"{self.target.unit}: lower `subsets`"
+            )
         found: list[list[int]] = []
         while len(found) < count:
             subset = sorted(self.draw())
@@ -101,91 +99,18 @@ class Gates:
                 found.append(subset)
         return found
 
-    def update(self, subsets: list[list[int]], losses: list[float]) -> None:
+    def update(self, subsets: Sequence[Sequence[int]], losses: Sequence[float]) -> None:
         """Raise the gates of blocks that were missed less than average, lower the others."""
         rewards = torch.exp(-torch.tensor(losses, dtype=torch.float64))
         p = self.probabilities.clone()
         slope = p * (1 - p)
         for subset, advantage in zip(subsets, (rewards - rewards.mean()).tolist(), strict=True):
-            self.values[subset] += self.rate * advantage * slope[subset]
+            self.values[list(subset)] += self.rate * advantage * slope[list(subset)]
 
     def best(self) -> list[int]:
-        """The `skip` candidates with the largest gates; among equals the last, as a stable ascending sort has them."""
+        """The plan of the largest gates; among equals the last, as a stable ascending sort has them."""
         order = self.values.sort(stable=True).indices.tolist()
-        return sorted(order[len(order) - self.skip :])
-
-
-class Skipping(Method):
-    """What every way to skip shares: candidates, and a model without the plan's blocks."""
-
-    lever = "skip"
-
-    def candidates(self, anatomy: Anatomy) -> list[Block]:
-        """Blocks that may be skipped, in order.
-
-        Raises:
-            ValueError: if a tower is unknown, or fewer blocks can go than are to be skipped.
-        """
-        s = self.settings
-        towers = s.towers or tuple(t.name for t in anatomy.towers)
-        found = [b for name in towers for b in anatomy.blocks(name) if b.keeps_shape and b.sublayers]
-        if s.skip >= len(found):
-            raise ValueError(f"{self.name}: {s.skip} of {len(found)} skippable blocks in {towers} cannot be skipped")
-        return found
-
-    def set_plan(self, candidates: list[Block], chosen: list[int], **more: Any) -> None:
-        paths = [b.path for b in candidates]
-        self.state = {"skip": [paths[i] for i in chosen], "candidates": paths, **more}
-
-    def prepare(self, session: Session) -> None:
-        candidates = self.candidates(session.anatomy)
-        if self.settings.plan is None:
-            self.search(session, candidates)
-            return
-        paths = [b.path for b in candidates]
-        for path in self.settings.plan:
-            if path not in paths:
-                raise ValueError(f"{self.name}: plan: {unknown('block', path, paths)}")
-        self.set_plan(candidates, [paths.index(p) for p in self.settings.plan])
-
-    def search(self, session: Session, candidates: list[Block]) -> None:
-        raise NotImplementedError
-
-    def assume(self, model: nn.Module, anatomy: Anatomy) -> None:
-        """The last k candidates: every block of a tower costs the same."""
-        candidates = self.candidates(anatomy)
-        chosen = list(range(len(candidates) - self.settings.skip, len(candidates)))
-        if self.settings.plan is not None:
-            chosen = [i for i, b in enumerate(candidates) if b.path in self.settings.plan]
-        self.set_plan(candidates, chosen)
-
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
-        skipped = set(self.state["skip"])
-        for block in self.candidates(anatomy):
-            bottleneck = block.width // self.settings.reduction
-            if block.path in skipped:
-                wide = Skipped(block, bottleneck * len(block.sublayers)).to(_device(model, block.path))
-                replace_module(model, block.path, wide)
-            else:
-                add_parallel_adapters(model, block, bottleneck)
-        train_adapters(model, anatomy)
-        towers = tuple(replace(t, blocks=tuple(b for b in t.blocks if b.path not in skipped)) for t in anatomy.towers)
-        return replace(anatomy, towers=towers)
-
-
-def train_adapters(model: nn.Module, anatomy: Anatomy) -> None:
-    """What DAS trains in the model: adapters, and the heads (pooler and projections)."""
-    heads = anatomy.heads
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if any(p.startswith("das_") or p in ("adapter", "replacement") for p in parts) or any(
-            name.startswith(h + ".") for h in heads
-        ):
-            parameter.requires_grad_(True)
-
-
-def _device(model: nn.Module, path: str) -> torch.device:
-    return next(model.get_submodule(path).parameters()).device
+        return list(self.target.fill(order[::-1]))
 
 
 @METHODS.register("das")
@@ -195,65 +120,95 @@ class DAS(Skipping):
     name = "das"
     Settings = DASSettings
 
-    def search(self, session: Session, candidates: list[Block]) -> None:
+    def search(self, session: Session, candidates: list[Block], supernet: Supernet, target: Target
+               ) -> tuple[Indices, list[float] | None, int, dict[str, Any]]:  # fmt: skip
         s = self.settings
-        model = copy.deepcopy(session.model)
-        subject = session.locate(model)
-        switches = []
-        for block in candidates:
-            bottleneck = block.width // s.reduction
-            add_parallel_adapters(subject, block, bottleneck)
-            module = subject.get_submodule(block.path)
-            other = Skipped(block, bottleneck * len(block.sublayers)).to(_device(subject, block.path))
-            switches.append(Switch(module, other))
-            replace_module(subject, block.path, switches[-1])
-        train_adapters(subject, session.anatomy)
-        gates = Gates(len(candidates), s.skip, s.gate_rate)
-        if s.skip:
-            trace: list[dict[str, Any]] = []
-            session.fit(model, s.search_steps, [_searching(model, switches, gates, s, session, trace)])
-        else:
-            trace = []
-        gate_values = {b.path: round(g, 6) for b, g in zip(candidates, gates.values.tolist(), strict=True)}
-        self.set_plan(candidates, gates.best(), gates=gate_values, updates=trace)
+        generator = torch.Generator().manual_seed(session.seed)
+        gates = Gates(len(candidates), target, s.gate_rate, generator)
+        gates.subsets(s.subsets)  # complains now, not after the warm-up
+        generator.manual_seed(session.seed)
+        if s.search_steps * (1 - s.warmup) < 1:
+            raise ValueError(f"das: {s.search_steps} search_steps with a warm-up of {s.warmup:g} never update a gate")
+        search = _Search(supernet, gates, s, session, [b.path for b in candidates])
+        search.key = search_key(self, session, candidates)
+        session.fit(supernet.model, s.search_steps, [search.callback()])
+        evaluations = sum(len(u["subsets"]) for u in search.trace)
+        return tuple(gates.best()), gates.values.tolist(), evaluations, {"updates": search.trace}
 
 
-def _searching(model: nn.Module, switches: list[Switch], gates: Gates, s: DASSettings, session: Session, trace: list):
-    """The callback that draws a plan before every step and updates the gates after every `turn`."""
-    from transformers import TrainerCallback
+class _Search:
+    """What happens around the training steps: a plan before each, and every `turn` of them an update of the gates."""
 
-    batches = session.batches("validation")
+    def __init__(self, supernet: Supernet, gates: Gates, settings: DASSettings, session: Session, paths: list[str]):
+        self.supernet, self.gates, self.settings, self.paths = supernet, gates, settings, paths
+        self.batches = session.batches("validation")
+        self.folder = search_folder(session)
+        self.trace: list[dict[str, Any]] = []
+        self.count = 0  # training steps since the last update
+        self.key = ""
 
-    def choose(subset: list[int]) -> None:
-        for i, switch in enumerate(switches):
-            switch.skip = i in subset
+    def update(self, step: int) -> None:
+        """Compare plans on the next validation batch."""
+        s, gates = self.settings, self.gates
+        losses_of = PlanLosses(self.supernet.model, self.supernet.switches, [next(self.batches)], s.dropout_in_rewards,
+                               common=False)  # fmt: skip
+        subsets = gates.subsets(s.subsets)
+        losses = losses_of([tuple(x) for x in subsets])
+        check_finite(subsets, losses, self.paths, gates.best())
+        gates.update(subsets, losses)
+        values = [round(g, 6) for g in gates.values.tolist()]
+        self.trace.append({"step": step, "subsets": subsets, "losses": losses, "gates": values})
 
-    @torch.no_grad()
-    def rewards(batch: dict[str, Tensor], subsets: list[list[int]]) -> list[float]:
-        losses = []
-        for subset in subsets:
-            choose(subset)
-            losses.append(float(model(**batch)["loss"]))
-        return losses
+    def save(self, step: int) -> None:
+        """Beside the checkpoint of that step, and before it is written: what resuming needs of the search."""
+        if self.folder is None:
+            return
+        assert self.gates.generator is not None
+        state = {"key": self.key, "gates": self.gates.values.tolist(), "count": self.count, "trace": self.trace,
+                 "generator": self.gates.generator.get_state().numpy().tobytes().hex()}  # fmt: skip
+        with replace_file(self.folder / f"gates-{step}.json") as partial:
+            partial.write_text(json.dumps(state))
 
-    class Searching(TrainerCallback):
-        count = 0
+    def load(self, step: int) -> None:
+        """Go on from a checkpoint: the same gates, the same draws to come, the next validation batch."""
+        assert self.folder is not None and self.gates.generator is not None
+        file = self.folder / f"gates-{step}.json"
+        try:
+            state = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file}: the gates of the checkpoint at step {step} cannot be read ({error}); delete "
+                             f"{self.folder} to search from the start") from error  # fmt: skip
+        if state["key"] != self.key:
+            raise ValueError(f"{self.folder}: holds the search of other settings; delete it to search from the start")
+        self.gates.values.copy_(torch.tensor(state["gates"]))
+        self.count, self.trace[:] = state["count"], state["trace"]
+        numbers = torch.frombuffer(bytearray.fromhex(state["generator"]), dtype=torch.uint8)
+        self.gates.generator.set_state(numbers)
+        for _ in self.trace:
+            next(self.batches)
 
-        def on_step_begin(self, args, state, control, **kwargs):
-            choose(gates.draw())
+    def callback(self) -> Any:
+        from transformers import TrainerCallback
 
-        def on_step_end(self, args, state, control, **kwargs):
-            self.count += 1
-            if self.count < s.turn or state.global_step <= s.warmup * state.max_steps:
-                return
-            self.count = 0
-            if not s.dropout_in_rewards:
-                model.eval()
-            subsets = gates.subsets(s.subsets)
-            losses = rewards(next(batches), subsets)
-            model.train()
-            gates.update(subsets, losses)
-            values = [round(g, 6) for g in gates.values.tolist()]
-            trace.append({"step": state.global_step, "subsets": subsets, "losses": losses, "gates": values})
+        search = self
 
-    return Searching()
+        class Searching(TrainerCallback):
+            def on_train_begin(self, args, state, control, **kwargs):
+                if state.global_step:
+                    search.load(state.global_step)
+
+            def on_step_begin(self, args, state, control, **kwargs):
+                choose(search.supernet.switches, search.gates.draw())
+
+            def on_step_end(self, args, state, control, **kwargs):
+                search.count += 1
+                if (
+                    search.count >= search.settings.turn
+                    and state.global_step > search.settings.warmup * state.max_steps
+                ):
+                    search.count = 0
+                    search.update(state.global_step)
+                if control.should_save:
+                    search.save(state.global_step)
+
+        return Searching()

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
 from trimtab.anatomy import Block
 from trimtab.methods.base import METHODS, Session
-from trimtab.methods.skip.das import Skipping, SkipSettings
+from trimtab.methods.skip.base import Skipping, SkipSettings, Supernet
+from trimtab.methods.skip.budget import Indices, Target
+
+
+@dataclass(frozen=True)
+class RandomSettings(SkipSettings):
+    """Settings of skipping at random."""
+
+    plan_seed: int | None = None
+    """Seed of the plan; None takes the recipe's."""
 
 
 @METHODS.register("random-skip")
 class RandomSkip(Skipping):
-    """k blocks drawn evenly; adapters and retraining as in DAS."""
+    """Blocks drawn evenly; adapters and retraining as in DAS."""
 
     name = "random-skip"
-    Settings = SkipSettings
+    Settings = RandomSettings
 
-    def search(self, session: Session, candidates: list[Block]) -> None:
+    def search(self, session: Session, candidates: list[Block], supernet: Supernet, target: Target
+               ) -> tuple[Indices, list[float] | None, int, dict[str, Any]]:  # fmt: skip
         seed = session.seed if self.settings.plan_seed is None else self.settings.plan_seed
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(candidates), generator=generator).tolist()
-        self.set_plan(candidates, sorted(order[: self.settings.skip]))
+        return target.fill(torch.randperm(len(candidates), generator=generator).tolist()), None, 0, {}
