@@ -19,6 +19,7 @@ _PUBLIC = {
     "METHODS": "trimtab.methods", "TASKS": "trimtab.tasks", "BACKBONES": "trimtab.backbones",
     "DAS": "trimtab.methods.skip.das", "LoRA": "trimtab.methods.tune.lora", "UniPT": "trimtab.methods.tune.unipt",
     "Multiflow": "trimtab.methods.prune.multiflow",
+    "tune": "trimtab.methods.tune.api", "Tuned": "trimtab.methods.tune.api",
     "prune": "trimtab.methods.prune.api", "Masks": "trimtab.methods.prune.masks",
     "Recipe": "trimtab.recipe", "RecipeError": "trimtab.recipe", "read_recipe": "trimtab.recipe:read",
     "run_recipe": "trimtab.run:run", "load_run": "trimtab.run:load", "RunError": "trimtab.run",

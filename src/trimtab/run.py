@@ -12,7 +12,6 @@ samples/              predictions on a few test rows, with pictures
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import logging
 import os
@@ -37,6 +36,7 @@ from trimtab.backbones.base import check_safetensors
 from trimtab.data.cache import replace_file
 from trimtab.data.images import decode, encoded, readable
 from trimtab.data.sources import SOURCES
+from trimtab.learned import copy_learned, fingerprint, learned_part
 from trimtab.methods import METHODS, Method
 from trimtab.recipe import Recipe, RecipeError, build, expand
 from trimtab.registry import unknown
@@ -144,31 +144,6 @@ def _task(entry: dict[str, Any], source: Any, where: str) -> Task:
     if entry["name"] == "vqa":
         values.setdefault("answers", list(source.answers()))
     return build(cls, values, where)
-
-
-def learned_part(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters, and the buffers of the modules that hold them, each tied one once."""
-    out, seen = {}, set()
-    for path, module in model.named_modules():
-        own = list(module.named_parameters(recurse=False))
-        trained = [(n, p) for n, p in own if p.requires_grad]
-        kept = set(module.state_dict(keep_vars=True)) if trained else ()
-        buffers = [(n, b) for n, b in module.named_buffers(recurse=False) if n in kept]
-        for name, tensor in trained + buffers:
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                out[f"{path}.{name}".lstrip(".")] = tensor.detach().cpu().contiguous()
-    return out
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's tensor names, shapes and a sample of their values, to tell whether weights belong to it."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 512)][:512].float().cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
@@ -347,24 +322,10 @@ def export(folder: str | Path, out: str | Path, dtype: str = "float32", sparse: 
 
 def load_learned(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
     """Copy stored tensors into a model; RunError unless they are exactly its learned part, shape by shape."""
-    expected = learned_part(model)
-    wrong = [f"'{k}' {tuple(expected[k].shape)}, found {tuple(v.shape)}"
-             for k, v in tensors.items() if k in expected and v.shape != expected[k].shape]  # fmt: skip
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if wrong or missing or extra:
-        problem = (
-            f"expected {wrong[0]}"
-            if wrong
-            else f"'{missing[0]}' is missing"
-            if missing
-            else f"'{extra[0]}' is not in it"
-        )
-        raise RunError(f"{where}: the weights do not fit the model: {problem} "
-                       f"({len(wrong)} of another shape, {len(missing)} missing, {len(extra)} extra)")  # fmt: skip
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+    try:
+        copy_learned(model, tensors, str(where))
+    except ValueError as error:
+        raise RunError(str(error)) from error
 
 
 def _gallery(task: Task, records: list[dict[str, Any]], table: Any, folder: Path, count: int = 8) -> None:
