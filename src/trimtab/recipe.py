@@ -5,6 +5,7 @@
     data: {name: pictograms, style: openmoji, train: 2000, test: 500}
     methods: [{name: multiflow, sparsity: 0.63}, {name: full}]
     training: {steps: 200, batch_size: 32, learning_rate: 3.0e-4}
+    policy: [{match: "@vision", do: frozen}, {match: "*", do: method}]     what is trained: see `trimtab.policy`
     seed: 0
 
 A recipe may hold `variants` (label -> what differs) and `seeds`; it then stands for one run of each with each. The
@@ -23,6 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from trimtab.policy import Rule
 from trimtab.registry import unknown
 
 
@@ -93,6 +95,7 @@ class Recipe:
     data: dict[str, Any]
     methods: tuple[dict[str, Any], ...] = ()
     training: TrainingSpec = field(default_factory=TrainingSpec)
+    policy: tuple[dict[str, Any], ...] = ()
     seed: int = 0
     title: str = ""
     name: str = "recipe"
@@ -101,10 +104,11 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         out = dataclasses.asdict(self)
         out["methods"] = [dict(m) for m in self.methods]
+        out["policy"] = [dict(r) for r in self.policy]
         return out
 
 
-_TOP = ("title", "backbone", "task", "data", "methods", "training", "seed", "seeds", "variants")
+_TOP = ("title", "backbone", "task", "data", "methods", "training", "policy", "seed", "seeds", "variants")
 
 
 @cache
@@ -255,6 +259,9 @@ def _normal(raw: Any, where: str) -> dict[str, Any]:
                 [value] if isinstance(value, (str, dict)) else (_list(value, f"{where}: methods") if value else [])
             )
             out[key] = [{"name": m} if isinstance(m, str) else m for m in entries]
+        elif key == "policy":
+            rules = _list(value, f"{where}: policy") if value else []
+            out[key] = [{"match": r} if isinstance(r, str) else r for r in rules]
         elif key == "seeds":
             _list(value, f"{where}: seeds")
     return out
@@ -275,6 +282,10 @@ def _resolve(raw: dict[str, Any], name: str, variant: str, where: str) -> Recipe
     for what, part in [("task", raw["task"]), ("data", raw["data"]), *(("methods", m) for m in methods)]:
         if not isinstance(part, dict) or "name" not in part:
             raise RecipeError(f"{where}: every entry of '{what}' needs a 'name'")
+    for i, rule in enumerate(raw.get("policy") or []):
+        if not isinstance(rule, dict) or "match" not in rule:
+            raise RecipeError(f"{where}: policy.{i}: expected a mapping with a 'match', found {rule!r}")
+        build(Rule, rule, f"{where}: policy.{i}")
     seed = raw.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise RecipeError(f"{where}: seed: expected a whole number, found {seed!r}")
@@ -284,6 +295,7 @@ def _resolve(raw: dict[str, Any], name: str, variant: str, where: str) -> Recipe
         data=raw["data"],
         methods=tuple(dict(m) for m in methods),
         training=build(TrainingSpec, raw.get("training", {}), f"{where}: training"),
+        policy=tuple(dict(r) for r in raw.get("policy") or ()),
         seed=seed,
         title=raw.get("title", ""),
         name=name,

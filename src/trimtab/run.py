@@ -5,6 +5,7 @@ run.json              name, variant, seed, git state, versions, time; written la
 metrics.json          test metrics and the training curve
 costs.json            see trimtab.cost
 methods.json          what each method found (a plan, say)
+policy.json           what the recipe's policy came to, if it has one
 weights.safetensors   the learned part only: trained parameters, masks
 samples/              predictions on a few test rows, with pictures
 """
@@ -38,6 +39,7 @@ from trimtab.data.images import decode, encoded, readable
 from trimtab.data.sources import SOURCES
 from trimtab.learned import copy_learned, fingerprint, learned_part
 from trimtab.methods import METHODS, Method
+from trimtab.policy import Resolved, Rule, apply
 from trimtab.recipe import Recipe, RecipeError, build, expand
 from trimtab.registry import unknown
 from trimtab.tasks import TASKS, Task, TaskModel
@@ -59,6 +61,8 @@ class Assembly:
     task: Task
     methods: list[Method]
     trains: bool = True
+    policy: tuple[Rule, ...] = ()
+    resolved: Resolved | None = None
 
     @property
     def subject(self) -> nn.Module:
@@ -75,7 +79,15 @@ class Assembly:
         return anatomy
 
     def settle(self) -> None:
-        """A recipe of 0 steps trains nothing, its head neither: nothing of it is counted or stored as learned."""
+        """Let the policy decide what is trained, when all methods are attached.
+
+        A recipe of 0 steps trains nothing, its head neither: nothing of it is counted or stored as learned.
+        """
+        if self.policy:
+            try:
+                self.resolved = apply(self.policy, self.model, self.model.backbone.anatomy, "backbone.model")
+            except ValueError as error:
+                raise RecipeError(str(error)) from error
         if not self.trains:
             self.model.requires_grad_(False)
 
@@ -107,7 +119,8 @@ def assemble(recipe: Recipe) -> Assembly:
         backbone.set_attention(spec.attention)
     if spec.start_from:
         backbone.start_from(backbones.load(spec.start_from))
-    return Assembly(TaskModel(backbone, task), source, task, methods, recipe.training.steps > 0)
+    rules = tuple(build(Rule, rule, f"{where}: policy.{i}") for i, rule in enumerate(recipe.policy))
+    return Assembly(TaskModel(backbone, task), source, task, methods, recipe.training.steps > 0, rules)
 
 
 def check(recipe: Recipe) -> None:
@@ -185,7 +198,11 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
     callbacks = [c for m in parts.methods for c in m.callbacks()]
     set_seed(recipe.seed)
     checkpoints = folder / "checkpoints"
-    history = training.fit(model, train, spec, recipe.seed, callbacks, label, checkpoints=checkpoints)
+    rates = None
+    if parts.resolved is not None:
+        rates = parts.resolved.rates
+        print(f"{label}: what is trained\n{parts.resolved.table()}")
+    history = training.fit(model, train, spec, recipe.seed, callbacks, label, checkpoints=checkpoints, rates=rates)
     for method in parts.methods:
         method.finish(parts.subject)
     metrics, records = training.evaluate(model, test, spec.evaluation_batch)
@@ -197,6 +214,8 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
     with replace_file(folder / "weights.safetensors") as partial:
         save_file(tensors, partial)
     _write_json(folder / "methods.json", [{"name": m.name, "state": m.state} for m in parts.methods])
+    if parts.resolved is not None:
+        _write_json(folder / "policy.json", parts.resolved.to_json())
     for method in parts.methods:
         if "skip" in method.state:
             _write_json(folder / "plan.json", method.state)
