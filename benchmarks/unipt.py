@@ -6,7 +6,8 @@ The literal version makes all attention weights, adds an identity matrix to them
 the stack; it works on the same parameters. Ours makes the scores again in the backward pass (`recompute`) or keeps them
 (`keep`, where the side network has the choice). Sizes are the papers', batches smaller; sums over a setting's parts are
 per sample, as a step trains all parts on as many samples. A step is forward and backward of the side network alone,
-without the frozen backbone and the optimiser. Versions are timed in turn, so that a noisy machine is noisy for all.
+without the frozen backbone and the optimiser. Times are of the processor on one thread, not of the clock, and versions
+take turns, so that what else the machine does counts little.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 from trimtab.cost import saved_bytes
 from trimtab.methods.tune.unipt import PUBLISHED, DecoderUniPT, PyramidUniPT, TokenUniPT, VectorUniPT
+from trimtab.training import keep_freed_memory
 
 # --- the published computation ----------------------------------------------------------------------------------------
 
@@ -196,9 +198,9 @@ def compare(part: Part) -> dict[str, float]:
 
 
 def step(function: Callable, part: Part) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     function(part.side, *part.inputs).sum().backward()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     part.side.zero_grad(set_to_none=True)
     return seconds
 
@@ -243,6 +245,8 @@ def total(name: str, parts: list[dict]) -> dict:
 
 
 def main(repeats: int, only: str | None) -> None:
+    torch.set_num_threads(1)
+    keep_freed_memory()  # as training does
     out = []
     for name, make in SETTINGS.items():
         if only in (None, name):

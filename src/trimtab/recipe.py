@@ -78,9 +78,14 @@ class TrainingSpec:
     """Steps between checkpoints from which an interrupted run resumes; None keeps none."""
     evaluation_batch: int = 64
     """Rows a batch in evaluation."""
+    cache: Literal["fp32", "fp16", "int8"] | None = None
+    """Write what the frozen backbone computes to disk in this precision and train UniPT's side networks from there."""
+    cache_views: int = 1
+    """How many collations of the training table are cached (a caption drawn for each picture, say)."""
 
     def __post_init__(self) -> None:
-        least = {"steps": 0, "batch_size": 1, "accumulate": 1, "log_every": 1, "evaluation_batch": 1}
+        least = {"steps": 0, "batch_size": 1, "accumulate": 1, "log_every": 1, "evaluation_batch": 1,
+                 "cache_views": 1}  # fmt: skip
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise RecipeError(f"training.{name} must be at least {smallest}, found {getattr(self, name)}")

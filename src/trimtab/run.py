@@ -34,13 +34,13 @@ from transformers import set_seed
 from trimtab import backbones, training
 from trimtab.anatomy import Anatomy
 from trimtab.backbones.base import check_safetensors
-from trimtab.data.cache import replace_file
+from trimtab.data.cache import cache_dir, replace_file
 from trimtab.data.images import decode, encoded, readable
 from trimtab.data.sources import SOURCES
 from trimtab.learned import copy_learned, fingerprint, learned_part
 from trimtab.methods import METHODS, Method
 from trimtab.policy import Resolved, Rule, apply
-from trimtab.recipe import Recipe, RecipeError, build, expand
+from trimtab.recipe import Recipe, RecipeError, TrainingSpec, build, expand
 from trimtab.registry import unknown
 from trimtab.tasks import TASKS, Task, TaskModel
 
@@ -202,7 +202,10 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
     if parts.resolved is not None:
         rates = parts.resolved.rates
         print(f"{label}: what is trained\n{parts.resolved.table()}")
-    history = training.fit(model, train, spec, recipe.seed, callbacks, label, checkpoints=checkpoints, rates=rates)
+    learner, cache = _from_cache(parts, train, spec, recipe.seed) if spec.cache else (model, None)
+    history = training.fit(
+        learner, train, spec, recipe.seed, callbacks, label, checkpoints=checkpoints, rates=rates, cache=cache
+    )
     for method in parts.methods:
         method.finish(parts.subject)
     metrics, records = training.evaluate(model, test, spec.evaluation_batch)
@@ -238,6 +241,25 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
     }  # fmt: skip
     _write_json(folder / "run.json", info)
     return folder
+
+
+def _from_cache(parts: Assembly, train: Any, spec: TrainingSpec, seed: int) -> tuple[Any, Any]:
+    """A model that trains from the activation cache, which is filled; RecipeError if the recipe does not allow it."""
+    from trimtab import activations
+    from trimtab.methods.tune.unipt import UniPT
+
+    method = parts.methods[0] if len(parts.methods) == 1 else None
+    if not isinstance(method, UniPT) or spec.cache is None:
+        raise RecipeError("training.cache: only the side networks of `methods: [unipt]` train from a cache")
+    try:
+        label = f"{parts.task.name}-{activations.table_print(encoded(train))}-{parts.model.backbone.name}"
+        name = f"{label}-{spec.cache}-{spec.cache_views}-{seed}".replace("/", "_")
+        folder = cache_dir() / "activations" / name
+        cache = activations.ActivationCache(parts.model, method, train, folder, spec.cache, spec.cache_views, seed)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    cache.fill()
+    return activations.CachedModel(parts.model, method), cache
 
 
 def tables(recipe: Recipe, parts: Assembly) -> tuple[Any, Any, Any]:

@@ -90,6 +90,7 @@ def fit(
     steps: int | None = None,
     checkpoints: Path | None = None,
     rates: Mapping[str, float] | None = None,
+    cache: Any = None,
 ) -> list[dict[str, float]]:
     """Train what requires gradients and return the logged history.
 
@@ -103,6 +104,7 @@ def fit(
         steps: instead of the recipe's number.
         checkpoints: folder for checkpoints when `spec.save_every` is set; training resumes from the last one there.
         rates: factors of the learning rate by parameter name, beside the head's; 1 for what is not named.
+        cache: a filled `trimtab.activations.ActivationCache` of the table, from which `model`, a `CachedModel`, trains.
 
     Returns:
         One dict a logged step: `step`, `loss`, `learning_rate`, `grad_norm`.
@@ -143,8 +145,8 @@ def fit(
             args=args,
             spec=spec,
             rates=rates or {},
-            train_dataset=_Rows(table),
-            data_collator=partial(model.task.collate, model.backbone, train=True),
+            train_dataset=_Rows(table) if cache is None else range(len(cache) * cache.views),
+            data_collator=cache.batch if cache else partial(model.task.collate, model.backbone, train=True),
             callbacks=[*(callbacks or []), _Progress(title)],
         )
         trainer.remove_callback(PrinterCallback)  # it prints every log; the progress bar shows the last

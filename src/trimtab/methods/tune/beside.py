@@ -187,6 +187,10 @@ class Beside(Method):
         model.eval()
         return anatomy
 
+    def sides(self, model: nn.Module) -> nn.ModuleDict:
+        """The side networks that are attached to a model, by tower."""
+        return model.get_submodule(self.name.replace("-", "_"))  # type: ignore[return-value]
+
     def detach(self, model: nn.Module) -> None:
         """Take the side networks away; the model computes what it did before."""
         for listener in self.listeners.values():
