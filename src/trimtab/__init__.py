@@ -21,6 +21,7 @@ _PUBLIC = {
     "Plan": "trimtab.methods.skip.plan", "PlanError": "trimtab.methods.skip.plan",
     "shorten": "trimtab.methods.skip.shorten",
     "Multiflow": "trimtab.methods.prune.multiflow",
+    "tune": "trimtab.methods.tune.api", "Tuned": "trimtab.methods.tune.api",
     "prune": "trimtab.methods.prune.api", "Masks": "trimtab.methods.prune.masks",
     "speed_up": "trimtab.semistructured",
     "Recipe": "trimtab.recipe", "RecipeError": "trimtab.recipe", "read_recipe": "trimtab.recipe:read",

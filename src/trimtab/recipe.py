@@ -5,6 +5,7 @@
     data: {name: pictograms, style: openmoji, train: 2000, test: 500}
     methods: [{name: multiflow, sparsity: 0.63}, {name: full}]
     training: {steps: 200, batch_size: 32, learning_rate: 3.0e-4}
+    policy: [{match: "@vision", do: frozen}, {match: "*", do: method}]     what is trained: see `trimtab.policy`
     seed: 0
 
 A recipe may hold `variants` (label -> what differs) and `seeds`; it then stands for one run of each with each. A
@@ -28,6 +29,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from trimtab.policy import Rule
 from trimtab.registry import unknown
 
 
@@ -81,9 +83,14 @@ class TrainingSpec:
     """Steps between checkpoints from which an interrupted run resumes; None keeps none."""
     evaluation_batch: int = 64
     """Rows a batch in evaluation."""
+    cache: Literal["fp32", "fp16", "int8"] | None = None
+    """Write what the frozen backbone computes to disk in this precision and train UniPT's side networks from there."""
+    cache_views: int = 1
+    """How many collations of the training table are cached (a caption drawn for each picture, say)."""
 
     def __post_init__(self) -> None:
-        least = {"steps": 0, "batch_size": 1, "accumulate": 1, "log_every": 1, "evaluation_batch": 1}
+        least = {"steps": 0, "batch_size": 1, "accumulate": 1, "log_every": 1, "evaluation_batch": 1,
+                 "cache_views": 1}  # fmt: skip
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise RecipeError(f"training.{name} must be at least {smallest}, found {getattr(self, name)}")
@@ -98,6 +105,7 @@ class Recipe:
     data: dict[str, Any]
     methods: tuple[dict[str, Any], ...] = ()
     training: TrainingSpec = field(default_factory=TrainingSpec)
+    policy: tuple[dict[str, Any], ...] = ()
     seed: int = 0
     costs: bool = True
     """Measure the costs of each run; a sweep whose runs all cost the same can leave it out."""
@@ -108,10 +116,24 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         out = dataclasses.asdict(self)
         out["methods"] = [dict(m) for m in self.methods]
+        out["policy"] = [dict(r) for r in self.policy]
         return out
 
 
-_TOP = ("title", "backbone", "task", "data", "methods", "training", "seed", "seeds", "variants", "grid", "costs")
+_TOP = (
+    "title",
+    "backbone",
+    "task",
+    "data",
+    "methods",
+    "training",
+    "policy",
+    "seed",
+    "seeds",
+    "variants",
+    "grid",
+    "costs",
+)
 
 
 @cache
@@ -269,6 +291,9 @@ def _normal(raw: Any, where: str) -> dict[str, Any]:
                 [value] if isinstance(value, (str, dict)) else (_list(value, f"{where}: methods") if value else [])
             )
             out[key] = [{"name": m} if isinstance(m, str) else m for m in entries]
+        elif key == "policy":
+            rules = _list(value, f"{where}: policy") if value else []
+            out[key] = [{"match": r} if isinstance(r, str) else r for r in rules]
         elif key == "seeds":
             for seeds in value.values() if isinstance(value, dict) else [value]:
                 _list(seeds, f"{where}: seeds")
@@ -322,6 +347,10 @@ def _resolve(raw: dict[str, Any], name: str, variant: str, where: str) -> Recipe
     for what, part in [("task", raw["task"]), ("data", raw["data"]), *(("methods", m) for m in methods)]:
         if not isinstance(part, dict) or "name" not in part:
             raise RecipeError(f"{where}: every entry of '{what}' needs a 'name'")
+    for i, rule in enumerate(raw.get("policy") or []):
+        if not isinstance(rule, dict) or "match" not in rule:
+            raise RecipeError(f"{where}: policy.{i}: expected a mapping with a 'match', found {rule!r}")
+        build(Rule, rule, f"{where}: policy.{i}")
     seed = raw.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise RecipeError(f"{where}: seed: expected a whole number, found {seed!r}")
@@ -334,6 +363,7 @@ def _resolve(raw: dict[str, Any], name: str, variant: str, where: str) -> Recipe
         data=raw["data"],
         methods=tuple(dict(m) for m in methods),
         training=build(TrainingSpec, raw.get("training", {}), f"{where}: training"),
+        policy=tuple(dict(r) for r in raw.get("policy") or ()),
         seed=seed,
         costs=costs,
         title=raw.get("title", ""),

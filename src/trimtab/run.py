@@ -5,6 +5,7 @@ run.json              name, variant, seed, git state, versions, time; written la
 metrics.json          test metrics and the training curve
 costs.json            see trimtab.cost
 methods.json          what each method found (a plan, say)
+policy.json           what the recipe's policy came to, if it has one
 weights.safetensors   the learned part only: trained parameters, masks
 samples/              predictions on a few test rows, with pictures
 """
@@ -12,7 +13,6 @@ samples/              predictions on a few test rows, with pictures
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import logging
 import os
@@ -34,11 +34,13 @@ from transformers import set_seed
 from trimtab import backbones, training
 from trimtab.anatomy import Anatomy
 from trimtab.backbones.base import check_safetensors
-from trimtab.data.cache import replace_file
+from trimtab.data.cache import cache_dir, replace_file
 from trimtab.data.images import decode, encoded, readable
 from trimtab.data.sources import SOURCES
+from trimtab.learned import copy_learned, fingerprint, learned_part
 from trimtab.methods import METHODS, Method
-from trimtab.recipe import Recipe, RecipeError, build, expand
+from trimtab.policy import Resolved, Rule, apply
+from trimtab.recipe import Recipe, RecipeError, TrainingSpec, build, expand
 from trimtab.registry import unknown
 from trimtab.tasks import TASKS, Task, TaskModel
 
@@ -59,6 +61,8 @@ class Assembly:
     task: Task
     methods: list[Method]
     trains: bool = True
+    policy: tuple[Rule, ...] = ()
+    resolved: Resolved | None = None
 
     @property
     def subject(self) -> nn.Module:
@@ -75,7 +79,15 @@ class Assembly:
         return anatomy
 
     def settle(self) -> None:
-        """A recipe of 0 steps trains nothing, its head neither: nothing of it is counted or stored as learned."""
+        """Let the policy decide what is trained, when all methods are attached.
+
+        A recipe of 0 steps trains nothing, its head neither: nothing of it is counted or stored as learned.
+        """
+        if self.policy:
+            try:
+                self.resolved = apply(self.policy, self.model, self.model.backbone.anatomy, "backbone.model")
+            except ValueError as error:
+                raise RecipeError(str(error)) from error
         if not self.trains:
             self.model.requires_grad_(False)
 
@@ -99,16 +111,17 @@ def assemble(recipe: Recipe) -> Assembly:
         source = _named(SOURCES, recipe.data, f"{where}: data")
         task = _task(recipe.task, source, f"{where}: task")
         methods = [_method(entry, f"{where}: methods.{i}") for i, entry in enumerate(recipe.methods)]
-        _no_foresight(task, methods, where)
         spec = recipe.backbone
         backbone = backbones.load(spec.name, spec.pretrained)
+        _no_foresight(task, methods, backbone, where)
     except (ValueError, FileNotFoundError) as error:
         raise error if isinstance(error, RecipeError) else RecipeError(f"{where}: {error}") from error
     if spec.attention:
         backbone.set_attention(spec.attention)
     if spec.start_from:
         backbone.start_from(backbones.load(spec.start_from))
-    return Assembly(TaskModel(backbone, task), source, task, methods, recipe.training.steps > 0)
+    rules = tuple(build(Rule, rule, f"{where}: policy.{i}") for i, rule in enumerate(recipe.policy))
+    return Assembly(TaskModel(backbone, task), source, task, methods, recipe.training.steps > 0, rules)
 
 
 def check(recipe: Recipe) -> None:
@@ -116,9 +129,9 @@ def check(recipe: Recipe) -> None:
     where = f"recipe {recipe.name}"
     try:
         source = _named(SOURCES, recipe.data, f"{where}: data")
-        task = _task(recipe.task, source, f"{where}: task")
-        methods = [_method(entry, f"{where}: methods.{i}") for i, entry in enumerate(recipe.methods)]
-        _no_foresight(task, methods, where)
+        _task(recipe.task, source, f"{where}: task")
+        for i, entry in enumerate(recipe.methods):
+            _method(entry, f"{where}: methods.{i}")
         for name in filter(None, (recipe.backbone.name, recipe.backbone.start_from)):
             if name not in backbones.BACKBONES and not Path(name).is_dir():
                 raise ValueError(
@@ -135,10 +148,11 @@ def _method(entry: dict[str, Any], where: str) -> Method:
     return cls(**{k: getattr(checked, k) for k in settings})
 
 
-def _no_foresight(task: Task, methods: list[Method], where: str) -> None:
+def _no_foresight(task: Task, methods: list[Method], backbone: backbones.Backbone, where: str) -> None:
     """Raise a RecipeError if a method would let words see those that follow, which the task asks for."""
+    masked = any(tower.causal for tower in backbone.anatomy.towers)  # then what stands beside it is masked too
     for i, method in enumerate(methods):
-        if task.causal and method.mixes_tokens:
+        if task.causal and method.mixes_tokens and not masked:
             raise RecipeError(
                 f"{where}: methods.{i}: {method.name!r} lets every word see every other, so that "
                 f"{task.name!r} would be asked for words that it sees; choose a method that works inside the model, "
@@ -156,31 +170,6 @@ def _task(entry: dict[str, Any], source: Any, where: str) -> Task:
     if entry["name"] == "vqa":
         values.setdefault("answers", list(source.answers()))
     return build(cls, values, where)
-
-
-def learned_part(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters, and the buffers of the modules that hold them, each tied one once."""
-    out, seen = {}, set()
-    for path, module in model.named_modules():
-        own = list(module.named_parameters(recurse=False))
-        trained = [(n, p) for n, p in own if p.requires_grad]
-        kept = set(module.state_dict(keep_vars=True)) if trained else ()
-        buffers = [(n, b) for n, b in module.named_buffers(recurse=False) if n in kept]
-        for name, tensor in trained + buffers:
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                out[f"{path}.{name}".lstrip(".")] = tensor.detach().cpu().contiguous()
-    return out
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's tensor names, shapes and a sample of their values, to tell whether weights belong to it."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 512)][:512].float().cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
@@ -229,7 +218,14 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
     callbacks = [c for m in parts.methods for c in m.callbacks()]
     set_seed(recipe.seed)
     checkpoints = folder / "checkpoints"
-    history = training.fit(model, train, spec, recipe.seed, callbacks, label, checkpoints=checkpoints)
+    rates = None
+    if parts.resolved is not None:
+        rates = parts.resolved.rates
+        print(f"{label}: what is trained\n{parts.resolved.table()}")
+    learner, cache = _from_cache(parts, train, spec, recipe.seed) if spec.cache else (model, None)
+    history = training.fit(
+        learner, train, spec, recipe.seed, callbacks, label, checkpoints=checkpoints, rates=rates, cache=cache
+    )
     for method in parts.methods:
         method.finish(parts.subject)
     metrics, records = training.evaluate(model, test, spec.evaluation_batch)
@@ -241,6 +237,8 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
     with replace_file(folder / "weights.safetensors") as partial:
         save_file(tensors, partial)
     _write_json(folder / "methods.json", [{"name": m.name, "state": m.state} for m in parts.methods])
+    if parts.resolved is not None:
+        _write_json(folder / "policy.json", parts.resolved.to_json())
     for method in parts.methods:
         if "skip" in method.state:
             _write_json(folder / "plan.json", method.state)
@@ -264,6 +262,25 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
     }  # fmt: skip
     _write_json(folder / "run.json", info)
     return folder
+
+
+def _from_cache(parts: Assembly, train: Any, spec: TrainingSpec, seed: int) -> tuple[Any, Any]:
+    """A model that trains from the activation cache, which is filled; RecipeError if the recipe does not allow it."""
+    from trimtab import activations
+    from trimtab.methods.tune.unipt import UniPT
+
+    method = parts.methods[0] if len(parts.methods) == 1 else None
+    if not isinstance(method, UniPT) or spec.cache is None:
+        raise RecipeError("training.cache: only the side networks of `methods: [unipt]` train from a cache")
+    try:
+        label = f"{parts.task.name}-{activations.table_print(encoded(train))}-{parts.model.backbone.name}"
+        name = f"{label}-{spec.cache}-{spec.cache_views}-{seed}".replace("/", "_")
+        folder = cache_dir() / "activations" / name
+        cache = activations.ActivationCache(parts.model, method, train, folder, spec.cache, spec.cache_views, seed)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    cache.fill()
+    return activations.CachedModel(parts.model, method), cache
 
 
 def tables(recipe: Recipe, parts: Assembly) -> tuple[Any, Any, Any]:
@@ -367,24 +384,10 @@ def export(folder: str | Path, out: str | Path, dtype: str = "float32", sparse: 
 
 def load_learned(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
     """Copy stored tensors into a model; RunError unless they are exactly its learned part, shape by shape."""
-    expected = learned_part(model)
-    wrong = [f"'{k}' {tuple(expected[k].shape)}, found {tuple(v.shape)}"
-             for k, v in tensors.items() if k in expected and v.shape != expected[k].shape]  # fmt: skip
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if wrong or missing or extra:
-        problem = (
-            f"expected {wrong[0]}"
-            if wrong
-            else f"'{missing[0]}' is missing"
-            if missing
-            else f"'{extra[0]}' is not in it"
-        )
-        raise RunError(f"{where}: the weights do not fit the model: {problem} "
-                       f"({len(wrong)} of another shape, {len(missing)} missing, {len(extra)} extra)")  # fmt: skip
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+    try:
+        copy_learned(model, tensors, str(where))
+    except ValueError as error:
+        raise RunError(str(error)) from error
 
 
 def _gallery(task: Task, records: list[dict[str, Any]], table: Any, folder: Path, count: int = 8) -> None:

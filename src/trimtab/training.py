@@ -10,7 +10,7 @@ import ctypes
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,26 +29,27 @@ from trimtab.tasks.base import TaskModel
 class _Trainer(Trainer):
     """Trainer with the recipe's parameter groups. Matrices decay; biases, norms and scalars do not."""
 
-    def __init__(self, *args: Any, spec: TrainingSpec, **kwargs: Any):
-        self.spec = spec
+    def __init__(self, *args: Any, spec: TrainingSpec, rates: Mapping[str, float], **kwargs: Any):
+        self.spec, self.rates = spec, rates
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+            groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    key = (name.startswith("head."), parameter.ndim > 1)
+                    factor = self.spec.head_multiplier if name.startswith("head.") else 1.0
+                    key = (factor * self.rates.get(name, 1.0), parameter.ndim > 1)
                     groups.setdefault(key, []).append(parameter)
             rate = self.spec.learning_rate
             self.optimizer = torch.optim.AdamW(
                 [
                     {
                         "params": parameters,
-                        "lr": rate * (self.spec.head_multiplier if head else 1.0),
+                        "lr": rate * factor,
                         "weight_decay": self.spec.weight_decay if decays else 0.0,
                     }
-                    for (head, decays), parameters in groups.items()
+                    for (factor, decays), parameters in groups.items()
                 ],
                 betas=(0.9, self.spec.beta2),
             )
@@ -98,6 +99,8 @@ def fit(
     title: str = "training",
     steps: int | None = None,
     checkpoints: Path | None = None,
+    rates: Mapping[str, float] | None = None,
+    cache: Any = None,
 ) -> list[dict[str, float]]:
     """Train what requires gradients and return the logged history.
 
@@ -110,6 +113,8 @@ def fit(
         title: shown by the progress bar.
         steps: instead of the recipe's number.
         checkpoints: folder for checkpoints when `spec.save_every` is set; training resumes from the last one there.
+        rates: factors of the learning rate by parameter name, beside the head's; 1 for what is not named.
+        cache: a filled `trimtab.activations.ActivationCache` of the table, from which `model`, a `CachedModel`, trains.
 
     Returns:
         One dict a logged step: `step`, `loss`, `learning_rate`, `grad_norm`.
@@ -149,8 +154,9 @@ def fit(
             model=model,
             args=args,
             spec=spec,
-            train_dataset=_Rows(table),
-            data_collator=partial(model.task.collate, model.backbone, train=True),
+            rates=rates or {},
+            train_dataset=_Rows(table) if cache is None else range(len(cache) * cache.views),
+            data_collator=cache.batch if cache else partial(model.task.collate, model.backbone, train=True),
             callbacks=[*(callbacks or []), _Progress(title)],
         )
         trainer.remove_callback(PrinterCallback)  # it prints every log; the progress bar shows the last

@@ -14,7 +14,7 @@ from trimtab.cost import saved_bytes
 from trimtab.methods import METHODS
 from trimtab.methods.skip.das import Gates
 
-BACKBONES = {"tiny-clip": "retrieval", "tiny-vilt": "vqa"}
+BACKBONES = {"tiny-clip": "retrieval", "tiny-vilt": "vqa", "tiny-blip": "vqa"}
 NAMES = sorted(set(METHODS) - {"masks"})  # masks come from somewhere: see test_given.py
 SETTINGS = {
     "das": {"skip": 2, "search_steps": 6, "turn": 2},

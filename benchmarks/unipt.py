@@ -1,0 +1,263 @@
+"""UniPT's side networks beside a literal version of the published computation: bytes kept for backward, time of a step.
+
+    python benchmarks/unipt.py [--repeats 9] [--only vse] > docs/tune/unipt.json
+
+The literal version makes all attention weights, adds an identity matrix to them, stacks all layers' results and weights
+the stack; it works on the same parameters. Ours makes the scores again in the backward pass (`recompute`) or keeps them
+(`keep`, where the side network has the choice). Sizes are the papers', batches smaller; sums over a setting's parts are
+per sample, as a step trains all parts on as many samples. A step is forward and backward of the side network alone,
+without the frozen backbone and the optimiser. Times are of the processor on one thread, not of the clock, and versions
+take turns, so that what else the machine does counts little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trimtab.cost import saved_bytes
+from trimtab.methods.tune.unipt import PUBLISHED, DecoderUniPT, PyramidUniPT, TokenUniPT, VectorUniPT
+from trimtab.training import keep_freed_memory
+
+# --- the published computation ----------------------------------------------------------------------------------------
+
+
+def mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return x.mean(dim=1)
+    return (x * mask[..., None]).sum(dim=1) / mask[..., None].sum(dim=1).clamp(min=1)
+
+
+def weights(query: Tensor, keys: Tensor, mask: Tensor | None, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    scores = query @ keys.permute(0, 2, 1)
+    if mask is not None:
+        scores = scores * mask[:, None]
+    scores = torch.relu(scores)
+    return scores / norm(scores.abs().sum(dim=-1, keepdim=True))
+
+
+def weighted_sum(merged: list[Tensor], logits: list[Tensor]) -> Tensor:
+    confidence = torch.softmax(torch.cat(logits, dim=1), dim=1)
+    return (torch.stack(merged, dim=1) * confidence[:, :, None, None]).sum(dim=1)
+
+
+def attended(
+    anchor: Tensor, targets: list[Tensor], mask: Tensor | None, pool: Tensor | None, side: nn.Module
+) -> Tensor:
+    merged, logits = [], []
+    for z in targets:
+        s = weights(anchor, z, mask, lambda n: n + side.eps)
+        s = s + torch.eye(s.shape[-1])
+        merged.append(s @ z)
+        logits.append(side.gate(mean(anchor, pool) * mean(z, pool)))
+    return weighted_sum(merged, logits)
+
+
+def tokens(side: TokenUniPT, maps: list[Tensor], mask: Tensor | None) -> Tensor:
+    z = [down(h) for down, h in zip(side.down, maps, strict=True)]
+    return side.up(z[-1] + side.project(attended(z[-1], z[:-1], mask, mask, side)))
+
+
+def decoder(side: DecoderUniPT, maps: list[Tensor], mask: None, memory: Tensor, memory_mask: Tensor) -> Tensor:
+    z = [down(h) for down, h in zip(side.down, maps, strict=True)]
+    anchor, targets = z[-1], z[:-1]
+    norm = lambda n: n + side.eps  # noqa: E731
+    targets = [z + c(weights(z, memory, memory_mask, norm) @ memory) for c, z in zip(side.cross, targets, strict=True)]
+    final = anchor + side.project(attended(anchor, targets, None, None, side))
+    return side.up(torch.stack([*targets, final]))
+
+
+def vectors(side: VectorUniPT, maps: list[Tensor], mask: Tensor | None, vector: Tensor, at: Tensor | None) -> Tensor:
+    anchor = side.anchor(torch.relu(vector))[:, None]
+    merged, logits = [], []
+    for down, h in zip(side.down, maps, strict=True):
+        z = down(torch.relu(h.to(vector.dtype)))
+        m = weights(anchor, z, mask, lambda n: n.clamp(min=side.eps)) @ z
+        merged.append(m + (z[:, 0] if at is None else z[torch.arange(len(z)), at])[:, None])
+        logits.append(side.gate(anchor[:, 0] * mean(z, mask)))
+    return vector + side.up(torch.relu(weighted_sum(merged, logits)))[:, 0]
+
+
+def pyramid(side: PyramidUniPT, grids: list[Tensor]) -> Tensor:
+    flat = lambda g: g.flatten(2).permute(0, 2, 1)  # noqa: E731
+    last = grids[-1]
+    anchor = side.down[-1](last)
+    targets = []
+    for guide, down, grid in zip(side.guide, side.down, grids, strict=False):
+        rate = grid.shape[-1] // last.shape[-1]
+        mixed = F.interpolate(torch.relu(guide(last)), size=grid.shape[2:], mode="nearest") * grid
+        windows = torch.relu(F.unfold(mixed.sum(dim=1, keepdim=True), rate, stride=rate))
+        windows = windows / (windows.abs().sum(dim=1, keepdim=True) + side.eps)
+        w = F.fold(windows, grid.shape[2:], rate, stride=rate) + 1 / rate**2
+        targets.append(flat(down(F.avg_pool2d(w * grid, rate, stride=rate, divisor_override=1))))
+    merged = attended(flat(anchor), targets, None, None, side)
+    grown = anchor + side.project(merged.permute(0, 2, 1).reshape(anchor.shape))
+    return flat(side.up(torch.relu(grown)))
+
+
+LITERAL: dict[type, Callable] = {
+    TokenUniPT: tokens, DecoderUniPT: decoder, VectorUniPT: vectors, PyramidUniPT: pyramid,
+}  # fmt: skip
+
+
+# --- the sizes --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Part:
+    """A side network with inputs of the papers' sizes; `samples` of the setting's samples are in its batch."""
+
+    name: str
+    side: nn.Module
+    inputs: tuple
+    samples: int
+
+
+def states(batch: int, length: int, width: int, count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(batch, length, width).to(dtype) for _ in range(count)]
+
+
+def padded(batch: int, length: int, least: int) -> Tensor:
+    """Masks of texts or pictures that are `least` to `length` tokens long."""
+    lengths = torch.linspace(least, length, batch).long()
+    return (torch.arange(length)[None] < lengths[:, None]).float()
+
+
+def vse() -> list[Part]:
+    """BERT-base over 30 words, and ResNeXt-101 over 512 px, both to 1024, reduction 2."""
+    text = TokenUniPT(768, 12, 2, out=1024, **PUBLISHED["vse-text"])
+    image = PyramidUniPT([256, 512, 1024, 2048], 1024, 2)
+    grids = [torch.randn(4, c, s, s) for c, s in ((256, 128), (512, 64), (1024, 32), (2048, 16))]
+    return [Part("text", text, (states(32, 30, 768, 13), padded(32, 30, 10)), 32), Part("image", image, (grids,), 4)]
+
+
+def clip4clip(dtype: torch.dtype = torch.float32) -> list[Part]:
+    """CLIP ViT-B/32 over 12 frames of 224 px (50 tokens), and its text tower over 32 words, reduction 1."""
+    text, frames = VectorUniPT(512, 12, 512, 1), VectorUniPT(768, 12, 512, 1)
+    mask = padded(16, 32, 8)
+    at = mask.sum(dim=1).long() - 1
+    return [
+        Part("text", text, (states(16, 32, 512, 13, dtype), mask, torch.randn(16, 512), at), 16),
+        Part("frames", frames, (states(8 * 12, 50, 768, 13, dtype), None, torch.randn(8 * 12, 512), None), 8),
+    ]
+
+
+def clip4clip_half() -> list[Part]:
+    """The same with the frozen CLIP in half precision, as published; the side networks are in single."""
+    return clip4clip(torch.float16)
+
+
+def clip_vil() -> list[Part]:
+    """12 joint layers over 20 words and 12 x 20 cells of a picture of 384 x 640 px, reduction 2."""
+    side = TokenUniPT(768, 12, 2, **PUBLISHED["clip-vil"])
+    mask = torch.cat([padded(8, 20, 6), torch.ones(8, 240)], dim=1)
+    return [Part("joint", side, (states(8, 260, 768, 13), mask), 8)]
+
+
+def mdetr() -> list[Part]:
+    """3 of 6 encoder layers over 25 x 42 cells of a picture of 800 x 1333 px and 20 words; 3 of 6 over 100 queries."""
+    encoder = TokenUniPT(256, 3, 2, **PUBLISHED["mdetr-encoder"])
+    queries = DecoderUniPT(256, 3, 2, levels=True, **PUBLISHED["mdetr-decoder"])
+    mask = padded(2, 1070, 800)
+    memory = torch.randn(2, 1070, 128, requires_grad=True)
+    return [
+        Part("encoder", encoder, (states(2, 1070, 256, 4), mask), 2),
+        Part("decoder", queries, (states(2, 100, 256, 4), None, memory, mask), 2),
+    ]
+
+
+SETTINGS = {"vse": vse, "clip4clip": clip4clip, "clip4clip-half": clip4clip_half, "clip-vil": clip_vil, "mdetr": mdetr}
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def compare(part: Part) -> dict[str, float]:
+    """How far outputs and gradients are from the literal version's, relative to its largest."""
+    results = []
+    for function in (LITERAL[type(part.side)], type(part.side).__call__):
+        part.side.zero_grad(set_to_none=True)
+        out = function(part.side, *part.inputs)
+        out.square().mean().backward()
+        # The gate's bias has no gradient in exact arithmetic: softmax ignores it.
+        gradients = [p.grad.clone() for n, p in part.side.named_parameters() if n != "gate.bias"]
+        results.append((out.detach(), gradients))
+    (out, gradients), (ours, own) = results
+    # A convolution's bias before BatchNorm has none either: what rounding leaves of it is measured by the largest.
+    floor = 1e-4 * max(float(a.abs().max()) for a in gradients)
+    far = max(float((a - b).abs().max() / a.abs().max().clamp(min=floor)) for a, b in zip(gradients, own, strict=True))
+    return {"output_error": float((out - ours).abs().max() / out.abs().max()), "gradient_error": far}
+
+
+def step(function: Callable, part: Part) -> float:
+    start = time.process_time()
+    function(part.side, *part.inputs).sum().backward()
+    seconds = time.process_time() - start
+    part.side.zero_grad(set_to_none=True)
+    return seconds
+
+
+def versions(part: Part) -> dict[str, Callable]:
+    """The literal version and ours: with scores made again, and kept."""
+
+    def ours(keep: bool) -> Callable:
+        def call(side: nn.Module, *inputs) -> Tensor:
+            side.keep = keep
+            return side(*inputs)
+
+        return call
+
+    return {"literal": LITERAL[type(part.side)], "recompute": ours(False), "keep": ours(True)}
+
+
+def measure(part: Part, repeats: int) -> dict:
+    """Kilobytes kept for backward and milliseconds a step of every version, a sample."""
+    made = versions(part)
+    kept = {k: saved_bytes(lambda f=f: f(part.side, *part.inputs).sum(), part.side) for k, f in made.items()}
+    times: dict[str, list[float]] = {k: [] for k in made}
+    for repeat in range(repeats + 2):
+        for k, f in made.items():
+            seconds = step(f, part)
+            if repeat >= 2:
+                times[k].append(seconds)
+    return {
+        "part": part.name, "samples": part.samples,
+        "kilobytes": {k: round(kept[k] / part.samples / 1e3, 1) for k in made},
+        "milliseconds": {k: round(1e3 * statistics.median(times[k]) / part.samples, 3) for k in made}, **compare(part),
+    }  # fmt: skip
+
+
+def total(name: str, parts: list[dict]) -> dict:
+    """Ours as shares of the literal version, summed over the parts."""
+    out: dict = {"setting": name}
+    for what in ("kilobytes", "milliseconds"):
+        sums = {k: sum(p[what][k] for p in parts) for k in ("literal", "recompute", "keep")}
+        out[f"{what}_ratio"] = {k: round(sums[k] / sums["literal"], 3) for k in ("recompute", "keep")}
+    return {**out, "parts": parts}
+
+
+def main(repeats: int, only: str | None) -> None:
+    torch.set_num_threads(1)
+    keep_freed_memory()  # as training does
+    out = []
+    for name, make in SETTINGS.items():
+        if only in (None, name):
+            torch.manual_seed(0)
+            out.append(total(name, [measure(part, repeats) for part in make()]))
+    print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "results": out}, indent=1))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--only", choices=sorted(SETTINGS))
+    options = parser.parse_args()
+    main(options.repeats, options.only)

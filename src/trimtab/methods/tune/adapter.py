@@ -1,0 +1,144 @@
+"""Bottleneck adapters in the blocks, one after another or in parallel to the block's parts.
+
+    sequential (Houlsby et al., ICML 2019; Pfeiffer et al., EACL 2021)     parallel (He et al., ICLR 2022)
+
+    x -> attention -> a + Adapter(a) -(+)-> x                               x -> attention -> a + s Adapter(x) -(+)-> x
+
+Adapter(x) = Linear(b, D)(relu(Linear(D, b)(LN(x)))). The LayerNorm at its start is DAS's form, which is used for all
+three, so that they differ in where they stand alone; Houlsby's and He's own have none there. A part's own residual sum
+may lie before the place of a sequential adapter (ViLT, BERT's feed-forward part); Pfeiffer's stands there by design.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from trimtab.anatomy import Anatomy, Block, Sublayer, read, rewrite
+from trimtab.methods.base import METHODS, Method
+from trimtab.methods.skip.adapters import Adapter
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """Settings of sequential adapters."""
+
+    bottleneck: int = 16
+    """Width b between the two linear maps."""
+    placement: Literal["houlsby", "pfeiffer"] = "houlsby"
+    """`houlsby`: after every part of a block; `pfeiffer`: after the feed-forward part alone."""
+    towers: tuple[str, ...] | None = None
+    """Which towers; None for all."""
+
+    def __post_init__(self) -> None:
+        _positive("bottleneck", self.bottleneck)
+
+
+@dataclass(frozen=True)
+class ParallelAdapterSettings:
+    """Settings of parallel adapters."""
+
+    bottleneck: int = 16
+    """Width b between the two linear maps."""
+    parts: Literal["all", "attention", "mlp"] = "all"
+    """Beside which parts of a block they stand."""
+    towers: tuple[str, ...] | None = None
+    """Which towers; None for all."""
+
+    def __post_init__(self) -> None:
+        _positive("bottleneck", self.bottleneck)
+
+
+@dataclass(frozen=True)
+class ScaledParallelAdapterSettings(ParallelAdapterSettings):
+    """Settings of scaled parallel adapters."""
+
+    scale: float = 4.0
+    """Factor s of the adapter's output (He et al.: 4)."""
+    parts: Literal["all", "attention", "mlp"] = "mlp"
+    """Beside which parts of a block they stand (He et al.: the feed-forward part)."""
+
+
+def _positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, found {value}")
+
+
+class _Adapters(Method):
+    """Adapters at the parts of every block; they are kept in the block as `<method>_0`, `<method>_1`, ..."""
+
+    lever = "tune"
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
+        for name in self.settings.towers or [t.name for t in anatomy.towers]:
+            tower = anatomy.tower(name)
+            if tower.layout != "tokens":
+                raise ValueError(f"{self.name}: tower {name!r} is a grid tower; adapters need tokens: name others")
+            for block in tower.blocks:
+                parts = [p for p in block.sublayers if self.chosen(p)]
+                if not parts:
+                    raise ValueError(
+                        f"{self.name}: block '{block.path}' has no described part for it: give its `sublayers` in the "
+                        "anatomy (docs/your-own-model.md)"
+                    )
+                for i, part in enumerate(parts):
+                    self._add(model, block, i, part)
+        return anatomy
+
+    def _add(self, model: nn.Module, block: Block, index: int, part: Sublayer) -> None:
+        owner = model.get_submodule(block.path)
+        adapter = self.adapter(block.width).to(next(owner.parameters()).device)
+        owner.add_module(f"{self.name.replace('-', '_')}_{index}", adapter)
+        self.place(model, part, adapter)
+
+    def adapter(self, width: int) -> Adapter:
+        return Adapter(width, self.settings.bottleneck, scale=getattr(self.settings, "scale", 1.0))
+
+    def chosen(self, part: Sublayer) -> bool:
+        wanted = self.settings.parts
+        return wanted == "all" or (part.kind == "mlp") == (wanted == "mlp")
+
+    def place(self, model: nn.Module, part: Sublayer, adapter: nn.Module) -> None:
+        seen: list[Tensor] = []  # the part's input, from its read until its write in the same pass
+        read(model, part.read, seen.append)
+        rewrite(model, part.write, _added(adapter, seen))
+
+
+def _added(adapter: nn.Module, seen: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda out: out + adapter(seen.pop())
+
+
+@METHODS.register("adapter")
+class SequentialAdapter(_Adapters):
+    """Bottleneck adapters after the parts of every block (Houlsby's or Pfeiffer's places)."""
+
+    name = "adapter"
+    Settings = AdapterSettings
+
+    def chosen(self, part: Sublayer) -> bool:
+        return self.settings.placement == "houlsby" or part.kind == "mlp"
+
+    def adapter(self, width: int) -> Adapter:
+        return Adapter(width, self.settings.bottleneck, residual=True)
+
+    def place(self, model: nn.Module, part: Sublayer, adapter: nn.Module) -> None:
+        rewrite(model, part.write, adapter)
+
+
+@METHODS.register("parallel-adapter")
+class ParallelAdapter(_Adapters):
+    """Bottleneck adapters that read a part's input and are added to its output."""
+
+    name = "parallel-adapter"
+    Settings = ParallelAdapterSettings
+
+
+@METHODS.register("scaled-parallel-adapter")
+class ScaledParallelAdapter(_Adapters):
+    """The same, scaled, beside the feed-forward parts."""
+
+    name = "scaled-parallel-adapter"
+    Settings = ScaledParallelAdapterSettings

@@ -1,0 +1,151 @@
+"""LST, Ladder Side-Tuning (Sung et al., NeurIPS 2022): a narrow transformer beside the frozen tower, a rung a block.
+
+    h_0 --block--> h_1 --block--> ... h_N            frozen, no graph kept
+     |              |                  |
+    Down_0         Down_1            Down_N          Linear(D, d)
+     |              |                  |
+     s --SideBlock--+--SideBlock ...   |  s <- SideBlock_i(g_i s + (1 - g_i) Down_i(h_i)),  g_i = sigmoid(a_i / 0.1)
+                                       LN - Up       -> what the tower hands on
+
+Structural initialisation: each side block starts as its block with the least important channels cut out. Importance is
+the L1 norm of a channel's weights (the published code also offers Fisher information). Side blocks are pre-norm
+whatever the tower is, and the maps down start as the choice of the kept channels: both are ours.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.anatomy import Anatomy, Block, Tower
+from trimtab.methods.base import METHODS
+from trimtab.methods.tune.beside import Beside, Listener, Seen, token_width
+from trimtab.methods.tune.blocks import SideBlock, visible
+
+
+@dataclass(frozen=True)
+class LSTSettings:
+    """Settings of LST."""
+
+    reduction: int = 4
+    """Width of the side network = width of the tower / reduction (published: 4 to 8)."""
+    initialise: Literal["pruned", "random"] = "pruned"
+    """`pruned`: from the tower's own blocks, cut to the side's width; `random`: torch's defaults."""
+    towers: tuple[str, ...] | None = None
+    """Which towers; None for all."""
+
+    def __post_init__(self) -> None:
+        if self.reduction < 1:
+            raise ValueError(f"reduction must be at least 1, found {self.reduction}")
+
+
+class Ladder(nn.Module):
+    """N side blocks on N + 1 hidden maps (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, width: int, blocks: int, reduction: int, causal: bool, hidden: int | None = None,
+                 temperature: float = 0.1):  # fmt: skip
+        super().__init__()
+        d = width // reduction
+        self.causal, self.temperature = causal, temperature
+        self.down = nn.ModuleList(nn.Linear(width, d) for _ in range(blocks + 1))
+        self.blocks = nn.ModuleList(SideBlock(d, hidden) for _ in range(blocks))
+        self.gates = nn.Parameter(torch.zeros(blocks))
+        self.norm, self.up = nn.LayerNorm(d), nn.Linear(d, width)
+
+    def forward(self, maps: list[Tensor], mask: Tensor | None) -> Tensor:
+        seen = visible(maps[0], mask, self.causal)
+        state, *rungs = (down(h.to(down.weight.dtype)) for down, h in zip(self.down, maps, strict=True))
+        for block, rung, gate in zip(self.blocks, rungs, (self.gates / self.temperature).sigmoid(), strict=True):
+            state = block(gate * state + (1 - gate) * rung, seen)
+        return self.up(self.norm(state))
+
+
+@METHODS.register("lst")
+class LST(Beside):
+    """A narrow transformer that climbs beside the frozen tower."""
+
+    name = "lst"
+    Settings = LSTSettings
+
+    def side(self, model: nn.Module, anatomy: Anatomy, tower: Tower) -> nn.Module:
+        s = self.settings
+        width, count = token_width(self.name, tower), len(tower.blocks)
+        if s.initialise == "random":
+            return Ladder(width, count, s.reduction, tower.causal)
+        hidden = linears(model, tower.blocks[0])["fc1"].out_features // s.reduction
+        ladder = Ladder(width, count, s.reduction, tower.causal, hidden)
+        start_from_blocks(ladder, model, tower)
+        return ladder
+
+    def listen(self, model: nn.Module, tower: Tower, side: nn.Module) -> Listener:
+        def compute(seen: Seen) -> Tensor:
+            return side(seen.maps, seen.mask)
+
+        maps = list(range(len(tower.blocks) + 1))
+        return Listener(self.name, tower, maps, compute, tower.output, side.up.weight.dtype)
+
+
+# --- structural initialisation ----------------------------------------------------------------------------------------
+
+# Ends of the paths of a block's linear layers, by what they do.
+_ROLES = {
+    "query": r"(^|\.)(query|q_proj|q)$", "key": r"(^|\.)(key|k_proj|k)$", "value": r"(^|\.)(value|v_proj|v)$",
+    "out": r"(attention\.output\.dense|out_proj|o_proj|\.o|attn\.proj)$",
+    "fc1": r"(^|\.)(fc1|intermediate\.dense|wi|linear1|up_proj)$",
+    "fc2": r"(^|\.)(fc2|(?<!attention\.)output\.dense|wo|linear2|down_proj)$",
+}  # fmt: skip
+
+
+def linears(model: nn.Module, block: Block) -> dict[str, nn.Linear]:
+    """A block's linear layers by role; ValueError that names the block if one is not found once."""
+    found: dict[str, nn.Linear] = {}
+    names = {n: m for n, m in model.get_submodule(block.path).named_modules() if isinstance(m, nn.Linear)}
+    for role, pattern in _ROLES.items():
+        matching = [m for n, m in names.items() if re.search(pattern, n)]
+        if len(matching) != 1:
+            raise ValueError(
+                f"lst: block '{block.path}' has {len(matching)} linear layers that could be its {role}, expected one "
+                f"(it has {', '.join(names) or 'none'}): set initialise: random"
+            )
+        found[role] = matching[0]
+    return found
+
+
+@torch.no_grad()
+def start_from_blocks(ladder: Ladder, model: nn.Module, tower: Tower) -> None:
+    """Fill the side blocks with the tower's weights of the most important channels.
+
+    The channels of the stream are the same in all blocks, chosen by all weights that read or write them; those inside
+    attention and the feed-forward part are chosen block by block, queries with keys and values with the output.
+    """
+    parts = [linears(model, block) for block in tower.blocks]
+    d = ladder.up.in_features
+    stream = sum(
+        p[r].weight.abs().sum(dim=0 if r in ("query", "key", "value", "fc1") else 1) for p in parts for r in _ROLES
+    )
+    channels = _largest(stream, d)
+    for side, own in zip(ladder.blocks, parts, strict=True):
+        weight = {role: linear.weight.float() for role, linear in own.items()}
+        matched = _largest(weight["query"].abs().sum(dim=1) + weight["key"].abs().sum(dim=1), d)
+        carried = _largest(weight["value"].abs().sum(dim=1) + weight["out"].abs().sum(dim=0), d)
+        hidden = _largest(weight["fc1"].abs().sum(dim=1) + weight["fc2"].abs().sum(dim=0), side.fc1.out_features)
+        rows = {"query": matched, "key": matched, "value": carried, "out": channels, "fc1": hidden, "fc2": channels}
+        columns = {"out": carried, "fc2": hidden}
+        for role, linear in own.items():
+            target = getattr(side, role)
+            target.weight.copy_(weight[role][rows[role]][:, columns.get(role, channels)])
+            target.bias.copy_(linear.bias[rows[role]]) if linear.bias is not None else target.bias.zero_()
+    for down in ladder.down:
+        down.weight.copy_(torch.eye(down.in_features, device=down.weight.device)[channels.to(down.weight.device)])
+        down.bias.zero_()
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """Positions of the largest scores, in ascending order."""
+    if len(scores) < count:
+        raise ValueError(f"lst: a layer has {len(scores)} channels, the side block needs {count}: raise `reduction`")
+    return scores.topk(count).indices.sort().values

@@ -1,0 +1,44 @@
+"""Partial fine-tuning: the last blocks of each tower are trained, everything before them is frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from trimtab.anatomy import Anatomy
+from trimtab.methods.base import METHODS, Method
+
+
+@dataclass(frozen=True)
+class PartialSettings:
+    """Settings of partial fine-tuning."""
+
+    blocks: int = 2
+    """How many blocks at the end of each tower are trained."""
+    towers: tuple[str, ...] | None = None
+    """Which towers; None for all."""
+
+    def __post_init__(self) -> None:
+        if self.blocks < 1:
+            raise ValueError(f"blocks must be at least 1, found {self.blocks}")
+
+
+@METHODS.register("partial")
+class Partial(Method):
+    """The last blocks of each tower are trained; nothing is back-propagated further."""
+
+    name = "partial"
+    lever = "tune"
+    folds = True
+    Settings = PartialSettings
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
+        k = self.settings.blocks
+        for name in self.settings.towers or [t.name for t in anatomy.towers]:
+            blocks = anatomy.tower(name).blocks
+            if k > len(blocks):
+                raise ValueError(f"partial: blocks is {k}, but tower {name!r} has {len(blocks)}")
+            for block in blocks[-k:]:
+                model.get_submodule(block.path).requires_grad_(True)
+        return anatomy

@@ -1,0 +1,113 @@
+"""Prompt tuning of token towers, visual, text or fused (VPT: Jia et al., ECCV 2022; text: Lester et al., EMNLP 2021).
+
+    shallow   p_0 x  -> block 1 -> y_0 y -> block 2 -> ...          P prompts before the tokens that enter the tower
+    deep      p_0 x  -> block 1 -> (y_0 dropped) p_1 y -> block 2   fresh prompts before every block
+
+The prompts stand before the tokens, where causal towers see them too, and are taken off after the last block, so that
+what the tower hands on has its usual length and positions. Attention masks that a block is given are widened; prompts
+are seen by every token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.anatomy import Anatomy, Block, Tap, Tower, rewrite
+from trimtab.methods.base import METHODS, Method
+from trimtab.methods.tune.beside import token_width
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """Settings of prompts."""
+
+    prompts: int = 8
+    """How many prompts stand before the tokens."""
+    towers: tuple[str, ...] | None = None
+    """Which towers; None for all."""
+
+    def __post_init__(self) -> None:
+        if self.prompts < 1:
+            raise ValueError(f"prompts must be at least 1, found {self.prompts}")
+
+
+class _Prompts(Method):
+    """Prompts as parameters `model.<method>.<tower>`, (blocks with prompts, P, D)."""
+
+    lever = "tune"
+    Settings = PromptSettings
+    deep: bool
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
+        device = next(model.parameters()).device
+        made = nn.ParameterDict()
+        for name in self.settings.towers or [t.name for t in anatomy.towers]:
+            tower = anatomy.tower(name)
+            width = token_width(self.name, tower)
+            blocks = len(tower.blocks) if self.deep else 1
+            values = torch.empty(blocks, self.settings.prompts, width, device=device)
+            made[name] = nn.Parameter(nn.init.uniform_(values, -((6 / width) ** 0.5), (6 / width) ** 0.5))
+            self._hook(model, tower, made[name])
+        model.add_module(self.name.replace("-", "_"), made)
+        return anatomy
+
+    def _hook(self, model: nn.Module, tower: Tower, prompts: nn.Parameter) -> None:
+        count = prompts.shape[1]
+        for i, block in enumerate(tower.blocks):
+            enter = _Enter(block, prompts, i, deep=self.deep)
+            model.get_submodule(block.path).register_forward_pre_hook(enter, with_kwargs=True)
+        rewrite(model, Tap(tower.blocks[-1].path), lambda out: out[:, count:])
+
+
+class _Enter:
+    """Changes what a block is called with: prompts before the stream, masks as wide as it."""
+
+    def __init__(self, block: Block, prompts: nn.Parameter, index: int, deep: bool):
+        self.block, self.prompts, self.index, self.deep = block, prompts, index, deep
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        named = self.block.stream in kwargs
+        stream = kwargs[self.block.stream] if named else args[0]
+        count = self.prompts.shape[1]
+        if self.index == 0 or self.deep:
+            tokens = stream if self.index == 0 else stream[:, count:]
+            new = self.prompts[self.index].to(stream.dtype).expand(len(stream), -1, -1)
+            stream = torch.cat([new, tokens], dim=1)
+        length = stream.shape[1] - count
+        args = tuple(a if i == 0 and not named else _widened(a, count, length) for i, a in enumerate(args))
+        kwargs = {k: v if k == self.block.stream else _widened(v, count, length) for k, v in kwargs.items()}
+        if named:
+            return args, {**kwargs, self.block.stream: stream}
+        return (stream, *args[1:]), kwargs
+
+
+def _widened(value: Any, count: int, length: int) -> Any:
+    """An attention mask of (B, L), (B, 1, 1, L) or (B, 1, L, L) with `count` more keys (and queries) in front."""
+    if not isinstance(value, Tensor) or value.ndim not in (2, 4) or value.shape[-1] != length:
+        return value
+    # A key counts if it is True, or a 1 in a mask of (B, L), or nothing is added to its score in a wider one.
+    seen = value.new_zeros if value.ndim == 4 and value.is_floating_point() else value.new_ones
+    wide = torch.cat([seen(*value.shape[:-1], count), value], dim=-1)
+    if value.ndim == 4 and value.shape[-2] == length > 1:
+        wide = torch.cat([wide[..., :1, :].expand(-1, -1, count, -1), wide], dim=-2)  # they see what the first sees
+    return wide
+
+
+@METHODS.register("shallow-prompt")
+class ShallowPrompt(_Prompts):
+    """Prompts before the tokens that enter the first block."""
+
+    name = "shallow-prompt"
+    deep = False
+
+
+@METHODS.register("deep-prompt")
+class DeepPrompt(_Prompts):
+    """Prompts of its own before every block."""
+
+    name = "deep-prompt"
+    deep = True

@@ -1,0 +1,74 @@
+"""Side-Tuning (Zhang et al., ECCV 2020): a small network beside the tower, its result blended with the tower's.
+
+    h_0 --tower, frozen--> h_N --(x a)--+
+     |                                  (+)-> what the tower hands on;  a = sigmoid(alpha), alpha starts at 0
+     +--Down - SideBlock ... - Up (x 1-a)-+
+
+Published for images; the side network reads what enters the first block, so that the frozen embeddings are shared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.anatomy import Anatomy, Tower
+from trimtab.methods.base import METHODS
+from trimtab.methods.tune.beside import Beside, Listener, Seen, token_width
+from trimtab.methods.tune.blocks import SideBlock, visible
+
+
+@dataclass(frozen=True)
+class SideTuningSettings:
+    """Settings of Side-Tuning."""
+
+    reduction: int = 4
+    """Width of the side network = width of the tower / reduction."""
+    blocks: int = 2
+    """Blocks of the side network."""
+    towers: tuple[str, ...] | None = None
+    """Which towers; None for all."""
+
+    def __post_init__(self) -> None:
+        if self.reduction < 1 or self.blocks < 1:
+            raise ValueError(f"reduction and blocks must be at least 1, found {self.reduction} and {self.blocks}")
+
+
+class Blended(nn.Module):
+    """The side network and the weight with which it is blended."""
+
+    def __init__(self, width: int, reduction: int, blocks: int, causal: bool):
+        super().__init__()
+        d = width // reduction
+        self.causal = causal
+        self.down, self.up = nn.Linear(width, d), nn.Linear(d, width)
+        self.blocks = nn.ModuleList(SideBlock(d) for _ in range(blocks))
+        self.alpha = nn.Parameter(torch.zeros(()))
+
+    def forward(self, tokens: Tensor, mask: Tensor | None, value: Tensor) -> Tensor:
+        """What enters the tower and what it hands on, (B, L, D) both -> (B, L, D)."""
+        x, seen = self.down(tokens.to(self.down.weight.dtype)), visible(tokens, mask, self.causal)
+        for block in self.blocks:
+            x = block(x, seen)
+        share = self.alpha.sigmoid()
+        return share * value + (1 - share) * self.up(x)
+
+
+@METHODS.register("side-tuning")
+class SideTuning(Beside):
+    """A small network from a tower's input to its output, blended with the frozen tower's result."""
+
+    name = "side-tuning"
+    Settings = SideTuningSettings
+
+    def side(self, model: nn.Module, anatomy: Anatomy, tower: Tower) -> nn.Module:
+        s = self.settings
+        return Blended(token_width(self.name, tower), s.reduction, s.blocks, tower.causal)
+
+    def listen(self, model: nn.Module, tower: Tower, side: nn.Module) -> Listener:
+        def compute(seen: Seen) -> Tensor:
+            return side(seen.maps[0], seen.mask, seen.value)
+
+        return Listener(self.name, tower, [0], compute, tower.output, side.up.weight.dtype)

@@ -1,0 +1,140 @@
+"""UniPT as a method: which side network a tower gets, and where it is set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from trimtab.anatomy import Anatomy, Tower
+from trimtab.methods.base import METHODS
+from trimtab.methods.tune.beside import Beside, Listener, token_width
+from trimtab.methods.tune.unipt.sides import DecoderUniPT, PyramidUniPT, TokenUniPT, VectorUniPT
+
+
+@dataclass(frozen=True)
+class UniPTSettings:
+    """Settings of UniPT."""
+
+    reduction: int = 2
+    """Width of the side network = width of the tower / reduction (published: 2; CLIP4Clip: 1)."""
+    towers: tuple[str, ...] | None = None
+    """Which towers get a side network; None for all."""
+    form: Literal["auto", "token", "vector"] = "auto"
+    """`vector` replaces the tower's pooled vector, `token` its tokens; `auto` takes what fits the tower. Grids have a
+    form of their own, and so have decoders whose encoder gets a side network too."""
+    layers: tuple[int, ...] | None = None
+    """Hidden maps that are read beside the last: 0 is what enters the first block, i what block i puts out. None for
+    all; of a grid tower one for each size."""
+    projection: Literal["double", "single"] = "double"
+    """Between merged tokens and anchor: two linear maps (CLIP-ViL's code), or one (VSE; CLIP-ViL's published count)."""
+    keep_scores: bool = False
+    """Keep attention scores for the backward pass instead of computing them again: faster, more memory."""
+
+    def __post_init__(self) -> None:
+        if self.reduction < 1:
+            raise ValueError(f"reduction must be at least 1, found {self.reduction}")
+
+
+@METHODS.register("unipt")
+class UniPT(Beside):
+    """Side networks beside the frozen towers, attached through their taps."""
+
+    name = "unipt"
+    Settings = UniPTSettings
+
+    def side(self, model: nn.Module, anatomy: Anatomy, tower: Tower) -> nn.Module:
+        s, layers = self.settings, len(tower.blocks)
+        if tower.layout == "grid" and s.form != "vector":
+            widths = [tower.blocks[i - 1].width for i in self._maps(tower, "grid")]
+            return PyramidUniPT(widths, _handed_on(model, tower), s.reduction)
+        width = token_width(self.name, tower)
+        if s.form == "vector" or (s.form == "auto" and _hands_on_vector(model, tower)):
+            if tower.pooled is None:
+                raise ValueError(f"unipt: tower {tower.name!r} hands on no vector: use form 'token'")
+            linear = model.get_submodule(tower.pooled.path)
+            if not isinstance(linear, nn.Linear):
+                raise ValueError(f"unipt: form 'vector' needs a linear projection at '{tower.pooled.path}'")
+            layers = len(self._maps(tower, "vector")) - 1
+            return VectorUniPT(width, layers, linear.out_features, s.reduction)
+        targets = len(self._maps(tower, "token")) - 1
+        shared = {"projection": s.projection, "causal": tower.causal, "keep": s.keep_scores}
+        if self._memory(anatomy, tower):
+            return DecoderUniPT(width, targets, s.reduction, **shared)
+        final = "none" if self._read_by_another(anatomy, tower) else "linear"
+        return TokenUniPT(width, targets, s.reduction, final=final, **shared)
+
+    def listen(self, model: nn.Module, tower: Tower, side: nn.Module) -> Listener:
+        if isinstance(side, PyramidUniPT):
+            return self._listener(tower, "grid", side, lambda seen: _grid(tower, side(seen.maps), seen.value))
+        if isinstance(side, VectorUniPT):
+            compute = lambda seen: side(seen.maps, seen.mask, seen.value, seen.position)  # noqa: E731
+            return self._listener(tower, "vector", side, compute)
+        if isinstance(side, DecoderUniPT):
+            compute = lambda seen: side(seen.maps, seen.mask, seen.memory, seen.memory_mask)  # noqa: E731
+            listener = self._listener(tower, "token", side, compute)
+            listener.memory = self.listeners[str(tower.memory)]
+            return listener
+        listener = self._listener(tower, "token", side, lambda seen: side(seen.maps, seen.mask))
+        if isinstance(side.up, nn.Identity):
+            listener.place = None  # the frozen decoder goes on reading the frozen encoder; its side reads this side
+        return listener
+
+    def _listener(self, tower: Tower, form: str, side: nn.Module, compute) -> Listener:
+        place = tower.pooled if form == "vector" else tower.output
+        return Listener(self.name, tower, self._maps(tower, form), compute, place, next(side.parameters()).dtype)
+
+    def _maps(self, tower: Tower, form: str) -> list[int]:
+        """The hidden maps that are read, the last at the end."""
+        count, chosen = len(tower.blocks), self.settings.layers
+        if chosen is None and form == "grid":
+            # A block that changes the shape starts a stage; the one before it is the last of its own.
+            return [i for i in range(1, count) if not tower.blocks[i].keeps_shape] + [count]
+        if chosen is None:
+            return list(range(count + 1))
+        wrong = [i for i in chosen if not (form == "grid") <= i < count]
+        if wrong or list(chosen) != sorted(set(chosen)):
+            first = 1 if form == "grid" else 0
+            raise ValueError(
+                f"unipt: layers of tower {tower.name!r}: expected ascending numbers of {first}..{count - 1} (the last, "
+                f"{count}, is always read), found {list(chosen)}"
+            )
+        return [*chosen, count]
+
+    def _chosen(self, anatomy: Anatomy) -> tuple[str, ...]:
+        return self.settings.towers or tuple(t.name for t in anatomy.towers)
+
+    def _memory(self, anatomy: Anatomy, tower: Tower) -> bool:
+        """Whether a tower is a decoder whose encoder gets a side network of tokens before it."""
+        names = self._chosen(anatomy)
+        if tower.memory not in names or tower.memory == tower.name:
+            return False
+        # Paired fusion towers read each other: neither has the other's result when it starts.
+        return anatomy.tower(str(tower.memory)).memory is None
+
+    def _read_by_another(self, anatomy: Anatomy, tower: Tower) -> bool:
+        readers = [anatomy.tower(n) for n in self._chosen(anatomy) if anatomy.tower(n).memory == tower.name]
+        return any(self._memory(anatomy, reader) for reader in readers)
+
+
+def _hands_on_vector(model: nn.Module, tower: Tower) -> bool:
+    """Two-tower models hand on a projected vector; single-stream ones hand on tokens, from which poolers read."""
+    return tower.pooled is not None and isinstance(model.get_submodule(tower.pooled.path), nn.Linear)
+
+
+def _handed_on(model: nn.Module, tower: Tower) -> int:
+    """Channels of the grid that a tower hands on: those that its projection takes, else the last block's."""
+    projection = model.get_submodule(tower.pooled.path) if tower.pooled else None
+    return projection.in_features if isinstance(projection, nn.Linear) else tower.blocks[-1].width
+
+
+def _grid(tower: Tower, tokens: Tensor, value: Tensor) -> Tensor:
+    """Tokens (B, n m, C) as the grid (B, C, n, m) that a tower hands on."""
+    new = tokens.transpose(1, 2)
+    if value.ndim != 4 or new.shape[1:] != value.flatten(2).shape[1:]:
+        raise ValueError(
+            f"unipt: tower {tower.name!r} hands on {tuple(value.shape)} at '{tower.output.path}', its side network "
+            f"makes {tuple(new.shape)}: describe the tower up to its last grid"
+        )
+    return new.reshape(value.shape)

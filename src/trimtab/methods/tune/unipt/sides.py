@@ -1,0 +1,206 @@
+"""The side networks of UniPT's published uses; all share `core`.
+
+| class | reads | hands on | published for |
+|---|---|---|---|
+| `TokenUniPT` | hidden maps (B, L, D) | tokens (B, L, out) | CLIP-ViL's joint tower, VSE's texts |
+| `DecoderUniPT` | the same, and another side's tokens | tokens, or all levels | MDETR's decoder |
+| `VectorUniPT` | hidden maps and the tower's vector (B, E) | a vector (B, E) | CLIP4Clip's texts and frames |
+| `PyramidUniPT` | grids (B, C_l, r_l n, r_l n) | tokens (B, n n, out) | VSE's images |
+
+Weights start as torch's own defaults, as in the published code.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trimtab.methods.tune.unipt.core import Target, attend, confidences, down, guided_pool, merge, pooled, read_vector
+
+Final = Literal["linear", "relu", "relu-norm", "none"]
+
+PUBLISHED: dict[str, dict] = {
+    "vse-text": {"projection": "single", "final": "relu", "eps": 1e-8},
+    "clip-vil": {"projection": "double", "final": "linear", "eps": 1e-6},
+    "mdetr-encoder": {"projection": "double", "final": "none", "eps": 1e-7},
+    "mdetr-decoder": {"projection": "double", "final": "relu-norm", "eps": 1e-7},
+}
+"""Settings of `TokenUniPT` and `DecoderUniPT` in each published use."""
+
+
+class TokenUniPT(nn.Module):
+    """Side network of a token tower: N + 1 hidden maps -> new tokens.
+
+    z_l = LN(Linear(h_l)), A = z_N; out = up(A + project(merge(A, z_0 .. z_{N-1}))).
+
+    Args:
+        width: D of the hidden maps.
+        layers: how many maps are attended to (N); one more is the anchor.
+        reduction: width of the side network is d = out / reduction.
+        out: width of what it hands on; None for D.
+        projection: of the merged tokens: `double` is Linear(d, D), ReLU, Linear(D, d), LN (CLIP-ViL, MDETR), `single`
+            Linear(d, d), LN (VSE; CLIP-ViL's published parameter count fits this one).
+        final: of the sum: `linear` (CLIP-ViL), `relu` then linear (VSE), `relu-norm` with a LayerNorm after it (MDETR's
+            decoder), or `none`: d-wide tokens for a decoder's side network (MDETR's encoder).
+        eps: added to the row sums of attention.
+        causal: a token sees only those up to itself, in attention and in confidences (ours: no published use has it).
+        keep: keep the attention scores for the backward pass: faster, and L numbers more a token and layer.
+    """
+
+    def __init__(self, width: int, layers: int, reduction: int, out: int | None = None,
+                 projection: Literal["double", "single"] = "double", final: Final = "linear", eps: float = 1e-6,
+                 causal: bool = False, keep: bool = False):  # fmt: skip
+        super().__init__()
+        out = width if out is None else out
+        d = self.width = out // reduction
+        self.eps, self.causal, self.keep, self.out = eps, causal, keep, d if final == "none" else out
+        self.down = nn.ModuleList(nn.Sequential(nn.Linear(width, d), nn.LayerNorm(d)) for _ in range(layers + 1))
+        self.gate = nn.Linear(d, 1)
+        self.project = (
+            nn.Sequential(nn.Linear(d, width), nn.ReLU(), nn.Linear(width, d), nn.LayerNorm(d))
+            if projection == "double"
+            else nn.Sequential(nn.Linear(d, d), nn.LayerNorm(d))
+        )
+        self.up: nn.Module = nn.Linear(d, out)
+        if final.startswith("relu"):
+            norm = [nn.LayerNorm(out)] if final == "relu-norm" else []
+            self.up = nn.Sequential(nn.ReLU(), self.up, *norm)
+        elif final == "none":
+            self.up = nn.Identity()
+
+    def forward(self, maps: list[Tensor], mask: Tensor | None) -> Tensor:
+        """Hidden maps (B, L, D), from the first to the last, and valid tokens (B, L) or None -> (B, L, out)."""
+        targets = [down(layer, h) for layer, h in zip(self.down, maps, strict=True)]
+        anchor = targets.pop().tokens()
+        merged = merge(anchor, targets, mask, self.gate, self.eps, self.causal, self.keep)
+        return self.up(anchor + self.project(merged))
+
+
+class DecoderUniPT(TokenUniPT):
+    """Side network of a decoder: its maps first read the memory that the encoder's side network made.
+
+    z_l = D_l + LN(Linear(attend(D_l, memory))), without the identity term; the anchor does not (MDETR, section 3.4 and
+    `models/transformer.py`).
+
+    Args:
+        levels: hand on every z_l beside the result, for auxiliary losses.
+        settings: of `TokenUniPT`. The memory must be d wide.
+    """
+
+    def __init__(self, *args, levels: bool = False, **settings):
+        super().__init__(*args, **settings)
+        d, self.levels = self.width, levels
+        self.cross = nn.ModuleList(nn.Sequential(nn.Linear(d, d), nn.LayerNorm(d)) for _ in range(len(self.down) - 1))
+
+    def forward(self, maps: list[Tensor], mask: Tensor | None, memory: Tensor | None = None,
+                memory_mask: Tensor | None = None) -> Tensor:  # fmt: skip
+        """Maps (B, L, D), memory (B, M, d), their masks -> (B, L, out), with `levels` (N + 1, B, L, out)."""
+        assert memory is not None
+        targets = [down(layer, h) for layer, h in zip(self.down, maps, strict=True)]
+        anchor = targets.pop().tokens()
+        crossed = []
+        for target, cross in zip(targets, self.cross, strict=True):
+            z = target.tokens()
+            read = down(cross, attend(z, Target(memory), memory_mask, self.eps, keep=self.keep))
+            crossed.append(z + read.tokens())
+        merged = merge(anchor, [Target(z) for z in crossed], mask, self.gate, self.eps, self.causal, self.keep)
+        final = anchor + self.project(merged)
+        return self.up(torch.stack([*crossed, final]) if self.levels else final)
+
+
+class VectorUniPT(nn.Module):
+    """Side network of a tower that hands on one vector of width E: adds what all layers know (CLIP4Clip's form).
+
+    z_l = Linear(relu(h_l)), a = Linear(relu(vector)); out = vector + up(relu(sum_l c_l (s_l z_l + z_l[position]))).
+
+    Since z_l is linear, it is never made: a . z_l = (W^T a) . relu(h_l) + a . b, and sums over tokens commute with W.
+    """
+
+    def __init__(self, width: int, layers: int, out: int, reduction: int, eps: float = 1e-6):
+        super().__init__()
+        d, self.eps = out // reduction, eps
+        self.down = nn.ModuleList(nn.Linear(width, d) for _ in range(layers + 1))
+        self.anchor = nn.Linear(out, d)
+        self.gate = nn.Linear(d, 1)
+        self.up = nn.Linear(d, out)
+
+    def forward(self, maps: list[Tensor], mask: Tensor | None, vector: Tensor, position: Tensor | None) -> Tensor:
+        """Hidden maps (B, L, D), the tower's vector (B, E), the token that it was read from (B,) or None for the first.
+
+        Returns:
+            The new vector, (B, E).
+        """
+        anchor = self.anchor(F.relu(vector))  # (B, d)
+        rows = torch.arange(len(vector), device=vector.device)
+        at = torch.zeros_like(rows) if position is None else position
+        merged, means = [], []
+        for linear, h in zip(self.down, maps, strict=True):
+            key, offset = anchor @ linear.weight, anchor @ linear.bias  # (B, D), (B,)
+            attended, share = read_vector(h, key, offset, mask, self.eps)
+            with torch.no_grad():  # of the frozen maps alone
+                own, (mean, count) = F.relu(h[rows, at]), pooled(F.relu(h.to(linear.weight.dtype)), mask)
+            # Rows of the attended sum, of the own token and of the mean; each gets as much bias as it has weight.
+            tokens = torch.stack([attended, own.to(attended), mean[:, 0]], dim=1)  # (B, 3, D)
+            ones = torch.ones_like(share)
+            valid = ones if count is None else count[:, 0, 0].clamp(max=1).to(ones)
+            amount = torch.stack([share, ones, valid], dim=1)[..., None]  # (B, 3, 1)
+            attended, own, mean = (tokens @ linear.weight.T + amount * linear.bias).unbind(dim=1)
+            merged.append(attended + own)
+            means.append(mean)
+        weights = confidences(anchor, means, self.gate)  # (B, N)
+        total = (torch.stack(merged, dim=1) * weights[..., None]).sum(dim=1)  # vectors: stacking costs nothing
+        return vector + self.up(F.relu(total))
+
+
+class PyramidUniPT(nn.Module):
+    """Side network of a convolutional tower: the last grid guides how the earlier, larger ones are pooled (VSE).
+
+    Each earlier grid is shrunk to the last one's size by `guided_pool`, put through a 1x1 convolution and BatchNorm,
+    and attended to as tokens.
+
+    Args:
+        channels: of the grids, the last one's last.
+        out: width of the tokens that it hands on.
+        reduction: width of the side network is d = out / reduction.
+        eps: added to the sums of attention and of pooling.
+    """
+
+    def __init__(self, channels: list[int], out: int, reduction: int, eps: float = 1e-8):
+        super().__init__()
+        d, self.eps, self.out = out // reduction, eps, out
+        self.down = nn.ModuleList(nn.Sequential(nn.Conv2d(c, d, 1), nn.BatchNorm2d(d)) for c in channels)
+        self.guide = nn.ModuleList(nn.Conv2d(channels[-1], c, 1) for c in channels[:-1])
+        self.gate = nn.Linear(d, 1)
+        self.project = nn.Sequential(nn.Conv2d(d, d, 1), nn.BatchNorm2d(d))
+        self.up = nn.Conv2d(d, out, 1)
+
+    def forward(self, grids: list[Tensor]) -> Tensor:
+        """Grids (B, C_l, r_l n, r_l n), from the largest to the last, (B, C, n, n) -> tokens (B, n n, out), row by row.
+
+        Raises:
+            ValueError: if a grid's sides are no multiples of the last one's.
+        """
+        grids = [grid.to(self.gate.weight.dtype) for grid in grids]
+        last = grids[-1]
+        anchor = self.down[-1](last)  # (B, d, n, n)
+        targets = []
+        for i, grid in enumerate(grids[:-1]):
+            if grid.shape[-2] % last.shape[-2] or grid.shape[-2] * last.shape[-1] != grid.shape[-1] * last.shape[-2]:
+                sides = f"{tuple(grid.shape[-2:])} and {tuple(last.shape[-2:])}"
+                raise ValueError(
+                    f"unipt: grid {i} and the last are {sides}: expected whole multiples in both directions"
+                )
+            pooled_grid = guided_pool(F.relu(self.guide[i](last)), grid, self.eps)
+            targets.append(Target(_tokens(self.down[i](pooled_grid))))
+        merged = merge(_tokens(anchor), targets, None, self.gate, self.eps)
+        b, d, n, m = anchor.shape
+        grown = anchor + self.project(merged.transpose(1, 2).reshape(b, d, n, m))
+        return _tokens(self.up(F.relu(grown)))
+
+
+def _tokens(grid: Tensor) -> Tensor:
+    """(B, C, n, m) -> (B, n m, C)."""
+    return grid.flatten(2).transpose(1, 2)

@@ -1,0 +1,163 @@
+"""Training from the activation cache: the same losses and gradients, resumable, refused when stale."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from trimtab import activations, recipe, run, training
+from trimtab.activations import ActivationCache, CachedModel, pack, unpack
+
+TASKS = {"tiny-clip": "retrieval", "tiny-vilt": "vqa"}
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(activations, "SHARD_ROWS", 24)
+    monkeypatch.setattr(activations, "RUN_ROWS", 16)
+
+
+def assembled(tiny_raw, backbone="tiny-clip", task=None, **settings):
+    raw = tiny_raw(backbone, task or TASKS[backbone], [{"name": "unipt", **settings}])
+    parts = run.assemble(recipe.expand(raw, "test")[0])
+    parts.attach()
+    return parts, parts.source.load(raw["task"] if isinstance(raw["task"], str) else raw["task"]["name"], "train")
+
+
+def cached(parts, table, folder, *args, **kwargs) -> ActivationCache:
+    cache = ActivationCache(parts.model, parts.methods[0], table, folder, *args, **kwargs)
+    cache.fill()
+    return cache
+
+
+def gradients(model, batch) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch)["loss"]
+    loss.backward()
+    return float(loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("task", ["retrieval", "vqa", "grounding"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("fp16", 1e-2), ("int8", 0.2)])
+def test_losses_and_gradients_are_those_of_the_whole_model(task, precision, tolerance, tiny_raw, tmp_path):
+    parts, table = assembled(tiny_raw, "tiny-clip" if task == "retrieval" else "tiny-vilt", task)
+    cache = cached(parts, table, tmp_path / "cache", precision)
+    rows = [30, 3, 50, 2, 63]  # of several shards, in no order
+    batch = cache.batch(rows)
+    model = CachedModel(parts.model, parts.methods[0])
+    loss, grads = gradients(model, batch)
+    # The same samples with the same captions through the whole model: shards of 24 rows are collated together.
+    whole = {}
+    for start in (0, 24, 48):
+        piece = cache._collated([cache.table[i] for i in range(start, min(start + 24, 64))], start)
+        width = cache.batch([0])["text.map0" if task == "retrieval" else "features.mask"].shape[1]
+        for i, row in enumerate(range(start, min(start + 24, 64))):
+            whole[row] = {k: v[i] for k, v in piece.items()}
+    longest = max(w["input_ids"].shape[0] for w in whole.values())
+    for w in whole.values():
+        for k in ("input_ids", "attention_mask"):
+            w[k] = torch.nn.functional.pad(w[k], (0, longest - len(w[k])))
+    assert width >= longest
+    wanted, exact = gradients(parts.model.eval(), {k: torch.stack([whole[r][k] for r in rows]) for k in whole[0]})
+    assert loss == pytest.approx(wanted, rel=tolerance, abs=tolerance)
+    assert grads.keys() == exact.keys()
+    found, right = (torch.cat([g[n].flatten() for n in exact]) for g in (grads, exact))
+    assert torch.nn.functional.cosine_similarity(found, right, dim=0) > 1 - tolerance
+    if precision == "fp32":
+        assert float((found - right).abs().max()) <= tolerance * float(right.abs().max())
+
+
+def test_no_block_runs_in_training(tiny_raw, tmp_path):
+    parts, table = assembled(tiny_raw)
+    cache = cached(parts, table, tmp_path / "cache")
+    for block in parts.model.backbone.anatomy.blocks():
+        parts.subject.get_submodule(block.path).register_forward_hook(lambda *a: pytest.fail("a block ran"))
+    model = CachedModel(parts.model, parts.methods[0])
+    model(**cache.batch(range(8)))["loss"].backward()
+    frozen = {id(p) for n, p in parts.model.named_parameters() if not p.requires_grad}
+    assert not any(id(p) in frozen for p in model.parameters())
+
+
+def test_an_interrupted_fill_goes_on(tiny_raw, tmp_path):
+    parts, table = assembled(tiny_raw)
+    first = cached(parts, table, tmp_path / "cache", "fp16", 2)
+    files = sorted((tmp_path / "cache").glob("view-*"))
+    assert len(files) == 6 and len(first) == 64
+    times = {f.name: f.stat().st_mtime_ns for f in files}
+    wanted = files[4].read_bytes()
+    files[4].unlink()
+    again = ActivationCache(parts.model, parts.methods[0], table, tmp_path / "cache", "fp16", 2)
+    assert again.fill() == 1
+    assert files[4].read_bytes() == wanted, "what collation draws is the same again"
+    assert all(f.stat().st_mtime_ns == times[f.name] for f in files if f != files[4])
+
+
+def test_views_draw_other_captions(tiny_raw, tmp_path):
+    parts, table = assembled(tiny_raw)
+    cache = cached(parts, table, tmp_path / "cache", "fp32", 2)
+    first, second = cache.batch(range(64)), cache.batch(range(64, 128))
+    assert torch.equal(first["vision.map0"], second["vision.map0"])
+    assert not torch.equal(first["text.map0"], second["text.map0"])
+
+
+def test_a_stale_cache_is_refused(tiny_raw, tmp_path):
+    parts, table = assembled(tiny_raw)
+    cached(parts, table, tmp_path / "cache")
+
+    def again(parts, table, *args):
+        ActivationCache(parts.model, parts.methods[0], table, tmp_path / "cache", *args)
+
+    again(parts, table)
+    for what, args in (("precision", (parts, table, "int8")), ("views", (parts, table, "fp16", 2)),
+                       ("rows", (parts, table.select(range(32)))), ("table", (parts, table.select(range(63, -1, -1)))),
+                       ("layers", assembled(tiny_raw, layers=[0, 2]))):  # fmt: skip
+        with pytest.raises(ValueError, match=f"a cache of another {what}: .*delete the folder"):
+            again(*args)
+    other, _ = assembled(tiny_raw)
+    with torch.no_grad():
+        other.subject.text_model.final_layer_norm.weight.add_(1)
+    with pytest.raises(ValueError, match="a cache of another backbone"):
+        again(other, table)
+    with torch.no_grad():
+        parts.subject.unipt["text"].up.weight.add_(1)
+    again(parts, table)  # training changes side networks, not what they read
+
+
+def test_what_cannot_be_trained_from_a_cache_says_why(tiny_raw, tmp_path):
+    for settings, message in (({"form": "token"}, "use UniPT's vector form"), ({"towers": ["text"]}, "tune them all")):
+        parts, table = assembled(tiny_raw, **settings)
+        with pytest.raises(ValueError, match=message):
+            ActivationCache(parts.model, parts.methods[0], table, tmp_path / "cache")
+    parts, table = assembled(tiny_raw)
+    parts.subject.visual_projection.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="'model.visual_projection.weight' of the backbone is trained"):
+        ActivationCache(parts.model, parts.methods[0], table, tmp_path / "cache")
+    with pytest.raises(recipe.RecipeError, match="only the side networks of `methods:"):
+        run.run(recipe.expand(tiny_raw("tiny-clip", "retrieval", ["lora"], cache="fp16"), "test")[0], tmp_path / "run")
+
+
+@pytest.mark.parametrize("backbone", TASKS)
+def test_a_recipe_trains_from_a_cache(backbone, tiny_raw, tmp_path):
+    raw = tiny_raw(backbone, TASKS[backbone], ["unipt"], cache="fp16", head_multiplier=2.0)
+    r = recipe.expand(raw, "test")[0]
+    folder = run.run(r, tmp_path / "run", measure_costs=False)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["history"]
+    parts = run._loaded(folder)
+    table = parts.source.load(TASKS[backbone], "test")
+    assert training.evaluate(parts.model.eval(), table)[0] == metrics["test"]
+    fresh = run.assemble(r)
+    fresh.attach()
+    trained = dict(parts.model.named_parameters())
+    changed = {n for n, p in fresh.model.named_parameters() if not torch.equal(p, trained[n])}
+    assert any(".unipt." in n for n in changed) and any(n.startswith("head.") for n in changed)
+
+
+def test_int8_maps_are_off_by_half_a_step():
+    maps = torch.randn(5, 4, 3) * torch.tensor([0.1, 1.0, 100.0])
+    stored = pack("x", maps, "int8")
+    assert stored["x"].dtype == torch.int8 and stored["x.scale"].shape == (1, 1, 3)
+    error = (unpack(stored, torch.arange(5))["x"] - maps).abs().amax(dim=(0, 1))
+    assert (error <= stored["x.scale"][0, 0] * 0.5001).all()
