@@ -9,6 +9,7 @@ import trimtab
 from tests.backbones import layouts
 from trimtab.anatomy import Anatomy
 from trimtab.backbones.official import FORMATS, CheckpointError, Tensors, build_official
+from trimtab.cost import count_macs
 
 HEADS = {"vision_heads": 2, "text_heads": 2}
 FILES = {
@@ -159,6 +160,11 @@ def test_anatomy_counts_encoder_and_decoder_to_text():
     assert not any(w.module.startswith(("vision_proj", "text_proj", "itm_head", "text_decoder.cls")) for w in weights)
     backbone = FORMATS["blip"].backbone("blip.pth", model, None)
     assert backbone.match(backbone.pair(**backbone.example(2, 5))).shape == (2,)
+    for call in (backbone.pair, model):
+        with pytest.raises(ValueError, match="text of 13 tokens: BLIP has positions for 12"):
+            call(**backbone.example(2, 13))
+        with pytest.raises(ValueError, match="picture of 8 x 8: BLIP was built for 16 x 16"):
+            call(**batch(8))
 
 
 @pytest.mark.parametrize(("file", "side", "published"), [
@@ -173,3 +179,27 @@ def test_published_number_of_parameters(file, side, published):
         model = kind(config)
         model.tie_weights()
     assert sum(p.numel() for p in model.parameters()) == published
+
+
+PARTS = {  # published multiply-adds, twice: file, side -> part -> figure of the authors' model
+    ("retrieval", 384): {"vision": 110967164928, "text": 5990584320, "fusion": 24061722624},
+    ("caption", 384): {"vision": 110967164928, "decoder": 27095384064},
+}
+
+
+@pytest.mark.parametrize(("file", "side"), PARTS, ids=lambda x: str(x))
+def test_published_multiply_adds(file, side):
+    state = layouts.fill(layouts.blip(FILES[file]), device="meta")
+    kind, config = FORMATS["blip"].plan(Tensors(state, "blip.pth", "BLIP"), {}, image_size=side)
+    with torch.device("meta"):
+        model = kind(config).eval()
+        pixels, seen = torch.zeros(1, 3, side, side), torch.zeros(1, (side // 16) ** 2 + 1, 768)
+        ids = {n: torch.zeros(1, n, dtype=torch.long) for n in (35, 40)}
+    calls = {
+        "vision": lambda: model.vision_model(pixel_values=pixels),
+        "text": lambda: model.text_encoder(input_ids=ids[35]),
+        "fusion": lambda: model.text_encoder(input_ids=ids[35], encoder_hidden_states=seen),
+        "decoder": lambda: model.text_decoder(input_ids=ids[40], encoder_hidden_states=seen, use_cache=False),
+    }
+    for part, published in PARTS[file, side].items():
+        assert 2 * count_macs(calls[part]) == published, part

@@ -9,6 +9,7 @@ import trimtab
 from tests.backbones import layouts
 from trimtab.anatomy import Anatomy
 from trimtab.backbones.official import FORMATS, CheckpointError, Tensors, load_official
+from trimtab.cost import count_macs
 from trimtab.methods import METHODS
 
 
@@ -97,13 +98,17 @@ def test_anatomy_and_a_side_network(tmp_path):
     assert trained and all("unipt" in n for n in trained)
 
 
-@pytest.mark.parametrize(("stem", "stages", "published"), [
-    (80, (4, 6, 10, 6), 183191793), (64, (3, 4, 6, 3), 140680601),
+@pytest.mark.parametrize(("stem", "stages", "parameters", "flops"), [
+    (80, (4, 6, 10, 6), 183191793, 163156503552), (64, (3, 4, 6, 3), 140680601, 100003064832),
 ], ids=["RN50x4", "RN50"])  # fmt: skip
-def test_published_number_of_parameters(stem, stages, published):
-    """Of the model for VQA, without what is never used."""
+def test_published_parameters_and_multiply_adds(stem, stages, parameters, flops):
+    """Of the model for VQA, without what is never used; at 384 x 640 pixels and 20 tokens."""
     state = layouts.fill(layouts.clip_vil("vqa", 3129, stem=stem, stages=stages), device="meta")
     state = {k.removeprefix("module."): v for k, v in state.items()}
     kind, config = FORMATS["clip_vil"].plan(Tensors(state, "LXRT.pth", "CLIP-ViL"), {})
     with torch.device("meta"):
-        assert sum(p.numel() for p in kind(config).parameters()) == published
+        model = kind(config).eval()
+        x = {"pixel_values": torch.zeros(1, 3, 384, 640), "input_ids": torch.zeros(1, 20, dtype=torch.long),
+             "attention_mask": torch.ones(1, 20, dtype=torch.long)}  # fmt: skip
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert 2 * count_macs(lambda: model.logit_fc(model(**x).pooled)) == flops

@@ -165,7 +165,7 @@ def test_nesting_prefixes_and_what_lies_beside_the_tensors(tmp_path):
         assert all(torch.equal(t, tensor) for t in state.values()), name
     torch.save({"a": tensor}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
     assert torch.equal(read_checkpoint(tmp_path / "old.bin")[0]["a"], tensor)
-    save_file({"a": tensor}, tmp_path / "f.th")
+    save_file({"module.a": tensor}, tmp_path / "f.th")
     assert torch.equal(read_checkpoint(tmp_path / "f.th")[0]["a"], tensor)
 
 

@@ -196,6 +196,19 @@ def load_pretrained(model_class: Any, folder: Path, pretrained: bool, **options:
     return load_weights(model_class, folder, config, torch.float32, **options)
 
 
+def check_sizes(who: str, input_ids: Tensor, longest: int, pixel_values: Tensor | None = None, side: int = 0) -> None:
+    """Raise a ValueError if texts are longer than a table of positions, or pictures are no squares of `side` pixels.
+
+    For models that fail with an error about shapes, or not at all: transformers' BLIP gives smaller pictures the
+    positions of others.
+    """
+    if input_ids.shape[1] > longest:
+        raise ValueError(f"text of {input_ids.shape[1]} tokens: {who} has positions for {longest}")
+    if pixel_values is not None and tuple(pixel_values.shape[2:]) != (side, side):
+        height, width = pixel_values.shape[2:]
+        raise ValueError(f"picture of {height} x {width}: {who} was built for {side} x {side} (setting `image_size`)")
+
+
 def find_tokenizer(folder: Path) -> Any:
     """The tokenizer in a folder, or None: what came from an official checkpoint file has none."""
     from transformers import AutoTokenizer

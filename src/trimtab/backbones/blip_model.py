@@ -12,6 +12,8 @@ from transformers import BlipConfig, BlipForQuestionAnswering, BlipTextModel, Bl
 from transformers.models.blip.modeling_blip import BlipPreTrainedModel
 from transformers.models.blip.modeling_blip_text import BlipTextAttention, BlipTextLMHeadModel, BlipTextSelfAttention
 
+from trimtab.backbones.base import check_sizes
+
 
 class BlipPretraining(BlipPreTrainedModel):
     """All of BLIP: contrast, matching and captions, with its encoder and decoder of text sharing their weights.
@@ -67,7 +69,12 @@ class BlipPretraining(BlipPreTrainedModel):
         ).last_hidden_state
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits of "apart" and "together", (B, 2), with the first token replaced by [ENC]."""
+        """Logits of "apart" and "together", (B, 2), with the first token replaced by [ENC].
+
+        Raises:
+            ValueError: if the text is too long, or the picture of another size than the model was built for.
+        """
+        _check(self.config, input_ids, pixel_values)
         ids = input_ids.clone()
         ids[:, 0] = self.config.enc_token_id
         return self.itm_head(self.fuse(self.look(pixel_values), ids, attention_mask)[:, 0])
@@ -156,9 +163,20 @@ class BlipForNlvr2(BlipPreTrainedModel):
         return self.text_encoder.get_input_embeddings()
 
     def forward(self, first: Tensor, second: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Pictures (B, 3, S, S) each, ids and mask (B, L) -> logits of "false" and "true", (B, 2)."""
+        """Pictures (B, 3, S, S) each, ids and mask (B, L) -> logits of "false" and "true", (B, 2).
+
+        Raises:
+            ValueError: if the text is too long, or a picture of another size than the model was built for.
+        """
+        for pixel_values in (first, second):
+            _check(self.config, input_ids, pixel_values)
         seen = tuple(self.vision_model(pixel_values=x).last_hidden_state for x in (first, second))
         ids = input_ids.clone()
         ids[:, 0] = self.config.enc_token_id
         text = self.text_encoder(input_ids=ids, attention_mask=attention_mask, encoder_hidden_states=seen)
         return self.cls_head(text.last_hidden_state[:, 0])
+
+
+def _check(config: BlipConfig, input_ids: Tensor, pixel_values: Tensor) -> None:
+    check_sizes("BLIP", input_ids, config.text_config.max_position_embeddings, pixel_values,
+                config.vision_config.image_size)  # fmt: skip

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes
-from trimtab.backbones.base import CLIP_MEAN, CLIP_STD, Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
+from trimtab.backbones.base import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Backbone,
+    Encoded,
+    Pictures,
+    check_sizes,
+    find_tokenizer,
+    load_pretrained,
+)
 from trimtab.backbones.official import (
     CheckpointError,
     Format,
@@ -230,6 +239,9 @@ class BlipOfficialBackbone(Backbone):
                          min(text.max_position_embeddings, 35))  # fmt: skip
 
     def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """As every backbone; ValueError if the text is too long or the picture of another size than the model's."""
+        text, side = self.model.config.text_config, self.model.config.vision_config.image_size
+        check_sizes("BLIP", input_ids, text.max_position_embeddings, pixel_values, side)
         seen = self.model.vision_model(pixel_values=pixel_values).last_hidden_state
         # What reads a picture starts with [ENC] instead of [CLS].
         ids = input_ids.clone()

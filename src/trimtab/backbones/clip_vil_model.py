@@ -18,6 +18,7 @@ from transformers import AutoConfig, BertConfig, BertModel, PreTrainedConfig, Pr
 from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
 from transformers.utils import ModelOutput
 
+from trimtab.backbones.base import check_sizes
 from trimtab.backbones.clip_resnet import ClipResNet
 
 
@@ -146,9 +147,7 @@ class ClipVilModel(PreTrainedModel):
         Raises:
             ValueError: if the text is longer than BERT's table of positions, or the picture has a wrong size.
         """
-        longest = self.config.text_config.max_position_embeddings
-        if input_ids.shape[1] > longest:
-            raise ValueError(f"text of {input_ids.shape[1]} tokens: CLIP-ViL has positions for {longest}")
+        check_sizes("CLIP-ViL", input_ids, self.config.text_config.max_position_embeddings)
         text = self.bert.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
         image = self.look(pixel_values)
         if image_mask is None:

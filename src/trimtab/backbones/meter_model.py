@@ -29,6 +29,8 @@ from transformers import (
 from transformers.models.bert.modeling_bert import BertLayer, BertPooler, BertPredictionHeadTransform
 from transformers.utils import ModelOutput
 
+from trimtab.backbones.base import check_sizes
+
 TASKS = ("mlm", "itm", "vqa", "nlvr2", "snli", "irtr")
 
 
@@ -169,8 +171,7 @@ class MeterModel(PreTrainedModel):
         """
         # RoBERTa's positions start after the padding id.
         longest = self.config.text_config.max_position_embeddings - self.config.text_config.pad_token_id - 1
-        if input_ids.shape[1] > longest:
-            raise ValueError(f"text of {input_ids.shape[1]} tokens: METER's RoBERTa has positions for {longest}")
+        check_sizes("METER", input_ids, longest, pixel_values, self.config.vision_config.image_size)
         image = self.cross_modal_image_transform(self.vision(pixel_values))  # (B, 1+P, H)
         mask = (1 - attention_mask[:, None, None].to(image.dtype)) * torch.finfo(image.dtype).min  # (B, 1, 1, L)
         words = self.text_transformer(input_ids=input_ids, attention_mask=mask).last_hidden_state

@@ -69,8 +69,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         start = file.read(9)
     if start[8:] == b"{":  # eight bytes of length, then JSON
         opened = open_safetensors(path)
-        return {name: opened.get_tensor(name) for name in opened.keys()}, {}  # noqa: SIM118 (no mapping)
-    content = _load(path)
+        content = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+    else:
+        content = _load(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a dictionary of tensors, found a {type(content).__name__}")
     entry = next((e for e in _ENTRIES if isinstance(content.get(e), (dict, list))), None)

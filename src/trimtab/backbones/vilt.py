@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes
-from trimtab.backbones.base import BACKBONES, WEIGHTS, Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
+from trimtab.backbones.base import (
+    BACKBONES,
+    WEIGHTS,
+    Backbone,
+    Encoded,
+    Pictures,
+    check_sizes,
+    find_tokenizer,
+    load_pretrained,
+)
 
 
 @describes("ViltModel")
@@ -53,6 +62,8 @@ class ViltBackbone(Backbone):
         return embeddings.dropout(tokens + embeddings.position_embeddings)
 
     def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        config = self.model.config
+        check_sizes("ViLT", input_ids, config.max_position_embeddings, pixel_values, config.image_size)
         image = self.image_embeds(pixel_values)
         seen = torch.ones(image.shape[:2], dtype=torch.long, device=image.device)
         out = self.model.vilt(input_ids=input_ids, attention_mask=attention_mask, image_embeds=image, pixel_mask=seen)
