@@ -118,14 +118,6 @@ class Backbone(nn.Module):
     def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not fuse image and text")
 
-    @property
-    def vocabulary(self) -> int:
-        """How many ids there are."""
-        if self.tokenizer is not None:
-            return len(self.tokenizer)
-        config = self.model.config
-        return getattr(config, "text_config", config).vocab_size
-
     def set_attention(self, implementation: str) -> None:
         """transformers' attention implementation (`eager`, `sdpa`); ValueError if the model has no choice."""
         choose = getattr(self.model, "set_attn_implementation", None)
@@ -163,6 +155,14 @@ class Backbone(nn.Module):
         """Fill what has the same role with another backbone's weights."""
         raise ValueError(f"a {type(self).__name__} cannot start from {other.name!r}")
 
+    @property
+    def vocabulary(self) -> int:
+        """How many ids there are."""
+        if self.tokenizer is not None:
+            return len(self.tokenizer)
+        config = self.model.config
+        return getattr(config, "text_config", config).vocab_size
+
     def example(self, batch: int = 1, text_tokens: int = 20) -> dict[str, Tensor]:
         """A batch of random inputs of the usual sizes, to count operations and bytes without data."""
         generator = torch.Generator().manual_seed(0)
@@ -196,13 +196,14 @@ def load_pretrained(model_class: Any, folder: Path, pretrained: bool, **options:
     return load_weights(model_class, folder, config, torch.float32, **options)
 
 
-def check_sizes(who: str, input_ids: Tensor, longest: int, pixel_values: Tensor | None = None, side: int = 0) -> None:
+def check_sizes(who: str, input_ids: Tensor | None = None, longest: int = 0, pixel_values: Tensor | None = None,
+                side: int = 0) -> None:  # fmt: skip
     """Raise a ValueError if texts are longer than a table of positions, or pictures are no squares of `side` pixels.
 
     For models that fail with an error about shapes, or not at all: transformers' BLIP gives smaller pictures the
     positions of others.
     """
-    if input_ids.shape[1] > longest:
+    if input_ids is not None and input_ids.shape[1] > longest:
         raise ValueError(f"text of {input_ids.shape[1]} tokens: {who} has positions for {longest}")
     if pixel_values is not None and tuple(pixel_values.shape[2:]) != (side, side):
         height, width = pixel_values.shape[2:]
