@@ -12,7 +12,11 @@ CASES = conformance.find(Path(__file__).parents[1] / "golden" / "backbones")
 
 
 def test_there_are_cases():
-    assert {c.name for c in CASES} == {"meter pretrain", "meter mlm", "meter irtr", "clip_vil pretrain", "clip_vil vqa"}
+    xvlm = {f"xvlm_clipvit {stage}" for stage in ("pretrain", "mlm", "region", "retrieval", "bbox")}
+    assert {c.name for c in CASES} == xvlm | {
+        "meter pretrain", "meter mlm", "meter irtr", "clip_vil pretrain", "clip_vil vqa", "vse_infty butd_region",
+        "mdetr pretrain",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])

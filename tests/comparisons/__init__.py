@@ -1,3 +1,3 @@
 """How each kind of reference case is compared: importing this fills `tests.conformance.COMPARISONS`."""
 
-from tests.comparisons import blip, clip_vil, meter, prune, skip, tune, vilt  # noqa: F401
+from tests.comparisons import blip, clip4clip, clip_vil, mdetr, meter, prune, skip, tune, vilt, vse, xvlm  # noqa: F401

@@ -11,13 +11,24 @@ from torch import nn
 from trimtab.anatomy import Anatomy
 from trimtab.backbones import (  # noqa: F401  (they register their descriptions and formats)
     bert,
+    blip,
     blip_official,
+    bridgetower,
     clip,
+    clip4clip,
     clip_vil,
+    decoder,
     dual,
+    llava,
+    mdetr,
     meter,
+    siglip,
+    t5,
     vilt,
     vilt_official,
+    vit,
+    vse,
+    xvlm,
 )
 from trimtab.backbones.base import BACKBONES, Backbone, Encoded, Pictures
 from trimtab.backbones.official import FORMATS, LoadReport, load_official, own_class
@@ -26,7 +37,10 @@ from trimtab.registry import unknown
 __all__ = ["BACKBONES", "FORMATS", "Backbone", "Encoded", "LoadReport", "Pictures", "load", "load_model",
            "load_official"]  # fmt: skip
 
-_FAMILIES = {"vilt": vilt.load, "clip": clip.load, "clip_vil": clip_vil.load, "meter": meter.load}
+_FAMILIES = {
+    "vilt": vilt.load, "clip": clip.load, "blip": blip.load, "clip_vil": clip_vil.load, "meter": meter.load,
+    "trimtab_vse": vse.load, "trimtab_clip4clip": clip4clip.load, "trimtab_xvlm": xvlm.load,
+}  # fmt: skip
 
 
 def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = None, **settings: Any) -> Backbone:
@@ -67,7 +81,7 @@ def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = Non
 
 def _from_folder(name: str, pretrained: bool) -> Backbone:
     folder, family, architecture = _folder(name)
-    if architecture in blip_official.CLASSES:
+    if architecture in blip_official.CLASSES and architecture != "BlipForConditionalGeneration":
         return blip_official.load(folder, name, pretrained)
     if family not in _FAMILIES:
         raise ValueError(f"{folder / 'config.json'}: {unknown('model_type', str(family), _FAMILIES)}")

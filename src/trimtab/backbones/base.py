@@ -116,7 +116,38 @@ class Backbone(nn.Module):
         raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not encode texts alone")
 
     def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        return self.fuse(self.look(pixel_values), input_ids, attention_mask)
+
+    def look(self, pixel_values: Tensor) -> Tensor:
+        """What `fuse` and `write` need of the pictures, (B, P, D), computed once whatever is said of them."""
         raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not fuse image and text")
+
+    def fuse(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """`pair` of what `look` returned, (B, P, D)."""
+        raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not fuse image and text")
+
+    def write(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Features of words (B, L, D), each from the picture and the words up to itself, to predict the next from.
+
+        Args:
+            seen: what `look` returned, (B, P, D).
+            input_ids: (B, L).
+            attention_mask: (B, L), 1 = valid; padding follows the words.
+        """
+        raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not write")
+
+    @property
+    def word_head(self) -> tuple[nn.Linear, nn.LayerNorm, Tensor] | None:
+        """The model's own map from features to words: linear map, (GELU,) norm, bias (V,) of the tied decoder."""
+        return None
+
+    @property
+    def vocabulary(self) -> int:
+        """How many ids there are."""
+        if self.tokenizer is not None:
+            return len(self.tokenizer)
+        config = self.model.config
+        return getattr(config, "text_config", config).vocab_size
 
     def set_attention(self, implementation: str) -> None:
         """transformers' attention implementation (`eager`, `sdpa`); ValueError if the model has no choice."""
@@ -154,14 +185,6 @@ class Backbone(nn.Module):
     def start_from(self, other: Backbone) -> None:
         """Fill what has the same role with another backbone's weights."""
         raise ValueError(f"a {type(self).__name__} cannot start from {other.name!r}")
-
-    @property
-    def vocabulary(self) -> int:
-        """How many ids there are."""
-        if self.tokenizer is not None:
-            return len(self.tokenizer)
-        config = self.model.config
-        return getattr(config, "text_config", config).vocab_size
 
     def example(self, batch: int = 1, text_tokens: int = 20) -> dict[str, Tensor]:
         """A batch of random inputs of the usual sizes, to count operations and bytes without data."""

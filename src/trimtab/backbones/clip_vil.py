@@ -132,9 +132,6 @@ class ClipVilBackbone(Backbone):
         """Embedded places of the pictures, (B, h*w, D)."""
         return self.model.look(pixel_values)
 
-    def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
-        return self.fuse(self.look(pixel_values), input_ids, attention_mask)
-
     def fuse(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         """`pair` of what `look` returned."""
         out = self.model(seen=seen, input_ids=input_ids, attention_mask=attention_mask)

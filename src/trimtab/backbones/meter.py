@@ -186,9 +186,6 @@ class MeterBackbone(Backbone):
         """What of the pictures does not depend on the text, (B, 1+P, V)."""
         return self.model.look(pixel_values)
 
-    def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
-        return self.fuse(self.look(pixel_values), input_ids, attention_mask)
-
     def fuse(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         """`pair` of what `look` returned."""
         out = self.model(seen=seen, input_ids=input_ids, attention_mask=attention_mask)
