@@ -14,8 +14,8 @@ from transformers import (
     CLIPModel,
     SwinConfig,
     SwinModel,
-    T5Config,
-    T5Model,
+    UMT5Config,
+    UMT5Model,
     ViltConfig,
     ViltForMaskedLM,
     ViltForQuestionAnswering,
@@ -303,9 +303,9 @@ def test_discovery_of_a_convolutional_stack():
     assert not any(b.keeps_shape for b in tower.blocks)  # widths differ: no block can be skipped
 
 
-def test_discovery_in_t5():
+def test_discovery_in_umt5():
     small = {"num_layers": 2, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "vocab_size": 30}
-    model = T5Model(T5Config(**small)).eval()
+    model = UMT5Model(UMT5Config(**small)).eval()
     found = Anatomy.of(model)
     assert [b.path for b in found.blocks()] == [f"{t}.block.{i}" for t in ("encoder", "decoder") for i in range(2)]
     assert {b.width for b in found.blocks()} == {16} and all(b.keeps_shape for b in found.blocks())

@@ -44,7 +44,7 @@ def test_help_is_quick():
 def test_help_lists_the_commands():
     done = python("-m", "trimtab", "--help")
     assert done.returncode == 0
-    for command in ("run", "demo", "report", "export", "convert", "cost", "anatomy", "list"):
+    for command in ("run", "demo", "report", "export", "convert", "speed", "cost", "anatomy", "list"):
         assert f"\n    {command} " in done.stdout
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -294,3 +296,50 @@ def test_shipped_names_are_paths_below_the_recipe_folder():
     assert "pretrain/tiny-clip" in recipe.names()
     assert recipe.find("pretrain/tiny-clip") == recipe.find("pretrain/tiny-clip.yaml")
     assert recipe.find("pretrain/tiny-clip").is_file()
+
+
+# --- grids ------------------------------------------------------------------------------------------------------------
+
+GRID = {
+    "backbone": "tiny-vilt", "task": "vqa", "data": "pictograms",
+    "grid": {"pruner": ["multiflow", "omp"], "sparsity": [0.63, 0.9]},
+    "methods": [{"name": "{pruner}", "sparsity": "{sparsity}"}, {"name": "masks", "path": "runs/{pruner}-{sparsity}"}],
+    "variants": {"dense": {"methods": ["full"]}},
+    "seeds": {"multiflow-*": [0, 1], "*": [0]},
+}  # fmt: skip
+
+
+def test_a_grid_stands_for_every_combination_beside_the_variants():
+    runs = recipe.expand(GRID, "g")
+    assert [(r.variant, r.seed) for r in runs] == [
+        ("dense", 0), ("multiflow-0.63", 0), ("multiflow-0.63", 1), ("multiflow-0.9", 0), ("multiflow-0.9", 1),
+        ("omp-0.63", 0), ("omp-0.9", 0),
+    ]  # fmt: skip
+    assert runs[0].methods == ({"name": "full"},)
+    # A value that stands alone keeps its type, within a text it is written out.
+    assert runs[3].methods == ({"name": "multiflow", "sparsity": 0.9}, {"name": "masks", "path": "runs/multiflow-0.9"})
+    assert [r.variant for r in recipe.expand(GRID, "g", ["variants=[omp-0.63]", "seeds=[4]"])] == ["omp-0.63"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grid": {"pruner": []}}, r"grid\.pruner: expected a list that is not empty"),
+        ({"grid": {"pruner": "omp"}}, r"grid\.pruner: expected a list"),
+        ({"grid": ["omp"]}, "grid: expected a mapping"),
+        ({"seeds": {"multiflow-*": [0]}}, r"no pattern fits the variant 'dense'.*end with '\*'"),
+        ({"seeds": {"*": 0}}, "seeds: expected a list"),
+        ({"variants": {"dense": {"grid": {"a": [1]}}}}, "'grid' belongs beside 'variants'"),
+    ],
+)
+def test_a_wrong_grid_is_named(change, message):
+    with pytest.raises(recipe.RecipeError, match=message):
+        recipe.expand({**GRID, **change}, "g")
+
+
+def test_a_folder_stands_for_its_recipes_in_order(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.yaml").write_text("{}")
+    assert [Path(p).name for p in recipe.below(tmp_path)] == ["a.yaml", "b.yaml"]
+    assert recipe.below("demo/vqa") == ["demo/vqa"]
+    assert [Path(p).stem for p in recipe.below("demo")] == ["easy-vqa", "grounding", "retrieval", "vqa"]

@@ -40,6 +40,13 @@ def test_a_run_is_plain_files_and_only_the_learned_part(finished):
     assert run.load_recipe(folder) == r
 
 
+def test_a_run_in_several_processes_is_refused_before_it_writes(tiny_raw, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(run.RunError, match="a run is the work of one process, found WORLD_SIZE=2"):
+        run.run(recipe.expand(tiny_raw(), "test")[0], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_call_gives_a_model_that_answers(finished):
     from PIL import Image
 
@@ -122,11 +129,12 @@ def test_an_interrupted_save_leaves_no_finished_run(broken, finished, copy, monk
     assert not list(copy.rglob(".*")), "no temporary files stay behind"
 
 
-def test_an_interrupted_training_resumes_from_its_checkpoint(tiny_raw, tmp_path):
+@pytest.mark.parametrize("backbone", ["tiny-vilt", "tiny-blip"])  # the latter ties its word embeddings
+def test_an_interrupted_training_resumes_from_its_checkpoint(tiny_raw, tmp_path, backbone):
     from transformers import TrainerCallback
 
     # VQA, because retrieval draws wordings: those of one batch after a resume are drawn anew.
-    raw = tiny_raw("tiny-vilt", "vqa", ["lora"], steps=6, save_every=2)
+    raw = tiny_raw(backbone, "vqa", ["lora"], steps=6, save_every=2)
     r = recipe.expand(raw, "test")[0]
     whole = run.run(r, tmp_path / "whole", measure_costs=False)
 
@@ -150,6 +158,11 @@ def test_an_interrupted_training_resumes_from_its_checkpoint(tiny_raw, tmp_path)
     first, second = (load_file(f / "weights.safetensors") for f in (whole, tmp_path / "stopped"))
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_side_network_that_sees_later_words_is_refused_for_captions(tiny_raw, tmp_path):
+    with pytest.raises(recipe.RecipeError, match=r"methods\.0: 'unipt' lets every word see every other"):
+        run.run(recipe.expand(tiny_raw("tiny-vilt", "captioning", ["unipt"]), "test")[0], tmp_path / "run")
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -20,6 +20,7 @@ _PUBLIC = {
     "DAS": "trimtab.methods.skip.das", "LoRA": "trimtab.methods.tune.lora", "UniPT": "trimtab.methods.tune.unipt",
     "Multiflow": "trimtab.methods.prune.multiflow",
     "prune": "trimtab.methods.prune.api", "Masks": "trimtab.methods.prune.masks",
+    "speed_up": "trimtab.semistructured",
     "Recipe": "trimtab.recipe", "RecipeError": "trimtab.recipe", "read_recipe": "trimtab.recipe:read",
     "run_recipe": "trimtab.run:run", "load_run": "trimtab.run:load", "RunError": "trimtab.run",
     "estimate_cost": "trimtab.cost:estimate", "write_report": "trimtab.report",

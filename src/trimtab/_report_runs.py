@@ -29,6 +29,7 @@ class RunRecord:
     costs: dict[str, Any]
     samples: list[dict[str, Any]] = field(default_factory=list)
     plan: dict[str, Any] | None = None
+    pruning: dict[str, Any] = field(default_factory=dict)
 
     def score(self, metric: str) -> float | None:
         """Return a test metric, or None if the run did not measure it."""
@@ -185,15 +186,24 @@ def _read_run(folder: Path) -> RunRecord:
     metrics = {**metrics, "test": test}
 
     samples_file, plan_file = folder / "samples" / "samples.json", folder / "plan.json"
+    costs_file = folder / "costs.json"  # a sweep may leave them out
     samples = _read_json(samples_file, list) if samples_file.exists() else []
     return RunRecord(
         path=folder,
         info=info,
         metrics=metrics,
-        costs=_read_json(folder / "costs.json", dict),
+        costs=_read_json(costs_file, dict) if costs_file.exists() else {},
         samples=[sample for sample in samples if isinstance(sample, dict)],
         plan=_read_json(plan_file, dict) if plan_file.exists() else None,
+        pruning=_pruning(folder / "methods.json"),
     )
+
+
+def _pruning(file: Path) -> dict[str, Any]:
+    """What a pruner left of the model, as the run's method keeps it; empty if none pruned."""
+    states = [mapping(mapping(m).get("state")) for m in _read_json(file, list)] if file.exists() else []
+    whole = [s for s in states if isinstance(s.get("towers"), dict) and number(s.get("sparsity")) is not None]
+    return whole[0] if whole and "pruner" in whole[0] else {}
 
 
 def _read_json(file: Path, kind: type) -> Any:

@@ -17,7 +17,6 @@ Everything is named by dotted module paths relative to the model. Values inside 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -77,7 +76,8 @@ class Block:
         path: dotted module path.
         width: channels of its output, the last axis for tokens, the second for a grid.
         sublayers: where parallel adapters go, in the order of computation.
-        keeps_shape: whether input and output have the same shape; only then can it be skipped.
+        keeps_shape: whether input and output have the same shape, and nothing but the stream is handed on; only then
+            can it be skipped.
         stream: keyword of the carried stream, used when it is not passed by position.
         returns_tuple: whether it returns the stream as the first element of a tuple, not by itself.
     """
@@ -102,8 +102,12 @@ class Tower:
         output: where the stream is handed on after the last block and its norm, (B, L, D) or (B, C, H, W).
         layout: `tokens` for (B, L, D), `grid` for (B, C, H, W).
         mask: where the mask of valid tokens is seen, (B, L) with non-zero = valid; None if all are valid.
+        mask_required: whether a batch without that mask is an error; otherwise all its tokens are valid.
+        mask_source: the argument that the mask is made from, if the model makes up a mask of ones without it.
         pooled: where the tower's one-vector summary is handed on, (B, E), if it makes one.
         pooled_token: which token the summary is read from: the `first`, or the `last` valid one (an end-of-text token).
+        samples: where a value with one row a sample goes in, for a stream that does not begin with the samples: (L, B,
+            D), or (L, D) with the tokens of all images one after another. None for (B, L, D) and (B, C, H, W).
         memory: name of the tower whose output the blocks also read (decoders, paired fusion towers).
         causal: whether a token sees only those before it (then a key-value cache may be in use).
     """
@@ -115,6 +119,9 @@ class Tower:
     output: Tap
     layout: Literal["tokens", "grid"] = "tokens"
     mask: Tap | None = None
+    mask_required: bool = True
+    mask_source: Tap | None = None
+    samples: Tap | None = None
     pooled: Tap | None = None
     pooled_token: Literal["first", "last"] = "first"
     memory: str | None = None
@@ -122,19 +129,31 @@ class Tower:
 
 
 class Weight(NamedTuple):
-    """A prunable matrix: the module that holds it, the parameter's name in it, and its modality.
+    """A prunable matrix (out, in): the module that holds it, the parameter's name in it, and its modality.
 
-    Its parameter has the shape (out, in), or (in, out) when `transposed` (transformers' `Conv1D`).
+    Its parameter has the shape (out, in), or (in, out) when `transposed` (transformers' `Conv1D`), or that of a
+    convolution, (out, *kernel) with the kernel (in / groups, kh, kw): its matrix is (out, in * kh * kw / groups).
     """
 
     module: str
     parameter: str
     modality: Modality
     transposed: bool = False
+    kernel: tuple[int, ...] = ()
 
     @property
     def path(self) -> str:
         return f"{self.module}.{self.parameter}"
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        """A tensor of the parameter's shape as (out, in); a view where that needs no copy."""
+        return stored.t() if self.transposed else stored.flatten(1)
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """The inverse of `matrix`."""
+        if self.kernel:
+            return matrix.unflatten(1, self.kernel)
+        return matrix.t().contiguous() if self.transposed else matrix
 
 
 @dataclass(frozen=True)
@@ -161,7 +180,9 @@ class Anatomy:
             AnatomyError: if nothing is registered and no repeated blocks are found, or if the description does not
                 fit the model.
         """
-        anatomy = _registered(model) or _discover(model)
+        from trimtab.discovery import discover
+
+        anatomy = _registered(model) or discover(model)
         anatomy.check(model)
         return anatomy
 
@@ -188,17 +209,22 @@ class Anatomy:
         tower = self.owner(path)
         return tower.modality if tower else None
 
-    def weights(self, model: nn.Module) -> list[Weight]:
+    def weights(self, model: nn.Module, convolutions: bool = False) -> list[Weight]:
         """The prunable matrices in the order of `named_modules`, each tied one once.
 
         Every `nn.Linear` in a tower's scope, transformers' transposed `Conv1D`, and the input projections of every
-        `nn.MultiheadAttention`; biases, norms, embeddings, convolutions and heads are left out (as MULTIFLOW's code
-        does).
+        `nn.MultiheadAttention`; biases, norms, embeddings and heads are left out (as MULTIFLOW's code does), and
+        convolutions too, unless they are asked for.
+
+        Args:
+            model: the model that this describes.
+            convolutions: also `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` (never transposed ones) in a tower's scope.
         """
         found, seen = [], set()
         for path, module in model.named_modules():
             transposed = type(module).__name__ == "Conv1D"
-            names = ["weight"] if isinstance(module, nn.Linear) or transposed else []
+            convolves = convolutions and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+            names = ["weight"] if isinstance(module, nn.Linear) or transposed or convolves else []
             if isinstance(module, nn.MultiheadAttention):
                 names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
             modality = self.modality(path) if names else None
@@ -208,18 +234,20 @@ class Anatomy:
                 parameter = getattr(module, name)
                 if parameter is not None and id(parameter) not in seen:
                     seen.add(id(parameter))
-                    found.append(Weight(path, name, modality, transposed))
+                    found.append(Weight(path, name, modality, transposed, parameter.shape[1:] if convolves else ()))
         return found
 
     def check(self, model: nn.Module) -> None:
         """Raise an AnatomyError unless every path exists and no repeated block is left out."""
+        from trimtab.discovery import repeated
+
         modules = dict(model.named_modules())
         for path, what in self._paths():
             if path not in modules:
                 near = unknown("path", path, list(modules)).split("valid:")[0]
                 raise AnatomyError(f"the {what} is described at '{path}', but the model has no such module ({near})")
         described = {b.path for b in self.blocks()}
-        for path, children in _repeated(model):
+        for path, children in repeated(model):
             if _under(path, self.ignored) or _under(path, self.heads):
                 continue
             missing = [c for c in children if c not in described and not any(d.startswith(c + ".") for d in described)]
@@ -231,7 +259,9 @@ class Anatomy:
 
     def _paths(self) -> Iterator[tuple[str, str]]:
         for tower in self.towers:
-            for tap, what in ((tower.output, "output"), (tower.mask, "mask"), (tower.pooled, "pooled output")):
+            taps = (tower.output, tower.mask, tower.mask_source, tower.samples, tower.pooled)
+            names = ("output", "mask", "source of the mask", "samples", "pooled output")
+            for tap, what in zip(taps, names, strict=True):
                 if tap is not None:
                     yield tap.path, f"{what} of tower {tower.name!r}"
             for block in tower.blocks:
@@ -255,7 +285,8 @@ class Anatomy:
 
         towers = tuple(
             replace(t, blocks=tuple(map(block, t.blocks)), scope=paths(t.scope), output=tap(t.output),
-                    mask=t.mask and tap(t.mask), pooled=t.pooled and tap(t.pooled))
+                    mask=t.mask and tap(t.mask), mask_source=t.mask_source and tap(t.mask_source),
+                    samples=t.samples and tap(t.samples), pooled=t.pooled and tap(t.pooled))
             for t in self.towers
         )  # fmt: skip
         return replace(self, towers=towers, heads=paths(self.heads), ignored=paths(self.ignored))
@@ -303,79 +334,38 @@ def _registered(model: nn.Module) -> Anatomy | None:
     for kind in type(model).__mro__:
         if kind.__name__ in _DESCRIPTIONS:
             return replace(_DESCRIPTIONS[kind.__name__](model), source=f"registered for {kind.__name__}")
-    # A task model of transformers holds its base model under a known name; everything beside it is a head.
+    # A task model of transformers holds its base model under a known name; everything beside it is a head. So it is for
+    # any module with one described model in it, if nothing beside that has blocks of its own.
+    from trimtab.discovery import repeated
+
+    children = dict(model.named_children())
     prefix = getattr(model, "base_model_prefix", "")
-    base = getattr(model, prefix, None) if prefix else None
-    if not isinstance(base, nn.Module):
+    bases = [prefix] if prefix in children else list(children)
+    inner = {n: found for n in bases if (found := _registered(children[n]))}
+    others = tuple(n for n in children if n not in inner)
+    if len(inner) != 1 or (prefix not in inner and any(list(repeated(children[n])) for n in others)):
         return None
-    inner = _registered(base)
-    if inner is None:
-        return None
-    outer = inner.prefixed(prefix)
-    return replace(outer, heads=outer.heads + tuple(n for n, _ in model.named_children() if n != prefix))
+    ((name, found),) = inner.items()
+    outer = found.prefixed(name)
+    return replace(outer, heads=outer.heads + others)
 
 
-# --- discovery --------------------------------------------------------------------------------------------------------
+def part_of(model: nn.Module, path: str, name: Modality) -> Anatomy:
+    """The anatomy of a submodule that is one tower, whichever class it has, to describe the model that holds it.
 
-_VISION = re.compile(r"vis|image|img|patch|pixel|vit|swin|resnet|conv|stage")
-_TEXT = re.compile(r"text|lang|bert|gpt|t5|llama|decoder|word|token|lm")
-_FUSION = re.compile(r"cross|fusion|joint|multi_?modal|lxmert|qformer")
+    Args:
+        model: the whole.
+        path: of the submodule; the paths that are returned begin with it.
+        name: of the tower, and its modality.
 
-
-def _repeated(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
-    """Outermost lists of two or more modules of one class that hold weights: (path, paths of the children)."""
-    found: list[str] = []
-    for path, module in model.named_modules():
-        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or any(path.startswith(f + ".") for f in found):
-            continue
-        children = [(f"{path}.{n}".lstrip("."), c) for n, c in module.named_children()]
-        kinds = {type(c) for _, c in children}
-        weighty = any(_matrices(m) for _, c in children for m in list(c.modules())[1:])
-        if len(children) >= 2 and len(kinds) == 1 and weighty:
-            found.append(path)
-            yield path, [p for p, _ in children]
-
-
-def _discover(model: nn.Module) -> Anatomy:
-    towers: list[Tower] = []
-    for path, children in _repeated(model):
-        lowered = f"{path} {type(model.get_submodule(children[0])).__name__}".lower()
-        modality: Modality = "vision"
-        for name, pattern in (("fusion", _FUSION), ("vision", _VISION), ("text", _TEXT)):
-            if pattern.search(lowered):
-                modality = name  # type: ignore[assignment]
-                break
-        modules = [model.get_submodule(c) for c in children]
-        widths = [_width(m) for m in modules]
-        grid = any(isinstance(m, nn.Conv2d) for m in modules[0].modules()) and not any(
-            isinstance(m, nn.Linear) for m in modules[0].modules()
-        )
-        blocks = tuple(Block(c, w, keeps_shape=len(set(widths)) == 1) for c, w in zip(children, widths, strict=True))
-        towers.append(Tower(path or modality, modality, blocks, (path,) if path else tuple(children),
-                            Tap(children[-1]), "grid" if grid else "tokens"))  # fmt: skip
-    if not towers:
-        raise AnatomyError(
-            f"{type(model).__name__} has no list of repeated blocks to discover: describe it with an `Anatomy` of its "
-            "own, or register a function with `@trimtab.describes('" + type(model).__name__ + "')`"
-        )
-    return Anatomy(tuple(towers), source=f"discovered in {type(model).__name__}; check it")
-
-
-def _matrices(module: nn.Module) -> bool:
-    """Whether a module multiplies by weights: linear, convolution, or transformers' transposed linear (`Conv1D`)."""
-    return isinstance(module, (nn.Linear, nn.Conv2d)) or type(module).__name__ == "Conv1D"
-
-
-def _width(block: nn.Module) -> int:
-    """Channels that a block puts out: those of its first norm if it has one, else of its last linear or convolution."""
-    last = 0
-    for module in block.modules():
-        if isinstance(module, nn.LayerNorm):
-            return module.normalized_shape[-1]
-        if type(module).__name__.endswith("RMSNorm"):
-            return next(module.parameters()).numel()
-        last = getattr(module, "out_features", getattr(module, "out_channels", last))
-    return last
+    Raises:
+        AnatomyError: if the submodule is described, or discovered, as several towers.
+    """
+    found = Anatomy.of(model.get_submodule(path))
+    if len(found.towers) != 1:
+        towers = ", ".join(t.name for t in found.towers)
+        raise AnatomyError(f"'{path}' was expected to be one tower ({name}), found {towers} ({found.source})")
+    return replace(found, towers=(replace(found.towers[0], name=name, modality=name),)).prefixed(path)
 
 
 def _under(path: str, prefixes: Iterable[str]) -> bool:

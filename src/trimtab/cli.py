@@ -41,7 +41,7 @@ def _options_first(arguments: Sequence[str]) -> list[str]:
     command, options, rest = list(arguments[:1]), [], []
     words = iter(arguments[1:])
     for word in words:
-        if word in ("--out", "--dtype", "--to", "--max-shard-size", "--image-size"):
+        if word in ("--out", "--dtype", "--to", "--max-shard-size", "--tokens", "--image-size"):
             options += [word, *([value] if (value := next(words, None)) is not None else [])]
         else:
             (options if word.startswith("-") else rest).append(word)
@@ -58,7 +58,8 @@ def _parser() -> ArgumentParser:
         return sub
 
     run = command("run", "Carry out a recipe, one run for each of its variants and seeds; finished runs are kept.")
-    run.add_argument("recipe", type=str, help="a YAML file or the name of a shipped recipe (`trimtab list recipes`)")
+    which = "a YAML file, the name of a shipped recipe (`trimtab list recipes`), or a folder of them"
+    run.add_argument("recipe", type=str, help=which)
     run.add_argument("overrides", nargs="*", type=str, help=OVERRIDES)
     run.add_argument("--out", type=Path, default=Path("runs"), help="folder of run folders")
     run.add_argument("--redo", action="store_true", help="run again what is finished")
@@ -91,6 +92,12 @@ def _parser() -> ArgumentParser:
     convert.add_argument("--image-size", type=int | None, default=None, help=size)
     convert.add_argument("--max-shard-size", type=str, default="2GB", help="of a weight file, such as 500MB")
 
+    speed = command("speed", "Which layers of a 2:4-pruned model run faster here with torch's semi-structured kernels.")
+    speed.add_argument("model", type=Path, help="a run folder or a transformers folder, sparse or dense")
+    speed.add_argument("--tokens", type=int, default=4096, help="rows of the inputs: batch times length")
+    speed.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float16", help="to compute in")
+    speed.add_argument("--json", action="store_true", help="print JSON: an object with a list of layers")
+
     cost = command("cost", "What a recipe will cost, without data or weights: parameters, MACs, bytes.")
     cost.add_argument("recipe", type=str, help="a YAML file or the name of a shipped recipe")
     cost.add_argument("overrides", nargs="*", type=str, help=OVERRIDES)
@@ -106,7 +113,9 @@ def _parser() -> ArgumentParser:
 
 
 def _run(options: Any) -> None:
-    _carry_out([options.recipe], options.overrides, options.out, options.redo)
+    from trimtab import recipe
+
+    _carry_out(recipe.below(options.recipe), options.overrides, options.out, options.redo)
 
 
 def _demo(options: Any) -> None:
@@ -190,6 +199,34 @@ def _convert(options: Any) -> None:
         table.add_column(column, justify="right")
     table.add_row(*(f"{v:,}" if isinstance(v, int) else f"{v:.3f}" for v in row.values()))
     Console().print(table)
+
+
+def _speed(options: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    _quiet()
+    import torch
+
+    from trimtab import run, semistructured
+    from trimtab.checkpoints import from_pretrained
+
+    is_run = (options.model / "run.json").is_file()
+    model = run.load(options.model).backbone.model if is_run else from_pretrained(options.model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    report = semistructured.speed_up(model.to(device, getattr(torch, options.dtype)), options.tokens)
+    if options.json:
+        print(json.dumps({"device": report.device, "tokens": report.tokens, "layers": report.rows()}, indent=1))
+        return
+    table = Table(title=f"{options.model}: {options.tokens} tokens in {options.dtype} on {report.device}")
+    for column in ("layer", "weight", "zeros", "dense ms", "2:4 ms", "ratio", "faster kernel"):
+        table.add_column(column, justify="left" if column in ("layer", "faster kernel") else "right")
+    for x in report.layers:
+        timed = [f"{v:.3f}" if v is not None else "-" for v in (x.dense_ms, x.sparse_ms, x.ratio)]
+        shape = "x".join(map(str, x.shape))
+        table.add_row(x.path, shape, f"{100 * x.zeros:.1f} %", *timed, "yes" if x.converted else x.why)
+    Console().print(table)
+    print(f"{len(report.converted)} of {len(report.layers)} linear layers run faster; nothing was written")
 
 
 def _cost(options: Any) -> None:

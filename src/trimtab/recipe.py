@@ -7,9 +7,12 @@
     training: {steps: 200, batch_size: 32, learning_rate: 3.0e-4}
     seed: 0
 
-A recipe may hold `variants` (label -> what differs) and `seeds`; it then stands for one run of each with each. The
-sections `task`, `data` and each of `methods` are settings of what their `name` registers; their types, defaults and
-help come from the dataclasses there, through jsonargparse. An unknown key or name is an error with the nearest ones.
+A recipe may hold `variants` (label -> what differs) and `seeds`; it then stands for one run of each with each. A
+`grid` (key -> values) adds a variant for every combination, labelled by its values joined with "-"; `{key}` in
+`methods` stands for the value. `seeds` may differ: a mapping from patterns of labels to lists, the first that fits
+counts. The sections `task`, `data` and each of `methods` are settings of what their `name` registers; their types,
+defaults and help come from the dataclasses there, through jsonargparse. An unknown key or name is an error with the
+nearest ones.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ import inspect
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,6 +99,8 @@ class Recipe:
     methods: tuple[dict[str, Any], ...] = ()
     training: TrainingSpec = field(default_factory=TrainingSpec)
     seed: int = 0
+    costs: bool = True
+    """Measure the costs of each run; a sweep whose runs all cost the same can leave it out."""
     title: str = ""
     name: str = "recipe"
     variant: str = "default"
@@ -104,7 +111,7 @@ class Recipe:
         return out
 
 
-_TOP = ("title", "backbone", "task", "data", "methods", "training", "seed", "seeds", "variants")
+_TOP = ("title", "backbone", "task", "data", "methods", "training", "seed", "seeds", "variants", "grid", "costs")
 
 
 @cache
@@ -175,6 +182,14 @@ def find(path: str | Path) -> Path:
     raise RecipeError(f"no recipe file '{path}', and {unknown('recipe', str(path), names())}")
 
 
+def below(path: str | Path) -> list[str]:
+    """The recipes in a folder, or in a shipped one of that name, in the order of their names; else the path itself."""
+    for folder in (Path(path), recipes_dir() / path):
+        if folder.is_dir() and (files := sorted(folder.glob("*.yaml"))):
+            return [str(file) for file in files]
+    return [str(path)]
+
+
 def names() -> list[str]:
     """Names of the shipped recipes: their paths below `recipes/` without `.yaml`."""
     root = recipes_dir()
@@ -205,9 +220,8 @@ def expand(raw: dict[str, Any], name: str, overrides: Iterable[str] = (), where:
     raw = _normal(raw, where)
     changes = [_override(o) for o in overrides]
     wanted = {k: v for (k, v) in changes if k in ("variants", "seeds", "seed")}
-    variants = {
-        k: _normal(v or {}, f"{where}: variants.{k}") for k, v in (raw.get("variants") or {"default": {}}).items()
-    }
+    listed = dict(raw.get("variants") or {}) | _grid(raw, where)
+    variants = {k: _normal(v or {}, f"{where}: variants.{k}") for k, v in (listed or {"default": {}}).items()}
     if "variants" in wanted:  # variants=[full,unipt] keeps these
         for label in _list(wanted["variants"], f"{where}: variants"):
             if label not in variants:
@@ -221,12 +235,12 @@ def expand(raw: dict[str, Any], name: str, overrides: Iterable[str] = (), where:
                 raise RecipeError(f"{where}: '{key}': {problem}")
     out = []
     for label, difference in variants.items():
-        if misplaced := {"variants", "seeds"} & difference.keys():
+        if misplaced := {"variants", "seeds", "grid"} & difference.keys():
             raise RecipeError(f"{where}: variants.{label}: '{min(misplaced)}' belongs beside 'variants', not into one")
-        own = [difference["seed"]] if "seed" in difference else raw.get("seeds") or [raw.get("seed", 0)]
+        own = [difference["seed"]] if "seed" in difference else _seeds(raw, label, where)
         given = [wanted["seed"]] if "seed" in wanted else own
         for seed in _list(wanted.get("seeds", given), f"{where}: seeds"):
-            merged = _merge({k: v for k, v in raw.items() if k not in ("variants", "seeds")}, difference)
+            merged = _merge({k: v for k, v in raw.items() if k not in ("variants", "seeds", "grid")}, difference)
             merged["seed"] = seed
             for key, value in changes:
                 own_key = key.removeprefix(f"variants.{label}.")  # variants.full.training.steps=9 is for that one
@@ -246,9 +260,9 @@ def _normal(raw: Any, where: str) -> dict[str, Any]:
             raise RecipeError(f"{where}: {unknown('key', key, _TOP)}")
         if key in ("backbone", "task", "data") and isinstance(value, str):
             out[key] = {"name": value}
-        elif value is None and key in ("training", "variants", "seeds"):
+        elif value is None and key in ("training", "variants", "seeds", "grid"):
             del out[key]  # a key without a value in YAML is as good as none
-        elif key in ("backbone", "task", "data", "training", "variants") and not isinstance(value, dict):
+        elif key in ("backbone", "task", "data", "training", "variants", "grid") and not isinstance(value, dict):
             raise RecipeError(f"{where}: {key}: expected a mapping, found {value!r}")
         elif key == "methods":
             entries = (
@@ -256,8 +270,41 @@ def _normal(raw: Any, where: str) -> dict[str, Any]:
             )
             out[key] = [{"name": m} if isinstance(m, str) else m for m in entries]
         elif key == "seeds":
-            _list(value, f"{where}: seeds")
+            for seeds in value.values() if isinstance(value, dict) else [value]:
+                _list(seeds, f"{where}: seeds")
     return out
+
+
+def _grid(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """The variants of a grid: its values filled into `methods`."""
+    axes = raw.get("grid") or {}
+    values = [_list(v, f"{where}: grid.{k}") for k, v in axes.items()]
+
+    def fill(tree: Any, chosen: dict[str, Any]) -> Any:
+        if isinstance(tree, dict):
+            return {k: fill(v, chosen) for k, v in tree.items()}
+        if isinstance(tree, list):
+            return [fill(v, chosen) for v in tree]
+        if not isinstance(tree, str):
+            return tree
+        for key, value in chosen.items():
+            if tree == f"{{{key}}}":
+                return value  # as it is: a number stays one
+            tree = tree.replace(f"{{{key}}}", str(value))
+        return tree
+
+    points = [dict(zip(axes, point, strict=True)) for point in product(*values)] if axes else []
+    return {"-".join(map(str, p.values())): {"methods": fill(raw.get("methods", []), p)} for p in points}
+
+
+def _seeds(raw: dict[str, Any], label: str, where: str) -> list[Any]:
+    seeds = raw.get("seeds") or [raw.get("seed", 0)]
+    if not isinstance(seeds, dict):
+        return seeds
+    for pattern, own in seeds.items():
+        if fnmatchcase(label, pattern):
+            return own
+    raise RecipeError(f"{where}: seeds: no pattern fits the variant '{label}'; found {', '.join(seeds)}; end with '*'")
 
 
 def _list(value: Any, where: str) -> list[Any]:
@@ -278,6 +325,9 @@ def _resolve(raw: dict[str, Any], name: str, variant: str, where: str) -> Recipe
     seed = raw.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise RecipeError(f"{where}: seed: expected a whole number, found {seed!r}")
+    costs = raw.get("costs", True)
+    if not isinstance(costs, bool):
+        raise RecipeError(f"{where}: costs: expected true or false, found {costs!r}")
     return Recipe(
         backbone=build(BackboneSpec, raw["backbone"], f"{where}: backbone"),
         task=raw["task"],
@@ -285,6 +335,7 @@ def _resolve(raw: dict[str, Any], name: str, variant: str, where: str) -> Recipe
         methods=tuple(dict(m) for m in methods),
         training=build(TrainingSpec, raw.get("training", {}), f"{where}: training"),
         seed=seed,
+        costs=costs,
         title=raw.get("title", ""),
         name=name,
         variant=variant,

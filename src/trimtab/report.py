@@ -1,7 +1,7 @@
 """Compare finished runs: a self-contained HTML page, a terminal table and a Markdown table.
 
-A run folder is any folder that holds ``run.json``, with ``metrics.json`` and ``costs.json`` beside it and
-optionally ``plan.json`` and ``samples/samples.json``. Runs of one name make up one section; inside it, runs
+A run folder is any folder that holds ``run.json``, with ``metrics.json`` beside it and optionally ``costs.json``,
+``methods.json``, ``plan.json`` and ``samples/samples.json``. Runs of one name make up one section; inside it, runs
 that differ only in their seed are averaged into one row.
 """
 
@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from trimtab import _report_plots as plots
+from trimtab import _report_sparsity as sparsity
 from trimtab._report_runs import (
     COSTS,
     RunRecord,
@@ -187,6 +188,8 @@ def _footnote(section: Section) -> str:
 
 
 def _figures(section: Section, styles: dict[str, plots.Style], slug: str) -> list[dict[str, Any]]:
+    if swept := sparsity.figures(section, slug):  # dozens of variants that cost the same but for their zeros
+        return [{**figure, "uri": plots.data_uri(figure["png"])} for figure in swept]
     figures: list[dict[str, Any]] = [
         {
             "file": f"{slug}-pareto.png",

@@ -99,6 +99,7 @@ def assemble(recipe: Recipe) -> Assembly:
         source = _named(SOURCES, recipe.data, f"{where}: data")
         task = _task(recipe.task, source, f"{where}: task")
         methods = [_method(entry, f"{where}: methods.{i}") for i, entry in enumerate(recipe.methods)]
+        _no_foresight(task, methods, where)
         spec = recipe.backbone
         backbone = backbones.load(spec.name, spec.pretrained)
     except (ValueError, FileNotFoundError) as error:
@@ -115,9 +116,9 @@ def check(recipe: Recipe) -> None:
     where = f"recipe {recipe.name}"
     try:
         source = _named(SOURCES, recipe.data, f"{where}: data")
-        _task(recipe.task, source, f"{where}: task")
-        for i, entry in enumerate(recipe.methods):
-            _method(entry, f"{where}: methods.{i}")
+        task = _task(recipe.task, source, f"{where}: task")
+        methods = [_method(entry, f"{where}: methods.{i}") for i, entry in enumerate(recipe.methods)]
+        _no_foresight(task, methods, where)
         for name in filter(None, (recipe.backbone.name, recipe.backbone.start_from)):
             if name not in backbones.BACKBONES and not Path(name).is_dir():
                 raise ValueError(
@@ -132,6 +133,17 @@ def _method(entry: dict[str, Any], where: str) -> Method:
     settings = {k: v for k, v in entry.items() if k != "name"}
     checked = build(cls.Settings, settings, f"{where} ({cls.name})")
     return cls(**{k: getattr(checked, k) for k in settings})
+
+
+def _no_foresight(task: Task, methods: list[Method], where: str) -> None:
+    """Raise a RecipeError if a method would let words see those that follow, which the task asks for."""
+    for i, method in enumerate(methods):
+        if task.causal and method.mixes_tokens:
+            raise RecipeError(
+                f"{where}: methods.{i}: {method.name!r} lets every word see every other, so that "
+                f"{task.name!r} would be asked for words that it sees; choose a method that works inside the model, "
+                "such as lora or full"
+            )
 
 
 def _named(registry: Any, entry: dict[str, Any], where: str) -> Any:
@@ -179,16 +191,23 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
     Args:
         recipe: one resolved recipe.
         folder: the run folder.
-        measure_costs: False leaves costs.json empty (pretraining needs none).
+        measure_costs: False, like `costs: false` in the recipe, writes no costs.json.
 
     Returns:
         The folder.
 
     Raises:
         RecipeError: if the recipe's parts do not fit each other.
+        RunError: if it was started as one of several processes.
     """
     import yaml
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError(
+            f"{folder}: a run is the work of one process, found WORLD_SIZE={os.environ['WORLD_SIZE']} in the "
+            "environment: start it without `accelerate launch` or torchrun. `trimtab.prune` shares its calibration "
+            "among processes"
+        )
     started = time.time()
     gc.collect()  # an earlier run's model lives on in cycles of hooks until it is collected
     parts = assemble(recipe)
@@ -227,7 +246,7 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
             _write_json(folder / "plan.json", method.state)
     result = {"primary": parts.task.primary, "chance": parts.task.chance(test), "test": metrics, "history": history}
     _write_json(folder / "metrics.json", result)
-    if measure_costs:
+    if measure_costs and recipe.costs:
         from trimtab import cost
 
         costs = cost.measure(parts, cost.dense(recipe), spec.batch_size, folder / "weights.safetensors")

@@ -53,6 +53,15 @@ class _Trainer(Trainer):
             )
         return self.optimizer
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        # A safetensors file holds a tied tensor once; the trainer reads it back without asking for the other name.
+        once = {n for n, _ in self.model.named_parameters()} | {n for n, _ in self.model.named_buffers()}
+        whole = self.model.state_dict() if state_dict is None else state_dict
+        super()._save(output_dir, {name: tensor for name, tensor in whole.items() if name in once})
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Nothing: what the file lacks are the other names of tied tensors; the same model wrote it."""
+
 
 class _Progress(TrainerCallback):
     """One rich progress bar with the running loss."""

@@ -27,7 +27,7 @@ def test_start_from_keeps_the_function_of_the_vision_tower(clip):
     vilt.start_from(clip)
     x, vision = pixels(clip), clip.model.vision_model
     theirs = vision.pre_layrnorm(vision.embeddings(x))
-    ours, unfolded = vilt.image_embeds(x), vision.embeddings(x)  # the latter: copied as they are, without the norm
+    ours, unfolded = vilt.look(x), vision.embeddings(x)  # the latter: copied as they are, without the norm
     for block, other in zip(vision.encoder.layers, vilt.model.vilt.encoder.layer, strict=True):
         theirs, ours, unfolded = block(theirs, None), other(ours, None)[0], other(unfolded, None)[0]
     near, far = (F.cosine_similarity(found, theirs, dim=-1).mean() for found in (ours, unfolded))
@@ -40,14 +40,14 @@ def test_a_clip_cannot_start_from_a_vilt(clip):
 
 
 @torch.no_grad()
-def test_image_embeds_are_transformers_own_up_to_the_order_of_patches():
+def test_what_it_looks_at_is_transformers_own_up_to_the_order_of_patches():
     vilt = backbones.load("tiny-vilt")
     x = pixels(vilt, 2)
     mask = torch.ones(2, vilt.pictures.size, vilt.pictures.size)
     theirs, seen, (order, _) = vilt.model.vilt.embeddings.visual_embed(x, mask, -1)
     side = vilt.model.config.image_size // vilt.model.config.patch_size
     at = order[..., 0] * side + order[..., 1]  # which patch each of their tokens is
-    ours = vilt.image_embeds(x)
+    ours = vilt.look(x)
     torch.testing.assert_close(theirs[:, :1], ours[:, :1])
     for a, b, o in zip(theirs[:, 1:], ours[:, 1:], at, strict=True):
         torch.testing.assert_close(a, b[o])

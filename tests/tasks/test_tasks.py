@@ -23,6 +23,7 @@ from trimtab.tasks.vqa import VQA
 PARTS = {  # task: (backbone, kind of data, settings)
     "retrieval": ("tiny-clip", "retrieval", {}),
     "matching": ("tiny-vilt", "retrieval", {"pool": 8}),
+    "captioning": ("tiny-vilt", "retrieval", {"longest": 6}),
     "grounding": ("tiny-vilt", "grounding", {}),
     "vqa": ("tiny-vilt", "vqa", {"answers": ("yes", "no", "1", "2", "3", "4", "dog")}),
 }
@@ -333,10 +334,13 @@ def test_matching_ranks_within_blocks():
             super().__init__()
             self.weight = nn.Parameter(torch.zeros(1))
 
-        def pair(self, pixels, ids, mask):
+        def look(self, pixels):
+            return pixels[:, 0]
+
+        def fuse(self, looked, ids, mask):
             seen.append(ids.shape)
             assert ids.shape == mask.shape and (ids[mask == 0] == 0).all()
-            return -(pixels[:, 0, 0, 0] - ids[:, 0]).square()
+            return -(looked[:, 0, 0] - ids[:, 0]).square()
 
         def match(self, encoded):
             return encoded

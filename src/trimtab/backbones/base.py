@@ -116,7 +116,30 @@ class Backbone(nn.Module):
         raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not encode texts alone")
 
     def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        return self.fuse(self.look(pixel_values), input_ids, attention_mask)
+
+    def look(self, pixel_values: Tensor) -> Tensor:
+        """What `fuse` and `write` need of the pictures, (B, P, D), computed once whatever is said of them."""
         raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not fuse image and text")
+
+    def fuse(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """`pair` of what `look` returned, (B, P, D)."""
+        raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not fuse image and text")
+
+    def write(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Features of words (B, L, D), each from the picture and the words up to itself, to predict the next from.
+
+        Args:
+            seen: what `look` returned, (B, P, D).
+            input_ids: (B, L).
+            attention_mask: (B, L), 1 = valid; padding follows the words.
+        """
+        raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not write")
+
+    @property
+    def word_head(self) -> tuple[nn.Linear, nn.LayerNorm, Tensor] | None:
+        """The model's own map from features to words: linear map, (GELU,) norm, bias (V,) of the tied decoder."""
+        return None
 
     @property
     def vocabulary(self) -> int:
@@ -196,13 +219,14 @@ def load_pretrained(model_class: Any, folder: Path, pretrained: bool, **options:
     return load_weights(model_class, folder, config, torch.float32, **options)
 
 
-def check_sizes(who: str, input_ids: Tensor, longest: int, pixel_values: Tensor | None = None, side: int = 0) -> None:
+def check_sizes(who: str, input_ids: Tensor | None = None, longest: int = 0, pixel_values: Tensor | None = None,
+                side: int = 0) -> None:  # fmt: skip
     """Raise a ValueError if texts are longer than a table of positions, or pictures are no squares of `side` pixels.
 
     For models that fail with an error about shapes, or not at all: transformers' BLIP gives smaller pictures the
     positions of others.
     """
-    if input_ids.shape[1] > longest:
+    if input_ids is not None and input_ids.shape[1] > longest:
         raise ValueError(f"text of {input_ids.shape[1]} tokens: {who} has positions for {longest}")
     if pixel_values is not None and tuple(pixel_values.shape[2:]) != (side, side):
         height, width = pixel_values.shape[2:]

@@ -8,11 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BlipConfig, BlipForQuestionAnswering, BlipTextModel, BlipVisionModel
+from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForQuestionAnswering,
+    BlipTextModel,
+    BlipVisionModel,
+)
 from transformers.models.blip.modeling_blip import BlipPreTrainedModel
 from transformers.models.blip.modeling_blip_text import BlipTextAttention, BlipTextLMHeadModel, BlipTextSelfAttention
 
 from trimtab.backbones.base import check_sizes
+
+
+class BlipForMatchingAndCaptions(BlipForConditionalGeneration):
+    """A BLIP with one text tower, which understands without the causal mask and writes with it, and a head for each.
+
+    The published encoder and decoder share all but their self-attention; here they share that too.
+    """
+
+    def __init__(self, config: BlipConfig):
+        super().__init__(config)
+        self.itm_head = nn.Linear(config.text_config.hidden_size, 2)
+        self.post_init()
 
 
 class BlipPretraining(BlipPreTrainedModel):

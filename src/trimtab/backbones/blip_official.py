@@ -21,6 +21,7 @@ from trimtab.backbones.base import (
     find_tokenizer,
     load_pretrained,
 )
+from trimtab.backbones.blip import vision_block
 from trimtab.backbones.official import (
     CheckpointError,
     Format,
@@ -58,7 +59,7 @@ def describe(model: Any) -> Anatomy:
     The shared parts of the decoder are the encoder's own modules, so that its blocks are described without adapters:
     what is done to the encoder is done there too.
     """
-    vision = tuple(_vision_block(f"vision_model.encoder.layers.{i}", layer.embed_dim)
+    vision = tuple(vision_block(f"vision_model.encoder.layers.{i}", layer.embed_dim)
                    for i, layer in enumerate(model.vision_model.encoder.layers))  # fmt: skip
     # Not the norm behind it: BLIP calls that on the tokens and once more on the first of them.
     towers = [Tower("vision", "vision", vision, ("vision_model",), output=Tap(vision[-1].path))]
@@ -76,13 +77,6 @@ def describe(model: Any) -> Anatomy:
                             mask=Tap(path, "input", "attention_mask"), causal=name == "decoder"))  # fmt: skip
     heads = ("vision_proj", "text_proj", "itm_head", "text_decoder.cls", "cls_head")
     return Anatomy(tuple(towers), heads=tuple(h for h in heads if hasattr(model, h.split(".")[0])))
-
-
-def _vision_block(path: str, width: int) -> Block:
-    return Block(path, width, (
-        Sublayer("attention", Tap(f"{path}.layer_norm1", "input"), Tap(f"{path}.self_attn")),
-        Sublayer("mlp", Tap(f"{path}.layer_norm2", "input"), Tap(f"{path}.mlp")),
-    ))  # fmt: skip
 
 
 def _text_block(path: str, width: int, twin: bool, own: bool) -> Block:
@@ -238,11 +232,14 @@ class BlipOfficialBackbone(Backbone):
         super().__init__(name, model, tokenizer, Pictures(vision.image_size, CLIP_MEAN, CLIP_STD), text.hidden_size,
                          min(text.max_position_embeddings, 35))  # fmt: skip
 
-    def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
-        """As every backbone; ValueError if the text is too long or the picture of another size than the model's."""
-        text, side = self.model.config.text_config, self.model.config.vision_config.image_size
-        check_sizes("BLIP", input_ids, text.max_position_embeddings, pixel_values, side)
-        seen = self.model.vision_model(pixel_values=pixel_values).last_hidden_state
+    def look(self, pixel_values: Tensor) -> Tensor:
+        """The vision tower alone, (B, 1+P, D); ValueError if the picture is of another size than the model's."""
+        check_sizes("BLIP", pixel_values=pixel_values, side=self.model.config.vision_config.image_size)
+        return self.model.vision_model(pixel_values=pixel_values).last_hidden_state
+
+    def fuse(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """`pair` of what `look` returned; ValueError if the text is longer than the table of positions."""
+        check_sizes("BLIP", input_ids, self.model.config.text_config.max_position_embeddings)
         # What reads a picture starts with [ENC] instead of [CLS].
         ids = input_ids.clone()
         ids[:, 0] = self.model.config.enc_token_id

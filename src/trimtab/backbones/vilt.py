@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes
 from trimtab.backbones.base import (
@@ -19,6 +19,7 @@ from trimtab.backbones.base import (
     find_tokenizer,
     load_pretrained,
 )
+from trimtab.backbones.clip import without_pre_norm
 
 
 @describes("ViltModel")
@@ -34,7 +35,8 @@ def describe(model: Any) -> Anatomy:
         ), returns_tuple=True))  # fmt: skip
     tower = Tower(
         "fusion", "fusion", tuple(blocks), ("embeddings", "encoder", "layernorm"),
-        output=Tap("layernorm"), mask=Tap("embeddings", key=1), pooled=Tap("pooler") if model.pooler else None,
+        output=Tap("layernorm"), mask=Tap("embeddings", key=1),
+        mask_source=Tap("", "input", "attention_mask"), pooled=Tap("pooler") if model.pooler else None,
     )  # fmt: skip
     return Anatomy((tower,), heads=("pooler",))
 
@@ -49,28 +51,40 @@ class ViltBackbone(Backbone):
         longest = min(config.max_position_embeddings, 40)
         super().__init__(name, model, tokenizer, Pictures(config.image_size), config.hidden_size, longest)
 
-    def image_embeds(self, pixel_values: Tensor) -> Tensor:
+    def look(self, pixel_values: Tensor) -> Tensor:
         """Patch and position embeddings of full square images, (B, 1 + P, D), in row-major order.
 
         transformers' `visual_embed` computes the same and then draws a random order of the patches, image by image, in
         evaluation too. Position embeddings are added before, so that the order carries no meaning; a fixed one makes
         results repeatable and lets grounding know which token is which patch. Passed on as `image_embeds`.
         """
+        check_sizes("ViLT", pixel_values=pixel_values, side=self.model.config.image_size)
         embeddings = self.model.vilt.embeddings
         patches = embeddings.patch_embeddings(pixel_values).flatten(2).transpose(1, 2)  # (B, P, D)
         tokens = torch.cat([embeddings.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         return embeddings.dropout(tokens + embeddings.position_embeddings)
 
-    def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
-        config = self.model.config
-        check_sizes("ViLT", input_ids, config.max_position_embeddings, pixel_values, config.image_size)
-        image = self.image_embeds(pixel_values)
-        seen = torch.ones(image.shape[:2], dtype=torch.long, device=image.device)
-        out = self.model.vilt(input_ids=input_ids, attention_mask=attention_mask, image_embeds=image, pixel_mask=seen)
+    def fuse(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        check_sizes("ViLT", input_ids, self.model.config.max_position_embeddings)
+        valid = torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device)
+        out = self.model.vilt(input_ids=input_ids, attention_mask=attention_mask, image_embeds=seen, pixel_mask=valid)
         start = input_ids.shape[1] + 1  # after the text and the image's class token
         tokens = out.last_hidden_state  # (B, L + 1 + P, D)
-        mask = torch.cat([attention_mask, seen], dim=1)
+        mask = torch.cat([attention_mask, valid], dim=1)
         return Encoded(out.pooler_output, tokens, mask, slice(start, tokens.shape[1]))
+
+    def write(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        # ViltModel lets every token see every valid one, so that its parts are called here with another mask: a word
+        # sees the picture and the words up to itself, the picture sees itself (a "prefix" language model).
+        vilt, length = self.model.vilt, input_ids.shape[1]
+        valid = torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device)
+        tokens, mask = vilt.embeddings(input_ids, attention_mask, None, None, valid, None, seen)
+        sees = mask.bool()[:, None, None, :].repeat(1, 1, tokens.shape[1], 1)  # (B, 1, L + 1 + P, L + 1 + P)
+        sees[:, :, :length, :length] &= torch.ones(length, length, dtype=torch.bool, device=seen.device).tril()
+        sees[:, :, length:, :length] = False
+        barred = torch.zeros(sees.shape, dtype=tokens.dtype, device=seen.device)
+        barred.masked_fill_(~sees, torch.finfo(tokens.dtype).min)
+        return vilt.layernorm(vilt.encoder(tokens, attention_mask=barred)[0])[:, :length]
 
     @torch.no_grad()
     def start_from(self, other: Backbone) -> None:
@@ -79,23 +93,16 @@ class ViltBackbone(Backbone):
         ViLT itself starts from a pretrained vision transformer (section 3.1 of its paper).
         """
         source, own = other.model.vision_model, self.model.vilt
-        patch, position = source.embeddings.patch_embedding.weight, source.embeddings.position_embedding.weight
-        # CLIP normalises its embeddings before the first block, ViLT does not. The mean and the scale of that norm are
-        # put into the embeddings: per token for the class token, on average over flat random colours for patches.
-        norm = source.pre_layrnorm
-        colours = torch.rand(512, 3, 1, 1, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        flat = nn.functional.conv2d(colours.expand(-1, -1, *patch.shape[2:]), patch).flatten(1)  # (512, D)
-        scale = norm.weight / flat.std(dim=1).mean()
-        start = norm(source.embeddings.class_embedding + position[0])
-        positions = torch.cat([torch.zeros_like(position[:1]), (position[1:] * scale) + norm.bias])
+        start = without_pre_norm(source)
+        text = own.embeddings.text_embeddings.LayerNorm
         pairs = [
-            (own.embeddings.patch_embeddings.projection.weight, _centred(patch) * scale[:, None, None, None]),
-            (own.embeddings.patch_embeddings.projection.bias, torch.zeros_like(scale)),
-            (own.embeddings.position_embeddings, positions[None]),
-            (own.embeddings.cls_token, start[None, None]),
+            (own.embeddings.patch_embeddings.projection.weight, start.patch),
+            (own.embeddings.patch_embeddings.projection.bias, start.bias),
+            (own.embeddings.position_embeddings, start.positions[None]),
+            (own.embeddings.cls_token, start.token[None, None]),
             # A word starts as the class token with a touch of itself: it reads the picture as the class token does.
-            (own.embeddings.text_embeddings.LayerNorm.bias, start),
-            (own.embeddings.text_embeddings.LayerNorm.weight, torch.full_like(start, 0.5)),
+            (text.bias, start.token),
+            (text.weight, torch.full_like(start.token, 0.5)),
             (own.layernorm.weight, source.post_layernorm.weight),
             (own.layernorm.bias, source.post_layernorm.bias),
         ]
@@ -124,11 +131,6 @@ class ViltBackbone(Backbone):
             logits = self.model.itm_score(encoded.pooled)
             return logits[:, 1] - logits[:, 0]
         raise ValueError(f"{self.name}: {type(self.model).__name__} has no head for matching: load it with task='irtr'")
-
-
-def _centred(weight: Tensor) -> Tensor:
-    """Without the mean over output channels, as a LayerNorm takes it away; (D, 3, P, P)."""
-    return weight - weight.mean(dim=0, keepdim=True)
 
 
 def load(folder: Path, name: str, pretrained: bool = True) -> ViltBackbone:

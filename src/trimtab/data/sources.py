@@ -44,7 +44,10 @@ class Pictograms:
     skip_bad_images: bool = False
     """Leave out images that cannot be decoded instead of stopping."""
 
-    tasks = {"retrieval": "retrieval", "matching": "retrieval", "vqa": "vqa", "grounding": "grounding"}
+    tasks = {
+        "retrieval": "retrieval", "matching": "retrieval", "captioning": "retrieval", "vqa": "vqa",
+        "grounding": "grounding",
+    }  # fmt: skip
 
     def load(self, task: str, split: Literal["train", "validation", "test"]) -> Dataset:
         """The table of a split for a task; made once, then read from the cache folder."""

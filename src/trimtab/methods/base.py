@@ -55,6 +55,7 @@ class Method(ABC):
         lever: `prune`, `skip` or `tune`.
         Settings: frozen dataclass; its attribute docstrings are the method's help text.
         folds: whether `fold` can make what it changed part of the plain model's weights.
+        mixes_tokens: whether it lets every token see every other, beside a model that may forbid it.
         state: what `prepare` found, as plain JSON (a plan, say).
         tensors: what `prepare` found, as tensors (masks, say).
     """
@@ -63,6 +64,7 @@ class Method(ABC):
     lever: ClassVar[Literal["prune", "skip", "tune"]]
     Settings: ClassVar[type]
     folds: ClassVar[bool] = False
+    mixes_tokens: ClassVar[bool] = False
 
     def __init__(self, **settings: Any):
         self.settings = self.Settings(**settings)

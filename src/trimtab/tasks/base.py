@@ -28,6 +28,7 @@ class Task(ABC):
         primary: the metric by which methods are compared; larger is better.
         kinds: which kinds of backbone it works on (`dual`, `joint`).
         blank: what stands for the target columns of a row whose answer is not known.
+        causal: whether a word may be predicted from those before it only.
     """
 
     name: ClassVar[str]
@@ -35,6 +36,7 @@ class Task(ABC):
     primary: ClassVar[str]
     kinds: ClassVar[tuple[str, ...]]
     blank: ClassVar[dict[str, Any]] = {}
+    causal: ClassVar[bool] = False
 
     @abstractmethod
     def head(self, backbone: Any) -> nn.Module:

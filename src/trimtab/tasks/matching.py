@@ -1,13 +1,14 @@
-"""Image-text matching, with masked language modelling beside it in training: how single-stream VLMs are pretrained.
+"""Image-text matching, with language modelling beside it in training: how fused VLMs are pretrained.
 
-One pass serves both (ViLT, section 3.2, makes two): half of a batch is matched and has words masked, for the language
-loss; the other half is unmasked, and half of that gets a wrong caption, for the matching loss. Wrong captions are, in
-equal parts, another picture's and the picture's own with one thing or direction changed.
+Half of a batch is matched and serves the language loss: some of its words are masked and found again (ViLT, section
+3.2; one pass serves both losses, ViLT makes two), or each is predicted from those before it (BLIP, section 3.2). The
+other half is whole, and half of that gets a wrong caption, for the matching loss. Wrong captions are, in equal parts,
+another picture's and the picture's own with one thing or direction changed.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +17,7 @@ from torch.nn import functional as F
 from trimtab.data.images import decode_rows
 from trimtab.tasks.base import TASKS, Batch, Task
 from trimtab.tasks.retrieval import recalls
-
-IGNORED = -100
-
-
-class MaskedWords(nn.Module):
-    """BERT's masked-language head; the decoder shares the word embeddings of the backbone."""
-
-    def __init__(self, width: int, vocabulary: int):
-        super().__init__()
-        self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
-        self.bias = nn.Parameter(torch.zeros(vocabulary))
-
-    def forward(self, tokens: Tensor, embeddings: Tensor) -> Tensor:
-        return self.transform(tokens) @ embeddings.T + self.bias  # (N, D) -> (N, V)
+from trimtab.tasks.words import IGNORED, Words, next_words
 
 
 @TASKS.register("matching")
@@ -45,12 +33,15 @@ class Matching(Task):
     primary = "recall@1"
     kinds = ("joint",)
 
-    def __init__(self, mask_share: float = 0.3, pool: int = 50):
+    def __init__(self, mask_share: float = 0.3, pool: int = 50, words: Literal["masked", "next"] = "masked"):
+        if words not in ("masked", "next"):
+            raise ValueError(f"words must be 'masked' or 'next', found {words!r}")
         self.mask_share = mask_share
         self.pool = pool
+        self.words = words
 
     def head(self, backbone: Any) -> nn.Module:
-        return MaskedWords(backbone.width, len(backbone.tokenizer))
+        return Words(backbone)
 
     def collate(self, backbone: Any, rows: list[dict[str, Any]], train: bool) -> Batch:
         rows = decode_rows(rows)
@@ -69,11 +60,15 @@ class Matching(Task):
         encoded = backbone.texts(texts)
         tokenizer = backbone.tokenizer
         ids, words = encoded["input_ids"], encoded["input_ids"].clone()
-        special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
-        hidden = (torch.rand(ids.shape) < self.mask_share) & ~special
-        hidden[half:] = False
-        words[~hidden] = IGNORED
-        encoded["input_ids"] = ids.masked_fill(hidden, tokenizer.mask_token_id)
+        if self.words == "next":
+            words = next_words(ids, encoded["attention_mask"])
+            words[half:] = IGNORED
+        else:
+            special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
+            hidden = (torch.rand(ids.shape) < self.mask_share) & ~special
+            hidden[half:] = False
+            words[~hidden] = IGNORED
+            encoded["input_ids"] = ids.masked_fill(hidden, tokenizer.mask_token_id)
         matched[:half] = IGNORED
         return {**batch, **encoded, "words": words, "matched": matched}
 
@@ -84,15 +79,28 @@ class Matching(Task):
         return {**batch, "words": words, "matched": torch.ones(size)}
 
     def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
-        encoded = backbone.pair(batch["pixel_values"], batch["input_ids"], batch["attention_mask"])
-        words = batch["words"]
+        words, matched = batch["words"], batch["matched"]
+        judged = matched != IGNORED
+        if self.words == "next":
+            writes = (words != IGNORED).any(dim=1)
+            seen = backbone.look(batch["pixel_values"][writes])
+            tokens = backbone.write(seen, batch["input_ids"][writes], batch["attention_mask"][writes])
+            words, pick = words[writes], judged
+        else:
+            pick = torch.ones_like(judged)
+        encoded = backbone.pair(*(batch[k][pick] for k in ("pixel_values", "input_ids", "attention_mask")))
+        if self.words == "masked":
+            tokens = encoded.tokens
         hidden = words != IGNORED
-        tokens = encoded.tokens[:, : words.shape[1]][hidden]
-        logits = head(tokens, backbone.model.get_input_embeddings().weight)
-        judged = batch["matched"] != IGNORED
-        matching = F.binary_cross_entropy_with_logits(backbone.match(encoded)[judged].float(), batch["matched"][judged])
+        logits = head(tokens[:, : words.shape[1]][hidden], backbone.model.get_input_embeddings().weight)
+        match = backbone.match(encoded)[judged[pick]].float()
+        matching = F.binary_cross_entropy_with_logits(match, matched[judged])
         language = F.cross_entropy(logits.float(), words[hidden]) if hidden.any() else matching.new_zeros(())
         return language + 2 * matching
+
+    def fold(self, backbone: Any, head: nn.Module) -> None:
+        """The words' head goes where the backbone has one of its own."""
+        head.fold(backbone)
 
     def predict(self, backbone: Any, head: nn.Module, batch: Batch) -> list[dict[str, Any]]:
         length = batch["input_ids"].shape[1]
@@ -119,8 +127,8 @@ class Matching(Task):
         device = next(backbone.parameters()).device
         out = []
         for record in block:
-            pixels = record["pixels"].to(device).expand(len(block), -1, -1, -1)
-            out.append(backbone.match(backbone.pair(pixels, ids.to(device), mask.to(device))).float().cpu())
+            seen = backbone.look(record["pixels"].to(device)[None]).expand(len(block), -1, -1)
+            out.append(backbone.match(backbone.fuse(seen, ids.to(device), mask.to(device))).float().cpu())
         return torch.stack(out)
 
     def chance(self, rows: Any) -> float | None:

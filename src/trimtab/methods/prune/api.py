@@ -19,7 +19,7 @@ Loss = Callable[[Any], Tensor]
 
 
 @overload
-def prune(model: nn.Module, method: str, sparsity: float, batches: Iterable[Batch] | None = None,
+def prune(model: nn.Module, method: str, sparsity: float | None = None, batches: Iterable[Batch] | None = None,
           anatomy: Anatomy | None = None, loss: Loss | None = None, **settings: Any) -> Masks: ...  # fmt: skip
 @overload
 def prune(model: nn.Module, method: str, sparsity: Sequence[float], batches: Iterable[Batch] | None = None,
@@ -27,7 +27,7 @@ def prune(model: nn.Module, method: str, sparsity: Sequence[float], batches: Ite
 def prune(
     model: nn.Module,
     method: str,
-    sparsity: float | Sequence[float],
+    sparsity: float | Sequence[float] | None = None,
     batches: Iterable[Batch] | None = None,
     anatomy: Anatomy | None = None,
     loss: Loss | None = None,
@@ -35,13 +35,14 @@ def prune(
 ) -> Masks | list[Masks]:
     """Prune a model in place; or find the masks for several sparsities and leave it as it is.
 
-    `masks.keep(model, optimizer)` keeps the zeros through training.
+    `masks.keep(model, optimizer)` keeps the zeros through training. In several processes (torch.distributed), each is
+    given the same model and the same batches, computes its share of them, and ends with the same masks.
 
     Args:
         model: called as `model(**batch)`.
         method: name of a pruner: `multiflow`, `wanda`, `omp` and so on (`trimtab list methods`).
         sparsity: share of the prunable weights that go, in [0, 1); a sequence of such for one calibration of many
-            masks.
+            masks. Left out if `pattern="2:4"` or the like is among the settings, which sets it.
         batches: calibration data, dictionaries of the model's keyword arguments, all of which are used; pruners that
             work in steps divide them among the steps. Tensors are moved to the model's device. Not needed by pruners of
             weights alone.
@@ -54,12 +55,15 @@ def prune(
 
     Raises:
         ValueError: if a name or setting is unknown, the pruner needs data and there are none, the data end early or are
-            not finite, or a whole tower would be emptied.
+            not finite, a whole tower would be emptied, or processes cannot work together.
         AnatomyError: if no anatomy is given and none can be found.
     """
-    several = not isinstance(sparsity, (int, float))
-    wanted = [float(s) for s in sparsity] if several else [float(sparsity)]  # type: ignore[union-attr, arg-type]
-    pruner = _pruner(method, wanted, settings)
+    several = sparsity is not None and not isinstance(sparsity, (int, float))
+    if sparsity is None and settings.get("pattern") is None:
+        raise ValueError(f"{method}: expected `sparsity`, a number in [0, 1), or `pattern`, such as '2:4'; found none")
+    asked = list(sparsity) if several else [sparsity]  # type: ignore[arg-type]
+    pruner = _pruner(method, asked, settings)
+    wanted = [pruner.settings.sparsity if s is None else float(s) for s in asked]
     calibration = Calibration(model, model, anatomy or Anatomy.of(model), lambda: [], None, loss or own_loss)
     if pruner.rounds:
         if batches is None:
@@ -70,19 +74,16 @@ def prune(
         data = batches if once or hasattr(batches, "__len__") else list(batches)
         device = next(model.parameters()).device
         calibration.source = lambda: _Moved(data, device)
-    found = []
-    for masks in pruner.find(calibration, wanted):
-        pruner.check(masks, calibration.anatomy)
-        found.append(masks)
+    found = list(pruner.masks(calibration, wanted))
     if several:
         return found
     found[0].apply(model)
     return found[0]
 
 
-def _pruner(method: str, sparsities: list[float], settings: dict[str, Any]) -> Pruner:
+def _pruner(method: str, sparsities: list[float | None], settings: dict[str, Any]) -> Pruner:
     """The method with its settings, which are checked for each sparsity."""
-    names = [n for n, m in METHODS.items() if m.lever == "prune"]
+    names = [n for n, m in METHODS.items() if m.lever == "prune" and m.finds]
     if method not in names:
         raise ValueError(unknown("pruner", method, sorted(names)))
     kind = METHODS[method]

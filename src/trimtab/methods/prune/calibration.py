@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Weight
 from trimtab.methods.base import Session
+from trimtab.methods.prune import processes
 
 Batch = dict[str, Any]
 
@@ -110,8 +111,8 @@ def evaluating(model: nn.Module, train: bool = False) -> Iterator[None]:
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
-def gradients(calibration: Calibration, weights: Iterable[Weight], batches: Iterable[Batch],
-              train: bool = False) -> Iterator[dict[Weight, Tensor]]:  # fmt: skip
+def gradients(calibration: Calibration, weights: Iterable[Weight], batches: Iterable[Batch | None],
+              train: bool = False) -> Iterator[Any]:  # fmt: skip
     """The loss's gradient at each matrix (out, in) for one batch after another, in single precision or better.
 
     Only the weights require gradients meanwhile; what required them before, and gradients that were there, come back.
@@ -120,7 +121,7 @@ def gradients(calibration: Calibration, weights: Iterable[Weight], batches: Iter
     Args:
         calibration: the model with its loss.
         weights: of which gradients are wanted.
-        batches: one gradient each.
+        batches: one dictionary of gradients each; None, that of a process which has no batch left, gives None.
         train: compute the loss in training mode.
 
     Raises:
@@ -136,7 +137,11 @@ def gradients(calibration: Calibration, weights: Iterable[Weight], batches: Iter
         for p in found.values():
             p.requires_grad_(True)
             p.grad = None
-        for number, batch in enumerate(batches, start=1):
+        for own, batch in enumerate(batches):
+            if batch is None:
+                yield None
+                continue
+            number = processes.number(own)
             with evaluating(calibration.model, train), torch.enable_grad():
                 loss = calibration.loss(calibration.model(**batch))
                 _check_loss(loss, number, calibration, batch)
@@ -187,4 +192,4 @@ def _gradient(weight: Weight, parameter: nn.Parameter, number: int) -> Tensor:
             "use single precision, or a loss that stays finite"
         )
     found = found if found.dtype == torch.float64 else found.float()
-    return found.t() if weight.transposed else found
+    return weight.matrix(found)

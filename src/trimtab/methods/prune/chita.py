@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trimtab.anatomy import Weight
 from trimtab.methods.base import METHODS
-from trimtab.methods.prune.base import Pruner, PruneSettings, StepSettings, found_masks, prunable
+from trimtab.methods.prune.base import Pruner, PruneSettings, StepSettings, found_masks
 from trimtab.methods.prune.calibration import Batch, Calibration, gradients
 from trimtab.methods.prune.masks import Masks, largest
 from trimtab.methods.prune.scores import borrowed
@@ -160,6 +160,8 @@ class ChitaSettings(PruneSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.pattern is not None:
+            raise ValueError(f"pattern: CHITA divides the weights itself, found {self.pattern!r}; leave it out")
         check_chita(self.allocation, self.ridge, self.block_size)
 
 
@@ -186,6 +188,7 @@ class Chita(Pruner):
     score = "sensitivity"
     allocation = "global"
     changes_weights = True
+    shares = False  # the gradients of all batches are held side by side
     Settings = ChitaSettings
     settings: ChitaSettings | ChitaPPSettings
 
@@ -194,7 +197,7 @@ class Chita(Pruner):
 
     def find(self, calibration: Calibration, sparsities: Sequence[float]) -> Iterator[Masks]:
         for sparsity in sparsities:
-            weights = prunable(calibration.subject, calibration.anatomy)
+            weights = self.prunable(calibration)
             shapes = {w: t.shape for w, t in weights.items()}
             sizes = [t.numel() for t in weights.values()]
             blocks = list(_blocks(sizes, self.settings.block_size))

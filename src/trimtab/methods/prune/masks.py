@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from trimtab.bits import pack, unpack
 from trimtab.data.cache import replace_file
+from trimtab.methods.prune import processes
 from trimtab.registry import unknown
 
 # --- selection --------------------------------------------------------------------------------------------------------
@@ -99,6 +100,14 @@ def largest(scores: Tensor, count: int) -> Tensor:
     return mask.view(scores.shape)
 
 
+def largest_of_each(scores: Tensor, group: int, kept: int) -> Tensor:
+    """Mask (out, in) that is True at exactly `kept` of the largest scores in each `group` inputs that follow each
+    other; of equal ones the first stay."""
+    groups = scores.reshape(len(scores), -1, group)
+    order = groups.argsort(dim=-1, descending=True, stable=True)[..., :kept]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True).view(scores.shape)
+
+
 # --- masks of a model -------------------------------------------------------------------------------------------------
 
 _FORMAT = "trimtab masks 1"
@@ -145,6 +154,13 @@ class Masks(Mapping[str, Tensor]):
     def sparsity(self) -> float:
         """The share of them that goes."""
         return 1 - self.kept / max(self.prunable, 1)
+
+    def from_first_process(self) -> Masks:
+        """What process 0 of a group holds, in every process; without a group, these."""
+        if processes.world()[1] == 1:
+            return self
+        masks = {path: processes.from_first(mask) for path, mask in self.masks.items()}
+        return Masks(masks, {path: processes.from_first(weight) for path, weight in self.weights.items()})
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:

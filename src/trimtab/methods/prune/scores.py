@@ -57,8 +57,7 @@ def parameter(model: nn.Module, weight: Weight) -> nn.Parameter:
 
 def matrix(model: nn.Module, weight: Weight) -> Tensor:
     """A prunable weight as (out, in), detached and in at least single precision; a view where that needs no copy."""
-    found = parameter(model, weight).detach()
-    found = found.t() if weight.transposed else found
+    found = weight.matrix(parameter(model, weight).detach())
     return found if found.dtype in (torch.float32, torch.float64) else found.float()
 
 
@@ -72,9 +71,13 @@ def borrowed(model: nn.Module, weights: Iterable[Weight]) -> Iterator[dict[Weigh
     """
     parameters = {w: parameter(model, w) for w in weights}
     own = {w: p.detach().clone() for w, p in parameters.items()}
+    held = {w: p.data for w, p in parameters.items() if w.kernel and not p.is_contiguous()}
+    for weight, data in held.items():  # channels last: (out, in * kh * kw) is no view of it
+        parameters[weight].data = data.contiguous()
     try:
-        yield {w: p.detach().t() if w.transposed else p.detach() for w, p in parameters.items()}
+        yield {w: w.matrix(p.detach()) for w, p in parameters.items()}
     finally:
         with torch.no_grad():
             for weight, p in parameters.items():
+                p.data = held.get(weight, p.data)
                 p.copy_(own[weight])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimtab.anatomy import Weight
 from trimtab.methods.base import METHODS
-from trimtab.methods.prune.base import Pruner, StepSettings, found_masks, prunable
+from trimtab.methods.prune.base import Pruner, StepSettings, found_masks
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import Evidence, collect
 from trimtab.methods.prune.masks import Masks
@@ -59,7 +59,7 @@ class IterSNIP(Pruner):
         self, calibration: Calibration, sparsity: float
     ) -> Iterator[tuple[dict[Weight, Tensor], dict[Weight, Tensor]]]:
         """Scores and masks (out, in) after each step."""
-        weights = prunable(calibration.subject, calibration.anatomy)
+        weights = self.prunable(calibration)
         score = SCORES[self.score]
         with borrowed(calibration.subject, weights) as current:
             levels = self.settings.levels(sparsity)

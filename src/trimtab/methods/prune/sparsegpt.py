@@ -21,10 +21,10 @@ from torch import Tensor
 
 from trimtab.anatomy import Anatomy, Weight
 from trimtab.methods.base import METHODS
-from trimtab.methods.prune.base import Pruner, PruneSettings, found_masks, prunable
+from trimtab.methods.prune.base import Pruner, PruneSettings, found_masks
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import Evidence, collect
-from trimtab.methods.prune.masks import Masks, largest
+from trimtab.methods.prune.masks import Masks, largest, largest_of_each
 from trimtab.methods.prune.scores import SCORES, borrowed, score
 
 _DAMPING = 0.01
@@ -46,7 +46,8 @@ def saliency(weight: Tensor, evidence: Evidence) -> Tensor:
     return (weight.double().square() / factor.square().sum(dim=0)).to(weight.dtype)
 
 
-def reconstruct(weight: Tensor, gram: Tensor, count: int, block: int, damping: float) -> tuple[Tensor, Tensor]:
+def reconstruct(weight: Tensor, gram: Tensor, count: int, block: int, damping: float,
+                pattern: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Prune `count` weights of a matrix (out, in), and change the others so that its outputs on the inputs change
     little.
 
@@ -56,6 +57,8 @@ def reconstruct(weight: Tensor, gram: Tensor, count: int, block: int, damping: f
         count: how many weights go; every block of columns gives its share.
         block: columns for which the weights to prune are chosen together.
         damping: share of the gram matrix's mean diagonal that is added to its diagonal.
+        pattern: (n, m): n of m columns that follow each other are kept in each row, whatever `count`. They are chosen
+            when the columns before them are done; blocks are then rounded up to a multiple of m.
 
     Returns:
         The mask (out, in), True = kept, and the new weights, zero where it is False.
@@ -64,14 +67,20 @@ def reconstruct(weight: Tensor, gram: Tensor, count: int, block: int, damping: f
     work = weight.double().clone()
     mask = torch.ones_like(weight, dtype=torch.bool)
     columns = work.shape[1]
+    kept_of_group, group = pattern or (0, 0)
+    block = -(-block // group) * group if pattern else block
     for first in range(0, columns, block):
         last = min(first + block, columns)
-        # Rounded so that the shares of all blocks add up to `count`.
-        goes = count * last // columns - count * first // columns
-        part = work[:, first:last].square() / factor.diagonal()[first:last].square()
-        mask[:, first:last] = largest(part, part.numel() - goes)
-        errors = torch.zeros_like(part)
+        if not pattern:
+            # Rounded so that the shares of all blocks add up to `count`.
+            goes = count * last // columns - count * first // columns
+            part = work[:, first:last].square() / factor.diagonal()[first:last].square()
+            mask[:, first:last] = largest(part, part.numel() - goes)
+        errors = torch.zeros_like(work[:, first:last])
         for j in range(first, last):
+            if pattern and j % group == 0:
+                part = work[:, j : j + group].square() / factor.diagonal()[j : j + group].square()
+                mask[:, j : j + group] = largest_of_each(part, group, kept_of_group)
             kept = work[:, j] * mask[:, j]
             error = (work[:, j] - kept) / factor[j, j]
             work[:, j:last] -= error[:, None] * factor[j, j:last]
@@ -122,7 +131,7 @@ class SparseGPT(Pruner):
 
     def find(self, calibration: Calibration, sparsities: Sequence[float]) -> Iterator[Masks]:
         for sparsity in sparsities:
-            weights = prunable(calibration.subject, calibration.anatomy)
+            weights = self.prunable(calibration)
             groups = by_block(calibration.anatomy, weights) if self.settings.sequential else [list(weights)]
             counts = self.counts(weights, weights, sparsity) if self.settings.sequential else {}
             masks: dict[Weight, Tensor] = {}
@@ -144,7 +153,8 @@ class SparseGPT(Pruner):
         for part in evidence:
             rows = weight[start : start + part.rows]
             share = count * (start + part.rows) // len(weight) - count * start // len(weight)
-            mask, new = reconstruct(rows, part.gram, share, self.settings.block_size, self.settings.damping)
+            settings = self.settings
+            mask, new = reconstruct(rows, part.gram, share, settings.block_size, settings.damping, settings.n_of_m)
             rows.copy_(new)
             masks.append(mask)
             start += part.rows

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trimtab.anatomy import Weight
 from trimtab.methods.base import METHODS
-from trimtab.methods.prune.base import Pruner, PruneSettings, found_masks, prunable
+from trimtab.methods.prune.base import Pruner, PruneSettings, found_masks
 from trimtab.methods.prune.calibration import Batch, Calibration, gradients
 from trimtab.methods.prune.masks import Masks, kth_smallest
 from trimtab.methods.prune.scores import borrowed
@@ -39,6 +39,8 @@ class TAMTSettings(PruneSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.pattern is not None:
+            raise ValueError(f"pattern: TAMT learns which weights go, found {self.pattern!r}; leave it out")
         if self.allocation not in (None, "global"):
             raise ValueError(f"allocation: TAMT learns it with one threshold, found {self.allocation!r}; leave it out")
         if self.learning_rate <= 0 or self.alpha <= 0:
@@ -52,6 +54,7 @@ class TAMT(Pruner):
     name = "tamt"
     score = "magnitude"
     allocation = "global"
+    shares = False  # each batch is a step of the optimiser
     Settings = TAMTSettings
     settings: TAMTSettings
 
@@ -67,7 +70,7 @@ class TAMT(Pruner):
 
     def trace(self, calibration: Calibration, sparsity: float) -> Iterator[tuple[Values, Values]]:
         """Mask values (out, in) at the start and now, after each step of the optimiser."""
-        weights = prunable(calibration.subject, calibration.anatomy)
+        weights = self.prunable(calibration)
         own = {w: t.clone() for w, t in weights.items()}
         count = int(sparsity * sum(t.numel() for t in own.values()))
         if count == 0:

@@ -135,6 +135,7 @@ class UniPT(Method):
 
     name = "unipt"
     lever = "tune"
+    mixes_tokens = True
     Settings = UniPTSettings
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
@@ -157,6 +158,11 @@ class UniPT(Method):
             raise ValueError(
                 f"unipt: tower {tower.name!r} is a {tower.layout} tower of widths {sorted(widths)}; it needs tokens of "
                 "one width: name other towers in `towers`"
+            )
+        if tower.samples is not None:
+            raise ValueError(
+                f"unipt: the stream of tower {tower.name!r} does not begin with the samples, (B, L, D): name other "
+                "towers in `towers`"
             )
         width, layers = widths.pop(), len(tower.blocks)
         vector = s.form == "vector" or (s.form == "auto" and _hands_on_vector(model, tower))

@@ -1,0 +1,117 @@
+"""Calibration over several processes, as `accelerate launch` and torchrun start them.
+
+    process 0   batches 0, 2, 4 ...  ->  sums  \\
+                                                 the same sums in both  ->  the same masks
+    process 1   batches 1, 3, 5 ...  ->  sums  /
+
+Every process is given the same model and the same batches, and computes its share of them. Without a process group, or
+with one of a single process, everything here does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def world() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def number(own: int) -> int:
+    """The number among all batches, from 1, of a process's `own`-th batch, from 0."""
+    rank, size = world()
+    return own * size + rank + 1
+
+
+def share(batches: Iterable[Any]) -> Iterator[Any]:
+    """This process's part of the batches: of each group of as many as there are processes, the one at its rank.
+
+    All processes go on in step. One that has none left in the last group gets None, and joins in what is summed with
+    nothing of its own.
+
+    Raises:
+        ValueError: if the processes were given different batches.
+    """
+    rank, size = world()
+    if size == 1:
+        yield from batches
+        return
+    iterator = iter(batches)
+    count = 0
+    while True:
+        group = list(islice(iterator, size))
+        same([_print(batch) for batch in group], f"calibration batches {count + 1} to {count + size} differ between "
+             f"the {size} processes: give every process the same batches in the same order (it takes its share by "
+             "itself; no sampler or `prepare` may divide them before)")  # fmt: skip
+        if not group:
+            return
+        count += len(group)
+        yield group[rank] if rank < len(group) else None
+
+
+def same(value: object, problem: str) -> None:
+    """Raise a ValueError with `problem` unless a plain value is the same in every process."""
+    if any(other != value for other in everywhere(value)):
+        raise ValueError(problem)
+
+
+def everywhere(value: object) -> list[Any]:
+    """A plain value of each process, in the order of their ranks."""
+    size = world()[1]
+    if size == 1:
+        return [value]
+    found: list[Any] = [None] * size
+    dist.all_gather_object(found, value)
+    return found
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over the processes, in place."""
+    if world()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def in_order(tensor: Tensor) -> list[Tensor]:
+    """A tensor of each process, in the order of their ranks, and so of the batches they come from."""
+    size = world()[1]
+    if size == 1:
+        return [tensor]
+    tensor = tensor.contiguous()
+    found = [torch.empty_like(tensor) for _ in range(size)]
+    dist.all_gather(found, tensor)
+    return found
+
+
+def from_first(tensor: Tensor) -> Tensor:
+    """The tensor of process 0, in every process."""
+    if world()[1] == 1:
+        return tensor
+    sent = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.clone()
+    dist.broadcast(sent, 0)
+    return sent.to(tensor.dtype)
+
+
+def weights_print(tensors: Iterable[Tensor]) -> list[str]:
+    """What tells a model's weights from another's."""
+    return [_sum(t) for t in tensors] if world()[1] > 1 else []
+
+
+def _print(batch: Any) -> list[str]:
+    """What tells a batch from another, without sending it: names, shapes and sums of its tensors."""
+    if not isinstance(batch, Mapping):
+        return [str(type(batch))]
+    return [f"{k} {tuple(v.shape)} {_sum(v)}" for k, v in sorted(batch.items()) if isinstance(v, Tensor)]
+
+
+def _sum(tensor: Tensor) -> str:
+    return f"{tensor.detach().sum(dtype=torch.float64).item():.6e}"
