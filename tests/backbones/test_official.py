@@ -6,6 +6,8 @@ import argparse
 import os
 import pickle
 import re
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -107,6 +109,19 @@ def test_new_parts_are_reported_and_only_where_the_format_allows_them(toy):
     assert torch.isfinite(model.pooler.dense.weight).all()
 
 
+def test_a_new_part_of_which_the_file_has_some_tensors_is_not_new(toy, monkeypatch):
+    state = toy_state() | {"top": torch.zeros(WIDTH)}
+    plain = toy.weights
+
+    def weights(self, state, extras, config):
+        yield from plain(self, state, extras, config)
+        yield Item("top", "pooler.dense.bias", state["top"])
+
+    monkeypatch.setattr(toy, "weights", weights)
+    with pytest.raises(CheckpointError, match=r"1 of \d+ tensors are missing: 'pooler.dense.weight'"):
+        official.build_official(state, {}, "toy.pth", pooler=True)
+
+
 def test_missing_tensors_are_counted_and_the_first_three_named(toy):
     state = {k: v for k, v in toy_state().items() if ".norm" not in k and k != "kind"}
     with pytest.raises(
@@ -167,6 +182,27 @@ def test_nesting_prefixes_and_what_lies_beside_the_tensors(tmp_path):
     assert torch.equal(read_checkpoint(tmp_path / "old.bin")[0]["a"], tensor)
     save_file({"module.a": tensor}, tmp_path / "f.th")
     assert torch.equal(read_checkpoint(tmp_path / "f.th")[0]["a"], tensor)
+
+
+def test_bookkeeping_of_a_training_library_is_read_without_it(tmp_path, monkeypatch):
+    """Lightning's files hold its hyperparameters and callbacks by class; the library need not be there."""
+    module = types.ModuleType("pytorch_lightning.utilities.parsing")
+    parents = ("pytorch_lightning", "pytorch_lightning.utilities")
+    kind = type("AttributeDict", (dict,), {"__module__": module.__name__})
+    module.AttributeDict = kind
+    with monkeypatch.context() as patch:
+        for name in (*parents, module.__name__):
+            patch.setitem(sys.modules, name, module)
+        content = {
+            "state_dict": {"a": torch.zeros(1)},
+            "hyper_parameters": kind(rate=1),
+            "callbacks": {kind: {"best": 2}},
+        }
+        torch.save(content, tmp_path / "lightning.ckpt")
+    assert module.__name__ not in sys.modules
+    state, extras = read_checkpoint(tmp_path / "lightning.ckpt")
+    assert list(state) == ["a"] and dict(extras["hyper_parameters"]) == {"rate": 1}
+    assert list(extras["callbacks"].values()) == [{"best": 2}]
 
 
 @pytest.mark.parametrize("archive", [True, False], ids=["archive", "older than torch 1.6"])

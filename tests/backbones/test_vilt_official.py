@@ -8,6 +8,7 @@ import torch
 import trimtab
 from tests.backbones import layouts
 from trimtab.anatomy import Anatomy
+from trimtab.backbones.base import WEIGHTS
 from trimtab.backbones.official import FORMATS, CheckpointError, Tensors, build_official
 from trimtab.backbones.vilt_official import pixel_mask
 
@@ -44,6 +45,18 @@ def test_each_file_becomes_the_class_of_its_task_and_is_saved_bit_for_bit(tasks,
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
     assert trimtab.load(tmp_path / "saved").model.config.num_labels == model.config.num_labels
+
+
+def test_a_tokenizer_is_given_by_its_folder_and_settings_belong_to_files(tmp_path):
+    shapes = layouts.vilt(("mlm", "itm"), **layouts.TINY_VILT | {"width": 64, "layers": 1, "words": 30522})
+    torch.save({"state_dict": layouts.fill(shapes)}, tmp_path / "vilt.ckpt")
+    folder = WEIGHTS / "tiny-vilt"
+    backbone = trimtab.load(tmp_path / "vilt.ckpt", tokenizer=folder, task="irtr")
+    assert backbone.load_report.format == "vilt" and "mlm_score.bias" in backbone.load_report.leftovers
+    batch = backbone.texts(["a red ball"]) | {"pixel_values": torch.zeros(1, 3, 24, 24)}
+    assert backbone.match(backbone.pair(**batch)).shape == (1,)
+    with pytest.raises(ValueError, match="tiny-vilt: task: only official checkpoint files have settings"):
+        trimtab.load("tiny-vilt", task="irtr")
 
 
 def test_the_decoder_of_words_is_not_tied():

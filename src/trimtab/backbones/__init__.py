@@ -50,25 +50,36 @@ def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = Non
         name_or_path: a name in `BACKBONES`, a folder with config.json and safetensors weights, or a file whose format
             is recognised from the names of its tensors (`FORMATS`).
         pretrained: False gives the same model with fresh random weights (not for files).
-        tokenizer: for files, which hold none: a tokenizer, or the folder of one. Without it texts must be given as ids.
+        tokenizer: a tokenizer, or the folder of one, in place of the backbone's own. Files hold none, nor do folders
+            that were converted from them; without it texts must be given as ids there.
         settings: for files, of their format, such as `image_size`.
 
     Raises:
-        ValueError: if the name is unknown, or the weights are truncated, missing, or do not fit.
+        ValueError: if the name is unknown, the weights are truncated, missing, or do not fit, or there are settings for
+            what is no file.
         FileNotFoundError: if the folder lacks a file.
     """
     name = str(name_or_path)
-    if name in BACKBONES:
-        return BACKBONES[name](pretrained=pretrained)
-    if Path(name).is_file():
-        if isinstance(tokenizer, (str, Path)):
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    if Path(name).is_file() and name not in BACKBONES:
         model, report = load_official(name, **settings)
-        backbone = FORMATS[report.format].backbone(name, model, tokenizer)
+        backbone = FORMATS[report.format].backbone(name, model, None)
         backbone.load_report = report
-        return backbone
+    elif settings:
+        raise ValueError(f"{name}: {', '.join(settings)}: only official checkpoint files have settings")
+    elif name in BACKBONES:
+        backbone = BACKBONES[name](pretrained=pretrained)
+    else:
+        backbone = _from_folder(name, pretrained)
+    if isinstance(tokenizer, (str, Path)):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    if tokenizer is not None:
+        backbone.tokenizer = tokenizer
+    return backbone
+
+
+def _from_folder(name: str, pretrained: bool) -> Backbone:
     folder, family, architecture = _folder(name)
     if architecture in blip_official.CLASSES and architecture != "BlipForConditionalGeneration":
         return blip_official.load(folder, name, pretrained)

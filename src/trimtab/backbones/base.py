@@ -219,13 +219,14 @@ def load_pretrained(model_class: Any, folder: Path, pretrained: bool, **options:
     return load_weights(model_class, folder, config, torch.float32, **options)
 
 
-def check_sizes(who: str, input_ids: Tensor, longest: int, pixel_values: Tensor | None = None, side: int = 0) -> None:
+def check_sizes(who: str, input_ids: Tensor | None = None, longest: int = 0, pixel_values: Tensor | None = None,
+                side: int = 0) -> None:  # fmt: skip
     """Raise a ValueError if texts are longer than a table of positions, or pictures are no squares of `side` pixels.
 
     For models that fail with an error about shapes, or not at all: transformers' BLIP gives smaller pictures the
     positions of others.
     """
-    if input_ids.shape[1] > longest:
+    if input_ids is not None and input_ids.shape[1] > longest:
         raise ValueError(f"text of {input_ids.shape[1]} tokens: {who} has positions for {longest}")
     if pixel_values is not None and tuple(pixel_values.shape[2:]) != (side, side):
         height, width = pixel_values.shape[2:]

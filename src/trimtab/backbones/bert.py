@@ -53,18 +53,3 @@ def infer(state: Any, prefix: str, heads: int | None = None, kind: Any = None, *
         max_position_embeddings=state.size(f"{prefix}embeddings.position_embeddings.weight"),
         type_vocab_size=state.size(f"{prefix}embeddings.token_type_embeddings.weight"), **fixed,
     )  # fmt: skip
-
-
-def check_length(input_ids: Any, config: Any, reserved: int = 0) -> None:
-    """Raise a ValueError if a text is longer than the table of positions.
-
-    Args:
-        input_ids: (B, L).
-        config: of the text tower.
-        reserved: rows of the table that no text uses (RoBERTa: 2).
-    """
-    longest = config.max_position_embeddings - reserved
-    if input_ids.shape[1] > longest:
-        raise ValueError(
-            f"texts of {input_ids.shape[1]} tokens, but the table of positions has {longest}: cut them to that length"
-        )

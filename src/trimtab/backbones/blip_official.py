@@ -232,11 +232,14 @@ class BlipOfficialBackbone(Backbone):
         super().__init__(name, model, tokenizer, Pictures(vision.image_size, CLIP_MEAN, CLIP_STD), text.hidden_size,
                          min(text.max_position_embeddings, 35))  # fmt: skip
 
-    def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
-        """As every backbone; ValueError if the text is too long or the picture of another size than the model's."""
-        text, side = self.model.config.text_config, self.model.config.vision_config.image_size
-        check_sizes("BLIP", input_ids, text.max_position_embeddings, pixel_values, side)
-        seen = self.model.vision_model(pixel_values=pixel_values).last_hidden_state
+    def look(self, pixel_values: Tensor) -> Tensor:
+        """The vision tower alone, (B, 1+P, D); ValueError if the picture is of another size than the model's."""
+        check_sizes("BLIP", pixel_values=pixel_values, side=self.model.config.vision_config.image_size)
+        return self.model.vision_model(pixel_values=pixel_values).last_hidden_state
+
+    def fuse(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """`pair` of what `look` returned; ValueError if the text is longer than the table of positions."""
+        check_sizes("BLIP", input_ids, self.model.config.text_config.max_position_embeddings)
         # What reads a picture starts with [ENC] instead of [CLS].
         ids = input_ids.clone()
         ids[:, 0] = self.model.config.enc_token_id

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import AutoConfig, CLIPConfig, CLIPModel, CLIPTextConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPVisionEmbeddings
 
-from trimtab.backbones import bert
+from trimtab.backbones.base import check_sizes
 from trimtab.registry import unknown
 
 HEADS = ("meanP", "seqLSTM", "seqTransf", "tightTransf")
@@ -112,7 +112,7 @@ class Clip4Clip(PreTrainedModel):
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Token ids (B, L), padded with 0 -> (B, E), read at the largest id, which ends a text."""
-        bert.check_length(input_ids, self.config.clip_config.text_config)
+        check_sizes("CLIP4Clip", input_ids, self.config.clip_config.text_config.max_position_embeddings)
         if attention_mask is None:
             attention_mask = (input_ids != 0).long()
         return self.clip.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output

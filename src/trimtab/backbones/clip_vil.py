@@ -128,8 +128,13 @@ class ClipVilBackbone(Backbone):
         super().__init__(name, model, tokenizer, Pictures(side, CLIP_MEAN, CLIP_STD), text.hidden_size,
                          min(text.max_position_embeddings, 20))  # fmt: skip
 
-    def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
-        out = self.model(pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask)
+    def look(self, pixel_values: Tensor) -> Tensor:
+        """Embedded places of the pictures, (B, h*w, D)."""
+        return self.model.look(pixel_values)
+
+    def fuse(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """`pair` of what `look` returned."""
+        out = self.model(seen=seen, input_ids=input_ids, attention_mask=attention_mask)
         tokens = torch.cat([out.text, out.image], dim=1)  # (B, L + h*w, D)
         mask = torch.cat([attention_mask, attention_mask.new_ones(out.image.shape[:2])], dim=1)
         return Encoded(out.pooled, tokens, mask, slice(input_ids.shape[1], tokens.shape[1]))

@@ -134,8 +134,8 @@ class ClipVilModel(PreTrainedModel):
         return self.dropout(self.visn_layer_norm(self.visn_fc(grid.flatten(1, 2))))
 
     def forward(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None,
-        image_mask: Tensor | None = None,
+        self, pixel_values: Tensor | None = None, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, image_mask: Tensor | None = None, seen: Tensor | None = None,
     ) -> ClipVilOutput:  # fmt: skip
         """Fuse pictures and texts.
 
@@ -143,13 +143,14 @@ class ClipVilModel(PreTrainedModel):
             pixel_values: (B, 3, H, W); padding is part of the picture unless `image_mask` says otherwise.
             input_ids, attention_mask, token_type_ids: (B, L); types are 0 if left out.
             image_mask: (B, h*w), 1 = valid; None takes all places.
+            seen: what `look` gave, in place of `pixel_values`.
 
         Raises:
             ValueError: if the text is longer than BERT's table of positions, or the picture has a wrong size.
         """
         check_sizes("CLIP-ViL", input_ids, self.config.text_config.max_position_embeddings)
         text = self.bert.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
-        image = self.look(pixel_values)
+        image = self.look(pixel_values) if seen is None else seen
         if image_mask is None:
             image_mask = attention_mask.new_ones(image.shape[:2])
         valid = self.valid(torch.cat([attention_mask.to(image.dtype), image_mask.to(image.dtype)], dim=1))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, RobertaConfig, RobertaModel
 
-from trimtab.backbones import bert
+from trimtab.backbones.base import check_sizes
 from trimtab.backbones.resnet import ResNet, ResNetSizes
 
 # Kinds of answers of GQA in the order of their queries, and how many answers each has.
@@ -218,7 +218,9 @@ class Mdetr(PreTrainedModel):
         Returns:
             `grid` (B, C, h, w), `text` (B, L, D) as it goes in, `memory` (B, h w + L, D), `valid` and `pos` of it.
         """
-        bert.check_length(input_ids, self.config.text_config, reserved=2)
+        # RoBERTa's positions start behind that of padding.
+        text_config = self.config.text_config
+        check_sizes("MDETR", input_ids, text_config.max_position_embeddings - text_config.pad_token_id - 1)
         grid = self.backbone(pixel_values)
         if pixel_mask is None:
             pixel_mask = pixel_values.new_ones(pixel_values[:, 0].shape)

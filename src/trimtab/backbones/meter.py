@@ -182,8 +182,13 @@ class MeterBackbone(Backbone):
         width = 2 * model.config.cross_config.hidden_size
         super().__init__(name, model, tokenizer, pictures, width, min(longest, 50))
 
-    def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
-        out = self.model(pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask)
+    def look(self, pixel_values: Tensor) -> Tensor:
+        """What of the pictures does not depend on the text, (B, 1+P, V)."""
+        return self.model.look(pixel_values)
+
+    def fuse(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """`pair` of what `look` returned."""
+        out = self.model(seen=seen, input_ids=input_ids, attention_mask=attention_mask)
         tokens = torch.cat([out.text, out.image], dim=1)  # (B, L + 1 + P, H)
         mask = torch.cat([attention_mask, attention_mask.new_ones(out.image.shape[:2])], dim=1)
         return Encoded(out.pooled, tokens, mask, slice(input_ids.shape[1] + 1, tokens.shape[1]))

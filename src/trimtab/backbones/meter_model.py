@@ -154,15 +154,22 @@ class MeterModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.text_transformer.get_input_embeddings()
 
+    def look(self, pixel_values: Tensor) -> Tensor:
+        """The vision tower alone, (B, 3, S, S) -> (B, 1+P, V); ValueError if S is not what the model was built for."""
+        check_sizes("METER", pixel_values=pixel_values, side=self.config.vision_config.image_size)
+        return self.vision(pixel_values)
+
     def forward(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, image_type: int = 1
-    ) -> MeterOutput:
+        self, pixel_values: Tensor | None = None, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        seen: Tensor | None = None, image_type: int = 1,
+    ) -> MeterOutput:  # fmt: skip
         """Fuse pictures and texts.
 
         Args:
             pixel_values: (B, 3, S, S).
             input_ids: (B, L), RoBERTa's ids, padded with 1.
             attention_mask: (B, L), 1 = valid.
+            seen: what `look` gave, in place of `pixel_values`.
             image_type: row of the table of stream types: 1, or 2 for the second image of a pair.
 
         Raises:
@@ -171,8 +178,8 @@ class MeterModel(PreTrainedModel):
         """
         # RoBERTa's positions start after the padding id.
         longest = self.config.text_config.max_position_embeddings - self.config.text_config.pad_token_id - 1
-        check_sizes("METER", input_ids, longest, pixel_values, self.config.vision_config.image_size)
-        image = self.cross_modal_image_transform(self.vision(pixel_values))  # (B, 1+P, H)
+        check_sizes("METER", input_ids, longest)
+        image = self.cross_modal_image_transform(self.look(pixel_values) if seen is None else seen)  # (B, 1+P, H)
         mask = (1 - attention_mask[:, None, None].to(image.dtype)) * torch.finfo(image.dtype).min  # (B, 1, 1, L)
         words = self.text_transformer(input_ids=input_ids, attention_mask=mask).last_hidden_state
         text = self.cross_modal_text_transform(words) + self.token_type_embeddings.weight[0]  # (B, L, H)

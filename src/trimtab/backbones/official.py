@@ -75,7 +75,8 @@ class Format:
         name: registered name, also accepted as the setting `format`.
         title: the family's name as people write it.
         leftovers: patterns of names in the file that its authors' code does not use either.
-        fresh: patterns of names in the model that a file need not have: heads asked for by a setting, for training.
+        fresh: patterns of parts of the model that a file need not have: heads asked for by a setting, for training. One
+            of which the file has only some tensors is missing the others.
     """
 
     name: ClassVar[str]
@@ -181,7 +182,7 @@ def find_format(keys: Collection[str], where: str) -> Format:
 
 
 def load_official(path: str | Path, format: str | None = None, **settings: Any) -> tuple[nn.Module, LoadReport]:
-    """A model in evaluation mode from a checkpoint file in its authors' own layout.
+    """A model in evaluation mode and float32 from a checkpoint file in its authors' own layout.
 
     Tensors stay in the mapped file where they can, so that memory holds them once.
 
@@ -246,13 +247,19 @@ def _check(found: Format, where: str, shapes: dict[str, tuple[int, ...]], items:
     if wrong:
         raise CheckpointError(f"{where}: {len(wrong)} tensors of a wrong shape for {found.title}: {_three(wrong, '')}")
     missing = sorted(shapes.keys() - there)
-    fresh = [n for n in missing if any(re.search(p, n) for p in found.fresh)]
+    fresh = [n for n in missing if _is_new(n, found, there)]
     if lost := [n for n in missing if n not in set(fresh)]:
         raise CheckpointError(
             f"{where}: looks like {found.title}, but {len(lost)} of {len(shapes)} tensors are missing: {_three(lost)}; "
             "download the whole file again"
         )
     return tuple(fresh)
+
+
+def _is_new(name: str, found: Format, there: set[str]) -> bool:
+    """Whether a missing tensor may be random: its part may, and the file has nothing of that part."""
+    parts = [name[: match.end()] for pattern in found.fresh if (match := re.search(pattern, name))]
+    return any(not any(n.startswith(part) for n in there) for part in parts)
 
 
 def _three(names: list[str], quote: str = "'") -> str:

@@ -27,8 +27,8 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file, what was expected and what was found."""
 
 
-class Inert(dict):
-    """Stands for an object of a training library: its contents are kept as a plain dictionary or in `__dict__`."""
+class Inert:
+    """Stands for a class of a training library."""
 
 
 def _allowed() -> list[Any]:
@@ -38,7 +38,7 @@ def _allowed() -> list[Any]:
         # NumPy numbers (a best score); older files name the module without the underscore.
         np._core.multiarray.scalar, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]
         np.dtype, type(np.dtype("float64")), type(np.dtype("float32")), type(np.dtype("int64")),
-        (Inert, lightning + "utilities.parsing.AttributeDict"),
+        (dict, lightning + "utilities.parsing.AttributeDict"),  # it is one, with attributes besides
         (Inert, lightning + "callbacks.model_checkpoint.ModelCheckpoint"),
         (Inert, lightning + "callbacks.lr_monitor.LearningRateMonitor"),
     ]  # fmt: skip

@@ -58,17 +58,14 @@ class ViltBackbone(Backbone):
         evaluation too. Position embeddings are added before, so that the order carries no meaning; a fixed one makes
         results repeatable and lets grounding know which token is which patch. Passed on as `image_embeds`.
         """
+        check_sizes("ViLT", pixel_values=pixel_values, side=self.model.config.image_size)
         embeddings = self.model.vilt.embeddings
         patches = embeddings.patch_embeddings(pixel_values).flatten(2).transpose(1, 2)  # (B, P, D)
         tokens = torch.cat([embeddings.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         return embeddings.dropout(tokens + embeddings.position_embeddings)
 
-    def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
-        config = self.model.config
-        check_sizes("ViLT", input_ids, config.max_position_embeddings, pixel_values, config.image_size)
-        return super().pair(pixel_values, input_ids, attention_mask)
-
     def fuse(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        check_sizes("ViLT", input_ids, self.model.config.max_position_embeddings)
         valid = torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device)
         out = self.model.vilt(input_ids=input_ids, attention_mask=attention_mask, image_embeds=seen, pixel_mask=valid)
         start = input_ids.shape[1] + 1  # after the text and the image's class token

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import AutoConfig, BertConfig, BertModel, PretrainedConfig, PreTrainedModel
 
-from trimtab.backbones import bert
+from trimtab.backbones.base import check_sizes
 from trimtab.backbones.resnet import ResNet, ResNetSizes
 
 
@@ -165,7 +165,7 @@ class TextEncoder(nn.Module):
         self.gpool = GPO()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        bert.check_length(input_ids, self.bert.config)
+        check_sizes("VSE-infinity", input_ids, self.bert.config.max_position_embeddings)
         if attention_mask is None:
             attention_mask = (input_ids != 0).long()  # as published
         x = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state

@@ -36,8 +36,6 @@ from trimtab.backbones.official import (
 
 own_model("Xvlm", "trimtab.backbones.xvlm_model")
 
-_TEXT = "text_encoder.bert.encoder.layer."
-
 
 @describes("Xvlm")
 def describe(model: Any) -> Anatomy:
@@ -190,15 +188,13 @@ class XvlmFormat(Format):
         swin = config.vision_config.model_type == "swin"
         for item in renamed(state, _SWIN if swin else _VIT):
             yield item._replace(tensor=_resized(item, config))
-        parts = TASKS[config.task]
-        wanted = [p for p in parts if p.endswith("_head")] + ["vision_proj", "text_proj", "temp"] * (
-            "contrast" in parts
-        )
+        wanted = set(TASKS[config.task])
+        if "contrast" in wanted:
+            wanted |= {"vision_proj", "text_proj", "temp"}
         for item in renamed(state, [(_HEADS, r"\1")]):
             if item.key.split(".")[0] in wanted:
                 yield item
-        for item in renamed(state, [(r"((?:text_encoder|text_decoder)\..+)", r"\1")]):
-            yield from _words(item, task_of(state), config)
+        yield from _words(state, config)
 
     def backbone(self, name: str, model: Any, tokenizer: Any) -> XvlmBackbone:
         return XvlmBackbone(name, model, tokenizer)
@@ -302,50 +298,42 @@ def _resized(item: Item, config: Any) -> Any:
     return item.tensor
 
 
-def _words(item: Item, there: str, config: Any) -> Iterator[Item]:
-    """A tensor of BERT where the task has it; from a pretrained file, as the authors' loaders put it."""
-    part, rest = item.key.split(".", 1)
-    if rest.endswith("position_ids") or ".predictions.decoder." in rest:  # the decoder is the word embeddings
-        return
-    if not rest.startswith(("bert.", "cls.")):
-        rest = f"bert.{rest}"
-    own = there == config.task
-    if own and config.task == "nlvr2" and rest.startswith("bert.encoder.layer."):
-        layer, inside = int(rest.split(".")[3]), rest.split(".", 4)[-1]
-        if layer >= config.fusion_layer and (layer - config.fusion_layer) % 2 and _maps_image(inside):
-            return
-    if own or config.task in ("retrieval", "grounding"):
-        if config.task in ("pretrain", "vqa", "caption") or not rest.startswith("cls."):
-            yield item._replace(name=f"{part}.{rest}")
-        return
-    if config.task == "caption":  # the decoder is the whole BERT
-        yield item._replace(name=f"text_decoder.{rest}")
-        return
-    layer = int(rest.split(".")[3]) if rest.startswith("bert.encoder.layer.") else None
-    late = layer is not None and layer >= config.fusion_layer
-    inside = rest.split(".", 4)[-1]
-    if config.task == "nlvr2":
-        if rest.startswith("cls."):
-            return
-        if not late:
-            yield item._replace(name=f"text_encoder.{rest}")
-            return
-        assert layer is not None
-        for turn in (0, 1):  # every fusing layer is there twice, once an image; key and value maps are shared
-            if turn and _maps_image(inside):
-                continue
-            number = config.fusion_layer + 2 * (layer - config.fusion_layer) + turn
-            yield item._replace(name=f"{_TEXT}{number}.{inside}")
-        return
-    # VQA: the encoder keeps all layers, the decoder takes the fusing ones, embeddings and the word head.
-    if not rest.startswith("cls."):
-        yield item._replace(name=f"text_encoder.{rest}")
-    if layer is None:
-        yield item._replace(name=f"text_decoder.{rest}")
-    elif late and (not _maps_image(inside) or config.vision_width == config.text_config.hidden_size):
-        # A decoder's memory is as wide as the text; maps of image tokens of another width are new there.
-        yield item._replace(name=f"text_decoder.bert.encoder.layer.{layer - config.fusion_layer}.{inside}")
+def _words(state: Tensors, config: Any) -> Iterator[Item]:
+    """The tensors of BERT where the task has them; from a pretrained file, as the authors' loaders put them."""
+    there = task_of(state)
+    for item in renamed(state, [(r"((?:text_encoder|text_decoder)\..+)", r"\1")]):
+        part, rest = item.key.split(".", 1)
+        if rest.endswith("position_ids") or ".predictions.decoder." in rest:  # the decoder is the word embeddings
+            continue
+        rest = rest if rest.startswith(("bert.", "cls.")) else f"bert.{rest}"
+        for name in _places(part, rest, there == config.task, config):
+            yield item._replace(name=name)
 
 
-def _maps_image(inside: str) -> bool:
-    return inside.startswith(("crossattention.self.key", "crossattention.self.value"))
+def _places(part: str, rest: str, own: bool, config: Any) -> list[str]:
+    """Names that a tensor of BERT has in the model, none if the task has no place for it.
+
+    Args:
+        part: `text_encoder` or `text_decoder`.
+        rest: its name in there.
+        own: whether the file was trained for the task, else it is a pretrained one.
+        config: of the model.
+    """
+    task, split = config.task, config.fusion_layer
+    layer = int(rest.split(".")[3]) if rest.startswith("bert.encoder.layer.") else -1
+    inside, late = rest.split(".", 4)[-1], layer - split  # late: which of the fusing layers, negative for others
+    maps = inside.startswith(("crossattention.self.key", "crossattention.self.value"))
+    if own:  # NLVR2's files have the maps of the first image a second time
+        return [] if task == "nlvr2" and late >= 0 and late % 2 and maps else [f"{part}.{rest}"]
+    if task == "caption":  # the decoder is the whole BERT
+        return [f"text_decoder.{rest}"]
+    if task == "nlvr2" and late >= 0:  # every fusing layer is there twice, once an image; the maps are shared
+        turns = (0,) if maps else (0, 1)
+        return [f"text_encoder.bert.encoder.layer.{split + 2 * late + turn}.{inside}" for turn in turns]
+    encoder = [] if rest.startswith("cls.") else [f"text_encoder.{rest}"]
+    if task == "vqa" and layer < 0:  # the decoder has embeddings of its own, and the word head
+        return [*encoder, f"text_decoder.{rest}"]
+    # A decoder's memory is as wide as the text; maps of image tokens of another width are new there.
+    if task == "vqa" and late >= 0 and (not maps or config.vision_width == config.text_config.hidden_size):
+        return [*encoder, f"text_decoder.bert.encoder.layer.{late}.{inside}"]
+    return encoder

@@ -17,7 +17,7 @@ from transformers.models.bert.modeling_bert import (
     BertPreTrainedModel,
 )
 
-from trimtab.backbones import bert
+from trimtab.backbones.base import check_sizes
 from trimtab.backbones.xvlm_vision import ClipTower, SwinTower
 from trimtab.registry import unknown
 
@@ -150,7 +150,7 @@ class FusionBert(BertPreTrainedModel):
             (B, L, D).
         """
         if text is None:
-            bert.check_length(input_ids, self.config)
+            check_sizes("X-VLM", input_ids, self.config.max_position_embeddings)
             x, start = self.embeddings(input_ids), 0
         else:
             x, start = text, self.fusion
