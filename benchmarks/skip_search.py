@@ -32,6 +32,7 @@ from trimtab.methods.skip.das import Gates
 from trimtab.methods.skip.evaluate import PlanLosses
 from trimtab.methods.skip.greedy import greedy
 from trimtab.methods.skip.influence import block_influence
+from trimtab.methods.skip.linear import LinearSettings, linear
 from trimtab.methods.skip.searched import train_evenly
 
 BUDGETS = (3, 6, 9, 12, 15, 20, 30, 45, 60)  # evaluations; 60 is what DAS spends with its default settings
@@ -107,17 +108,29 @@ def play(search: str, t: dict, k: int, evaluations: int, seed: int) -> tuple[tup
         return plan, len(asked)
     if search == "influence":
         return target.fill(sorted(range(n), key=lambda i: t["influence"][i])), 0
-    settings = BanditSettings(skip=k, evaluations=evaluations, draws=min(4, evaluations),
-                              prior=0.0 if "even" in search else BanditSettings.prior)  # fmt: skip
-    found = bandit(ask, target, generator, settings, None if "even" in search else t["influence"])
-    return found.plan, len(asked)
+    influence = None if "even" in search else t["influence"]
+    if search.startswith("linear"):
+        return linear(ask, target, generator, LinearSettings(skip=k, evaluations=evaluations), influence).plan, len(
+            asked
+        )
+    settings = BanditSettings(skip=k, evaluations=evaluations, draws=min(4, evaluations))
+    return bandit(ask, target, generator, settings, influence).plan, len(asked)
 
 
 def study(tables: list[dict], ks: list[int], repeats: int) -> list[dict]:
     """Rank and regret of every search with every number of evaluations, over seeds and repeats."""
     out = []
     for k in ks:
-        for search in ("das", "random", "greedy", "influence", "bandit", "bandit, even start"):
+        for search in (
+            "das",
+            "random",
+            "greedy",
+            "influence",
+            "bandit",
+            "bandit, even start",
+            "linear",
+            "linear, even start",
+        ):
             # Searches that decide themselves how much they ask are played once.
             for evaluations in BUDGETS if search not in ("greedy", "influence") else (max(BUDGETS),):
                 ranks, regrets, spent = [], [], []
@@ -159,8 +172,14 @@ def plot(results: list[dict], file: Path) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
+    if options.ks != list(range(1, max(options.ks) + 1)):
+        raise SystemExit(f"--ks: expected 1 and so on without a gap (the greedy search needs them), found {options.ks}")
     tables = []
-    for seed in range(options.seeds):
+    if options.tables:
+        tables = json.loads(options.tables.read_text())["tables"]
+        for t in tables:
+            t["losses"] = {tuple(plan): found for plan, found in t["losses"]}
+    for seed in range(len(tables), options.seeds):
         start = time.perf_counter()
         tables.append(table(seed, options))
         print(f"seed {seed}: {len(tables[-1]['losses'])} plans in {time.perf_counter() - start:.0f} s", flush=True)
@@ -190,6 +209,7 @@ if __name__ == "__main__":
     parser.add_argument("--batches", type=int, default=10, help="validation batches; the oracle takes all of them")
     parser.add_argument("--ks", type=int, nargs="+", default=[1, 2, 3], help="numbers of skipped blocks")
     parser.add_argument("--repeats", type=int, default=20, help="how often each search is played on each model")
+    parser.add_argument("--tables", type=Path, help="JSON file of an earlier call, whose models are not trained again")
     parser.add_argument("--out", type=Path, help="JSON file of everything")
     parser.add_argument("--plot", type=Path, help="picture of rank against evaluations")
     main(parser.parse_args())

@@ -24,6 +24,7 @@ from trimtab.methods.skip.evaluate import Evaluator, PlanLosses, SearchError, ch
 from trimtab.methods.skip.exhaustive import exhaustive
 from trimtab.methods.skip.greedy import greedy
 from trimtab.methods.skip.influence import block_influence
+from trimtab.methods.skip.linear import LinearSettings, belief, linear
 from trimtab.methods.skip.plan import Plan, PlanError
 
 COSTS = [0.9, 0.1, 0.5, 0.8, 0.2, 0.7, 0.6, 0.4]  # what skipping each block adds to the loss
@@ -140,6 +141,29 @@ def test_the_bandit_finds_the_best_plan_pays_once_and_stops():
         assert evaluator.known[found.plan] == min(evaluator.known[p] for p in evaluator.asked)
     assert hits == 10
     assert evaluator.evaluations < 20, "with a prior that is right it settles early"
+
+
+def test_the_linear_bandit_finds_the_best_plan_pays_once_and_stops():
+    for seed in range(5):
+        evaluator = Evaluator(losses, [str(i) for i in range(8)])
+        settings = LinearSettings(skip=3, evaluations=20)
+        found = linear(evaluator, Target.count(8, 3), torch.Generator().manual_seed(seed), settings)
+        assert found.plan == BEST and evaluator.evaluations <= 20
+        assert sorted(range(8), key=lambda i: -found.scores[i])[:3] == [1, 4, 7]
+    informed = Evaluator(losses, [str(i) for i in range(8)])
+    linear(informed, Target.count(8, 3), torch.Generator().manual_seed(0), LinearSettings(patience=3), COSTS)
+    assert next(iter(informed.asked)) == BEST, "the prior's own answer is the first question"
+    assert informed.evaluations < 20, "it stops when it is sure"
+
+
+def test_the_belief_is_what_the_losses_say():
+    """With all plans known and little noise it is the least-squares solution: the true costs, up to scale."""
+    known = {p: losses([p])[0] for p in combinations(range(8), 3)}
+    mean, covariance = belief(torch.zeros(8, dtype=torch.float64), known, 1e-6)
+    spread = float(torch.tensor(list(known.values()), dtype=torch.float64).std())
+    want = torch.tensor(COSTS, dtype=torch.float64)
+    torch.testing.assert_close(mean * spread, want - want.mean(), atol=1e-4, rtol=0)
+    assert float(covariance.diagonal().max()) < 1
 
 
 def test_the_bandit_starts_even_without_influence():
@@ -661,5 +685,5 @@ def test_a_run_without_adapters_is_exported_as_an_ordinary_shorter_model(tiny_ra
 
 
 def test_every_search_is_registered_under_its_name():
-    names = {"das", "random-skip", "greedy-skip", "exhaustive-skip", "block-influence", "bandit-skip"}
+    names = {"das", "random-skip", "greedy-skip", "exhaustive-skip", "block-influence", "bandit-skip", "linear-skip"}
     assert {n for n, m in METHODS.items() if m.lever == "skip"} == names
