@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from trimtab import recipe, run, training
+from trimtab.data.cache import replace_file
 from trimtab.methods.skip.bandit import BanditSettings, bandit
 from trimtab.methods.skip.base import Supernet
 from trimtab.methods.skip.budget import Target
@@ -174,30 +175,30 @@ def plot(results: list[dict], file: Path) -> None:
 def main(options: argparse.Namespace) -> None:
     if options.ks != list(range(1, max(options.ks) + 1)):
         raise SystemExit(f"--ks: expected 1 and so on without a gap (the greedy search needs them), found {options.ks}")
-    tables = []
-    if options.tables:
-        tables = json.loads(options.tables.read_text())["tables"]
-        for t in tables:
-            t["losses"] = {tuple(plan): found for plan, found in t["losses"]}
-    for seed in range(len(tables), options.seeds):
+    settings = {k: getattr(options, k) for k in ("steps", "train", "rows", "batches", "ks")}
+    report = {"settings": settings, "torch": torch.__version__, "threads": torch.get_num_threads(), "tables": []}
+    if options.out and options.out.exists() and (kept := json.loads(options.out.read_text()))["settings"] == settings:
+        report["tables"] = kept["tables"]  # their models are not trained again
+    for seed in range(len(report["tables"]), options.seeds):
         start = time.perf_counter()
-        tables.append(table(seed, options))
-        print(f"seed {seed}: {len(tables[-1]['losses'])} plans in {time.perf_counter() - start:.0f} s", flush=True)
-    results = study(tables, options.ks, options.repeats)
-    report = {
-        "torch": torch.__version__, "threads": torch.get_num_threads(), "settings": {
-            k: v for k, v in vars(options).items() if not isinstance(v, Path)},
-        "reuse": [t["reuse"] for t in tables], "results": results,
-        "tables": [{**t, "losses": [[p, x] for p, x in t["losses"].items()]} for t in tables],
-    }  # fmt: skip
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report) + "\n")
+        made = table(seed, options)
+        report["tables"].append({**made, "losses": [[p, x] for p, x in made["losses"].items()]})
+        _write(report, options.out)
+        print(f"seed {seed}: {len(made['losses'])} plans in {time.perf_counter() - start:.0f} s", flush=True)
+    tables = [{**t, "losses": {tuple(p): x for p, x in t["losses"]}} for t in report["tables"][: options.seeds]]
+    report["results"] = study(tables, options.ks, options.repeats)
+    _write(report, options.out)
     if options.plot:
-        plot(results, options.plot)
-    for r in results:
+        plot(report["results"], options.plot)
+    for r in report["results"]:
         print(json.dumps(r))
-    print(json.dumps({"reuse": report["reuse"]}))
+    print(json.dumps({"reuse": [t["reuse"] for t in tables]}))
+
+
+def _write(report: dict, file: Path | None) -> None:
+    if file is not None:
+        with replace_file(file) as partial:
+            partial.write_text(json.dumps(report) + "\n")
 
 
 if __name__ == "__main__":
@@ -209,7 +210,6 @@ if __name__ == "__main__":
     parser.add_argument("--batches", type=int, default=10, help="validation batches; the oracle takes all of them")
     parser.add_argument("--ks", type=int, nargs="+", default=[1, 2, 3], help="numbers of skipped blocks")
     parser.add_argument("--repeats", type=int, default=20, help="how often each search is played on each model")
-    parser.add_argument("--tables", type=Path, help="JSON file of an earlier call, whose models are not trained again")
-    parser.add_argument("--out", type=Path, help="JSON file of everything")
+    parser.add_argument("--out", type=Path, help="JSON file of everything; models in it are not trained again")
     parser.add_argument("--plot", type=Path, help="picture of rank against evaluations")
     main(parser.parse_args())
