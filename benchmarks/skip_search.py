@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from trimtab import recipe, run, training
+from trimtab.data.cache import replace_file
 from trimtab.methods.skip.bandit import BanditSettings, bandit
 from trimtab.methods.skip.base import Supernet
 from trimtab.methods.skip.budget import Target
@@ -32,6 +33,7 @@ from trimtab.methods.skip.das import Gates
 from trimtab.methods.skip.evaluate import PlanLosses
 from trimtab.methods.skip.greedy import greedy
 from trimtab.methods.skip.influence import block_influence
+from trimtab.methods.skip.linear import LinearSettings, linear
 from trimtab.methods.skip.searched import train_evenly
 
 BUDGETS = (3, 6, 9, 12, 15, 20, 30, 45, 60)  # evaluations; 60 is what DAS spends with its default settings
@@ -107,17 +109,29 @@ def play(search: str, t: dict, k: int, evaluations: int, seed: int) -> tuple[tup
         return plan, len(asked)
     if search == "influence":
         return target.fill(sorted(range(n), key=lambda i: t["influence"][i])), 0
-    settings = BanditSettings(skip=k, evaluations=evaluations, draws=min(4, evaluations),
-                              prior=0.0 if "even" in search else BanditSettings.prior)  # fmt: skip
-    found = bandit(ask, target, generator, settings, None if "even" in search else t["influence"])
-    return found.plan, len(asked)
+    influence = None if "even" in search else t["influence"]
+    if search.startswith("linear"):
+        return linear(ask, target, generator, LinearSettings(skip=k, evaluations=evaluations), influence).plan, len(
+            asked
+        )
+    settings = BanditSettings(skip=k, evaluations=evaluations, draws=min(4, evaluations))
+    return bandit(ask, target, generator, settings, influence).plan, len(asked)
 
 
 def study(tables: list[dict], ks: list[int], repeats: int) -> list[dict]:
     """Rank and regret of every search with every number of evaluations, over seeds and repeats."""
     out = []
     for k in ks:
-        for search in ("das", "random", "greedy", "influence", "bandit", "bandit, even start"):
+        for search in (
+            "das",
+            "random",
+            "greedy",
+            "influence",
+            "bandit",
+            "bandit, even start",
+            "linear",
+            "linear, even start",
+        ):
             # Searches that decide themselves how much they ask are played once.
             for evaluations in BUDGETS if search not in ("greedy", "influence") else (max(BUDGETS),):
                 ranks, regrets, spent = [], [], []
@@ -159,26 +173,32 @@ def plot(results: list[dict], file: Path) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    tables = []
-    for seed in range(options.seeds):
+    if options.ks != list(range(1, max(options.ks) + 1)):
+        raise SystemExit(f"--ks: expected 1 and so on without a gap (the greedy search needs them), found {options.ks}")
+    settings = {k: getattr(options, k) for k in ("steps", "train", "rows", "batches", "ks")}
+    report = {"settings": settings, "torch": torch.__version__, "threads": torch.get_num_threads(), "tables": []}
+    if options.out and options.out.exists() and (kept := json.loads(options.out.read_text()))["settings"] == settings:
+        report["tables"] = kept["tables"]  # their models are not trained again
+    for seed in range(len(report["tables"]), options.seeds):
         start = time.perf_counter()
-        tables.append(table(seed, options))
-        print(f"seed {seed}: {len(tables[-1]['losses'])} plans in {time.perf_counter() - start:.0f} s", flush=True)
-    results = study(tables, options.ks, options.repeats)
-    report = {
-        "torch": torch.__version__, "threads": torch.get_num_threads(), "settings": {
-            k: v for k, v in vars(options).items() if not isinstance(v, Path)},
-        "reuse": [t["reuse"] for t in tables], "results": results,
-        "tables": [{**t, "losses": [[p, x] for p, x in t["losses"].items()]} for t in tables],
-    }  # fmt: skip
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report) + "\n")
+        made = table(seed, options)
+        report["tables"].append({**made, "losses": [[p, x] for p, x in made["losses"].items()]})
+        _write(report, options.out)
+        print(f"seed {seed}: {len(made['losses'])} plans in {time.perf_counter() - start:.0f} s", flush=True)
+    tables = [{**t, "losses": {tuple(p): x for p, x in t["losses"]}} for t in report["tables"][: options.seeds]]
+    report["results"] = study(tables, options.ks, options.repeats)
+    _write(report, options.out)
     if options.plot:
-        plot(results, options.plot)
-    for r in results:
+        plot(report["results"], options.plot)
+    for r in report["results"]:
         print(json.dumps(r))
-    print(json.dumps({"reuse": report["reuse"]}))
+    print(json.dumps({"reuse": [t["reuse"] for t in tables]}))
+
+
+def _write(report: dict, file: Path | None) -> None:
+    if file is not None:
+        with replace_file(file) as partial:
+            partial.write_text(json.dumps(report) + "\n")
 
 
 if __name__ == "__main__":
@@ -190,6 +210,6 @@ if __name__ == "__main__":
     parser.add_argument("--batches", type=int, default=10, help="validation batches; the oracle takes all of them")
     parser.add_argument("--ks", type=int, nargs="+", default=[1, 2, 3], help="numbers of skipped blocks")
     parser.add_argument("--repeats", type=int, default=20, help="how often each search is played on each model")
-    parser.add_argument("--out", type=Path, help="JSON file of everything")
+    parser.add_argument("--out", type=Path, help="JSON file of everything; models in it are not trained again")
     parser.add_argument("--plot", type=Path, help="picture of rank against evaluations")
     main(parser.parse_args())

@@ -14,7 +14,7 @@ if __name__ == "__main__":
         "backbone": {"name": "tiny-vilt", "pretrained": False},
         "task": "vqa",
         "data": {"name": "pictograms", "train": 64, "test": 8, "validation": 32},
-        "methods": [{"name": "das", "skip": 2, "search_steps": 4, "turn": 1, "warmup": 0.2, "gate_rate": 20.0,
+        "methods": [{"name": "das", "skip": 2, "search_steps": 4, "turn": 1, "warmup": 0.2, "gate_rate": 2000.0,
                      "dropout_in_rewards": False}],
         "training": {"steps": 1, "batch_size": rows},
     }  # fmt: skip

@@ -23,6 +23,7 @@ SETTINGS = {
     "greedy-skip": {"skip": 2, "search_steps": 2},
     "exhaustive-skip": {"skip": 1, "search_steps": 2},
     "bandit-skip": {"skip": 2, "search_steps": 2, "evaluations": 6},
+    "linear-skip": {"skip": 2, "search_steps": 2, "evaluations": 3},
     **{
         name: {"batches": 2, "batch_size": 8}
         for name in ("multiflow", "snip", "wanda", "ria", "sparsegpt", "chita", "tamt")

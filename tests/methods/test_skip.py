@@ -16,6 +16,7 @@ from trimtab import Anatomy, recipe, run, training
 from trimtab.anatomy import Block, Sublayer, Tap, Tower
 from trimtab.cost import count_macs
 from trimtab.methods import METHODS
+from trimtab.methods.skip import budget
 from trimtab.methods.skip.adapters import RoutedAdapter, Skipped, Switch, add_adapters
 from trimtab.methods.skip.bandit import BanditSettings, bandit, log_probability, log_probability_of_set
 from trimtab.methods.skip.budget import BlockCosts, Target, parse
@@ -24,6 +25,7 @@ from trimtab.methods.skip.evaluate import Evaluator, PlanLosses, SearchError, ch
 from trimtab.methods.skip.exhaustive import exhaustive
 from trimtab.methods.skip.greedy import greedy
 from trimtab.methods.skip.influence import block_influence
+from trimtab.methods.skip.linear import LinearSettings, belief, linear
 from trimtab.methods.skip.plan import Plan, PlanError
 
 COSTS = [0.9, 0.1, 0.5, 0.8, 0.2, 0.7, 0.6, 0.4]  # what skipping each block adds to the loss
@@ -140,6 +142,29 @@ def test_the_bandit_finds_the_best_plan_pays_once_and_stops():
         assert evaluator.known[found.plan] == min(evaluator.known[p] for p in evaluator.asked)
     assert hits == 10
     assert evaluator.evaluations < 20, "with a prior that is right it settles early"
+
+
+def test_the_linear_bandit_finds_the_best_plan_pays_once_and_stops():
+    for seed in range(5):
+        evaluator = Evaluator(losses, [str(i) for i in range(8)])
+        settings = LinearSettings(skip=3, evaluations=20)
+        found = linear(evaluator, Target.count(8, 3), torch.Generator().manual_seed(seed), settings)
+        assert found.plan == BEST and evaluator.evaluations <= 20
+        assert sorted(range(8), key=lambda i: -found.scores[i])[:3] == [1, 4, 7]
+    informed = Evaluator(losses, [str(i) for i in range(8)])
+    linear(informed, Target.count(8, 3), torch.Generator().manual_seed(0), LinearSettings(patience=3), COSTS)
+    assert next(iter(informed.asked)) == BEST, "the prior's own answer is the first question"
+    assert informed.evaluations < 20, "it stops when it is sure"
+
+
+def test_the_belief_is_what_the_losses_say():
+    """With all plans known and little noise it is the least-squares solution: the true costs, up to scale."""
+    known = {p: losses([p])[0] for p in combinations(range(8), 3)}
+    mean, covariance = belief(torch.zeros(8, dtype=torch.float64), known, 1e-6)
+    spread = float(torch.tensor(list(known.values()), dtype=torch.float64).std())
+    want = torch.tensor(COSTS, dtype=torch.float64)
+    torch.testing.assert_close(mean * spread, want - want.mean(), atol=1e-4, rtol=0)
+    assert float(covariance.diagonal().max()) < 1
 
 
 def test_the_bandit_starts_even_without_influence():
@@ -571,13 +596,20 @@ def test_a_search_that_updates_no_gate_is_refused(tiny_raw):
         prepared(tiny_raw, {"name": "das", "search_steps": 4, "warmup": 1.0})
 
 
-def test_a_budget_finds_how_many_blocks_go(tiny_raw):
+def test_a_budget_finds_how_many_blocks_go(tiny_raw, monkeypatch):
     state = prepared(tiny_raw, {"name": "random-skip", "budget": "30% macs"})
     plan = Plan.from_dict(state)
     assert plan.macs <= 0.7 * plan.dense_macs < plan.macs + min(b.saved for b in plan.blocks)
     fewer = Plan.from_dict(prepared(tiny_raw, {"name": "random-skip", "budget": "10% params"}))
     assert 0 < len(fewer.skipped) < len(plan.skipped)
-    assert Plan.from_dict(prepared(tiny_raw, {"name": "random-skip", "budget": "25% latency"})).skipped
+    monkeypatch.setattr(budget, "_milliseconds", budget._macs)  # time itself decides no test
+    assert prepared(tiny_raw, {"name": "random-skip", "budget": "30% latency"})["skip"] == state["skip"]
+
+
+def test_milliseconds_of_parts_are_within_those_of_the_whole():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    whole, parts = budget._milliseconds(list(model), lambda: model(torch.ones(8, 64)), repeats=3)
+    assert len(parts) == 2 and min(parts) > 0 and whole > 0
 
 
 def test_macs_of_a_plan_are_those_of_the_model_with_it(tiny_raw):
@@ -661,5 +693,5 @@ def test_a_run_without_adapters_is_exported_as_an_ordinary_shorter_model(tiny_ra
 
 
 def test_every_search_is_registered_under_its_name():
-    names = {"das", "random-skip", "greedy-skip", "exhaustive-skip", "block-influence", "bandit-skip"}
+    names = {"das", "random-skip", "greedy-skip", "exhaustive-skip", "block-influence", "bandit-skip", "linear-skip"}
     assert {n for n, m in METHODS.items() if m.lever == "skip"} == names

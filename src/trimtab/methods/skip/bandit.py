@@ -45,7 +45,7 @@ class BanditSettings(SearchedSettings):
     """Step of theta for a plan that is better than the others by one spread."""
     prior: float = 1.0
     """Spread of theta at the start, from block influence; 0 starts even."""
-    patience: int = 4
+    patience: int = 8
     """Updates with the same favourite plan after which the search stops."""
 
     def __post_init__(self) -> None:
