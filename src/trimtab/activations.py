@@ -12,6 +12,7 @@ anything else is refused.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -166,7 +167,7 @@ class ActivationCache:
 
         try:
             for name, listener in listeners.items():
-                listener.compute = lambda seen, n=name, x=listener: record(n, x, seen)
+                listener.compute = functools.partial(record, name, listener)
             backbone = self.model.backbone
             words = (batch["input_ids"], batch["attention_mask"])
             if backbone.kind == "dual":
