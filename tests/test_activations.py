@@ -161,3 +161,10 @@ def test_int8_maps_are_off_by_half_a_step():
     assert stored["x"].dtype == torch.int8 and stored["x.scale"].shape == (1, 1, 3)
     error = (unpack(stored, torch.arange(5))["x"] - maps).abs().amax(dim=(0, 1))
     assert (error <= stored["x.scale"][0, 0] * 0.5001).all()
+
+
+def test_what_half_precision_cannot_hold_is_refused():
+    maps = torch.tensor([[[1e5]]])
+    with pytest.raises(ValueError, match=r"x has values up to 100000, too large for fp16: use int8 or fp32"):
+        pack("x", maps, "fp16")
+    assert unpack(pack("x", maps, "int8"), torch.tensor([0]))["x"] == 1e5

@@ -12,6 +12,7 @@ anything else is refused.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -32,6 +33,19 @@ from trimtab.tasks.base import TaskModel
 
 Precision = Literal["fp32", "fp16", "int8"]
 SHARD_ROWS, RUN_ROWS = 512, 64
+
+
+def cache_key(model: TaskModel, method: UniPT, table: Any, precision: Precision = "fp16", views: int = 1,
+              seed: int = 0) -> dict[str, Any]:  # fmt: skip
+    """To what a cache belongs: everything that its contents depend on, as plain JSON."""
+    listeners = method.listeners
+    return {
+        "precision": precision, "views": views, "seed": seed, "rows": len(table),
+        "backbone": _backbone_print(model, method), "layers": {n: list(x.maps) for n, x in listeners.items()},
+        "places": {n: str(x.place) for n, x in listeners.items()}, "task": model.task.name,
+        "table": table_print(encoded(table)),
+        "inputs": f"{model.backbone.pictures} {type(model.backbone.tokenizer).__name__} {model.backbone.max_text}",
+    }  # fmt: skip
 
 
 class ActivationCache:
@@ -56,14 +70,7 @@ class ActivationCache:
         _check_fits(model, method)
         self.model, self.method, self.table, self.folder = model, method, encoded(table), Path(folder)
         self.precision, self.views, self.seed = precision, views, seed
-        self.key = {
-            "precision": precision, "views": views, "seed": seed, "rows": len(self.table),
-            "backbone": _backbone_print(model, method),
-            "layers": {n: list(x.maps) for n, x in method.listeners.items()},
-            "places": {n: str(x.place) for n, x in method.listeners.items()},
-            "task": model.task.name, "table": table_print(self.table),
-            "inputs": f"{model.backbone.pictures} {type(model.backbone.tokenizer).__name__} {model.backbone.max_text}",
-        }  # fmt: skip
+        self.key = cache_key(model, method, self.table, precision, views, seed)
         file = self.folder / "key.json"
         if file.is_file():
             self._check_key(json.loads(file.read_text()), file)
@@ -160,7 +167,7 @@ class ActivationCache:
 
         try:
             for name, listener in listeners.items():
-                listener.compute = lambda seen, n=name, x=listener: record(n, x, seen)
+                listener.compute = functools.partial(record, name, listener)
             backbone = self.model.backbone
             words = (batch["input_ids"], batch["attention_mask"])
             if backbone.kind == "dual":
@@ -202,7 +209,11 @@ class ActivationCache:
 def pack(name: str, maps: Tensor, precision: Precision) -> dict[str, Tensor]:
     """Hidden maps (B, L, D) or (B, C, H, W) as they are stored; `int8` with a scale for each channel of the shard."""
     if precision != "int8":
-        return {name: maps.to(torch.float16 if precision == "fp16" else torch.float32).contiguous()}
+        stored = maps.to(torch.float16 if precision == "fp16" else torch.float32).contiguous()
+        if not bool(stored.isfinite().all()):
+            largest = float(maps.abs().max())
+            raise ValueError(f"cache: {name} has values up to {largest:g}, too large for {precision}: use int8 or fp32")
+        return {name: stored}
     channel = 2 if maps.ndim == 3 else 1
     others = [i for i in range(maps.ndim) if i != channel]
     scale = maps.float().abs().amax(dim=others, keepdim=True).clamp(min=1e-12) / 127

@@ -92,14 +92,14 @@ def apply(rules: Sequence[Rule], model: nn.Module, anatomy: Anatomy, prefix: str
     owners = {name: _owner(name, anatomy, prefix) for name in names}
     decided: dict[str, Rule] = {}
     for name in names:
-        rule = next((r for r in rules if _matches(r.match, name, owners[name])), None)
-        if rule is None:
+        first = next((r for r in rules if _matches(r.match, name, owners[name])), None)
+        if first is None:
             covered = sum(any(_matches(r.match, n, owners[n]) for r in rules) for n in names)
             raise ValueError(
                 f"policy: no pattern covers '{name}' ({covered} of {len(names)} parameters are covered; nearest "
                 f"pattern: {_nearest(name, [r.match for r in rules])}): end the policy with {{match: '*', do: method}}"
             )
-        decided[name] = rule
+        decided[name] = first
     own: dict[int, list[str]] = {id(rule): [] for rule in rules}
     for name, rule in decided.items():
         own[id(rule)].append(name)

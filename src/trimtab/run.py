@@ -13,6 +13,7 @@ samples/              predictions on a few test rows, with pictures
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import logging
 import os
@@ -273,8 +274,8 @@ def _from_cache(parts: Assembly, train: Any, spec: TrainingSpec, seed: int) -> t
     if not isinstance(method, UniPT) or spec.cache is None:
         raise RecipeError("training.cache: only the side networks of `methods: [unipt]` train from a cache")
     try:
-        label = f"{parts.task.name}-{activations.table_print(encoded(train))}-{parts.model.backbone.name}"
-        name = f"{label}-{spec.cache}-{spec.cache_views}-{seed}".replace("/", "_")
+        key = activations.cache_key(parts.model, method, train, spec.cache, spec.cache_views, seed)
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         folder = cache_dir() / "activations" / name
         cache = activations.ActivationCache(parts.model, method, train, folder, spec.cache, spec.cache_views, seed)
     except ValueError as error:

@@ -178,7 +178,9 @@ def _scores(anchor: Tensor, z: Tensor, mask: Tensor | None, eps: float, causal: 
     if causal:
         scores = scores.tril_()
     ratios = scores.relu_()
-    return ratios, ratios.sum(dim=-1, keepdim=True, dtype=z.dtype) + eps, keys
+    sums = ratios.sum(dim=-1, keepdim=True, dtype=z.dtype)
+    # A row of zeros stays one whatever it is divided by; 1 / eps would be infinite in half precision.
+    return ratios, torch.where(sums > 0, sums + eps, 1.0), keys
 
 
 def _keys(z: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -311,9 +313,10 @@ class _Read(torch.autograd.Function):
                 eps: float) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.save_for_backward(maps, key, offset, mask)
         ctx.eps = eps
-        u, scores, norm = _Read.scores(maps, key, offset, mask, eps)
-        shares = scores / norm
-        return torch.bmm(shares[:, None], u)[:, 0], shares.sum(dim=-1)
+        with torch.autocast(maps.device.type, enabled=False):  # bound by memory, not by products
+            u, scores, norm = _Read.scores(maps, key, offset, mask, eps)
+            shares = scores / norm
+            return torch.bmm(shares[:, None], u)[:, 0], shares.sum(dim=-1)
 
     @staticmethod
     def scores(maps: Tensor, key: Tensor, offset: Tensor, mask: Tensor | None,
@@ -351,9 +354,10 @@ def read_vector(maps: Tensor, key: Tensor, offset: Tensor, mask: Tensor | None, 
     Returns:
         The attended sum (B, D), and the sum of its weights (B,).
     """
-    return _Read.apply(maps, key, offset, mask, eps)
+    dtype = torch.promote_types(key.dtype, torch.float32)
+    return _Read.apply(maps, key.to(dtype), offset.to(dtype), mask, eps)
 
 
 def guided_pool(guide: Tensor, grid: Tensor, eps: float) -> Tensor:
     """A frozen grid (B, C, rn, rn) shrunk to its guide's size (B, C, n, n); see `_Guide`. The grid gets no gradient."""
-    return _Guide.apply(guide, grid, eps)
+    return _Guide.apply(guide.to(grid.dtype), grid, eps)
