@@ -651,6 +651,15 @@ def test_das_that_is_interrupted_goes_on_with_the_same_gates(tiny_raw, tmp_path,
     assert prepared(tiny_raw, method, tmp_path / "cut", save_every=2) == whole and not steps, "it is found already"
 
 
+def test_nothing_is_taken_from_a_search_with_other_settings(tiny_raw, tmp_path):
+    one = prepared(tiny_raw, {"name": "block-influence", "skip": 1}, tmp_path)
+    stale = tmp_path / "search" / "checkpoint-1"
+    stale.mkdir()
+    assert prepared(tiny_raw, {"name": "block-influence", "skip": 1}, tmp_path) == one and stale.exists()
+    assert len(prepared(tiny_raw, {"name": "block-influence", "skip": 2}, tmp_path)["skip"]) == 2
+    assert not stale.exists()
+
+
 @pytest.mark.slow
 def test_a_search_on_trained_adapters_goes_on_where_it_was(tiny_raw, tmp_path, monkeypatch):
     from trimtab.methods.skip import searched

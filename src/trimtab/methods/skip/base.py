@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -135,6 +137,7 @@ class Skipping(Method):
         else:
             kept = Keeping(self, session, candidates)
             if not kept.restore():
+                kept.begin()
                 self._search(session, candidates)
                 kept.store()
         # However the plan was found, the adapters that `attach` draws are the same.
@@ -240,6 +243,16 @@ class Keeping:
         self.file = None if folder is None else folder / "found.json"
         self.method = method
         self.key = search_key(method, session, candidates)
+
+    def begin(self) -> None:
+        """Leave nothing of a search with other settings, whose checkpoints the trainer would take for its own."""
+        if self.file is None or int(os.environ.get("RANK", "0")) > 0:
+            return
+        mark = self.file.parent / "settings.json"
+        if self.file.parent.exists() and not (mark.exists() and mark.read_text() == self.key):
+            shutil.rmtree(self.file.parent)
+        with replace_file(mark) as partial:
+            partial.write_text(self.key)
 
     def restore(self) -> bool:
         if self.file is None or not self.file.exists():
