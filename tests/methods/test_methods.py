@@ -30,6 +30,9 @@ SETTINGS = {
     },
     **{name: {"batches": 1, "batch_size": 8, "steps": 2} for name in ("itersnip", "chita++")},
 }
+# A pruner sees matrices and their inputs, whatever the towers are: the third backbone is pruned by two kinds only.
+PAIRS = [(n, b) for n in NAMES for b in BACKBONES
+         if b != "tiny-blip" or METHODS[n].lever != "prune" or n in ("multiflow", "snip")]  # fmt: skip
 
 
 def build(tiny_raw, backbone: str, *methods: dict, **training_settings) -> recipe.Recipe:
@@ -45,8 +48,7 @@ def attached(tiny_raw, backbone: str, *methods: dict) -> run.Assembly:
     return parts
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "backbone"), PAIRS)
 def test_trains_saves_and_loads(name, backbone, tiny_raw, tmp_path):
     methods = [{"name": name, **SETTINGS.get(name, {})}]
     if METHODS[name].lever == "prune":
@@ -62,8 +64,7 @@ def test_trains_saves_and_loads(name, backbone, tiny_raw, tmp_path):
     assert metrics == json.loads((folder / "metrics.json").read_text())["test"]
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "backbone"), PAIRS)
 def test_gradients_reach_what_is_trained_and_nothing_else(name, backbone, tiny_raw):
     parts = attached(tiny_raw, backbone, {"name": name, **SETTINGS.get(name, {})})
     model = parts.model.train()
