@@ -129,7 +129,7 @@ def test_list_shows_the_settings_of_a_method_with_their_meaning(trimtab):
     status, out, _ = trimtab("list", "methods", "das")
     assert status == 0
     (line,) = (line for line in out.splitlines() if "│ skip " in line)
-    assert "2" in line and "How many blocks are skipped (k)." in line
+    assert "2" in line and "How many blocks are skipped (k)" in line
     for setting in ("search_steps", "reduction", "subsets"):
         (line,) = (line for line in out.splitlines() if f"│ {setting} " in line)
         assert len(line.split("│")[3].strip()) > 10, f"{setting} has no meaning"

@@ -221,4 +221,5 @@ def test_methods_that_do_not_fit_say_why(method, message, tiny_raw, tmp_path):
 def test_adapters_attach_to_every_kind_of_block():
     for name in BACKBONES:
         anatomy = backbones.load(name, pretrained=False).anatomy
-        assert all(len(b.sublayers) == 2 for b in anatomy.blocks())
+        for tower in anatomy.towers:  # attention and MLP, and cross-attention where a memory is read
+            assert all(len(b.sublayers) == (3 if tower.memory else 2) for b in tower.blocks)

@@ -177,7 +177,7 @@ class Beside(Method):
     mixes_tokens = True
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
-        names = self.settings.towers or tuple(t.name for t in anatomy.towers)
+        names = self.settings.towers or self.towers(anatomy)
         self.listeners: dict[str, Listener] = {}
         sides = nn.ModuleDict({name: self.side(model, anatomy, anatomy.tower(name)) for name in names})
         sides.to(device=next(model.parameters()).device)
@@ -187,6 +187,12 @@ class Beside(Method):
         model.add_module(self.name.replace("-", "_"), sides)
         model.eval()
         return anatomy
+
+    def towers(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """The towers that get a side network if the settings name none: those that no later tower reads, since nothing
+        is back-propagated through the reader. Paired towers, which read each other, both get one."""
+        memory = {t.name: t.memory for t in anatomy.towers}
+        return tuple(t for t in memory if not any(m == t and memory[t] != reader for reader, m in memory.items()))
 
     def sides(self, model: nn.Module) -> nn.ModuleDict:
         """The side networks that are attached to a model, by tower."""

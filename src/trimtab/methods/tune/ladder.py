@@ -103,7 +103,9 @@ _ROLES = {
 def linears(model: nn.Module, block: Block) -> dict[str, nn.Linear]:
     """A block's linear layers by role; ValueError that names the block if one is not found once."""
     found: dict[str, nn.Linear] = {}
-    names = {n: m for n, m in model.get_submodule(block.path).named_modules() if isinstance(m, nn.Linear)}
+    # A ladder's block attends to itself alone: it has no place for cross-attention.
+    inside = model.get_submodule(block.path).named_modules()
+    names = {n: m for n, m in inside if isinstance(m, nn.Linear) and "cross" not in n}
     for role, pattern in _ROLES.items():
         matching = [m for n, m in names.items() if re.search(pattern, n)]
         if len(matching) != 1:

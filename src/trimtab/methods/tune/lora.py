@@ -21,8 +21,9 @@ class LoRASettings:
     """The update is scaled by alpha / r."""
     dropout: float = 0.0
     """Dropout of the input of A."""
-    targets: tuple[str, ...] = ("query", "value", "q_proj", "v_proj", "q", "v")
-    """Last names of the linear layers inside the towers that get an update; those a model lacks are passed over."""
+    targets: tuple[str, ...] = ("query", "value", "q_proj", "v_proj", "q", "v", "qkv")
+    """Last names of the linear layers inside the towers that get an update; those a model lacks are passed over. A
+    fused `qkv` gets one update for all three."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:

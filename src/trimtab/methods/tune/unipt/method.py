@@ -44,6 +44,10 @@ class UniPT(Beside):
     name = "unipt"
     Settings = UniPTSettings
 
+    def towers(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """All: the side network of a decoder reads that of its encoder."""
+        return tuple(t.name for t in anatomy.towers)
+
     def side(self, model: nn.Module, anatomy: Anatomy, tower: Tower) -> nn.Module:
         s, layers = self.settings, len(tower.blocks)
         if tower.layout == "grid" and s.form != "vector":
@@ -103,7 +107,7 @@ class UniPT(Beside):
         return [*chosen, count]
 
     def _chosen(self, anatomy: Anatomy) -> tuple[str, ...]:
-        return self.settings.towers or tuple(t.name for t in anatomy.towers)
+        return self.settings.towers or self.towers(anatomy)
 
     def _memory(self, anatomy: Anatomy, tower: Tower) -> bool:
         """Whether a tower is a decoder whose encoder gets a side network of tokens before it."""
