@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from trimtab._report_runs import COSTS, RunRecord, Section, group_runs
+from trimtab._report_runs import COSTS, Cost, RunRecord, Section, group_runs
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,13 +40,14 @@ def summary_table(runs: Sequence[RunRecord]) -> Table:
     sections = group_runs(runs)
     single = len(sections) == 1
     table = Table(title=Text(sections[0].name) if single else None)
-    for index, title in enumerate(column_titles(sections[0] if single else None)):
+    shown = measured(sections)
+    for index, title in enumerate(column_titles(sections[0] if single else None, shown)):
         table.add_column(Text(title), justify="left" if index == 0 else "right")
     for section in sections:
         if not single:
             table.add_section()
             table.add_row(Text(section.name, style="bold italic"), Text(section.metric_title, style="italic"))
-        for row in table_rows(section):
+        for row in table_rows(section, shown):
             score, *costs = row.cells
             table.add_row(Text(row.variant), Text(score, style="bold" if row.best else ""), *map(Text, costs))
     return table
@@ -64,8 +65,9 @@ def markdown_table(runs: Sequence[RunRecord]) -> str:
     sections = group_runs(runs)
     blocks = []
     for section in sections:
-        lines = [column_titles(section), ["---"] + ["---:"] * (len(COSTS) + 1)]
-        for row in table_rows(section):
+        shown = measured([section])
+        lines = [column_titles(section, shown), ["---"] + ["---:"] * (len(shown) + 1)]
+        for row in table_rows(section, shown):
             score, *costs = row.cells
             lines.append([row.variant, f"**{score}**" if row.best else score, *costs])
         lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
@@ -75,18 +77,23 @@ def markdown_table(runs: Sequence[RunRecord]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def column_titles(section: Section | None) -> list[str]:
+def measured(sections: Sequence[Section]) -> tuple[Cost, ...]:
+    """Return the columns of costs: all of them, or none if no run of some sections measured any, as in a sweep."""
+    return COSTS if any(run.costs for section in sections for run in section.runs) else ()
+
+
+def column_titles(section: Section | None, shown: Sequence[Cost]) -> list[str]:
     """Return the table's header, which names the primary metric if the table is one section's."""
-    return ["method", section.metric_title if section else "primary metric", *(cost.title for cost in COSTS)]
+    return ["method", section.metric_title if section else "primary metric", *(cost.title for cost in shown)]
 
 
-def table_rows(section: Section) -> list[Row]:
+def table_rows(section: Section, shown: Sequence[Cost]) -> list[Row]:
     """Return the rows that every form of the table shows; the highest mean score is marked."""
     rows = []
     for variant, runs in section.methods.items():
         scores = section.scores(variant)
         cells = [_score_cell(scores, section.is_fraction)]
-        for cost in COSTS:
+        for cost in shown:
             values = section.costs(variant, cost.key)
             text = amount(fmean(values), cost.units, spread(values)) if values else DASH
             cells.append(text + _relative(runs, cost.key))

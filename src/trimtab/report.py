@@ -36,6 +36,7 @@ from trimtab._report_tables import (
     digits,
     in_unit,
     markdown_table,
+    measured,
     spread,
     summary_table,
     table_rows,
@@ -134,18 +135,19 @@ def _slug(name: str, taken: set[str]) -> str:
 
 def _section_view(section: Section, styles: dict[str, plots.Style], slug: str) -> dict[str, Any]:
     """Gather what the template shows of one section."""
-    rows = table_rows(section)
+    shown = measured([section])
+    rows = table_rows(section, shown)
     best = [row.variant for row in rows if row.best]
     return {
         "name": section.name,
         "slug": slug,
         "heading": _distinct(section, "recipe_title"),
         "setting": [(key, _distinct(section, key)) for key in ("task", "data", "backbone")],
-        "titles": column_titles(section),
+        "titles": column_titles(section, shown),
         "rows": rows,
         "best": ", ".join(best),
         "caption": _caption(section),
-        "footnote": _footnote(section) + (f" {DASH} not measured." if _has_gaps(rows) else ""),
+        "footnote": (_footnote(section) if shown else "") + (f" {DASH} not measured." if _has_gaps(rows) else ""),
         "figures": _figures(section, styles, slug),
         "gallery": _gallery(section, best[0]),
         "plans": _plans(section),
