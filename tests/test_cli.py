@@ -166,3 +166,15 @@ def test_everything_listed_can_be_asked_about(kind, trimtab):
 def test_list_of_what_is_not_there(arguments, message, trimtab):
     status, _, err = trimtab("list", *arguments)
     assert status == 2 and message in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("export", "nowhere", "out"), "nowhere: not a finished run"),
+        (("convert", "nowhere.ckpt", "out"), "nowhere.ckpt: there is no such file or folder"),
+    ],
+)
+def test_a_path_that_is_not_there_is_named(trimtab, words, message):
+    status, _, err = trimtab(*words)
+    assert status == 2 and message in err

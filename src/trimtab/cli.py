@@ -188,6 +188,8 @@ def _convert(options: Any) -> None:
         to = options.to or "dense"
         done, report = convert_official(options.folder, options.out, to == "sparse", options.max_shard_size, **settings)
         print(report)
+    elif not options.folder.exists():
+        raise ValueError(f"{options.folder}: there is no such file or folder")
     elif options.to is None:
         raise ValueError(f"{options.folder}: name the layout to write, --to sparse or --to dense")
     else:

@@ -370,6 +370,8 @@ def export(folder: str | Path, out: str | Path, dtype: str = "float32", sparse: 
     folder, out = Path(folder), Path(out)
     if out.exists():
         raise RunError(f"{out}: is there already; name a new folder")
+    if not is_finished(folder):
+        raise RunError(f"{folder}: not a finished run (no run.json that says so); name a run folder")
     stuck = [m["name"] for i, m in enumerate(load_recipe(folder).methods) if not _method(m, f"methods.{i}").folds]
     if stuck:
         able = sorted(name for name, method in METHODS.items() if method.folds is True)
