@@ -246,6 +246,53 @@ def test_retrieval_loss_of_a_perfect_and_a_blind_space():
     assert loss(eye.roll(1, 0)) > 40
 
 
+def test_triplets_take_the_hardest_wrong_partner_and_at_first_all_of_them():
+    cosines = torch.tensor([[0.9, 0.8, 0.1], [0.0, 0.5, 0.6], [0.2, 0.75, 0.7]])
+    image = torch.eye(3)  # so that texts hold the cosines
+    space = SimpleNamespace(
+        image=lambda _: SimpleNamespace(pooled=image), text=lambda *_: SimpleNamespace(pooled=cosines.T)
+    )
+    task = Retrieval(objective="triplet", margin=0.2, all_negatives=1)
+    task.embed = lambda *_: (image, cosines.T)
+    head = task.head(SimpleNamespace(width=3))
+    batch = {"pixel_values": None, "input_ids": None, "attention_mask": None}
+    # margin + wrong - own, row by row: texts of a picture .1, 0 | 0, .3 | 0, .25; column by column: 0, 0 | .5, .45 | 0, .1
+    assert task.loss(space, head, batch).item() == pytest.approx(0.1 + 0.3 + 0.25 + 0.5 + 0.45 + 0.1, abs=1e-6)
+    assert task.loss(space, head, batch).item() == pytest.approx((0.1 + 0.3 + 0.25) + (0 + 0.5 + 0.1), abs=1e-6)
+    head.eval()
+    seen = int(head.seen)
+    task.loss(space, head, batch)
+    assert int(head.seen) == seen == 2
+
+
+def test_pooled_heads_read_valid_tokens_only(clip):
+    task = Retrieval(pooling="gpo")
+    head = task.head(clip)
+    batch = task.collate(clip, rows_of("retrieval", 4), train=False)
+    with torch.no_grad():
+        image, text = task.embed(clip, head, batch)
+        longer = {**batch, **{k: nn.functional.pad(batch[k], (0, 3)) for k in ("input_ids", "attention_mask")}}
+        assert torch.allclose(task.embed(clip, head, longer)[1], text, atol=1e-5)
+    assert image.shape == text.shape == (4, clip.width)
+    task.loss(clip, head, batch).backward()
+    assert head.image.linear.weight.grad.any() and head.text.pool.linear.weight.grad.any()
+
+
+@pytest.mark.parametrize("settings", [{"pooling": "max"}, {"objective": "hinge"}])
+def test_retrieval_names_the_words_it_knows(settings):
+    with pytest.raises(ValueError, match="must be one of"):
+        Retrieval(**settings)
+
+
+def test_pooled_heads_need_tokens():
+    space = SimpleNamespace(
+        name="vectors", width=4, example=lambda n: {"pixel_values": torch.zeros(n, 3, 2, 2)},
+        image=lambda _: SimpleNamespace(tokens=None),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="'vectors' gives one vector for its images"):
+        Retrieval(pooling="gpo").head(space)
+
+
 def test_folding_the_head_into_the_backbone_changes_no_vector(clip):
     model, task = copy.deepcopy(clip), Retrieval()
     head = task.head(model)

@@ -1,18 +1,21 @@
 """Image-text retrieval with a dual encoder: which caption belongs to which picture.
 
-Symmetric cross-entropy over the cosine similarities of a batch (CLIP, section 2.3); recall@K in both directions.
+Symmetric cross-entropy over the cosine similarities of a batch (CLIP, section 2.3), or VSE's triplets with the hardest
+negative (VSE++: Faghri et al., BMVC 2018, eq. 6) over vectors pooled by a learned operator (VSE-infinity: Chen et al.,
+CVPR 2021). Recall@K in both directions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab.data.images import decode_rows
+from trimtab.pooling import GPO
 from trimtab.tasks.base import TASKS, Batch, Task
 
 
@@ -29,12 +32,45 @@ class Projections(nn.Module):
             self.text.weight.copy_(torch.eye(width))
 
 
+class PooledSide(nn.Module):
+    """Tokens (B, L, F) and which are valid, (B, L) or None -> vectors (B, D): a linear map, then GPO."""
+
+    def __init__(self, features: int, width: int):
+        super().__init__()
+        self.linear = nn.Linear(features, width)
+        self.pool = GPO()
+
+    def forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        return self.pool(self.linear(tokens), None if mask is None else mask != 0)
+
+
+class PooledSides(nn.Module):
+    """VSE-infinity's heads, one a side; `scale` as in `Projections`."""
+
+    def __init__(self, backbone: Any, scale: float):
+        super().__init__()
+        image, text = (_token_width(backbone, side) for side in ("image", "text"))
+        self.image, self.text = PooledSide(image, backbone.width), PooledSide(text, backbone.width)
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+
 @TASKS.register("retrieval")
 class Retrieval(Task):
     """Columns `image`, `captions` (a list a row; training draws one, evaluation takes the first).
 
     A retrieved caption is right when its words are those of the picture's own caption, so that two scenes with the same
     things do not count as errors of each other.
+
+    Args:
+        pooling: `own` takes the backbone's vectors, a linear map a side behind them; `gpo` pools its tokens by
+            VSE-infinity's learned operator.
+        objective: `contrastive` (CLIP) or `triplet` (VSE++: the hardest negative of the batch, hinge at `margin`).
+        margin: of the triplets, in units of cosine similarity.
+        all_negatives: so many training batches at first count all negatives of a triplet, not the hardest alone, from
+            which a random space learns nothing (VSE-infinity: the batches of one epoch).
+
+    Raises:
+        ValueError: for another word.
     """
 
     name = "retrieval"
@@ -42,9 +78,27 @@ class Retrieval(Task):
     primary = "recall@1"
     kinds = ("dual",)
 
+    def __init__(
+        self,
+        pooling: Literal["own", "gpo"] = "own",
+        objective: Literal["contrastive", "triplet"] = "contrastive",
+        margin: float = 0.2,
+        all_negatives: int = 0,
+    ):
+        for field, found, known in (
+            ("pooling", pooling, ("own", "gpo")), ("objective", objective, ("contrastive", "triplet"))
+        ):  # fmt: skip
+            if found not in known:
+                raise ValueError(f"{field} must be one of {', '.join(known)}, found {found!r}")
+        self.pooling, self.objective, self.margin, self.all_negatives = pooling, objective, margin, all_negatives
+
     def head(self, backbone: Any) -> nn.Module:
         scale = getattr(backbone, "logit_scale", None)
-        return Projections(backbone.width, float(scale.detach()) if scale is not None else 2.6592)
+        start = float(scale.detach()) if scale is not None else 2.6592
+        head = Projections(backbone.width, start) if self.pooling == "own" else PooledSides(backbone, start)
+        if self.objective == "triplet":
+            head.register_buffer("seen", torch.zeros((), dtype=torch.long))  # training batches so far
+        return head
 
     def collate(self, backbone: Any, rows: list[dict[str, Any]], train: bool) -> Batch:
         rows = decode_rows(rows)
@@ -54,15 +108,33 @@ class Retrieval(Task):
 
     def embed(self, backbone: Any, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Unit vectors of pictures and texts, each (B, D)."""
-        image = head.image(backbone.image(batch["pixel_values"]).pooled)
-        text = head.text(backbone.text(batch["input_ids"], batch["attention_mask"]).pooled)
+        seen = backbone.image(batch["pixel_values"])
+        read = backbone.text(batch["input_ids"], batch["attention_mask"])
+        if self.pooling == "own":
+            image, text = head.image(seen.pooled), head.text(read.pooled)
+        else:
+            image, text = head.image(seen.tokens, seen.mask), head.text(read.tokens, read.mask)
         return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
 
     def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
         image, text = self.embed(backbone, head, batch)
+        if self.objective == "triplet":
+            return self._triplets(head, image @ text.T)
         logits = head.scale.exp().clamp(max=100) * image @ text.T  # (B, B)
         target = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    def _triplets(self, head: Any, cosines: Tensor) -> Tensor:
+        """Hinges of each picture's and each text's wrong partners in the batch, summed over (B, B) cosines."""
+        own = cosines.diagonal()
+        itself = torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
+        texts = (self.margin + cosines - own[:, None]).clamp(min=0).masked_fill(itself, 0)
+        images = (self.margin + cosines - own[None]).clamp(min=0).masked_fill(itself, 0)
+        hardest = texts.amax(dim=1).sum() + images.amax(dim=0).sum()
+        loss = torch.where(head.seen < self.all_negatives, texts.sum() + images.sum(), hardest)
+        if head.training:
+            head.seen += 1
+        return loss
 
     def predict(self, backbone: Any, head: nn.Module, batch: Batch) -> list[dict[str, Any]]:
         image, text = self.embed(backbone, head, batch)
@@ -70,6 +142,8 @@ class Retrieval(Task):
 
     def fold(self, backbone: Any, head: nn.Module) -> None:
         """A product of two linear maps is one: the head's maps go into the backbone's projections, its scale too."""
+        if self.pooling != "own":
+            return  # no architecture here has a place for pooled heads: they stay with the task
         backbone.fold_projections(head.image.weight, head.text.weight, head.scale)
 
     def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
@@ -86,6 +160,17 @@ class Retrieval(Task):
              "correct": captions[best[i]] == captions[i]}
             for i in indices
         ]  # fmt: skip
+
+
+def _token_width(backbone: Any, side: str) -> int:
+    """Channels of a side's tokens, found by one tiny input."""
+    with torch.no_grad():
+        example = backbone.example(1)
+        inputs = ("pixel_values",) if side == "image" else ("input_ids", "attention_mask")
+        tokens = getattr(backbone, side)(*(example[name] for name in inputs)).tokens
+    if tokens is None:
+        raise ValueError(f"pooling 'gpo' needs tokens, but {backbone.name!r} gives one vector for its {side}s")
+    return int(tokens.shape[-1])
 
 
 def _similarity(records: list[dict[str, Any]]) -> Tensor:

@@ -1,0 +1,55 @@
+"""Pooling of many vectors into one by a learned operator."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+
+class GPO(nn.Module):
+    """Generalised pooling operator (VSE-infinity: Chen et al., CVPR 2021, section 4): a learned weighting of each
+    channel's values sorted by size.
+
+    The weights come from a GRU over positions and depend on nothing but the number of valid tokens.
+    """
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        self.gru = nn.GRU(width, width, batch_first=True, bidirectional=True)
+        self.linear = nn.Linear(width, 1, bias=False)
+
+    def weights(self, size: int, valid: Tensor | None) -> Tensor:
+        """Pooling weights, (B, size, 1), or (1, size, 1) if all tokens are valid; zero at padding."""
+        positions = self._positions(size)[None]  # (1, L, 32)
+        if valid is None:
+            out, _ = self.gru(positions)
+        else:
+            positions = positions * valid[..., None]
+            lengths = valid.sum(dim=1).cpu()
+            packed = pack_padded_sequence(positions, lengths, batch_first=True, enforce_sorted=False)
+            out, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=size)
+        forth, back = out.chunk(2, dim=-1)
+        scores = self.linear((forth + back) / 2)  # (B, L, 1)
+        if valid is not None:
+            scores = scores.masked_fill(~valid[..., None], -10000)
+        return torch.softmax(scores / 0.1, dim=1)
+
+    def _positions(self, size: int) -> Tensor:
+        """Sines and cosines, interleaved, (size, 32)."""
+        device, width = self.linear.weight.device, self.gru.input_size
+        rates = torch.exp(torch.arange(0, width, 2, device=device).float() * -(math.log(10000.0) / width))
+        angles = torch.arange(size, device=device).float()[:, None] * rates
+        return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1).to(self.linear.weight.dtype)
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Tokens (B, L, D) and which are valid, (B, L) -> (B, D); None: all are."""
+        weights = self.weights(x.shape[1], valid)
+        if valid is not None:
+            x = x.masked_fill(~valid[..., None], -10000)
+        x = x.sort(dim=1, descending=True).values
+        if valid is not None:
+            x = x.masked_fill(~valid[..., None], 0)  # padding was sorted to the end
+        return (x * weights).sum(dim=1)
