@@ -8,6 +8,7 @@ all:
 
     forward    the forward passes alone
     ours       forward passes with `trimtab`'s sums, as MULTIFLOW needs them
+    bf16       the same with `precision: bf16`, sums in single precision
     store      forward passes whose hooks keep the inputs of every linear layer (a tensor that query, key and value
                share is kept once), and the same sums made of them afterwards
 
@@ -41,7 +42,7 @@ from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import collect
 from trimtab.methods.prune.masks import kth_smallest
 
-WORKS = ("forward", "ours", "store")
+WORKS = ("forward", "ours", "bf16", "store")
 SPARSITIES = [0.63, 0.75, 0.9]
 
 
@@ -93,9 +94,10 @@ def work(name: str, batches: int, size: int, folder: Path) -> dict[str, float]:
     with torch.no_grad():
         model(**{k: v[:2] for k, v in data[0].items()})  # what is made once is made
     clock, processor = time.perf_counter(), time.process_time()
-    if name == "ours":
+    if name in ("ours", "bf16"):
         anatomy = Anatomy.of(model)
-        calibration = Calibration(model, model, anatomy, lambda: data)
+        precision = "bf16" if name == "bf16" else "fp32"
+        calibration = Calibration(model, model, anatomy, lambda: data, precision=precision)
         evidence = collect(calibration, anatomy.weights(model), {"squares"}, data)
         found = {w.path: parts[0].squares for w, parts in evidence.items()}
     elif name == "store":
@@ -132,19 +134,25 @@ def calibration(repeats: int, batches: int, size: int) -> dict:
             works = {name: in_process("work", name, str(batches), str(size), folder) for name in WORKS}
             rounds.append(works)
             print(json.dumps(works), file=sys.stderr)
-        ours, store = (torch.load(Path(folder) / name, weights_only=True) for name in ("ours", "store"))
-    error = max(float(((ours[p] - store[p]).abs() / store[p].clamp_min(1e-12)).max()) for p in store)
+        found = {name: torch.load(Path(folder) / name, weights_only=True) for name in WORKS[1:]}
+    store = found["store"]
+    error = {
+        name: max(float(((found[name][p] - store[p]).abs() / store[p].clamp_min(1e-12)).max()) for p in store)
+        for name in ("ours", "bf16")
+    }
 
     def statistics_of(name: str, key: str) -> list[float]:
         return [works[name][key] - works["forward"][key] for works in rounds]
 
-    result: dict = {"batches": batches, "size": size, "linear_layers": len(store), "sums_agree": error}
+    result: dict = {"batches": batches, "size": size, "linear_layers": len(store), "sums_agree": error["ours"],
+                    "bf16_sums_agree": error["bf16"]}  # fmt: skip
     for name in WORKS:
         result[name] = {key: spread([works[name][key] for works in rounds]) for key in rounds[0][name]}
     for key in ("seconds", "processor_seconds"):
         ratios = [w["ours"][key] / w["store"][key] for w in rounds]
         own = [a / b for a, b in zip(statistics_of("ours", key), statistics_of("store", key), strict=True)]
         result[f"ours_over_store_total_{key}"] = spread(ratios)
+        result[f"bf16_over_store_total_{key}"] = spread([w["bf16"][key] / w["store"][key] for w in rounds])
         result[f"ours_over_store_statistics_{key}"] = spread(own)
         for name in ("ours", "store"):
             result[f"{name}_statistics_{key}"] = spread(statistics_of(name, key))

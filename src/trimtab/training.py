@@ -22,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from trimtab.anatomy import Anatomy
 from trimtab.data.images import encoded
+from trimtab.precision import native_bf16
 from trimtab.recipe import TrainingSpec
 from trimtab.tasks.base import TaskModel
 
@@ -134,7 +135,7 @@ def fit(
             lr_scheduler_type=spec.schedule,
             warmup_steps=int(spec.warmup * steps),
             max_grad_norm=spec.clip,
-            bf16=spec.precision == "bf16" or (spec.precision == "auto" and _native_bf16()),
+            bf16=spec.precision == "bf16" or (spec.precision == "auto" and native_bf16()),
             fp16=spec.precision == "fp16",
             use_cpu=not torch.cuda.is_available(),
             logging_steps=min(spec.log_every, max(1, steps // 10)),
@@ -180,14 +181,6 @@ def keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_threshold, largest = -1, -3, (1 << 31) - 1
         library.mallopt(m_mmap_threshold, largest)
         library.mallopt(m_trim_threshold, largest)
-
-
-def _native_bf16() -> bool:
-    """Whether bf16 products are faster than fp32 ones here: GPUs since Ampere, CPUs with AVX-512 BF16 or AMX."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
 
 
 class _Rows(torch.utils.data.Dataset):

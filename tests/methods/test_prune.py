@@ -465,3 +465,21 @@ def test_conformance_knows_a_case_by_its_json_and_fails_on_other_numbers(tmp_pat
 
 def test_conformance_of_an_empty_folder_fails(tmp_path):
     assert conformance.main(tmp_path) == 1
+
+
+def test_calibration_in_half_precision_sums_in_single(toy):
+    data = list(toy.batches(LOSS))
+    whole, half = (
+        Calibration(toy.model, toy.model, toy.model.anatomy(), lambda: data, precision=p) for p in ("fp32", "bf16")
+    )
+    weights = toy.model.anatomy().weights(toy.model)
+    ours, theirs = (collect(c, weights, {"squares"}, data) for c in (half, whole))
+    for weight in weights:
+        a, b = ours[weight][0].squares, theirs[weight][0].squares
+        assert a.dtype == torch.float32 and torch.allclose(a, b, rtol=0.05, atol=1e-3 * float(b.max()))
+    assert any(not torch.equal(ours[w][0].squares, theirs[w][0].squares) for w in weights)  # it was half precision
+
+
+def test_an_unknown_precision_is_refused(toy):
+    with pytest.raises(ValueError, match="fp32, bf16, auto"):
+        trimtab.prune(toy.model, "multiflow", 0.5, toy.batches(LOSS), precision="fp8")

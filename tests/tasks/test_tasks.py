@@ -256,7 +256,7 @@ def test_triplets_take_the_hardest_wrong_partner_and_at_first_all_of_them():
     task.embed = lambda *_: (image, cosines.T)
     head = task.head(SimpleNamespace(width=3))
     batch = {"pixel_values": None, "input_ids": None, "attention_mask": None}
-    # margin + wrong - own, row by row: texts of a picture .1, 0 | 0, .3 | 0, .25; column by column: 0, 0 | .5, .45 | 0, .1
+    # margin + wrong - own; texts of pictures: .1, 0 | 0, .3 | 0, .25; pictures of texts: 0, 0 | .5, .45 | 0, .1
     assert task.loss(space, head, batch).item() == pytest.approx(0.1 + 0.3 + 0.25 + 0.5 + 0.45 + 0.1, abs=1e-6)
     assert task.loss(space, head, batch).item() == pytest.approx((0.1 + 0.3 + 0.25) + (0 + 0.5 + 0.1), abs=1e-6)
     head.eval()

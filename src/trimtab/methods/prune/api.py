@@ -64,7 +64,9 @@ def prune(
     asked = list(sparsity) if several else [sparsity]  # type: ignore[arg-type]
     pruner = _pruner(method, asked, settings)
     wanted = [pruner.settings.sparsity if s is None else float(s) for s in asked]
-    calibration = Calibration(model, model, anatomy or Anatomy.of(model), lambda: [], None, loss or own_loss)
+    calibration = Calibration(
+        model, model, anatomy or Anatomy.of(model), lambda: [], None, loss or own_loss, pruner.settings.precision
+    )
     if pruner.rounds:
         if batches is None:
             raise ValueError(

@@ -15,7 +15,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,8 @@ class PruneSettings:
     """Calibration batches, for pruners that need them; a step's, for those that work in steps."""
     batch_size: int = 32
     """Rows a calibration batch."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """Of passes over calibration data; `auto`: bf16 where the device multiplies it natively. Sums are in fp32."""
     convolutions: bool = False
     """Whether convolutions are pruned too, as matrices (out, in * kh * kw / groups) over the patches they read."""
     allow_empty_tower: bool = False
@@ -67,6 +69,8 @@ class PruneSettings:
             raise ValueError(f"sparsity must lie in [0, 1), found {self.sparsity}")
         if self.batches < 1 or self.batch_size < 1:
             raise ValueError(f"batches and batch_size must be at least 1, found {self.batches} and {self.batch_size}")
+        if self.precision not in ("fp32", "bf16", "auto"):
+            raise ValueError(f"precision must be one of fp32, bf16, auto, found {self.precision!r}")
         if self.allocation is not None:
             ALLOCATIONS[self.allocation]
 
@@ -232,7 +236,7 @@ class Pruner(Method):
     # --- the lever ---
 
     def prepare(self, session: Session) -> None:
-        calibration = Calibration.of(session, self.settings.batches, self.settings.batch_size)
+        calibration = Calibration.of(session, self.settings.batches, self.settings.batch_size, self.settings.precision)
         started = time.perf_counter()
         masks = next(self.masks(calibration, [self.settings.sparsity]))
         self.tensors = masks.packed()

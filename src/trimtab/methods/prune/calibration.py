@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trimtab.anatomy import Anatomy, Weight
 from trimtab.methods.base import Session
 from trimtab.methods.prune import processes
+from trimtab.precision import native_bf16
 
 Batch = dict[str, Any]
 
@@ -41,6 +42,7 @@ class Calibration:
         source: gives an iterator over the batches, from the first one on.
         batches: how many batches a round takes; None: divide all that there are.
         loss: from the model's output to a scalar.
+        precision: `fp32`, `bf16` (autocast) or `auto` of the model's passes; sums are in single precision all the same.
     """
 
     model: nn.Module
@@ -49,13 +51,19 @@ class Calibration:
     source: Callable[[], Iterable[Batch]]
     batches: int | None = None
     loss: Callable[[Any], Tensor] = own_loss
+    precision: str = "fp32"
 
     @classmethod
-    def of(cls, session: Session, batches: int, batch_size: int) -> Calibration:
+    def of(cls, session: Session, batches: int, batch_size: int, precision: str = "fp32") -> Calibration:
         """On the training data of a recipe's session."""
-        return cls(
-            session.model, session.subject, session.anatomy, lambda: session.batches("train", batch_size), batches
-        )
+        source = partial(session.batches, "train", batch_size)
+        return cls(session.model, session.subject, session.anatomy, source, batches, precision=precision)
+
+    def output(self, batch: Batch) -> Any:
+        """What the model makes of a batch."""
+        half = self.precision == "bf16" or (self.precision == "auto" and native_bf16())
+        with torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16, enabled=half):
+            return self.model(**batch)
 
     def rounds(self, count: int = 1) -> Iterator[Iterator[Batch]]:
         """The batches of each of `count` rounds, beginning with the first batch; take all of a round before the next.
@@ -143,7 +151,7 @@ def gradients(calibration: Calibration, weights: Iterable[Weight], batches: Iter
                 continue
             number = processes.number(own)
             with evaluating(calibration.model, train), torch.enable_grad():
-                loss = calibration.loss(calibration.model(**batch))
+                loss = calibration.loss(calibration.output(batch))
                 _check_loss(loss, number, calibration, batch)
                 loss.backward()
             yield {w: _gradient(w, p, number) for w, p in found.items()}
@@ -175,7 +183,7 @@ def _first_not_finite(calibration: Calibration, batch: Batch) -> str:
 
     handles = [m.register_forward_hook(partial(look, path)) for path, m in calibration.subject.named_modules() if path]
     with torch.no_grad():
-        calibration.model(**batch)
+        calibration.output(batch)
     for handle in handles:
         handle.remove()
     if not found:

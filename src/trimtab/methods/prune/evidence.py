@@ -86,7 +86,7 @@ def collect(calibration: Calibration, weights: Iterable[Weight], needs: frozense
             with evaluating(calibration.model), torch.no_grad():
                 for batch in watched:
                     if batch is not None:
-                        calibration.model(**batch)
+                        calibration.output(batch)
         evidence = sums.result() if sums else {w: [Evidence(shapes[w][0])] for w in weights}
     for weight, gradient in mean.items():
         for part, g in zip(evidence[weight], gradient.split([e.rows for e in evidence[weight]]), strict=True):
