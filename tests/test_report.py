@@ -181,7 +181,7 @@ def test_page_text_and_figures(index: Path, runs_folder: Path) -> None:
 
     assert index.name == "index.html"
     figures = {f"demo-{task}-{kind}.png" for task in ("answering", "retrieval") for kind in ("pareto", "loss")}
-    assert {file.name for file in index.parent.iterdir()} == {*figures, "index.html"}
+    assert {file.name for file in index.parent.iterdir()} == {*figures, "index.html", "results.jsonl"}
     assert "<h1>A &amp; B</h1>" in text
     assert re.findall(r'class="best">([^<]+)', text) == ["61.0 ± 1.4 (2 seeds)"] * 2
     assert "mean ± standard deviation over 2 seeds; chance level 0.4 %" in text
@@ -366,3 +366,18 @@ def test_one_sparsity_is_no_sweep(tmp_path: Path) -> None:
     assert sweep(section) == {}
     out = report.write_report([tmp_path / "runs"], tmp_path / "out").parent
     assert (out / "prune-retrieval-pareto.png").exists()
+
+
+def test_a_report_can_be_written_again_from_its_results(runs_folder: Path, tmp_path: Path) -> None:
+    report.write_report([runs_folder], tmp_path / "first")
+    results = tmp_path / "first" / "results.jsonl"
+    report.write_report([results], tmp_path / "second")
+    tables = [report.markdown_table(report.load_runs([p])) for p in (runs_folder, results)]
+    assert tables[0] == tables[1] and tables[0].count("|") > 20
+    assert (tmp_path / "second" / "results.jsonl").read_text() == results.read_text()
+
+
+def test_a_file_that_holds_no_results_is_named(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text('{"path": "x"}\n')
+    with pytest.raises(ValueError, match=r"results.jsonl, line 1: expected a run"):
+        report.load_runs([tmp_path / "results.jsonl"])

@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from trimtab.data.cache import replace_file
+
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
@@ -115,26 +117,27 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[RunRecord], list[SkippedRun]]
     A run that was repeated (same name, variant and seed) counts once: the one started last.
 
     Args:
-        paths: Run folders, or folders that hold them at any depth.
+        paths: Run folders, folders that hold them at any depth, or files that `write_results` wrote.
 
     Returns:
         The finished runs in the order in which they were started, and those that had to be left out.
 
     Raises:
-        ValueError: If one of the folders does not exist, or none of them holds a run.
+        ValueError: If one of the folders does not exist, none of them holds a run, or a file is not of results.
     """
     roots = [Path(path) for path in paths]
     for root in roots:
-        if not root.is_dir():
+        if not root.exists():
             raise ValueError(f"there is no folder {root}")
-    files = [file for root in roots for file in sorted(root.rglob("run.json"))]
+    files = [file for root in roots if root.is_dir() for file in sorted(root.rglob("run.json"))]
     folders = {file.parent.resolve(): file.parent for file in files}
-    if not folders:
+    found = [run for root in roots if root.is_file() for run in _read_results(root)]
+    if not folders and not found:
         raise ValueError(
             f"no run found in {', '.join(map(str, roots)) or 'an empty list of folders'}: a run folder "
             "holds run.json, metrics.json and costs.json, and lies at or below the folder given"
         )
-    found, skipped = [], []
+    skipped = []
     for folder in folders.values():
         try:
             found.append(_read_run(folder))
@@ -197,6 +200,31 @@ def _read_run(folder: Path) -> RunRecord:
         plan=_read_json(plan_file, dict) if plan_file.exists() else None,
         pruning=_pruning(folder / "methods.json"),
     )
+
+
+def write_results(runs: Iterable[RunRecord], file: Path) -> None:
+    """Write what a report needs of runs into one file, a JSON object a line; samples and losses are left out."""
+    lines = []
+    for run in runs:
+        metrics = {key: value for key, value in run.metrics.items() if key != "history"}
+        kept = {"path": run.path.as_posix(), "info": run.info, "metrics": metrics, "costs": run.costs,
+                "plan": run.plan, "pruning": run.pruning}  # fmt: skip
+        lines.append(json.dumps(kept, ensure_ascii=False))
+    with replace_file(file) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _read_results(file: Path) -> list[RunRecord]:
+    found = []
+    for count, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            kept = json.loads(line)
+            found.append(RunRecord(**{**kept, "path": Path(kept["path"])}))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{file}, line {count}: expected a run as `trimtab report` writes it to results.jsonl ({error})"
+            ) from error
+    return found
 
 
 def _pruning(file: Path) -> dict[str, Any]:

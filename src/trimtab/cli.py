@@ -70,7 +70,12 @@ def _parser() -> ArgumentParser:
     demo.add_argument("--redo", action="store_true", help="run again what is finished")
 
     report = command("report", "Write one HTML page and pictures about run folders.")
-    report.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold them")
+    report.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        help="run folders, folders that hold them, or a results.jsonl of an earlier report",
+    )
     report.add_argument("--out", type=Path, default=Path("runs/report"), help="folder of the page")
     report.add_argument("--markdown", action="store_true", help="print the tables as Markdown too")
 

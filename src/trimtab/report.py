@@ -29,6 +29,7 @@ from trimtab._report_runs import (
     load_runs,
     mapping,
     number,
+    write_results,
 )
 from trimtab._report_tables import (
     DASH,
@@ -59,10 +60,11 @@ GALLERY_SAMPLES = 6
 def write_report(paths: Iterable[Path], out: Path, title: str | None = None) -> Path:
     """Write a page that compares all finished runs at or below some folders.
 
-    The page embeds its figures; the same figures are written beside it as PNG files.
+    The page embeds its figures; the same figures are written beside it as PNG files, and the numbers as
+    ``results.jsonl``, one line a run, from which a report can be written again.
 
     Args:
-        paths: Run folders, or folders that hold them at any depth.
+        paths: Run folders, folders that hold them at any depth, or files named ``results.jsonl``.
         out: Folder for the page, made if need be.
         title: Heading of the page.
 
@@ -112,6 +114,7 @@ def write_report(paths: Iterable[Path], out: Path, title: str | None = None) -> 
     )
     index = out / "index.html"
     _replace(index, page.encode("utf-8"))
+    write_results(runs, out / "results.jsonl")
     return index
 
 
