@@ -14,7 +14,8 @@ from torch import nn
 from trimtab.anatomy import Anatomy, AnatomyError, Block, Tap, Tower
 from trimtab.cost import saved_bytes
 from trimtab.methods.tune.unipt import PUBLISHED, DecoderUniPT, PyramidUniPT, TokenUniPT, UniPT, VectorUniPT
-from trimtab.methods.tune.unipt.core import Target, attend
+from trimtab.methods.tune.unipt.core import attend
+from trimtab.methods.tune.unipt.down import Target
 
 spec = importlib.util.spec_from_file_location("literal", Path(__file__).parents[2] / "benchmarks" / "unipt.py")
 literal = importlib.util.module_from_spec(spec)
@@ -88,12 +89,15 @@ def singled(value):
     return value.float() if value is not None and value.dtype == torch.float64 else value
 
 
-def test_samples_are_looked_at_in_parts_of_any_size(monkeypatch):
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("size", [1, 2 * 6 * 4, 4 * 6 * 4, 2 * 6 * 6 * 4])
+def test_samples_and_rows_are_looked_at_in_blocks_of_any_size(monkeypatch, size, keep):
     from trimtab.methods.tune.unipt import core
 
     part = parts()["clip-vil"]
+    part.side.keep = keep
     whole = part.side(*part.inputs)
-    monkeypatch.setitem(core._CACHE_BYTES, "cpu", 1)
+    monkeypatch.setitem(core.CACHE_BYTES, "cpu", size)
     assert torch.allclose(part.side(*part.inputs), whole, atol=1e-10)
     assert literal.compare(part)["gradient_error"] < 1e-8
 
@@ -103,12 +107,14 @@ def test_samples_are_looked_at_in_parts_of_any_size(monkeypatch):
 def test_gradients_of_attention_are_exact(causal, keep):
     torch.manual_seed(1)
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).double()
-    shape = (2, 4 if causal else 1, 1)
-    inputs = [torch.randn(2, 4, 3), torch.rand(shape) + 0.1, torch.randn(2, 4, 3), torch.rand(3) + 0.5, torch.randn(3)]
+    shape = (2, 4 if causal else 1, 2)
+    targets = [(torch.randn(2, 4, 3), torch.rand(3) + 0.5, torch.randn(3)) for _ in range(2)]
+    inputs = [torch.rand(shape) + 0.1, *(t for target in targets for t in target), torch.randn(2, 4, 3)]
     inputs = [i.double().requires_grad_() for i in inputs]
 
-    def function(anchor, confidence, x, weight, bias):
-        return attend(anchor, Target(x, weight, bias), mask, 1e-6, True, causal, confidence, keep)
+    def function(confidence, *flat):
+        anchor, *layers = (Target(*flat[i : i + 3]) for i in range(0, len(flat), 3))  # the last as it is
+        return attend(anchor, layers, mask, 1e-6, True, causal, confidence, keep)
 
     assert torch.autograd.gradcheck(function, inputs)
 

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trimtab.methods.tune.unipt.core import Target, attend, confidences, down, guided_pool, merge, pooled, read_vector
+from trimtab.methods.tune.unipt.core import attend, confidences, merge
+from trimtab.methods.tune.unipt.down import Target, down, down_grid, pooled, project
+from trimtab.methods.tune.unipt.pools import guided_pool, read_vector
 
 Final = Literal["linear", "relu", "relu-norm", "none"]
 
@@ -74,9 +76,9 @@ class TokenUniPT(nn.Module):
     def forward(self, maps: list[Tensor], mask: Tensor | None) -> Tensor:
         """Hidden maps (B, L, D), from the first to the last, and valid tokens (B, L) or None -> (B, L, out)."""
         targets = [down(layer, h) for layer, h in zip(self.down, maps, strict=True)]
-        anchor = targets.pop().tokens()
+        anchor = targets.pop()
         merged = merge(anchor, targets, mask, self.gate, self.eps, self.causal, self.keep)
-        return self.up(anchor + self.project(merged))
+        return self.up(anchor.tokens() + project(self.project, merged).tokens())
 
 
 class DecoderUniPT(TokenUniPT):
@@ -100,14 +102,13 @@ class DecoderUniPT(TokenUniPT):
         """Maps (B, L, D), memory (B, M, d), their masks -> (B, L, out), with `levels` (N + 1, B, L, out)."""
         assert memory is not None
         targets = [down(layer, h) for layer, h in zip(self.down, maps, strict=True)]
-        anchor = targets.pop().tokens()
+        anchor = targets.pop()
         crossed = []
         for target, cross in zip(targets, self.cross, strict=True):
-            z = target.tokens()
-            read = down(cross, attend(z, Target(memory), memory_mask, self.eps, keep=self.keep))
-            crossed.append(z + read.tokens())
+            read = attend(target, [Target(memory)], memory_mask, self.eps, keep=self.keep)
+            crossed.append(target.tokens() + down(cross, read).tokens())
         merged = merge(anchor, [Target(z) for z in crossed], mask, self.gate, self.eps, self.causal, self.keep)
-        final = anchor + self.project(merged)
+        final = anchor.tokens() + project(self.project, merged).tokens()
         return self.up(torch.stack([*crossed, final]) if self.levels else final)
 
 
@@ -168,9 +169,10 @@ class PyramidUniPT(nn.Module):
         eps: added to the sums of attention and of pooling.
     """
 
-    def __init__(self, channels: list[int], out: int, reduction: int, eps: float = 1e-8):
+    def __init__(self, channels: list[int], out: int, reduction: int, eps: float = 1e-8,
+                 keep: bool = False):  # fmt: skip
         super().__init__()
-        d, self.eps, self.out = out // reduction, eps, out
+        d, self.eps, self.keep, self.out = out // reduction, eps, keep, out
         self.down = nn.ModuleList(nn.Sequential(nn.Conv2d(c, d, 1), nn.BatchNorm2d(d)) for c in channels)
         self.guide = nn.ModuleList(nn.Conv2d(channels[-1], c, 1) for c in channels[:-1])
         self.gate = nn.Linear(d, 1)
@@ -185,22 +187,18 @@ class PyramidUniPT(nn.Module):
         """
         grids = [grid.to(self.gate.weight.dtype) for grid in grids]
         last = grids[-1]
-        anchor = self.down[-1](last)  # (B, d, n, n)
+        n, m = last.shape[-2:]
+        cells = last.flatten(2).transpose(1, 2).contiguous()  # (B, n m, C): 1x1 convolutions are products with these
         targets = []
         for i, grid in enumerate(grids[:-1]):
-            if grid.shape[-2] % last.shape[-2] or grid.shape[-2] * last.shape[-1] != grid.shape[-1] * last.shape[-2]:
-                sides = f"{tuple(grid.shape[-2:])} and {tuple(last.shape[-2:])}"
+            if grid.shape[-2] % n or grid.shape[-2] * m != grid.shape[-1] * n:
+                sides = f"{tuple(grid.shape[-2:])} and {(n, m)}"
                 raise ValueError(
                     f"unipt: grid {i} and the last are {sides}: expected whole multiples in both directions"
                 )
-            pooled_grid = guided_pool(F.relu(self.guide[i](last)), grid, self.eps)
-            targets.append(Target(_tokens(self.down[i](pooled_grid))))
-        merged = merge(_tokens(anchor), targets, None, self.gate, self.eps)
-        b, d, n, m = anchor.shape
-        grown = anchor + self.project(merged.transpose(1, 2).reshape(b, d, n, m))
-        return _tokens(self.up(F.relu(grown)))
-
-
-def _tokens(grid: Tensor) -> Tensor:
-    """(B, C, n, m) -> (B, n m, C)."""
-    return grid.flatten(2).transpose(1, 2)
+            guide = F.linear(cells, self.guide[i].weight.flatten(1), self.guide[i].bias)
+            targets.append(down_grid(self.down[i], guided_pool(guide, grid, m, self.eps)))
+        anchor = down_grid(self.down[-1], cells)
+        merged = merge(anchor, targets, None, self.gate, self.eps, keep=self.keep)
+        grown = anchor.tokens() + down_grid(self.project, merged).tokens()
+        return F.linear(F.relu(grown), self.up.weight.flatten(1), self.up.bias)
