@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,73 @@ def test_maps_in_half_precision_are_kept_in_half_precision():
     single = saved_bytes(lambda: side(maps, None).sum(), side)
     half = saved_bytes(lambda: side([m.bfloat16() for m in maps], None).sum(), side)
     assert single - half == 4 * 2 * 8 * 64 * 2  # maps, samples, tokens, channels, bytes
+
+
+@pytest.mark.parametrize("name", [n for n in parts() if n != "half"])
+def test_maps_may_be_kept_in_half_precision_and_results_stay(name):
+    part = parts()[name]
+    side, inputs = part.side.float(), singled(part.inputs)
+    exact, gradient = side(*inputs), lambda: torch.cat([p.grad.flatten() for p in side.parameters()])
+    exact.square().mean().backward()
+    wanted, whole = gradient(), saved_bytes(lambda: side(*inputs).sum(), side)
+    side.zero_grad()
+    side.kept = torch.bfloat16
+    out = side(*inputs)
+    assert torch.equal(out, exact)
+    out.square().mean().backward()
+    assert torch.nn.functional.cosine_similarity(gradient(), wanted, dim=0) > 0.9999
+    assert not torch.equal(gradient(), wanted)
+    assert saved_bytes(lambda: side(*inputs).sum(), side) < 0.95 * whole
+
+
+def test_tokens_that_are_not_attended_to_are_not_kept():
+    torch.manual_seed(0)
+    side = VectorUniPT(64, 1, 8, 1)
+    maps, vector = literal.states(4, 50, 64, 2), torch.randn(4, 8)
+    kept = []
+    for shift in (-1e3, 1e3):  # no token has a positive score, or every one
+        for linear in side.down:
+            linear.bias.data = shift * side.anchor(torch.relu(vector))[0].detach()
+        kept.append(saved_bytes(lambda: side([m[:1] for m in maps], None, vector[:1], None).sum(), side))
+    assert kept[1] - kept[0] == 2 * 50 * (64 * 4 + 8)  # maps and the numbers of their rows
+
+
+def test_a_pyramid_keeps_the_statistics_that_batch_norm_keeps():
+    part = parts()["pyramid"]
+    side, norm = part.side, nn.BatchNorm2d(4).double()
+    conv, grid = side.down[-1][0], part.inputs[0][-1]
+    norm(conv(grid))
+    side(*part.inputs)
+    for name, value in norm.named_buffers():
+        assert torch.allclose(getattr(side.down[-1][1], name), value), name
+    side.eval()
+    assert literal.compare(part)["gradient_error"] < 1e-8
+    assert int(side.down[-1][1].num_batches_tracked) == 1
+
+
+def test_a_map_of_which_a_copy_is_kept_is_let_go():
+    """As soon as it is read, so that a model's maps and their copies are never in memory together."""
+    from trimtab.methods.tune.unipt.method import one_by_one
+
+    maps = literal.states(2, 8, 64, 4)
+    first = weakref.ref(maps[0])
+    rest = one_by_one(maps)
+    side = TokenUniPT(64, 3, 4, kept=torch.bfloat16)
+    freed = []
+    out = side((h for h in rest if freed.append(first() is None) is None), None)
+    assert out.requires_grad and freed[0] is False and freed[2] and not maps
+
+
+def test_scores_are_kept_where_they_are_few():
+    side = TokenUniPT(64, 3, 2)
+    few, many = literal.states(2, 8, 64, 4), literal.states(2, 9, 64, 4)  # d / 4 = 8
+    for maps, same in ((few, True), (many, False)):
+        side.keep = "auto"
+        auto = saved_bytes(lambda maps=maps: side(maps, None).sum(), side)
+        side.keep = same
+        assert auto == saved_bytes(lambda maps=maps: side(maps, None).sum(), side)
+        side.keep = not same
+        assert auto != saved_bytes(lambda maps=maps: side(maps, None).sum(), side)
 
 
 def test_a_causal_side_sees_nothing_of_what_comes_later():

@@ -18,17 +18,19 @@ What autograd keeps of a layer is its input (D a token, for the weights of `down
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trimtab.methods.tune.unipt.down import Target, pooled
+from trimtab.methods.tune.unipt.down import Target
 
 # Scores that are looked at together: on a CPU what fits into its cache, on a GPU enough work for one launch.
-CACHE_BYTES = {"cpu": 1 << 19}
+CACHE_BYTES = {"cpu": 1 << 20}
 OTHER_BYTES = 256 << 20
+
+Keep = bool | Literal["auto"]
 
 
 class _How(NamedTuple):
@@ -183,7 +185,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def attend(anchor: Target, targets: Sequence[Target], mask: Tensor | None, eps: float, identity: bool = False,
-           causal: bool = False, confidence: Tensor | None = None, keep: bool = False) -> Tensor:  # fmt: skip
+           causal: bool = False, confidence: Tensor | None = None, keep: Keep = False) -> Tensor:  # fmt: skip
     """ReLU attention with rows of unit L1 norm, summed over layers: no scale, no softmax, no query, key or value maps.
 
     Args:
@@ -194,13 +196,16 @@ def attend(anchor: Target, targets: Sequence[Target], mask: Tensor | None, eps: 
         identity: adds z_l at its own position; needs Q = L.
         causal: a token sees those up to itself.
         confidence: each layer's factor, (B, 1, N) or (B, Q, N).
-        keep: keep the scores for the backward pass instead of computing them again: N Q L numbers a sample more.
+        keep: keep the scores for the backward pass instead of computing them again: N Q L numbers a sample more. `auto`
+            keeps them where they are few beside the layers' tokens, Q <= d / 4.
 
     Returns:
         (B, Q, d).
     """
+    if keep == "auto":
+        keep = 4 * anchor.x.shape[1] <= anchor.x.shape[2]
     flat = [tensor for target in (anchor, *targets) for tensor in target]
-    return _Merge.apply(_How(eps, identity, causal, keep), mask, confidence, *flat)
+    return _Merge.apply(_How(eps, identity, causal, bool(keep)), mask, confidence, *flat)
 
 
 def confidences(anchor: Tensor, pooled_targets: list[Tensor], gate: nn.Linear) -> Tensor:
@@ -210,7 +215,7 @@ def confidences(anchor: Tensor, pooled_targets: list[Tensor], gate: nn.Linear) -
 
 
 def merge(anchor: Target, targets: list[Target], mask: Tensor | None, gate: nn.Linear, eps: float,
-          causal: bool = False, keep: bool = False) -> Tensor:  # fmt: skip
+          causal: bool = False, keep: Keep = False) -> Tensor:  # fmt: skip
     """The layers' attended tokens with the identity term, summed by confidence.
 
     Args:

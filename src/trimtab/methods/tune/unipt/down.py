@@ -129,38 +129,46 @@ def project(sequence: nn.Sequential, merged: Tensor) -> Target:
     return Target(x, norm.weight, norm.bias)
 
 
+def normalise(y: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """(y - mean) * rstd a channel, (B, L, d), and rstd, (d,), as BatchNorm has them; its running statistics go on."""
+    if norm.training:
+        norm.num_batches_tracked += 1
+    share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    rows = y.flatten(0, -2).to(norm.running_mean.dtype)
+    x, _, rstd = torch.native_batch_norm(
+        rows, None, None, norm.running_mean, norm.running_var, norm.training, share, norm.eps
+    )
+    return x.view_as(y), rstd if norm.training else (norm.running_var + norm.eps).rsqrt()
+
+
+def batch_backward(grad: Tensor, maps: Tensor, weight: Tensor, x: Tensor, rstd: Tensor, training: bool,
+                   needed: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """Gradients of maps (if `needed`), weight and bias of a linear map whose result was normalised to x."""
+    d_y, x = grad.flatten(0, -2), x.flatten(0, -2)  # (B L, d)
+    if training:
+        d_y = torch.addcmul(d_y - d_y.mean(dim=0), x, (d_y * x).mean(dim=0), value=-1)
+    d_y = (d_y * rstd).to(weight.dtype)
+    d_maps = (d_y @ weight).view_as(maps) if needed else None
+    return d_maps, d_y.T @ maps.flatten(0, -2).to(weight.dtype), d_y.sum(dim=0)
+
+
 class _DownBatch(torch.autograd.Function):
     """normalise(W h + b) over samples and tokens, as BatchNorm does; keeps h, the result and one number a channel."""
 
     @staticmethod
     def forward(ctx: Any, maps: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d,
                 kept: torch.dtype | None) -> Tensor:  # fmt: skip
-        y = F.linear(maps, weight, bias).to(norm.running_mean.dtype).flatten(0, -2)  # (B L, d)
-        ctx.training = norm.training
-        if norm.training:
-            norm.num_batches_tracked += 1
-        share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-        x, _, rstd = torch.native_batch_norm(
-            y, None, None, norm.running_mean, norm.running_var, norm.training, share, norm.eps
-        )
-        if not norm.training:
-            rstd = (norm.running_var + norm.eps).rsqrt()
-        x = x.view(*maps.shape[:-1], -1)
+        x, rstd = normalise(F.linear(maps, weight, bias), norm)
         ctx.save_for_backward(narrow(maps, kept), weight, x, rstd)
-        ctx.dtype = maps.dtype
+        ctx.training, ctx.dtype = norm.training, maps.dtype
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         maps, weight, x, rstd = ctx.saved_tensors
-        d_y, x = grad.flatten(0, -2), x.flatten(0, -2)
-        if ctx.training:
-            d_y = torch.addcmul(d_y - d_y.mean(dim=0), x, (d_y * x).mean(dim=0), value=-1)
-        d_y = (d_y * rstd).to(weight.dtype)
-        d_weight = d_y.T @ maps.flatten(0, -2).to(weight.dtype)
-        d_maps = (d_y @ weight).view_as(maps).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        return d_maps, d_weight, d_y.sum(dim=0), None, None
+        d_maps, *rest = batch_backward(grad, maps, weight, x, rstd, ctx.training, ctx.needs_input_grad[0])
+        return None if d_maps is None else d_maps.to(ctx.dtype), *rest, None, None
 
 
 def down_grid(sequence: nn.Sequential, tokens: Tensor, kept: torch.dtype | None = None) -> Target:

@@ -1,16 +1,16 @@
-"""How frozen maps are read without being reduced first: one query on a tower's tokens, and cells of a grid by a guide."""
+"""How frozen maps are read as they are: one query on a tower's tokens, and cells of a grid by a guide."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from trimtab.methods.tune.unipt.core import CACHE_BYTES, OTHER_BYTES
-from trimtab.methods.tune.unipt.down import narrow
+from trimtab.methods.tune.unipt.down import Target, batch_backward, narrow, normalise
 
 
 class _Read(torch.autograd.Function):
@@ -73,37 +73,45 @@ def read_vector(maps: Tensor, key: Tensor, offset: Tensor, mask: Tensor | None, 
     return _Read.apply(maps, key.to(dtype), offset.to(dtype), mask, eps, kept)
 
 
-class _Guide(torch.autograd.Function):
-    """Pools cells of a frozen grid by how well they fit a guide; keeps the grid, the guide's signs and the weights.
+class _GuidedDown(torch.autograd.Function):
+    """Cells of a frozen grid, pooled by how well they fit a guide, through a linear map and BatchNorm.
 
-    s = sum over channels of relu(guide) * grid; w = relu(s) / (cell sum + eps) + 1 / r^2; cell sums of w * grid.
+    s = sum over channels of relu(guide) * grid; w = relu(s) / (cell sum + eps) + 1 / r^2; cell sums of w * grid. Keeps
+    the grid, the guide's signs, the weights and what `normalise` gives; the pooled cells are made again.
     """
 
     @staticmethod
-    def forward(ctx: Any, guide: Tensor, grid: Tensor, columns: int, eps: float, kept: torch.dtype | None) -> Tensor:
+    def forward(ctx: Any, guide: Tensor, grid: Tensor, columns: int, eps: float, weight: Tensor, bias: Tensor,
+                norm: nn.BatchNorm2d, kept: torch.dtype | None) -> Tensor:  # fmt: skip
         rate = grid.shape[-1] // columns
         share = _per_position(F.relu(_grid(guide, columns)), grid).relu_()
-        norm = _cells(share, rate) + eps  # (B, n, m)
-        weights = share / _spread(norm, rate)
-        ctx.save_for_backward(guide > 0, narrow(grid, kept), weights, norm)
-        ctx.dtype = guide.dtype
-        return _tokens(_per_cell(weights + 1 / rate**2, grid, rate))
+        total = _cells(share, rate) + eps  # (B, n, m)
+        shares = share / _spread(total, rate)
+        pooled = _tokens(_per_cell(shares + 1 / rate**2, grid, rate))
+        x, rstd = normalise(F.linear(pooled, weight, bias), norm)
+        ctx.save_for_backward(guide > 0, narrow(grid, kept), shares, total, weight, x, rstd)
+        ctx.training = norm.training
+        return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        positive, grid, weights, norm = ctx.saved_tensors
-        rate = grid.shape[-1] // norm.shape[-1]
-        d_weights = _per_position(_grid(grad, norm.shape[-1]), grid)
-        d_share = (d_weights - _spread(_cells(d_weights * weights, rate), rate)) / _spread(norm, rate)
-        d_guide = _tokens(_per_cell(d_share * (weights > 0), grid, rate))
-        return (d_guide * positive).to(ctx.dtype), None, None, None, None
+        positive, grid, shares, total, weight, x, rstd = ctx.saved_tensors
+        rate, columns = grid.shape[-1] // total.shape[-1], total.shape[-1]
+        pooled = _tokens(_per_cell(shares + 1 / rate**2, grid, rate))
+        d_pooled, d_weight, d_bias = batch_backward(grad, pooled, weight, x, rstd, ctx.training)
+        d_shares = _per_position(_grid(d_pooled, columns), grid)
+        d_share = (d_shares - _spread(_cells(d_shares * shares, rate), rate)) / _spread(total, rate)
+        d_guide = _tokens(_per_cell(d_share * (shares > 0), grid, rate)) * positive
+        return d_guide, None, None, None, d_weight, d_bias, None, None
 
 
-def guided_pool(guide: Tensor, grid: Tensor, columns: int, eps: float, kept: torch.dtype | None = None) -> Tensor:
-    """A frozen grid shrunk to its guide's size; see `_Guide`. The grid gets no gradient.
+def guided_down(sequence: nn.Sequential, guide: Tensor, grid: Tensor, columns: int, eps: float,
+                kept: torch.dtype | None = None) -> Target:  # fmt: skip
+    """A frozen grid shrunk to its guide's size, then `down_grid`; see `_GuidedDown`. The grid gets no gradient.
 
     Args:
+        sequence: 1x1 convolution C -> d and its BatchNorm.
         guide: cells of the last grid as tokens, before the ReLU, (B, n m, C).
         grid: (B, C, r n, r m).
         columns: m.
@@ -111,9 +119,11 @@ def guided_pool(guide: Tensor, grid: Tensor, columns: int, eps: float, kept: tor
         kept: precision in which the grid is kept for the backward pass; None for its own.
 
     Returns:
-        (B, n m, C).
+        (B, n m, d).
     """
-    return _Guide.apply(guide.to(grid.dtype), grid, columns, eps, kept)
+    conv, norm = sequence
+    x = _GuidedDown.apply(guide.to(grid.dtype), grid, columns, eps, conv.weight.flatten(1), conv.bias, norm, kept)
+    return Target(x, norm.weight, norm.bias)
 
 
 def _grid(tokens: Tensor, columns: int) -> Tensor:
