@@ -9,7 +9,7 @@ backward pass in bfloat16 (`bf16`; its `gradient_error` is of what that rounds).
 sums over a setting's parts are per sample, as a step trains all parts on as many samples. A step is forward and
 backward of the side network alone, without the frozen backbone and the optimiser. Times are of the processor on one
 thread, not of the clock, and versions take turns, so that what else the machine does counts little. `--repeats 0`
-leaves out times.
+leaves out times; multiply-adds do not depend on the machine.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from trimtab.cost import saved_bytes
 from trimtab.methods.tune.unipt import PUBLISHED, DecoderUniPT, PyramidUniPT, TokenUniPT, VectorUniPT
@@ -210,6 +211,14 @@ def step(function: Callable, part: Part) -> float:
     return seconds
 
 
+def products(function: Callable, part: Part) -> int:
+    """Multiply-adds of a step's matrix products and convolutions, in millions."""
+    with FlopCounterMode(display=False) as counter:
+        function(part.side, *part.inputs).sum().backward()
+    part.side.zero_grad(set_to_none=True)
+    return counter.get_total_flops() // 2_000_000
+
+
 def versions(part: Part) -> dict[str, Callable]:
     """The literal version and ours."""
 
@@ -225,9 +234,10 @@ def versions(part: Part) -> dict[str, Callable]:
 
 
 def measure(part: Part, repeats: int) -> dict:
-    """Kilobytes kept for backward and milliseconds a step of every version, a sample; 0 repeats measure bytes alone."""
+    """Kilobytes kept for backward, millions of multiply-adds and milliseconds a step of every version, a sample."""
     made = versions(part)
     kept = {k: saved_bytes(lambda f=f: f(part.side, *part.inputs).sum(), part.side) for k, f in made.items()}
+    macs = {k: products(f, part) for k, f in made.items()}
     times: dict[str, list[float]] = {k: [] for k in made}
     for repeat in range(repeats + 2 if repeats else 0):
         for k, f in made.items():
@@ -237,6 +247,7 @@ def measure(part: Part, repeats: int) -> dict:
     return {
         "part": part.name, "samples": part.samples,
         "kilobytes": {k: round(kept[k] / part.samples / 1e3, 1) for k in made},
+        "megamacs": {k: round(macs[k] / part.samples, 1) for k in made},
         "milliseconds": {k: round(1e3 * statistics.median(times[k]) / part.samples, 3) for k in made if repeats},
         **compare(part, made["auto"]),
         "bf16": compare(part, made["bf16"]),
@@ -246,7 +257,7 @@ def measure(part: Part, repeats: int) -> dict:
 def total(name: str, parts: list[dict]) -> dict:
     """Ours as shares of the literal version, summed over the parts."""
     out: dict = {"setting": name}
-    for what in ("kilobytes", "milliseconds"):
+    for what in ("kilobytes", "megamacs", "milliseconds"):
         if not parts[0][what]:
             continue
         sums = {k: sum(p[what][k] for p in parts) for k in ("literal", *OURS)}
