@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -29,8 +30,9 @@ class _Read(torch.autograd.Function):
             norm = scores.sum(dim=-1, keepdim=True).clamp(min=eps)
             shares = scores / norm
             attended = torch.bmm(shares[:, None], u)[:, 0]
-        # A compiler wants to know how many there are.
-        where = None if torch.compiler.is_compiling() else scores.flatten().nonzero()[:, 0]
+        # Neither a compiler nor an estimate on fake tensors knows how many there are: they keep all.
+        unknown = torch.compiler.is_compiling() or isinstance(scores, FakeTensor)
+        where = None if unknown else scores.flatten().nonzero()[:, 0]
         rows = maps.flatten(0, 1)
         ctx.save_for_backward(narrow(rows if where is None else rows[where], kept), where, scores, mask)
         ctx.eps = eps
