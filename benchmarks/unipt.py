@@ -3,11 +3,13 @@
     python benchmarks/unipt.py [--repeats 9] [--only vse] > docs/tune/unipt.json
 
 The literal version makes all attention weights, adds an identity matrix to them, stacks all layers' results and weights
-the stack; it works on the same parameters. Ours makes the scores again in the backward pass (`recompute`) or keeps them
-(`keep`, where the side network has the choice). Sizes are the papers', batches smaller; sums over a setting's parts are
-per sample, as a step trains all parts on as many samples. A step is forward and backward of the side network alone,
-without the frozen backbone and the optimiser. Times are of the processor on one thread, not of the clock, and versions
-take turns, so that what else the machine does counts little.
+the stack; it works on the same parameters. Ours makes the scores again in the backward pass where they are many
+(`auto`, the default), keeps them all (`keep`, where the side network has the choice), or keeps the frozen maps for the
+backward pass in bfloat16 (`bf16`; its `gradient_error` is of what that rounds). Sizes are the papers', batches smaller;
+sums over a setting's parts are per sample, as a step trains all parts on as many samples. A step is forward and
+backward of the side network alone, without the frozen backbone and the optimiser. Times are of the processor on one
+thread, not of the clock, and versions take turns, so that what else the machine does counts little. `--repeats 0`
+leaves out times; multiply-adds do not depend on the machine.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from trimtab.cost import saved_bytes
 from trimtab.methods.tune.unipt import PUBLISHED, DecoderUniPT, PyramidUniPT, TokenUniPT, VectorUniPT
@@ -177,13 +180,16 @@ def mdetr() -> list[Part]:
 SETTINGS = {"vse": vse, "clip4clip": clip4clip, "clip4clip-half": clip4clip_half, "clip-vil": clip_vil, "mdetr": mdetr}
 
 
+OURS = ("auto", "keep", "bf16")
+
+
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def compare(part: Part) -> dict[str, float]:
+def compare(part: Part, ours: Callable | None = None) -> dict[str, float]:
     """How far outputs and gradients are from the literal version's, relative to its largest."""
     results = []
-    for function in (LITERAL[type(part.side)], type(part.side).__call__):
+    for function in (LITERAL[type(part.side)], ours or type(part.side).__call__):
         part.side.zero_grad(set_to_none=True)
         out = function(part.side, *part.inputs)
         out.square().mean().backward()
@@ -205,25 +211,35 @@ def step(function: Callable, part: Part) -> float:
     return seconds
 
 
-def versions(part: Part) -> dict[str, Callable]:
-    """The literal version and ours: with scores made again, and kept."""
+def products(function: Callable, part: Part) -> int:
+    """Multiply-adds of a step's matrix products and convolutions, in millions."""
+    with FlopCounterMode(display=False) as counter:
+        function(part.side, *part.inputs).sum().backward()
+    part.side.zero_grad(set_to_none=True)
+    return counter.get_total_flops() // 2_000_000
 
-    def ours(keep: bool) -> Callable:
+
+def versions(part: Part) -> dict[str, Callable]:
+    """The literal version and ours."""
+
+    def ours(keep: bool | str, kept: torch.dtype | None = None) -> Callable:
         def call(side: nn.Module, *inputs) -> Tensor:
-            side.keep = keep
+            side.keep, side.kept = keep, kept
             return side(*inputs)
 
         return call
 
-    return {"literal": LITERAL[type(part.side)], "recompute": ours(False), "keep": ours(True)}
+    literal = LITERAL[type(part.side)]
+    return {"literal": literal, "auto": ours("auto"), "keep": ours(True), "bf16": ours("auto", torch.bfloat16)}
 
 
 def measure(part: Part, repeats: int) -> dict:
-    """Kilobytes kept for backward and milliseconds a step of every version, a sample."""
+    """Kilobytes kept for backward, millions of multiply-adds and milliseconds a step of every version, a sample."""
     made = versions(part)
     kept = {k: saved_bytes(lambda f=f: f(part.side, *part.inputs).sum(), part.side) for k, f in made.items()}
+    macs = {k: products(f, part) for k, f in made.items()}
     times: dict[str, list[float]] = {k: [] for k in made}
-    for repeat in range(repeats + 2):
+    for repeat in range(repeats + 2 if repeats else 0):
         for k, f in made.items():
             seconds = step(f, part)
             if repeat >= 2:
@@ -231,16 +247,21 @@ def measure(part: Part, repeats: int) -> dict:
     return {
         "part": part.name, "samples": part.samples,
         "kilobytes": {k: round(kept[k] / part.samples / 1e3, 1) for k in made},
-        "milliseconds": {k: round(1e3 * statistics.median(times[k]) / part.samples, 3) for k in made}, **compare(part),
+        "megamacs": {k: round(macs[k] / part.samples, 1) for k in made},
+        "milliseconds": {k: round(1e3 * statistics.median(times[k]) / part.samples, 3) for k in made if repeats},
+        **compare(part, made["auto"]),
+        "bf16": compare(part, made["bf16"]),
     }  # fmt: skip
 
 
 def total(name: str, parts: list[dict]) -> dict:
     """Ours as shares of the literal version, summed over the parts."""
     out: dict = {"setting": name}
-    for what in ("kilobytes", "milliseconds"):
-        sums = {k: sum(p[what][k] for p in parts) for k in ("literal", "recompute", "keep")}
-        out[f"{what}_ratio"] = {k: round(sums[k] / sums["literal"], 3) for k in ("recompute", "keep")}
+    for what in ("kilobytes", "megamacs", "milliseconds"):
+        if not parts[0][what]:
+            continue
+        sums = {k: sum(p[what][k] for p in parts) for k in ("literal", *OURS)}
+        out[f"{what}_ratio"] = {k: round(sums[k] / sums["literal"], 3) for k in OURS}
     return {**out, "parts": parts}
 
 

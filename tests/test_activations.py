@@ -9,6 +9,7 @@ import torch
 
 from trimtab import activations, recipe, run, training
 from trimtab.activations import ActivationCache, CachedModel, pack, unpack
+from trimtab.data.augment import Augmentation
 
 TASKS = {"tiny-clip": "retrieval", "tiny-vilt": "vqa"}
 
@@ -102,6 +103,18 @@ def test_views_draw_other_captions(tiny_raw, tmp_path):
     assert not torch.equal(first["text.map0"], second["text.map0"])
 
 
+def test_views_draw_other_crops_and_the_same_captions_as_without(tiny_raw, tmp_path):
+    parts, table = assembled(tiny_raw)
+    plain = cached(parts, table, tmp_path / "plain", "fp32", 2).batch(range(64))
+    cache = cached(parts, table, tmp_path / "cache", "fp32", 2, augmentation=Augmentation(crop=0.5))
+    first, second = cache.batch(range(64)), cache.batch(range(64, 128))
+    assert not torch.equal(first["vision.map0"], second["vision.map0"])
+    assert not torch.equal(first["vision.map0"], plain["vision.map0"])
+    assert torch.equal(first["text.map0"], plain["text.map0"])
+    with pytest.raises(ValueError, match=r"a cache of another augmentation: Augmentation\(crop=0.5, light=0.0\)"):
+        cached(parts, table, tmp_path / "cache", "fp32", 2)
+
+
 def test_a_stale_cache_is_refused(tiny_raw, tmp_path):
     parts, table = assembled(tiny_raw)
     cached(parts, table, tmp_path / "cache")
@@ -136,6 +149,18 @@ def test_what_cannot_be_trained_from_a_cache_says_why(tiny_raw, tmp_path):
         ActivationCache(parts.model, parts.methods[0], table, tmp_path / "cache")
     with pytest.raises(recipe.RecipeError, match="only the side networks of `methods:"):
         run.run(recipe.expand(tiny_raw("tiny-clip", "retrieval", ["lora"], cache="fp16"), "test")[0], tmp_path / "run")
+
+
+def test_a_recipe_augments_with_and_without_a_cache(tiny_raw, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Augmentation, "__call__", lambda self, rows, generator=None: seen.append(self) or rows)
+    for cache in (None, "fp16"):
+        raw = tiny_raw("tiny-clip", "retrieval", ["unipt"], cache=cache, crop=0.6, light=0.2)
+        run.run(recipe.expand(raw, "test")[0], tmp_path / f"run-{cache}", measure_costs=False)
+        assert seen and set(seen) == {Augmentation(0.6, 0.2)}
+        seen.clear()
+    with pytest.raises(recipe.RecipeError, match=r"training.crop must be above 0 and at most 1, found 2"):
+        recipe.expand(tiny_raw("tiny-clip", "retrieval", ["unipt"], crop=2.0), "test")
 
 
 @pytest.mark.parametrize("backbone", TASKS)

@@ -4,7 +4,7 @@
     indices --------> shards (memory-mapped) --> side networks --> head --> loss                 (every training step)
 
 A frozen backbone gives the same activations for the same input in every epoch. UniPT reads only these, so that from the
-second epoch on no block runs. Random choices of a task's collation (a caption of several) are fixed in a view; `views`
+second epoch on no block runs. Random choices (a caption of several, a crop of the picture) are fixed in a view; `views`
 of them are cached and taken in turn. Shards are written whole or not at all, so that an interrupted fill goes on where
 it stopped. A folder belongs to one backbone, anatomy, choice of layers, table and preparation of inputs (`key.json`);
 anything else is refused.
@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trimtab.backbones.base import Encoded
+from trimtab.data.augment import Augmentation
 from trimtab.data.cache import replace_file
 from trimtab.data.images import encoded
 from trimtab.learned import fingerprint
@@ -36,7 +37,7 @@ SHARD_ROWS, RUN_ROWS = 512, 64
 
 
 def cache_key(model: TaskModel, method: UniPT, table: Any, precision: Precision = "fp16", views: int = 1,
-              seed: int = 0) -> dict[str, Any]:  # fmt: skip
+              seed: int = 0, augmentation: Augmentation | None = None) -> dict[str, Any]:  # fmt: skip
     """To what a cache belongs: everything that its contents depend on, as plain JSON."""
     listeners = method.listeners
     return {
@@ -44,6 +45,7 @@ def cache_key(model: TaskModel, method: UniPT, table: Any, precision: Precision 
         "backbone": _backbone_print(model, method), "layers": {n: list(x.maps) for n, x in listeners.items()},
         "places": {n: str(x.place) for n, x in listeners.items()}, "task": model.task.name,
         "table": table_print(encoded(table)),
+        "augmentation": str(augmentation) if augmentation else None,
         "inputs": f"{model.backbone.pictures} {type(model.backbone.tokenizer).__name__} {model.backbone.max_text}",
     }  # fmt: skip
 
@@ -58,7 +60,8 @@ class ActivationCache:
         folder: where shards are, or will be.
         precision: of hidden maps; `int8` has a scale a channel and shard. Vectors and masks stay as they are.
         views: how many collations of the table are kept.
-        seed: of what the collation draws.
+        seed: of what the collation and the augmentation draw.
+        augmentation: how pictures are changed, anew in every view; None for not at all.
 
     Raises:
         ValueError: if the folder holds another cache (with the difference), or the model needs more of its backbone
@@ -66,11 +69,11 @@ class ActivationCache:
     """
 
     def __init__(self, model: TaskModel, method: UniPT, table: Any, folder: Path, precision: Precision = "fp16",
-                 views: int = 1, seed: int = 0):  # fmt: skip
+                 views: int = 1, seed: int = 0, augmentation: Augmentation | None = None):  # fmt: skip
         _check_fits(model, method)
         self.model, self.method, self.table, self.folder = model, method, encoded(table), Path(folder)
-        self.precision, self.views, self.seed = precision, views, seed
-        self.key = cache_key(model, method, self.table, precision, views, seed)
+        self.precision, self.views, self.seed, self.augmentation = precision, views, seed, augmentation
+        self.key = cache_key(model, method, self.table, precision, views, seed, augmentation)
         file = self.folder / "key.json"
         if file.is_file():
             self._check_key(json.loads(file.read_text()), file)
@@ -134,6 +137,8 @@ class ActivationCache:
 
     def _compute(self, rows: list[dict[str, Any]], salt: int, longest: int) -> dict[str, Tensor]:
         """One shard's tensors: the backbone runs on its rows, a few at a time."""
+        if self.augmentation:  # with a generator of its own, so that captions are those that `_longest` saw
+            rows = self.augmentation(rows, torch.Generator().manual_seed(self.seed * 1_000_003 + salt))
         batch = self._collated(rows, salt)
         pad = self.model.backbone.tokenizer.pad_token_id or 0
         more = (0, longest - batch["input_ids"].shape[1])

@@ -29,6 +29,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from trimtab.data.augment import Augmentation
 from trimtab.policy import Rule
 from trimtab.registry import unknown
 
@@ -83,10 +84,15 @@ class TrainingSpec:
     """Steps between checkpoints from which an interrupted run resumes; None keeps none."""
     evaluation_batch: int = 64
     """Rows a batch in evaluation."""
+    crop: float = 1.0
+    """Augmentation: smallest share of a training picture's area that a random crop leaves; 1 for none. It may cut off
+    what a question counts or a caption names; a `box` stays whole."""
+    light: float = 0.0
+    """Augmentation: brightness and contrast of training pictures times 1 - light to 1 + light; 0 for none."""
     cache: Literal["fp32", "fp16", "int8"] | None = None
     """Write what the frozen backbone computes to disk in this precision and train UniPT's side networks from there."""
     cache_views: int = 1
-    """How many collations of the training table are cached (a caption drawn for each picture, say)."""
+    """How many collations of the training table are cached, each with captions and augmentation drawn anew."""
 
     def __post_init__(self) -> None:
         least = {"steps": 0, "batch_size": 1, "accumulate": 1, "log_every": 1, "evaluation_batch": 1,
@@ -94,6 +100,15 @@ class TrainingSpec:
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise RecipeError(f"training.{name} must be at least {smallest}, found {getattr(self, name)}")
+        try:
+            _ = self.augmentation
+        except ValueError as error:
+            raise RecipeError(f"training.{error}") from error
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """How training pictures are changed."""
+        return Augmentation(self.crop, self.light)
 
 
 @dataclass(frozen=True)

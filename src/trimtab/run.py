@@ -274,10 +274,11 @@ def _from_cache(parts: Assembly, train: Any, spec: TrainingSpec, seed: int) -> t
     if not isinstance(method, UniPT) or spec.cache is None:
         raise RecipeError("training.cache: only the side networks of `methods: [unipt]` train from a cache")
     try:
-        key = activations.cache_key(parts.model, method, train, spec.cache, spec.cache_views, seed)
+        how = (spec.cache, spec.cache_views, seed, spec.augmentation)
+        key = activations.cache_key(parts.model, method, train, *how)
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         folder = cache_dir() / "activations" / name
-        cache = activations.ActivationCache(parts.model, method, train, folder, spec.cache, spec.cache_views, seed)
+        cache = activations.ActivationCache(parts.model, method, train, folder, *how)
     except ValueError as error:
         raise RecipeError(str(error)) from error
     cache.fill()

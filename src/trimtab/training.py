@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from trimtab.anatomy import Anatomy
+from trimtab.data.augment import Augmentation
 from trimtab.data.images import encoded
 from trimtab.precision import native_bf16
 from trimtab.recipe import TrainingSpec
@@ -157,7 +158,7 @@ def fit(
             spec=spec,
             rates=rates or {},
             train_dataset=_Rows(table) if cache is None else range(len(cache) * cache.views),
-            data_collator=cache.batch if cache else partial(model.task.collate, model.backbone, train=True),
+            data_collator=cache.batch if cache else partial(_collate, model, spec.augmentation),
             callbacks=[*(callbacks or []), _Progress(title)],
         )
         trainer.remove_callback(PrinterCallback)  # it prints every log; the progress bar shows the last
@@ -166,6 +167,10 @@ def fit(
     model.zero_grad(set_to_none=True)
     keep = ("step", "loss", "learning_rate", "grad_norm")
     return [{k: float(e[k]) for k in keep if k in e} for e in trainer.state.log_history if "loss" in e]
+
+
+def _collate(model: TaskModel, augmentation: Augmentation, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return model.task.collate(model.backbone, augmentation(rows), True)
 
 
 def keep_freed_memory() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from torch import nn
 from trimtab.anatomy import Anatomy, AnatomyError, Block, Tap, Tower
 from trimtab.cost import saved_bytes
 from trimtab.methods.tune.unipt import PUBLISHED, DecoderUniPT, PyramidUniPT, TokenUniPT, UniPT, VectorUniPT
-from trimtab.methods.tune.unipt.core import Target, attend
+from trimtab.methods.tune.unipt.core import attend
+from trimtab.methods.tune.unipt.down import Target
 
 spec = importlib.util.spec_from_file_location("literal", Path(__file__).parents[2] / "benchmarks" / "unipt.py")
 literal = importlib.util.module_from_spec(spec)
@@ -88,12 +90,15 @@ def singled(value):
     return value.float() if value is not None and value.dtype == torch.float64 else value
 
 
-def test_samples_are_looked_at_in_parts_of_any_size(monkeypatch):
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("size", [1, 2 * 6 * 4, 4 * 6 * 4, 2 * 6 * 6 * 4])
+def test_samples_and_rows_are_looked_at_in_blocks_of_any_size(monkeypatch, size, keep):
     from trimtab.methods.tune.unipt import core
 
     part = parts()["clip-vil"]
+    part.side.keep = keep
     whole = part.side(*part.inputs)
-    monkeypatch.setitem(core._CACHE_BYTES, "cpu", 1)
+    monkeypatch.setitem(core.CACHE_BYTES, "cpu", size)
     assert torch.allclose(part.side(*part.inputs), whole, atol=1e-10)
     assert literal.compare(part)["gradient_error"] < 1e-8
 
@@ -103,12 +108,14 @@ def test_samples_are_looked_at_in_parts_of_any_size(monkeypatch):
 def test_gradients_of_attention_are_exact(causal, keep):
     torch.manual_seed(1)
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).double()
-    shape = (2, 4 if causal else 1, 1)
-    inputs = [torch.randn(2, 4, 3), torch.rand(shape) + 0.1, torch.randn(2, 4, 3), torch.rand(3) + 0.5, torch.randn(3)]
+    shape = (2, 4 if causal else 1, 2)
+    targets = [(torch.randn(2, 4, 3), torch.rand(3) + 0.5, torch.randn(3)) for _ in range(2)]
+    inputs = [torch.rand(shape) + 0.1, *(t for target in targets for t in target), torch.randn(2, 4, 3)]
     inputs = [i.double().requires_grad_() for i in inputs]
 
-    def function(anchor, confidence, x, weight, bias):
-        return attend(anchor, Target(x, weight, bias), mask, 1e-6, True, causal, confidence, keep)
+    def function(confidence, *flat):
+        anchor, *layers = (Target(*flat[i : i + 3]) for i in range(0, len(flat), 3))  # the last as it is
+        return attend(anchor, layers, mask, 1e-6, True, causal, confidence, keep)
 
     assert torch.autograd.gradcheck(function, inputs)
 
@@ -130,6 +137,73 @@ def test_maps_in_half_precision_are_kept_in_half_precision():
     single = saved_bytes(lambda: side(maps, None).sum(), side)
     half = saved_bytes(lambda: side([m.bfloat16() for m in maps], None).sum(), side)
     assert single - half == 4 * 2 * 8 * 64 * 2  # maps, samples, tokens, channels, bytes
+
+
+@pytest.mark.parametrize("name", [n for n in parts() if n != "half"])
+def test_maps_may_be_kept_in_half_precision_and_results_stay(name):
+    part = parts()[name]
+    side, inputs = part.side.float(), singled(part.inputs)
+    exact, gradient = side(*inputs), lambda: torch.cat([p.grad.flatten() for p in side.parameters()])
+    exact.square().mean().backward()
+    wanted, whole = gradient(), saved_bytes(lambda: side(*inputs).sum(), side)
+    side.zero_grad()
+    side.kept = torch.bfloat16
+    out = side(*inputs)
+    assert torch.equal(out, exact)
+    out.square().mean().backward()
+    assert torch.nn.functional.cosine_similarity(gradient(), wanted, dim=0) > 0.9999
+    assert not torch.equal(gradient(), wanted)
+    assert saved_bytes(lambda: side(*inputs).sum(), side) < 0.95 * whole
+
+
+def test_tokens_that_are_not_attended_to_are_not_kept():
+    torch.manual_seed(0)
+    side = VectorUniPT(64, 1, 8, 1)
+    maps, vector = literal.states(4, 50, 64, 2), torch.randn(4, 8)
+    kept = []
+    for shift in (-1e3, 1e3):  # no token has a positive score, or every one
+        for linear in side.down:
+            linear.bias.data = shift * side.anchor(torch.relu(vector))[0].detach()
+        kept.append(saved_bytes(lambda: side([m[:1] for m in maps], None, vector[:1], None).sum(), side))
+    assert kept[1] - kept[0] == 2 * 50 * (64 * 4 + 8)  # maps and the numbers of their rows
+
+
+def test_a_pyramid_keeps_the_statistics_that_batch_norm_keeps():
+    part = parts()["pyramid"]
+    side, norm = part.side, nn.BatchNorm2d(4).double()
+    conv, grid = side.down[-1][0], part.inputs[0][-1]
+    norm(conv(grid))
+    side(*part.inputs)
+    for name, value in norm.named_buffers():
+        assert torch.allclose(getattr(side.down[-1][1], name), value), name
+    side.eval()
+    assert literal.compare(part)["gradient_error"] < 1e-8
+    assert int(side.down[-1][1].num_batches_tracked) == 1
+
+
+def test_a_map_of_which_a_copy_is_kept_is_let_go():
+    """As soon as it is read, so that a model's maps and their copies are never in memory together."""
+    from trimtab.methods.tune.unipt.method import one_by_one
+
+    maps = literal.states(2, 8, 64, 4)
+    first = weakref.ref(maps[0])
+    rest = one_by_one(maps)
+    side = TokenUniPT(64, 3, 4, kept=torch.bfloat16)
+    freed = []
+    out = side((h for h in rest if freed.append(first() is None) is None), None)
+    assert out.requires_grad and freed[0] is False and freed[2] and not maps
+
+
+def test_scores_are_kept_where_they_are_few():
+    side = TokenUniPT(64, 3, 2)
+    few, many = literal.states(2, 8, 64, 4), literal.states(2, 9, 64, 4)  # d / 4 = 8
+    for maps, same in ((few, True), (many, False)):
+        side.keep = "auto"
+        auto = saved_bytes(lambda maps=maps: side(maps, None).sum(), side)
+        side.keep = same
+        assert auto == saved_bytes(lambda maps=maps: side(maps, None).sum(), side)
+        side.keep = not same
+        assert auto != saved_bytes(lambda maps=maps: side(maps, None).sum(), side)
 
 
 def test_a_causal_side_sees_nothing_of_what_comes_later():

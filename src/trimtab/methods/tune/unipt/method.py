@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Tower
 from trimtab.methods.base import METHODS
 from trimtab.methods.tune.beside import Beside, Listener, token_width
 from trimtab.methods.tune.unipt.sides import DecoderUniPT, PyramidUniPT, TokenUniPT, VectorUniPT
+
+KEPT = {"exact": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,12 @@ class UniPTSettings:
     all; of a grid tower one for each size."""
     projection: Literal["double", "single"] = "double"
     """Between merged tokens and anchor: two linear maps (CLIP-ViL's code), or one (VSE; CLIP-ViL's published count)."""
-    keep_scores: bool = False
-    """Keep attention scores for the backward pass instead of computing them again: faster, more memory."""
+    keep_scores: bool | Literal["auto"] = "auto"
+    """Keep attention scores for the backward pass instead of computing them again: faster, more memory. `auto` keeps
+    them where they are few: sequences no longer than a quarter of the side network's width."""
+    keep_maps: Literal["exact", "bf16", "fp16"] = "exact"
+    """In which precision hidden maps are kept for the backward pass. What the model computes stays the same to the bit;
+    the gradients of the down-projections' weights see the rounding."""
 
     def __post_init__(self) -> None:
         if self.reduction < 1:
@@ -49,10 +57,10 @@ class UniPT(Beside):
         return tuple(t.name for t in anatomy.towers)
 
     def side(self, model: nn.Module, anatomy: Anatomy, tower: Tower) -> nn.Module:
-        s, layers = self.settings, len(tower.blocks)
+        s, kept = self.settings, KEPT[self.settings.keep_maps]
         if tower.layout == "grid" and s.form != "vector":
             widths = [tower.blocks[i - 1].width for i in self._maps(tower, "grid")]
-            return PyramidUniPT(widths, _handed_on(model, tower), s.reduction)
+            return PyramidUniPT(widths, _handed_on(model, tower), s.reduction, keep=s.keep_scores, kept=kept)
         width = token_width(self.name, tower)
         if s.form == "vector" or (s.form == "auto" and _hands_on_vector(model, tower)):
             if tower.pooled is None:
@@ -61,9 +69,9 @@ class UniPT(Beside):
             if not isinstance(linear, nn.Linear):
                 raise ValueError(f"unipt: form 'vector' needs a linear projection at '{tower.pooled.path}'")
             layers = len(self._maps(tower, "vector")) - 1
-            return VectorUniPT(width, layers, linear.out_features, s.reduction)
+            return VectorUniPT(width, layers, linear.out_features, s.reduction, kept=kept)
         targets = len(self._maps(tower, "token")) - 1
-        shared = {"projection": s.projection, "causal": tower.causal, "keep": s.keep_scores}
+        shared = {"projection": s.projection, "causal": tower.causal, "keep": s.keep_scores, "kept": kept}
         if self._memory(anatomy, tower):
             return DecoderUniPT(width, targets, s.reduction, **shared)
         final = "none" if self._read_by_another(anatomy, tower) else "linear"
@@ -71,16 +79,18 @@ class UniPT(Beside):
 
     def listen(self, model: nn.Module, tower: Tower, side: nn.Module) -> Listener:
         if isinstance(side, PyramidUniPT):
-            return self._listener(tower, "grid", side, lambda seen: _grid(tower, side(seen.maps), seen.value))
+            return self._listener(
+                tower, "grid", side, lambda seen: _grid(tower, side(one_by_one(seen.maps)), seen.value)
+            )
         if isinstance(side, VectorUniPT):
-            compute = lambda seen: side(seen.maps, seen.mask, seen.value, seen.position)  # noqa: E731
+            compute = lambda seen: side(one_by_one(seen.maps), seen.mask, seen.value, seen.position)  # noqa: E731
             return self._listener(tower, "vector", side, compute)
         if isinstance(side, DecoderUniPT):
-            compute = lambda seen: side(seen.maps, seen.mask, seen.memory, seen.memory_mask)  # noqa: E731
+            compute = lambda seen: side(one_by_one(seen.maps), seen.mask, seen.memory, seen.memory_mask)  # noqa: E731
             listener = self._listener(tower, "token", side, compute)
             listener.memory = self.listeners[str(tower.memory)]
             return listener
-        listener = self._listener(tower, "token", side, lambda seen: side(seen.maps, seen.mask))
+        listener = self._listener(tower, "token", side, lambda seen: side(one_by_one(seen.maps), seen.mask))
         if isinstance(side.up, nn.Identity):
             listener.place = None  # the frozen decoder goes on reading the frozen encoder; its side reads this side
         return listener
@@ -120,6 +130,13 @@ class UniPT(Beside):
     def _read_by_another(self, anatomy: Anatomy, tower: Tower) -> bool:
         readers = [anatomy.tower(n) for n in self._chosen(anatomy) if anatomy.tower(n).memory == tower.name]
         return any(self._memory(anatomy, reader) for reader in readers)
+
+
+def one_by_one(maps: list[Tensor]) -> Iterator[Tensor]:
+    """The maps in their order; the list lets go of each, so that one of which a copy is kept is freed at once."""
+    maps.reverse()
+    while maps:
+        yield maps.pop()
 
 
 def _hands_on_vector(model: nn.Module, tower: Tower) -> bool:

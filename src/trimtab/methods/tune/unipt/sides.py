@@ -12,13 +12,16 @@ Weights start as torch's own defaults, as in the published code.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trimtab.methods.tune.unipt.core import Target, attend, confidences, down, guided_pool, merge, pooled, read_vector
+from trimtab.methods.tune.unipt.core import Keep, attend, confidences, merge
+from trimtab.methods.tune.unipt.down import Target, down, down_grid, pooled, project
+from trimtab.methods.tune.unipt.pools import guided_down, read_vector
 
 Final = Literal["linear", "relu", "relu-norm", "none"]
 
@@ -47,16 +50,19 @@ class TokenUniPT(nn.Module):
             decoder), or `none`: d-wide tokens for a decoder's side network (MDETR's encoder).
         eps: added to the row sums of attention.
         causal: a token sees only those up to itself, in attention and in confidences (ours: no published use has it).
-        keep: keep the attention scores for the backward pass: faster, and L numbers more a token and layer.
+        keep: keep the attention scores for the backward pass: faster, L numbers more a token and layer; see `attend`.
+        kept: precision in which hidden maps are kept for the backward pass, None for their own. Results are the same;
+            gradients of the down-projections' weights see the rounding.
     """
 
     def __init__(self, width: int, layers: int, reduction: int, out: int | None = None,
                  projection: Literal["double", "single"] = "double", final: Final = "linear", eps: float = 1e-6,
-                 causal: bool = False, keep: bool = False):  # fmt: skip
+                 causal: bool = False, keep: Keep = "auto", kept: torch.dtype | None = None):  # fmt: skip
         super().__init__()
         out = width if out is None else out
         d = self.width = out // reduction
-        self.eps, self.causal, self.keep, self.out = eps, causal, keep, d if final == "none" else out
+        self.eps, self.causal, self.keep, self.kept = eps, causal, keep, kept
+        self.out = d if final == "none" else out
         self.down = nn.ModuleList(nn.Sequential(nn.Linear(width, d), nn.LayerNorm(d)) for _ in range(layers + 1))
         self.gate = nn.Linear(d, 1)
         self.project = (
@@ -71,12 +77,12 @@ class TokenUniPT(nn.Module):
         elif final == "none":
             self.up = nn.Identity()
 
-    def forward(self, maps: list[Tensor], mask: Tensor | None) -> Tensor:
+    def forward(self, maps: Iterable[Tensor], mask: Tensor | None) -> Tensor:
         """Hidden maps (B, L, D), from the first to the last, and valid tokens (B, L) or None -> (B, L, out)."""
-        targets = [down(layer, h) for layer, h in zip(self.down, maps, strict=True)]
-        anchor = targets.pop().tokens()
+        targets = [down(layer, h, self.kept) for layer, h in zip(self.down, maps, strict=True)]
+        anchor = targets.pop()
         merged = merge(anchor, targets, mask, self.gate, self.eps, self.causal, self.keep)
-        return self.up(anchor + self.project(merged))
+        return self.up(anchor.tokens() + project(self.project, merged).tokens())
 
 
 class DecoderUniPT(TokenUniPT):
@@ -95,19 +101,18 @@ class DecoderUniPT(TokenUniPT):
         d, self.levels = self.width, levels
         self.cross = nn.ModuleList(nn.Sequential(nn.Linear(d, d), nn.LayerNorm(d)) for _ in range(len(self.down) - 1))
 
-    def forward(self, maps: list[Tensor], mask: Tensor | None, memory: Tensor | None = None,
+    def forward(self, maps: Iterable[Tensor], mask: Tensor | None, memory: Tensor | None = None,
                 memory_mask: Tensor | None = None) -> Tensor:  # fmt: skip
         """Maps (B, L, D), memory (B, M, d), their masks -> (B, L, out), with `levels` (N + 1, B, L, out)."""
         assert memory is not None
-        targets = [down(layer, h) for layer, h in zip(self.down, maps, strict=True)]
-        anchor = targets.pop().tokens()
+        targets = [down(layer, h, self.kept) for layer, h in zip(self.down, maps, strict=True)]
+        anchor = targets.pop()
         crossed = []
         for target, cross in zip(targets, self.cross, strict=True):
-            z = target.tokens()
-            read = down(cross, attend(z, Target(memory), memory_mask, self.eps, keep=self.keep))
-            crossed.append(z + read.tokens())
+            read = attend(target, [Target(memory)], memory_mask, self.eps, keep=self.keep)
+            crossed.append(target.tokens() + down(cross, read).tokens())
         merged = merge(anchor, [Target(z) for z in crossed], mask, self.gate, self.eps, self.causal, self.keep)
-        final = anchor + self.project(merged)
+        final = anchor.tokens() + project(self.project, merged).tokens()
         return self.up(torch.stack([*crossed, final]) if self.levels else final)
 
 
@@ -119,15 +124,16 @@ class VectorUniPT(nn.Module):
     Since z_l is linear, it is never made: a . z_l = (W^T a) . relu(h_l) + a . b, and sums over tokens commute with W.
     """
 
-    def __init__(self, width: int, layers: int, out: int, reduction: int, eps: float = 1e-6):
+    def __init__(self, width: int, layers: int, out: int, reduction: int, eps: float = 1e-6,
+                 kept: torch.dtype | None = None):  # fmt: skip
         super().__init__()
-        d, self.eps = out // reduction, eps
+        d, self.eps, self.kept = out // reduction, eps, kept
         self.down = nn.ModuleList(nn.Linear(width, d) for _ in range(layers + 1))
         self.anchor = nn.Linear(out, d)
         self.gate = nn.Linear(d, 1)
         self.up = nn.Linear(d, out)
 
-    def forward(self, maps: list[Tensor], mask: Tensor | None, vector: Tensor, position: Tensor | None) -> Tensor:
+    def forward(self, maps: Iterable[Tensor], mask: Tensor | None, vector: Tensor, position: Tensor | None) -> Tensor:
         """Hidden maps (B, L, D), the tower's vector (B, E), the token that it was read from (B,) or None for the first.
 
         Returns:
@@ -139,7 +145,7 @@ class VectorUniPT(nn.Module):
         merged, means = [], []
         for linear, h in zip(self.down, maps, strict=True):
             key, offset = anchor @ linear.weight, anchor @ linear.bias  # (B, D), (B,)
-            attended, share = read_vector(h, key, offset, mask, self.eps)
+            attended, share = read_vector(h, key, offset, mask, self.eps, self.kept)
             with torch.no_grad():  # of the frozen maps alone
                 own, (mean, count) = F.relu(h[rows, at]), pooled(F.relu(h.to(linear.weight.dtype)), mask)
             # Rows of the attended sum, of the own token and of the mean; each gets as much bias as it has weight.
@@ -166,41 +172,40 @@ class PyramidUniPT(nn.Module):
         out: width of the tokens that it hands on.
         reduction: width of the side network is d = out / reduction.
         eps: added to the sums of attention and of pooling.
+        keep, kept: as in `TokenUniPT`.
     """
 
-    def __init__(self, channels: list[int], out: int, reduction: int, eps: float = 1e-8):
+    def __init__(self, channels: list[int], out: int, reduction: int, eps: float = 1e-8,
+                 keep: Keep = "auto", kept: torch.dtype | None = None):  # fmt: skip
         super().__init__()
-        d, self.eps, self.out = out // reduction, eps, out
+        d, self.eps, self.keep, self.kept, self.out = out // reduction, eps, keep, kept, out
         self.down = nn.ModuleList(nn.Sequential(nn.Conv2d(c, d, 1), nn.BatchNorm2d(d)) for c in channels)
         self.guide = nn.ModuleList(nn.Conv2d(channels[-1], c, 1) for c in channels[:-1])
         self.gate = nn.Linear(d, 1)
         self.project = nn.Sequential(nn.Conv2d(d, d, 1), nn.BatchNorm2d(d))
         self.up = nn.Conv2d(d, out, 1)
 
-    def forward(self, grids: list[Tensor]) -> Tensor:
+    def forward(self, grids: Iterable[Tensor]) -> Tensor:
         """Grids (B, C_l, r_l n, r_l n), from the largest to the last, (B, C, n, n) -> tokens (B, n n, out), row by row.
 
         Raises:
             ValueError: if a grid's sides are no multiples of the last one's.
         """
-        grids = [grid.to(self.gate.weight.dtype) for grid in grids]
+        grids = list(grids)
+        kept, grids = self.kept or grids[-1].dtype, [grid.to(self.gate.weight.dtype) for grid in grids]
         last = grids[-1]
-        anchor = self.down[-1](last)  # (B, d, n, n)
+        n, m = last.shape[-2:]
+        cells = last.flatten(2).transpose(1, 2).contiguous()  # (B, n m, C): 1x1 convolutions are products with these
         targets = []
         for i, grid in enumerate(grids[:-1]):
-            if grid.shape[-2] % last.shape[-2] or grid.shape[-2] * last.shape[-1] != grid.shape[-1] * last.shape[-2]:
-                sides = f"{tuple(grid.shape[-2:])} and {tuple(last.shape[-2:])}"
+            if grid.shape[-2] % n or grid.shape[-2] * m != grid.shape[-1] * n:
+                sides = f"{tuple(grid.shape[-2:])} and {(n, m)}"
                 raise ValueError(
                     f"unipt: grid {i} and the last are {sides}: expected whole multiples in both directions"
                 )
-            pooled_grid = guided_pool(F.relu(self.guide[i](last)), grid, self.eps)
-            targets.append(Target(_tokens(self.down[i](pooled_grid))))
-        merged = merge(_tokens(anchor), targets, None, self.gate, self.eps)
-        b, d, n, m = anchor.shape
-        grown = anchor + self.project(merged.transpose(1, 2).reshape(b, d, n, m))
-        return _tokens(self.up(F.relu(grown)))
-
-
-def _tokens(grid: Tensor) -> Tensor:
-    """(B, C, n, m) -> (B, n m, C)."""
-    return grid.flatten(2).transpose(1, 2)
+            guide = F.linear(cells, self.guide[i].weight.flatten(1), self.guide[i].bias)
+            targets.append(guided_down(self.down[i], guide, grid, m, self.eps, kept))
+        anchor = down_grid(self.down[-1], cells, kept)
+        merged = merge(anchor, targets, None, self.gate, self.eps, keep=self.keep)
+        grown = anchor.tokens() + down_grid(self.project, merged).tokens()
+        return F.linear(F.relu(grown), self.up.weight.flatten(1), self.up.bias)

@@ -1,0 +1,82 @@
+"""Random changes of training pictures that leave what is asked about them as it is.
+
+No mirroring, after which "left of" is wrong, and no change of hue, after which "red" is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trimtab.data.images import decode_rows
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How pictures are changed. Calling it changes the pictures of rows, and `box` with them.
+
+    Attributes:
+        crop: smallest share of a picture's area that a random crop leaves, (0, 1], stretched to the old size; 1 for
+            none. A crop holds the row's `box` whole.
+        light: brightness and contrast are multiplied by numbers from 1 - light to 1 + light, [0, 1); 0 for none.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+    """
+
+    crop: float = 1.0
+    light: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"crop must be above 0 and at most 1, found {self.crop}")
+        if not 0 <= self.light < 1:
+            raise ValueError(f"light must be at least 0 and below 1, found {self.light}")
+
+    def __bool__(self) -> bool:
+        """Whether it changes anything."""
+        return self.crop < 1 or self.light > 0
+
+    def __call__(self, rows: list[dict[str, Any]], generator: torch.Generator | None = None) -> list[dict[str, Any]]:
+        """Rows with decoded, changed pictures; the rows given stay as they are."""
+        return [self._row(row, generator) for row in decode_rows(rows)] if self else rows
+
+    def _row(self, row: dict[str, Any], generator: torch.Generator | None) -> dict[str, Any]:
+        from PIL import ImageEnhance
+
+        out = {**row, "image": row["image"].convert("RGB")}
+        if self.crop < 1:
+            out |= _cropped(out, self.crop, generator)
+        if self.light > 0:
+            for change in (ImageEnhance.Brightness, ImageEnhance.Contrast):
+                factor = _uniform(1 - self.light, 1 + self.light, generator)
+                out["image"] = change(out["image"]).enhance(factor)
+        return out
+
+
+def _uniform(low: float, high: float, generator: torch.Generator | None) -> float:
+    return low + (high - low) * float(torch.rand((), generator=generator))
+
+
+def _cropped(row: dict[str, Any], least: float, generator: torch.Generator | None) -> dict[str, Any]:
+    """A random part of the picture, widened until it holds the box, stretched to the old size; the box in it."""
+    from PIL import Image
+
+    picture, box = row["image"], row.get("box")
+    width, height = picture.size
+    area = _uniform(least, 1, generator)
+    ratio = math.exp(_uniform(-math.log(4 / 3), math.log(4 / 3), generator))  # of the sides, as shares of the old ones
+    wide, high = min(1.0, math.sqrt(area * ratio)) * width, min(1.0, math.sqrt(area / ratio)) * height
+    left, top = _uniform(0, width - wide, generator), _uniform(0, height - high, generator)
+    right, bottom = left + wide, top + high
+    if box is not None:
+        left, top, right, bottom = min(left, box[0]), min(top, box[1]), max(right, box[2]), max(bottom, box[3])
+    part = picture.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+    if box is None:
+        return {"image": part}
+    across, down = width / (right - left), height / (bottom - top)
+    moved = [(box[0] - left) * across, (box[1] - top) * down, (box[2] - left) * across, (box[3] - top) * down]
+    return {"image": part, "box": moved}
