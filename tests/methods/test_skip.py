@@ -203,6 +203,8 @@ def test_searches_take_a_budget():
         generator = torch.Generator().manual_seed(seed)
         plan = bandit(losses, target, generator, BanditSettings(evaluations=30), COSTS).plan
         assert target.enough(plan) and losses([plan])[0] <= losses([best])[0] + 0.3
+        plan = linear(losses, target, generator, LinearSettings(evaluations=30), COSTS).plan
+        assert target.enough(plan) and losses([plan])[0] <= losses([best])[0] + 0.3
     gates = Gates(8, target, generator=torch.Generator().manual_seed(0))
     for subset in gates.subsets(5):
         assert target.enough(subset)
@@ -219,7 +221,8 @@ def test_gates_draw_from_their_own_generator():
 # --- asking for losses ------------------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_search_goes_on_from_its_journal(tmp_path):
+@pytest.mark.parametrize("search", [bandit, linear])
+def test_an_interrupted_search_goes_on_from_its_journal(search, tmp_path):
     paid: list = []
 
     def failing(plans):
@@ -228,21 +231,22 @@ def test_an_interrupted_search_goes_on_from_its_journal(tmp_path):
         paid.extend(plans)
         return losses(plans)
 
-    def search(ask):
+    def play(ask):
         evaluator = Evaluator(ask, [str(i) for i in range(8)], tmp_path / "losses.json", key="model")
         generator = torch.Generator().manual_seed(3)
-        settings = BanditSettings(skip=3, evaluations=30, patience=30)
-        return bandit(evaluator, Target.count(8, 3), generator, settings, None), generator
+        kind = BanditSettings if search is bandit else LinearSettings
+        settings = kind(skip=3, evaluations=30, patience=30)
+        return search(evaluator, Target.count(8, 3), generator, settings, None), generator
 
     with pytest.raises(KeyboardInterrupt):
-        search(failing)
+        play(failing)
     asked = len(paid)
     assert asked >= 8
     again: list = []
-    resumed, state = search(lambda plans: again.extend(plans) or losses(plans))
+    resumed, state = play(lambda plans: again.extend(plans) or losses(plans))
     assert not set(again) & set(paid), "what was paid for is not paid for again"
     (tmp_path / "losses.json").unlink()
-    whole, other = search(losses)
+    whole, other = play(losses)
     assert resumed.plan == whole.plan and resumed.scores == whole.scores and resumed.trace == whole.trace
     assert torch.equal(state.get_state(), other.get_state())
     assert len(again) + asked == len({p for u in whole.trace for p in map(tuple, u["subsets"])} | {whole.plan})
@@ -596,11 +600,22 @@ def prepared(tiny_raw, method: dict, folder=None, **changes) -> dict:
     return parts.methods[0].state
 
 
-def test_no_block_skipped_is_adapters_everywhere_and_no_search(tiny_raw):
-    state = prepared(tiny_raw, {"name": "das", "skip": 0})
+@pytest.mark.parametrize("name", ["das", "linear-skip", "block-influence"])
+def test_no_block_skipped_is_adapters_everywhere_and_no_search(name, tiny_raw):
+    state = prepared(tiny_raw, {"name": name, "skip": 0})
     assert state["skip"] == [] and len(state["candidates"]) == 8 and "updates" not in state
     with pytest.raises(ValueError, match="skip must be at least 0"):
         DAS(skip=-1)
+
+
+def test_one_block_must_be_left(tiny_raw):
+    parts, session = session_of(tiny_raw, {"name": "das", "skip": 8})
+    for name, kind in METHODS.items():
+        for skip in (8, 12) if kind.lever == "skip" else ():
+            with pytest.raises(ValueError, match=rf"{name}: {skip} of 8 skippable blocks .* skip at most 7"):
+                kind(skip=skip).prepare(session)
+    with pytest.raises(ValueError, match="das: 8 of 8 skippable blocks"):
+        parts.methods[0].assume(session.subject, session.anatomy)
 
 
 def test_a_validation_split_smaller_than_a_batch_is_refused(tiny_raw):
@@ -702,6 +717,20 @@ def test_a_loss_that_is_no_number_stops_das_and_keeps_the_plan(tiny_raw, tmp_pat
     with pytest.raises(SearchError, match=r"das: the loss with vilt.encoder.layer.\d, .* skipped is nan.*so_far.json"):
         prepared(tiny_raw, {"name": "das", "skip": 2, "search_steps": 3, "turn": 1, "warmup": 0.1}, tmp_path)
     assert len(Plan.read(tmp_path / "search" / "so_far.json").skipped) == 2
+
+
+def test_a_loss_that_is_no_number_stops_other_searches_and_keeps_the_plan(tiny_raw, tmp_path, monkeypatch):
+    from trimtab.methods.skip import searched
+
+    answers = iter([2.0, 1.0, math.inf])
+    monkeypatch.setattr(searched.PlanLosses, "__call__", lambda self, plans: [next(answers) for _ in plans])
+    message = r"linear-skip: the loss with vilt.encoder.layer.\d, .* skipped is inf.*so_far.json"
+    with pytest.raises(SearchError, match=message):
+        prepared(tiny_raw, {"name": "linear-skip", "skip": 2, "search_steps": 1}, tmp_path)
+    paid = json.loads((tmp_path / "search" / "losses.json").read_text())["losses"]
+    so_far = Plan.read(tmp_path / "search" / "so_far.json")
+    best = next(plan for plan, loss in paid if loss == 1.0)
+    assert so_far.skipped == [so_far.blocks[i].path for i in best]
 
 
 @pytest.mark.slow
