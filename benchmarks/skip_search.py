@@ -16,7 +16,8 @@ the test split. Searches are then played against the table, `--repeats` times wi
 
 A plan's rank is its place among all plans of its k, 0 for the best and 1 for the worst. `as_good` is the share of plans
 that the rows do not tell from the last of the best 5 %: in the best 5 %, or less than two standard errors of the
-difference above it (over test batches). `random` takes the best of the plans it drew.
+difference above it (over test batches). `halves` is how often the best plan of half of the test batches is in the best
+5 % of the other half. `random` takes the best of the plans it drew.
 
 Rewards of one batch are computed twice, with and without reuse of what plans share; both times and the share of block
 calls are reported.
@@ -193,6 +194,45 @@ def study(tables: list[dict], ks: list[int], repeats: int) -> list[dict]:
     return out
 
 
+def halves(tables: list[dict], ks: list[int]) -> dict[int, float]:
+    """How often the best plan of every other test batch is in the best 5 % of the rest: what the test rows can tell."""
+    out = {}
+    for k in ks:
+        hits = []
+        for t in tables:
+            for first, second in ((0, 1), (1, 0)):
+                one, other = (
+                    {p: statistics.fmean(x[half::2]) for p, x in t["held"].items() if len(p) == k}
+                    for half in (first, second)
+                )
+                place = sorted(other, key=other.__getitem__).index(min(one, key=one.__getitem__))
+                hits.append(place / (len(other) - 1) <= 0.05)
+        out[k] = round(statistics.fmean(hits), 3)
+    return out
+
+
+def markdown(results: list[dict], judged: str, quarter: int = 15) -> str:
+    """A table: what DAS finds with all evaluations, and what the others find with at most a quarter of them."""
+    ks = sorted({r["k"] for r in results})
+    lines = ["| search | batches | evaluations | " + " | ".join(f"k = {k}" for k in ks) + " |",
+             "|---|---|---|" + "---|" * len(ks)]  # fmt: skip
+    rows: dict[tuple, dict[int, dict]] = {}
+    for r in results:
+        most = max(BUDGETS) if r["search"] in ("das", "das, all rows", "greedy", "influence", "all plans") else quarter
+        if r["judged"] == judged and r["evaluations_at_most"] in (most, quarter):
+            rows.setdefault((r["search"], r["batches"], r["evaluations_at_most"]), {})[r["k"]] = r
+    for (search, batches, _), by_k in rows.items():
+        spent = sorted({round(r["evaluations"]) for r in by_k.values()})
+        cells = []
+        for k in ks:
+            r = by_k[k]
+            good = f", as good {100 * r['as_good']:.0f} %" if judged == "test" else ""
+            cells.append(f"{100 * r['in_best_5_percent']:.0f} %{good}; {100 * r['rank']:.1f}")
+        times = f"{spent[0]}" if len(spent) == 1 else f"{spent[0]} to {spent[-1]}"
+        lines.append(f"| {search} | {batches} | {times} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def plot(results: list[dict], file: Path) -> None:
     """Mean rank against evaluations, one panel a k, judged by validation rows above and by test rows below."""
     import matplotlib
@@ -242,12 +282,12 @@ def main(options: argparse.Namespace) -> None:
     tables = [{**t, **{key: {tuple(p): x for p, x in t[key]} for key in keys}} for t in report["tables"]]
     tables = tables[: options.seeds]
     report["results"] = study(tables, options.ks, options.repeats)
+    report["halves"] = halves(tables, options.ks) if options.held > 1 else None
     _write(report, options.out)
     if options.plot:
         plot(report["results"], options.plot)
-    for r in report["results"]:
-        print(json.dumps(r))
-    print(json.dumps({"reuse": [t["reuse"] for t in tables]}))
+    print(markdown(report["results"], "validation"), markdown(report["results"], "test"), sep="\n")
+    print(json.dumps({"halves": report["halves"], "reuse": [t["reuse"] for t in tables]}))
 
 
 def _write(report: dict, file: Path | None) -> None:
