@@ -168,7 +168,7 @@ def play(search: str, t: Table, evaluations: int, batches: int, seed: int) -> tu
 def study(tables: list[dict], ks: list[int], repeats: int) -> list[dict]:
     """How good the plans of each search are by its number of evaluations, over seeds and repeats."""
     whole = len(next(iter(tables[0]["losses"].values())))
-    views = [("validation", whole), *(("test", b) for b in (1, 4, whole) if b <= whole)]
+    views = [("validation", whole), *(("test", b) for b in sorted({1, min(4, whole), whole}))]
     out = []
     for (judged, batches), k in product(views, ks):
         games = [(t["seed"], Table(t, k, judged)) for t in tables]
@@ -267,6 +267,8 @@ def plot(results: list[dict], file: Path) -> None:
 def main(options: argparse.Namespace) -> None:
     if options.ks != list(range(1, max(options.ks) + 1)):
         raise SystemExit(f"--ks: expected 1 and so on without a gap (the greedy search needs them), found {options.ks}")
+    if options.held < 2:
+        raise SystemExit(f"--held: expected at least 2 batches (one half judges the other), found {options.held}")
     settings = {k: getattr(options, k) for k in ("task", "steps", "train", "rows", "batches", "held", "ks")}
     report = {"settings": settings, "torch": torch.__version__, "threads": torch.get_num_threads(), "tables": []}
     if options.out and options.out.exists() and (kept := json.loads(options.out.read_text()))["settings"] == settings:
@@ -282,7 +284,7 @@ def main(options: argparse.Namespace) -> None:
     tables = [{**t, **{key: {tuple(p): x for p, x in t[key]} for key in keys}} for t in report["tables"]]
     tables = tables[: options.seeds]
     report["results"] = study(tables, options.ks, options.repeats)
-    report["halves"] = halves(tables, options.ks) if options.held > 1 else None
+    report["halves"] = halves(tables, options.ks)
     _write(report, options.out)
     if options.plot:
         plot(report["results"], options.plot)
