@@ -10,6 +10,7 @@ from torch import nn
 
 from trimtab.anatomy import Anatomy
 from trimtab.backbones import (  # noqa: F401  (they register their descriptions and formats)
+    bart,
     bert,
     blip,
     blip_official,
@@ -19,10 +20,13 @@ from trimtab.backbones import (  # noqa: F401  (they register their descriptions
     clip_vil,
     decoder,
     dual,
+    florence2,
+    grounding_dino,
     llava,
     mdetr,
     meter,
     siglip,
+    swin,
     t5,
     vilt,
     vilt_official,

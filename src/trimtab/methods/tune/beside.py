@@ -178,6 +178,7 @@ class Beside(Method):
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
         names = self.settings.towers or self.towers(anatomy)
+        self._check_read(anatomy, names)
         self.listeners: dict[str, Listener] = {}
         sides = nn.ModuleDict({name: self.side(model, anatomy, anatomy.tower(name)) for name in names})
         sides.to(device=next(model.parameters()).device)
@@ -192,7 +193,21 @@ class Beside(Method):
         """The towers that get a side network if the settings name none: those that no later tower reads, since nothing
         is back-propagated through the reader. Paired towers, which read each other, both get one."""
         memory = {t.name: t.memory for t in anatomy.towers}
-        return tuple(t for t in memory if not any(m == t and memory[t] != reader for reader, m in memory.items()))
+        ends = [t.name for t in anatomy.towers if t.feeds is None]
+        return tuple(t for t in ends if not any(m == t and memory[t] != reader for reader, m in memory.items()))
+
+    def _check_read(self, anatomy: Anatomy, names: Sequence[str]) -> None:
+        """ValueError if a tower is named with one whose stream its output becomes: it would get no gradient."""
+        for tower in map(anatomy.tower, names):
+            reader = tower.feeds
+            if reader is None:
+                continue
+            later = {reader} | {t.name for t in anatomy.towers if t.memory == reader}
+            if found := sorted(later & set(names)):
+                raise ValueError(
+                    f"{self.name}: tower {found[0]!r} reads tower {tower.name!r}, and nothing is back-propagated "
+                    f"through it: name one of the two in `towers`"
+                )
 
     def sides(self, model: nn.Module) -> nn.ModuleDict:
         """The side networks that are attached to a model, by tower."""
