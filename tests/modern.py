@@ -18,10 +18,10 @@ def _sized(**changed: Any) -> dict[str, Any]:
     return {**_DECODER, "head_dim": 8, **changed}
 
 
-def idefics(name: str, layers: int = 2) -> hf.PreTrainedModel:
+def idefics(name: str, layers: int = 2, **changed: Any) -> hf.PreTrainedModel:
     """`Idefics3` or `SmolVLM`: 4 x 4 patches a picture, four of them one image token."""
     vision = {**VISION, "image_size": 16, "patch_size": 4}
-    text = {"model_type": "llama", **_sized(num_hidden_layers=layers)}
+    text = {"model_type": "llama", **_sized(num_hidden_layers=layers), **changed}
     config = getattr(hf, f"{name}Config")(vision_config=vision, text_config=text, image_token_id=29, scale_factor=2,
                                           pad_token_id=0)  # fmt: skip
     return getattr(hf, f"{name}ForConditionalGeneration")(config)

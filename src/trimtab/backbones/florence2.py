@@ -24,9 +24,10 @@ def describe(model: Any) -> Anatomy:
 @describes("Florence2VisionBackbone")
 def describe_vision(model: Any) -> Anatomy:
     """DaViT (Ding et al., ECCV 2022): each block attends to windows of patches, then from channel to channel."""
+    only = "it is the only block of its stage"
     blocks = tuple(
         # What flows between blocks is a grid (B, C, H, W): there is no stream of tokens for adapters to read.
-        Block(f"blocks.{s}.{b}", model.embed_dim[s])
+        Block(f"blocks.{s}.{b}", model.embed_dim[s], stays=only if len(stage) == 1 else "")
         for s, stage in enumerate(model.blocks)
         for b in range(len(stage))
     )  # fmt: skip
