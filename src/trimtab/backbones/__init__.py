@@ -25,6 +25,7 @@ from trimtab.backbones import (  # noqa: F401  (they register their descriptions
     llava,
     mdetr,
     meter,
+    reader,
     siglip,
     swin,
     t5,
@@ -43,6 +44,8 @@ __all__ = ["BACKBONES", "FORMATS", "Backbone", "Encoded", "LoadReport", "Picture
 
 _FAMILIES = {
     "vilt": vilt.load, "clip": clip.load, "blip": blip.load, "clip_vil": clip_vil.load, "meter": meter.load,
+    "siglip": siglip.load, "siglip2": siglip.load,
+    **dict.fromkeys(("llava", "paligemma", "idefics3", "smolvlm"), reader.load),
     "trimtab_vse": vse.load, "trimtab_clip4clip": clip4clip.load, "trimtab_xvlm": xvlm.load,
 }  # fmt: skip
 
