@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 import transformers as hf
 
-from tests.zoo import _DECODER, _QWEN, _READS, _SEEN_MASK, BLOCK, PICTURE, SMALL, VISION, WIDE, Member, pixels
+from tests.zoo import (
+    _DECODER,
+    _QWEN,
+    _READS,
+    _SEEN_MASK,
+    BLOCK,
+    PICTURE,
+    SMALL,
+    VISION,
+    WIDE,
+    ZOO,
+    Member,
+    _qwen25,
+    pixels,
+)
+from trimtab.anatomy import Anatomy
 
 _MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
 _GATED = BLOCK + 16 * 32  # gated feed-forward parts have a third matrix
@@ -150,3 +166,40 @@ MODERN: dict[str, Member] = {
         lossless=True,
     ),
 }  # fmt: skip
+
+MEMBERS = MODERN | {name: ZOO[name] for name in ("siglip", "siglip2", "qwen2.5-vl")}
+# Members that write, with three blocks in their decoder.
+DEEPER: dict[str, tuple[str, Callable[[], Any], str]] = {
+    "smolvlm": ("smolvlm", partial(idefics, "SmolVLM", 3), "text"),
+    "idefics3": ("idefics3", partial(idefics, "Idefics3", 3), "text"),
+    "qwen2.5-vl": ("qwen2.5-vl", partial(_qwen25, 3), "text"),
+    "qwen3-vl": ("qwen3-vl", qwen3, "text"),
+    "paligemma": ("paligemma", partial(paligemma, "gemma", 3), "text"),
+    "paligemma2": ("paligemma2", partial(paligemma, "gemma2", 3), "text"),
+    "florence2": ("florence2", partial(florence, 3), "decoder"),
+}
+
+
+def deeper(name: str) -> tuple[Any, Member, list[str]]:
+    """A model with three blocks in its decoder, its member of the zoo, and the decoder's blocks."""
+    member, build, tower = DEEPER[name]
+    model = Member(build, {}, {}, {}).model()
+    return model, MEMBERS[member], [b.path for b in Anatomy.of(model).blocks(tower)]
+
+
+def written(model: Any, member: Member, cache: bool) -> torch.Tensor:
+    """The logits of five words in a row, (5, B, V)."""
+    prompt = {k: v for k, v in member.batch.items() if not k.startswith(("labels", "decoder"))}
+    # A model of 30 words would also write tokens that stand for pictures.
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "suppress_tokens": [26, 27, 28, 29]}
+    with torch.no_grad():
+        out = model.generate(**prompt, **options, use_cache=cache, return_dict_in_generate=True, output_logits=True)
+    return torch.stack(out.logits)
+
+
+def outputs(model: Any, member: Member) -> list[torch.Tensor]:
+    """All finite tensors that the model returns."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        out = model(**member.batch).to_tuple()
+    return [v[v.isfinite()] for v in out if isinstance(v, torch.Tensor) and v.is_floating_point()]

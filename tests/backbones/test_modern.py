@@ -46,12 +46,15 @@ def test_a_reader_fuses_picture_and_words(name, tmp_path):
         found = backbone.pair(pixels, IDS, MASK)
         other = backbone.pair(pixels, IDS.masked_fill(MASK == 0, 7), MASK)
         written = backbone.write(seen, IDS, MASK)
+        continued = backbone.write(seen, torch.cat([IDS[:, :4], IDS[:, 4:] + 3], dim=1), MASK)
     patches = seen.shape[1]
     assert seen.shape == (2, 4, 16) and found.tokens.shape == (2, patches + 5, 16)
     assert found.image_tokens == slice(0, patches) and found.mask.tolist() == [[1] * 9, [1] * 7 + [0, 0]]
     torch.testing.assert_close(found.pooled[1], found.tokens[1, patches + 2])  # its last word
     torch.testing.assert_close(found.pooled, other.pooled)  # whatever stands at padded places
     torch.testing.assert_close(written, found.tokens[:, patches:])
+    torch.testing.assert_close(written[:, :4], continued[:, :4])  # a word sees none that follow
+    assert not torch.allclose(written[0, 4], continued[0, 4])
 
 
 def test_a_reader_gives_what_the_model_does(tmp_path):

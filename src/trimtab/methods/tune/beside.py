@@ -79,6 +79,9 @@ class Listener:
             self.handles.append(read(model, Tap(block.path), lambda value, i=i: self._next(i + 1, value)))
         if tower.mask is not None:
             self.handles.append(read(model, tower.mask, self._masked))
+        if tower.causal:
+            first = model.get_submodule(tower.blocks[0].path)
+            self.handles.append(first.register_forward_pre_hook(self._cached, with_kwargs=True))
         if self.place is None:
             self.handles.append(read(model, tower.output, self._keep))
         else:
@@ -89,6 +92,13 @@ class Listener:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+
+    def _cached(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if holds_tokens(kwargs):
+            raise AnatomyError(
+                f"{self.method}: block '{self.tower.blocks[0].path}' was called with the newest token alone, and the "
+                "side network reads all: use no key-value cache in generation"
+            )
 
     def _first(self, value: Tensor) -> None:
         self.found, self.shape = {}, value.shape
@@ -161,6 +171,12 @@ class Listener:
         if result.requires_grad:
             self.result = None
         return result, self.result_mask
+
+
+def holds_tokens(kwargs: dict) -> bool:
+    """Whether a block is called with a key-value cache that holds tokens already."""
+    cache = kwargs.get("past_key_values")
+    return cache is not None and bool(cache.get_seq_length())
 
 
 def _last(valid: Tensor | None, tokens: Tensor) -> Tensor:

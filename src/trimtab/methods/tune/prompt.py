@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trimtab.anatomy import Anatomy, Block, Tap, Tower, rewrite
 from trimtab.methods.base import METHODS, Method
 from trimtab.methods.skip.adapters import parameter_names
-from trimtab.methods.tune.beside import token_width
+from trimtab.methods.tune.beside import holds_tokens, token_width
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,7 @@ class _Enter:
         named = self.block.stream in kwargs
         stream = kwargs[self.block.stream] if named else args[0]
         count = self.prompts.shape[1]
-        cache = kwargs.get("past_key_values")
-        if self.index == 0 and cache is not None and cache.get_seq_length():
+        if self.index == 0 and holds_tokens(kwargs):
             raise ValueError(
                 f"block '{self.block.path}' was called with a key-value cache that holds tokens already: prompts would "
                 "be set before each new token; generate with use_cache=False"
@@ -91,14 +90,14 @@ class _Enter:
             stream = torch.cat([new, tokens], dim=1)
         length = stream.shape[1] - count
         names = [*parameter_names(module), *[""] * len(args)]
-        args = tuple(a if i == 0 and not named else _widened(names[i], a, count, length) for i, a in enumerate(args))
-        kwargs = {k: v if k == self.block.stream else _widened(k, v, count, length) for k, v in kwargs.items()}
+        args = tuple(a if i == 0 and not named else _widened(a, count, length, names[i]) for i, a in enumerate(args))
+        kwargs = {k: v if k == self.block.stream else _widened(v, count, length, k) for k, v in kwargs.items()}
         if named:
             return args, {**kwargs, self.block.stream: stream}
         return (stream, *args[1:]), kwargs
 
 
-def _widened(name: str, value: Any, count: int, length: int) -> Any:
+def _widened(value: Any, count: int, length: int, name: str = "") -> Any:
     """What a block is given of each token, with `count` more in front.
 
     That is an attention mask of (B, L), (B, 1, 1, L) or (B, 1, L, L), or one of (B, 1, L, M) for another tower's M
