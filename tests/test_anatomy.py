@@ -25,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from trimtab import anatomy
 from trimtab.anatomy import Anatomy, AnatomyError, Block, Tap, Tower, argument, describes, pick, put, read, rewrite
+from trimtab.discovery import discover
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 CLIP_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
@@ -320,7 +321,7 @@ def test_discovery_in_umt5():
 def test_discovery_in_swin():
     small = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4}
     model = SwinModel(SwinConfig(**small))
-    (tower,) = Anatomy.of(model).towers
+    (tower,) = discover(model).towers
     assert tower.modality == "vision" and [b.path for b in tower.blocks] == ["encoder.layers.0", "encoder.layers.1"]
     assert not any(b.keeps_shape for b in tower.blocks)
 

@@ -33,6 +33,8 @@ class Member:
         padding: argument -> where it is padding (of its shape, or of its first axes).
         sublayers: kinds of parts in a block, by tower; others have attention and mlp.
         generates: whether it writes text.
+        streams: what each block puts out, by tower; others give (2, length, width).
+        lossless: whether it computes no loss of its own from this batch.
     """
 
     build: Callable[[], nn.Module]
@@ -43,6 +45,8 @@ class Member:
     padding: dict[str, Tensor] = field(default_factory=dict)
     sublayers: dict[str, list[str]] = field(default_factory=dict)
     generates: bool = False
+    streams: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    lossless: bool = False
 
     def model(self) -> Any:
         torch.manual_seed(0)
@@ -110,16 +114,16 @@ def _qwen2() -> hf.PreTrainedModel:
     return hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(vision_config=sizes, **_qwen_text()))
 
 
-def _qwen25() -> hf.PreTrainedModel:
+def _qwen25(layers: int = 2) -> hf.PreTrainedModel:
     sizes = {"hidden_size": 24, "depth": 3, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 16}
     sizes |= {"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1]}
-    return hf.Qwen2_5_VLForConditionalGeneration(hf.Qwen2_5_VLConfig(vision_config=sizes, **_qwen_text()))
+    return hf.Qwen2_5_VLForConditionalGeneration(hf.Qwen2_5_VLConfig(vision_config=sizes, **_qwen_text(layers)))
 
 
-def _qwen_text() -> dict[str, Any]:
+def _qwen_text(layers: int = 2) -> dict[str, Any]:
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
     tokens = {"image_token_id": 29, "video_token_id": 28, "vision_start_token_id": 27, "vision_end_token_id": 26}
-    return {"text_config": {**_DECODER, "rope_parameters": rope}, **tokens}
+    return {"text_config": {**_DECODER, "num_hidden_layers": layers, "rope_parameters": rope}, **tokens}
 
 
 # Two rows of a language model: four image tokens, then text; the first is padded at its left.
@@ -222,7 +226,7 @@ ZOO: dict[str, Member] = {
     "t5 gated": Member(
         lambda: _t5(hf.T5Model, "gated-gelu"), _T5,
         {"encoder": ("text", 2, 2 * (BLOCK + 16 * 32)), "decoder": ("text", 2, 2 * (BLOCK + 4 * 16 * 16 + 16 * 32))},
-        **_T5_PARTS,
+        **_T5_PARTS, lossless=True,
     ),
     "t5 tokens": Member(
         lambda: _t5(hf.T5ForTokenClassification), {**_TEXT, "labels": MASK}, {"encoder": ("text", 2, 2 * BLOCK)},

@@ -42,11 +42,13 @@ class Tap:
         side: whether the value goes into the module or comes out of it.
         key: which one: position or keyword of an input, position or field of an output that is a tuple or a
             `ModelOutput`. An output that is one tensor ignores it.
+        flat: whether its axes after the first are read as one: a mask (B, H, W) of patches is one of tokens (B, H W).
     """
 
     path: str
     side: Literal["input", "output"] = "output"
     key: int | str = 0
+    flat: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,10 @@ class Block:
         stream: keyword of the carried stream, used when it is not passed by position.
         returns_tuple: whether it returns the stream as the first element of a tuple, not by itself.
         also: names of further arguments that it returns after the stream, changed or not: a second stream (LXMERT), a
-            position bias (T5). In place of a skipped block they are handed on.
+            position bias (T5). In place of a skipped block they are handed on; what it is not called with (attention
+            weights) is None there.
+        stays: why it cannot be taken out of the model for good, though it can be skipped: the model around it counts
+            its blocks, say. Empty if it can.
     """
 
     path: str
@@ -93,6 +98,7 @@ class Block:
     stream: str = "hidden_states"
     returns_tuple: bool = False
     also: tuple[str, ...] = ()
+    stays: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,10 @@ class Tower:
         samples: where a value with one row a sample goes in, for a stream that does not begin with the samples: (L, B,
             D), or (L, D) with the tokens of all images one after another. None for (B, L, D) and (B, C, H, W).
         memory: name of the tower whose output the blocks also read (decoders, paired fusion towers).
+        reads: outputs of further towers that the blocks read: (the keyword that brings it, name of the tower).
+        feeds: name of the tower that takes its output in among its own tokens, whose stream it thereby becomes.
         causal: whether a token sees only those before it (then a key-value cache may be in use).
+        closed: why no tokens can be set before its own: each has a place on which the model counts. Empty if they can.
     """
 
     name: str
@@ -130,7 +139,10 @@ class Tower:
     pooled: Tap | None = None
     pooled_token: Literal["first", "last"] = "first"
     memory: str | None = None
+    reads: tuple[tuple[str, str], ...] = ()
+    feeds: str | None = None
     causal: bool = False
+    closed: str = ""
 
 
 class Weight(NamedTuple):
@@ -405,11 +417,15 @@ def put(value: Any, key: int | str, new: Any) -> Any:
 def read(model: nn.Module, tap: Tap, then: Callable[[Tensor], None]) -> RemovableHandle:
     """Call `then` with the tapped value at every forward pass; returns the handle that takes the hook away."""
     module = model.get_submodule(tap.path)
+
+    def give(value: Any) -> None:
+        then(value.flatten(1) if tap.flat and isinstance(value, Tensor) else value)
+
     if tap.side == "output":
-        return module.register_forward_hook(lambda m, args, out: then(pick(out, tap.key)))
+        return module.register_forward_hook(lambda m, args, out: give(pick(out, tap.key)))
 
     def before(m: nn.Module, args: tuple, kwargs: dict) -> None:
-        then(argument(tap, args, kwargs))
+        give(argument(tap, args, kwargs))
 
     return module.register_forward_pre_hook(before, with_kwargs=True)
 

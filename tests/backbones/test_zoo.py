@@ -7,14 +7,16 @@ import torch
 from torch import nn
 
 import trimtab
-from tests.zoo import MASK, ZOO, Member
+from tests.modern import MODERN
+from tests.zoo import MASK, Member
+from tests.zoo import ZOO as OLDER
 from trimtab import UniPT
 from trimtab.anatomy import Anatomy, Tap, pick, read, rewrite
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import collect
 
+ZOO = OLDER | MODERN
 NAMES = list(ZOO)
-LOSSLESS = "t5 gated"  # a base model: it computes no loss of its own
 
 
 def forward(model: nn.Module, member: Member) -> torch.Tensor:
@@ -60,22 +62,26 @@ def test_taps_see_the_stream_and_adapters_can_be_set(member):
     plain = forward(model, member)
     for tower in anatomy.towers:
         width, length = tower.blocks[0].width, member.lengths[tower.name]
-        stream = (2, length, width)
+        stream: tuple[int, ...] = (2, length, width)
         if tower.samples is not None:
             stream = (length, 2, width) if seen[tower.output].ndim == 3 else (2 * length, width)
             assert len(seen[tower.samples]) == 2
-        assert seen[tower.output].shape == stream
+        streams = member.streams.get(tower.name, [stream] * len(tower.blocks))
+        assert seen[tower.output].shape == streams[-1]
         if tower.mask is not None:
             assert torch.equal(seen[tower.mask].bool(), member.masks[tower.name].bool())
-        for block in tower.blocks:
+        for block, stream in zip(tower.blocks, streams, strict=True):
             assert [p.kind for p in block.sublayers] == member.sublayers.get(tower.name, ["attention", "mlp"])
-            assert torch.equal(seen[block.sublayers[0].read], seen[Tap(block.path, "input")])
+            assert seen[Tap(block.path)].shape == stream
+            for part in block.sublayers[:1]:
+                assert torch.equal(seen[part.read], seen[Tap(block.path, "input")])
             assert all(seen[t].shape == stream for p in block.sublayers for t in (p.read, p.write))
     for block in anatomy.blocks():
         outs: list = []
         handle = model.get_submodule(block.path).register_forward_hook(lambda m, a, out, outs=outs: outs.append(out))
         assert torch.equal(forward(model, member), plain)
-        assert isinstance(outs[0], tuple) == block.returns_tuple
+        assert isinstance(outs[0], tuple) == (block.returns_tuple or bool(block.also))
+        assert not block.also or len(outs[0]) == 1 + len(block.also)
         for part in block.sublayers:
             for amount, changes in ((0.0, False), (0.5, True)):
                 added = rewrite(model, part.write, lambda x, amount=amount: x + amount * torch.arange(x.shape[-1]))
@@ -89,9 +95,9 @@ def test_taps_see_the_stream_and_adapters_can_be_set(member):
 @pytest.mark.parametrize("method", ["multiflow", "snip"])
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_pruned_by_what_is_asked_and_still_writes(name, method):
-    if method == "snip" and name == LOSSLESS:
-        pytest.skip("it computes no loss")
     member = ZOO[name]
+    if method == "snip" and member.lossless:
+        pytest.skip("it computes no loss")
     model = member.model()
     torch.manual_seed(1)
     masks = trimtab.prune(model, method, 0.5, [member.batch], allow_empty_tower=True)
@@ -151,6 +157,17 @@ def test_statistics_are_sums_over_valid_tokens_a_sample(member):
         ("bridgetower", "bridgetower.cross_modal_text_layers.0.crossattention.self.key", None),  # five image tokens
         ("bridgetower", "bridgetower.cross_modal_image_layers.1.crossattention.self.value", MASK),  # five of text
         ("t5", "decoder.block.1.layer.1.EncDecAttention.k", MASK),
+        (
+            "florence2",
+            "model.language_model.decoder.layers.1.encoder_attn.k_proj",
+            MODERN["florence2"].masks["encoder"],
+        ),
+        ("grounding-dino", "model.decoder.layers.1.encoder_attn_text.key", MODERN["grounding-dino"].masks["text"]),
+        (
+            "grounding-dino",
+            "model.decoder.layers.1.encoder_attn.value_proj",
+            MODERN["grounding-dino"].masks["fusion-image"],
+        ),
     ],
 )
 def test_what_is_read_of_another_tower_is_masked_as_that_tower(name, path, tokens):
@@ -161,7 +178,7 @@ def test_what_is_read_of_another_tower_is_masked_as_that_tower(name, path, token
     read(model, Tap(path, "input", 0), inputs.append)
     found = squares(model, Anatomy.of(model), member.batch)[path + ".weight"]
     x = inputs[-1].detach()
-    assert x.shape[1] == 5
+    assert x.shape[:2] == ((2, 5) if tokens is None else tokens.shape)
     x = x.flatten(0, 1) if tokens is None else x[tokens.bool()]
     torch.testing.assert_close(found, x.square().sum(0) / 2, rtol=1e-4, atol=1e-6)
 

@@ -169,6 +169,11 @@ def test_masks_are_widened_by_their_kind():
     assert _widened(keys, 2, 2).tolist() == [[[[True, True, True, False]]]]
     assert _widened(torch.tensor([[1, 0]]), 1, 2).tolist() == [[1, 1, 0]]
     assert _widened(torch.zeros(2, 3), 1, 2).shape == (2, 3)
+    assert _widened(torch.zeros(1, 1, 2, 2), 1, 2, "encoder_attention_mask").shape == (1, 1, 3, 2)  # another's tokens
+    cos, sin = _widened((torch.full((1, 2, 4), 0.6), torch.full((1, 2, 4), 0.8)), 1, 2)
+    assert cos[0, :, 0].tolist() == pytest.approx([1, 0.6, 0.6]) and sin[0, :, 0].tolist() == pytest.approx(
+        [0, 0.8, 0.8]
+    )
 
 
 def test_a_ladder_starts_as_the_tower_cut_to_its_width():

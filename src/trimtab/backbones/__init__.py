@@ -10,6 +10,7 @@ from torch import nn
 
 from trimtab.anatomy import Anatomy
 from trimtab.backbones import (  # noqa: F401  (they register their descriptions and formats)
+    bart,
     bert,
     blip,
     blip_official,
@@ -19,10 +20,14 @@ from trimtab.backbones import (  # noqa: F401  (they register their descriptions
     clip_vil,
     decoder,
     dual,
+    florence2,
+    grounding_dino,
     llava,
     mdetr,
     meter,
+    reader,
     siglip,
+    swin,
     t5,
     vilt,
     vilt_official,
@@ -39,6 +44,8 @@ __all__ = ["BACKBONES", "FORMATS", "Backbone", "Encoded", "LoadReport", "Picture
 
 _FAMILIES = {
     "vilt": vilt.load, "clip": clip.load, "blip": blip.load, "clip_vil": clip_vil.load, "meter": meter.load,
+    "siglip": siglip.load, "siglip2": siglip.load,
+    **dict.fromkeys(("llava", "paligemma", "idefics3", "smolvlm"), reader.load),
     "trimtab_vse": vse.load, "trimtab_clip4clip": clip4clip.load, "trimtab_xvlm": xvlm.load,
 }  # fmt: skip
 

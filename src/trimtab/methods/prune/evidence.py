@@ -151,8 +151,9 @@ class InputSums:
     """Sums over the inputs of matrices while the model is called, in forward hooks: nothing of a batch is kept.
 
     Padding tokens are left out where an input is as long as its tower's mask, and where it is what a block reads of
-    another tower (`Tower.memory`), by that tower's mask. Any other input is counted whole. Without a described memory
-    nothing tells image tokens that a text tower attends to from text of the same length: the text's mask is applied.
+    another tower (`Tower.memory`, `Tower.reads`), by that tower's mask. Any other input is counted whole. Without a
+    described memory nothing tells image tokens that a text tower attends to from text of the same length: the text's
+    mask is applied.
 
     A context manager: the hooks are gone and the model is as before when it is left.
 
@@ -173,13 +174,14 @@ class InputSums:
         self.masks: dict[str, Tensor | None] = {}
         self.sources: dict[str, Tensor | None] = {}
         self.samples: dict[str, int] = {}
-        self.memories: dict[str, list[tuple[int, torch.Size]]] = {}
+        self.memories: dict[str, dict[tuple[int, torch.Size], str]] = {}
         self.valid: dict[str, bool] = {}  # whether a masked tower was given a valid token in any batch
         self.last: _Reduced | None = None
         self.stack = ExitStack()
         self.rows = {w: rows_and_columns(self.model, w)[0] for w in self.weights}
         self.towers = {w: tower for w in self.weights if (tower := self.anatomy.owner(w.module))}
         names = {t.name for t in self.towers.values()} | {t.memory for t in self.towers.values() if t.memory}
+        names |= {read for t in self.towers.values() for _, read in t.reads}
         self.watched = [t for t in self.anatomy.towers if t.name in names]
         # torch's fused encoder layers call no module inside; hooks would see nothing.
         self.stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
@@ -192,7 +194,7 @@ class InputSums:
             if tower.samples is not None:
                 self._hold(read(self.model, tower.samples, partial(self._count, tower.name)))
             for block in tower.blocks if tower.memory else ():
-                hook = partial(self._memory, tower.name)
+                hook = partial(self._memory, tower)
                 self._hold(self.model.get_submodule(block.path).register_forward_pre_hook(hook, with_kwargs=True))
         convolutions = [w for w in self.weights if w.kernel]
         for weight in self.weights:
@@ -213,10 +215,12 @@ class InputSums:
     def _count(self, tower: str, value: Tensor) -> None:
         self.samples[tower] = len(value)
 
-    def _memory(self, tower: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Note what a block is given beside the stream, its first argument, by where it lies in memory."""
-        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim == 3]
-        self.memories[tower] = [(x.data_ptr(), x.shape) for x in given[1:]]
+    def _memory(self, tower: Tower, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Note of which tower is what a block is given beside the stream, its first argument, by where it lies."""
+        named: list[tuple[str, Any]] = [*(("", x) for x in args), *kwargs.items()]
+        given = [(name, x) for name, x in named if isinstance(x, Tensor) and x.ndim == 3]
+        reads, memory = dict(tower.reads), str(tower.memory)
+        self.memories[tower.name] = {(x.data_ptr(), x.shape): reads.get(name, memory) for name, x in given[1:]}
 
     def _watch(self, weight: Weight) -> None:
         owner, _, name = weight.module.rpartition(".")
@@ -273,8 +277,7 @@ class InputSums:
         tower = self.towers.get(weight)
         if tower is None:
             return None
-        remembered = tower.memory and (x.data_ptr(), x.shape) in self.memories.get(tower.name, ())
-        return self.masks.get(tower.memory if remembered else tower.name)  # type: ignore[arg-type]
+        return self.masks.get(self.memories.get(tower.name, {}).get((x.data_ptr(), x.shape), tower.name))
 
     def _sum(self, weight: Weight, totals: list[Tensor], samples: int) -> None:
         """Add the sums of a weight's parts, among which its rows are divided evenly."""

@@ -191,7 +191,7 @@ class Skipped(nn.Module):
         original = model.get_submodule(block.path)
         place = next(original.parameters())
         self.names = parameter_names(original)
-        self.stream, self.also = block.stream, block.also
+        self.stream, self.also, self.stays = block.stream, block.also, block.stays
         self.returns_tuple = block.returns_tuple or bool(block.also)
         self.form = form
         self.norm: nn.Module | None = None

@@ -108,7 +108,8 @@ class Skipping(Method):
             b
             for name in towers
             for b in anatomy.blocks(name)
-            if b.keeps_shape and (b.sublayers or s.adapters == "none")
+            # Without adapters what is skipped goes for good when the model is exported: only what can.
+            if b.keeps_shape and (not b.stays if s.adapters == "none" else b.sublayers)
         ]
         if s.budget is None and s.skip >= len(found):
             raise ValueError(

@@ -3,7 +3,7 @@
 What a list of layers fixes elsewhere is put right:
 
     layer_idx           of attention modules: a key-value cache has one slot a layer; slot 0 tells its length
-    configuration       number of layers, and lists with one entry a layer (`layer_types`)
+    configuration       number of layers, lists with one entry a layer (`layer_types`), lists that name some by number
     relative positions  T5's first layer holds the position bias of all: it is handed to the first layer that is kept
 """
 
@@ -16,8 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimtab.anatomy import Anatomy
+from trimtab.anatomy import Anatomy, AnatomyError
 from trimtab.methods.skip.adapters import Adapter, RoutedAdapter, Skipped
+
+# Settings that name blocks by number, and what they say of a block: that it is of another `kind`, or that what it puts
+# out is `read`. One that is skipped puts out what the block before it does.
+_NUMBERED = {"fullatt_block_indexes": "kind", "deepstack_visual_indexes": "read"}
 
 
 def close_gaps(model: nn.Module, anatomy: Anatomy, skipped: Collection[str]) -> None:
@@ -82,7 +86,8 @@ def shorten(model: nn.Module, skip: Collection[str] = ()) -> nn.Module:
 
     Raises:
         ValueError: if adapters are left in the model, which no ordinary class has a place for, if a path is no block
-            in a list, or if no setting of the model's configuration stands for the number of layers.
+            in a list or one that cannot go (`Block.stays`), or if no setting of the model's configuration stands for
+            the number of layers.
     """
     left = [n for n, m in model.named_modules() if isinstance(m, (Adapter, RoutedAdapter))]
     if left:
@@ -91,6 +96,8 @@ def shorten(model: nn.Module, skip: Collection[str] = ()) -> nn.Module:
             "layers has a place for them: skip with `adapters: none`, or keep the model as a run of trimtab; "
             "torch.export and ONNX take it as it is"
         )
+    for path, why in _staying(model, skip):
+        raise ValueError(f"shorten: '{path}' cannot be taken out: {why}; skip it with adapters, and keep the run")
     gone = {*skip, *(n for n, m in model.named_modules() if isinstance(m, Skipped))}
     lists: dict[str, list[int]] = {}
     for path in gone:
@@ -107,6 +114,44 @@ def shorten(model: nn.Module, skip: Collection[str] = ()) -> nn.Module:
     return model
 
 
+def _staying(model: nn.Module, skip: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Blocks that would go, but cannot, and why."""
+    skipped = {n: m.stays for n, m in model.named_modules() if isinstance(m, Skipped)}
+    try:
+        # A skipped block may lack what a description reads; then the others' were read before it was.
+        described = {b.path: b.stays for b in Anatomy.of(model).blocks()} if skip and not skipped else {}
+    except AnatomyError:
+        described = {}
+    yield from ((p, why) for p, why in (skipped | {p: described.get(p, "") for p in skip}).items() if why)
+
+
+def _renumbered(model: nn.Module, path: str, kept: list[int]) -> list[tuple[Any, str, list[int]]]:
+    """Settings that name blocks of a list by number, with the numbers that they have when the others are gone.
+
+    Raises:
+        ValueError: if it is not known what a setting means, or two numbers would become one.
+    """
+    found = []
+    for config in _configs(model, path):
+        for key, value in _values(config):
+            if not (isinstance(value, list) and value and key.endswith(("_layers", "_indexes", "_indices"))):
+                continue
+            meaning = _NUMBERED.get(key)
+            if meaning is None and len(value) != len(model.get_submodule(path)) and all(type(v) is int for v in value):
+                raise ValueError(f"shorten: {type(config).__name__}.{key} names layers by number; not supported")
+            if meaning == "kind":
+                found.append((config, key, [new for new, old in enumerate(kept) if old in value]))
+            if meaning == "read":
+                new = [sum(k <= i for k in kept) - 1 for i in value]
+                if min(new) < 0 or len(set(new)) < len(new):
+                    raise ValueError(
+                        f"shorten: {type(config).__name__}.{key} reads the blocks {value} of '{path}': what is left "
+                        f"({kept}) has no block of its own for each"
+                    )
+                found.append((config, key, new))
+    return found
+
+
 def _shorten_list(model: nn.Module, path: str, gone: set[int]) -> None:
     """Take blocks out of one list, number the others again and put the configuration right."""
     blocks = model.get_submodule(path)
@@ -115,11 +160,17 @@ def _shorten_list(model: nn.Module, path: str, gone: set[int]) -> None:
     kept = [i for i in range(count) if i not in gone]
     if not kept:
         raise ValueError(f"shorten: all {count} blocks of '{path}' would be gone; keep one")
+    numbered = _renumbered(model, path, kept) if getattr(model, "config", None) is not None else []
     for i in sorted(gone):
         if not isinstance(blocks[i], Skipped):
             hand_on_positions(model, f"{path}.{i}", [f"{path}.{k}" for k in kept])
     parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, nn.ModuleList(blocks[i] for i in kept))
+    holder = model.get_submodule(parent)
+    setattr(holder, name, nn.ModuleList(blocks[i] for i in kept))
+    for config, key, numbers in numbered:
+        setattr(config, key, numbers)
+        if hasattr(holder, key):  # the module has taken it over from its configuration
+            setattr(holder, key, numbers)
     for new, block in enumerate(model.get_submodule(path).children()):
         for module in block.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
@@ -135,15 +186,12 @@ def _shorten_config(model: nn.Module, path: str, count: int, kept: list[int]) ->
     configuration, has exactly the parameters in this list that the shortened model has.
     """
     configs = list(_configs(model, path))
+    if _shorten_stage(model, configs, path, count, len(kept)):
+        return
     numbers = [(c, k) for c in configs for k, v in _values(c) if v == count and type(v) is int and _counts_layers(k)]
     lists = [(c, k, v) for c in configs for k, v in _values(c) if isinstance(v, list) and len(v) == count]
-    for config in configs:
-        for key, value in _values(config):
-            per_index = isinstance(value, list) and value and key.endswith(("_layers", "_indexes", "_indices"))
-            if per_index and len(value) != count and all(type(v) is int for v in value):
-                raise ValueError(f"shorten: {type(config).__name__}.{key} names layers by number; not supported")
     for config, key, value in lists:
-        if "layer" in key:
+        if "layer" in key and key not in _NUMBERED:
             setattr(config, key, [value[i] for i in kept])
     for choice in sorted(product((True, False), repeat=len(numbers)), key=lambda c: (abs(sum(c) - 1), c)):
         for (config, key), take in zip(numbers, choice, strict=True):
@@ -158,6 +206,20 @@ def _shorten_config(model: nn.Module, path: str, count: int, kept: list[int]) ->
         f"shorten: no setting of {type(model).__name__}'s configuration gives '{path}' {len(kept)} blocks "
         f"(tried {tried}); save its weights beside its class instead"
     )
+
+
+def _shorten_stage(model: nn.Module, configs: list[Any], path: str, count: int, left: int) -> bool:
+    """Set the number of layers in a list of lists, one a stage (DaViT), where `depths` has a number for each stage."""
+    _, _, stage = path.rpartition(".")
+    for config in configs:
+        depths = getattr(config, "depths", None)
+        if not stage.isdigit() or not isinstance(depths, (list, tuple)) or list(depths[int(stage) :][:1]) != [count]:
+            continue
+        config.depths = [left if i == int(stage) else n for i, n in enumerate(depths)]
+        if _fits(model, path) is not None:
+            return True
+        config.depths = depths
+    return False
 
 
 def _counts_layers(key: str) -> bool:

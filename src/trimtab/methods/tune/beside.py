@@ -79,6 +79,9 @@ class Listener:
             self.handles.append(read(model, Tap(block.path), lambda value, i=i: self._next(i + 1, value)))
         if tower.mask is not None:
             self.handles.append(read(model, tower.mask, self._masked))
+        if tower.causal:
+            first = model.get_submodule(tower.blocks[0].path)
+            self.handles.append(first.register_forward_pre_hook(self._cached, with_kwargs=True))
         if self.place is None:
             self.handles.append(read(model, tower.output, self._keep))
         else:
@@ -89,6 +92,13 @@ class Listener:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+
+    def _cached(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if holds_tokens(kwargs):
+            raise AnatomyError(
+                f"{self.method}: block '{self.tower.blocks[0].path}' was called with the newest token alone, and the "
+                "side network reads all: use no key-value cache in generation"
+            )
 
     def _first(self, value: Tensor) -> None:
         self.found, self.shape = {}, value.shape
@@ -163,6 +173,12 @@ class Listener:
         return result, self.result_mask
 
 
+def holds_tokens(kwargs: dict) -> bool:
+    """Whether a block is called with a key-value cache that holds tokens already."""
+    cache = kwargs.get("past_key_values")
+    return cache is not None and bool(cache.get_seq_length())
+
+
 def _last(valid: Tensor | None, tokens: Tensor) -> Tensor:
     """Position of the last valid token of each sample, (B,)."""
     if valid is None:
@@ -178,6 +194,7 @@ class Beside(Method):
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
         names = self.settings.towers or self.towers(anatomy)
+        self._check_read(anatomy, names)
         self.listeners: dict[str, Listener] = {}
         sides = nn.ModuleDict({name: self.side(model, anatomy, anatomy.tower(name)) for name in names})
         sides.to(device=next(model.parameters()).device)
@@ -192,7 +209,21 @@ class Beside(Method):
         """The towers that get a side network if the settings name none: those that no later tower reads, since nothing
         is back-propagated through the reader. Paired towers, which read each other, both get one."""
         memory = {t.name: t.memory for t in anatomy.towers}
-        return tuple(t for t in memory if not any(m == t and memory[t] != reader for reader, m in memory.items()))
+        ends = [t.name for t in anatomy.towers if t.feeds is None]
+        return tuple(t for t in ends if not any(m == t and memory[t] != reader for reader, m in memory.items()))
+
+    def _check_read(self, anatomy: Anatomy, names: Sequence[str]) -> None:
+        """ValueError if a tower is named with one whose stream its output becomes: it would get no gradient."""
+        for tower in map(anatomy.tower, names):
+            reader = tower.feeds
+            if reader is None:
+                continue
+            later = {reader} | {t.name for t in anatomy.towers if t.memory == reader}
+            if found := sorted(later & set(names)):
+                raise ValueError(
+                    f"{self.name}: tower {found[0]!r} reads tower {tower.name!r}, and nothing is back-propagated "
+                    f"through it: name one of the two in `towers`"
+                )
 
     def sides(self, model: nn.Module) -> nn.ModuleDict:
         """The side networks that are attached to a model, by tower."""

@@ -132,6 +132,11 @@ def start_from_blocks(ladder: Ladder, model: nn.Module, tower: Tower) -> None:
     channels = _largest(stream, d)
     for side, own in zip(ladder.blocks, parts, strict=True):
         weight = {role: linear.weight.float() for role, linear in own.items()}
+        if len({len(weight[role]) for role in ("query", "key", "value")}) > 1:
+            raise ValueError(
+                "lst: the side blocks have a key and a value for each query, but tower "
+                f"{tower.name!r} shares them between queries (grouped heads): set initialise: random"
+            )
         matched = _largest(weight["query"].abs().sum(dim=1) + weight["key"].abs().sum(dim=1), d)
         carried = _largest(weight["value"].abs().sum(dim=1) + weight["out"].abs().sum(dim=0), d)
         hidden = _largest(weight["fc1"].abs().sum(dim=1) + weight["fc2"].abs().sum(dim=0), side.fc1.out_features)

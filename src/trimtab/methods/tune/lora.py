@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -30,6 +33,21 @@ class LoRASettings:
             raise ValueError(f"rank must be at least 1, found {self.rank}")
 
 
+@contextmanager
+def _naming_its_embeddings(model: Any) -> Iterator[None]:
+    """Let PEFT ask which layers share the input embeddings' weights, also of classes that cannot tell (detectors)."""
+    try:
+        getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        model.get_input_embeddings = nn.Identity  # no parameters, none shared
+        try:
+            yield
+        finally:
+            del model.get_input_embeddings
+    else:
+        yield
+
+
 @METHODS.register("lora")
 class LoRA(Method):
     """Low-rank updates of the attention's query and value maps; everything else is frozen."""
@@ -51,7 +69,8 @@ class LoRA(Method):
         trainable = [n for n, p in model.named_parameters() if p.requires_grad]
         # Whole paths: PEFT takes a list entry as the end of a name, and a full path ends only itself.
         config = LoraConfig(r=s.rank, lora_alpha=s.alpha, lora_dropout=s.dropout, target_modules=chosen)
-        inject_adapter_in_model(config, model)
+        with _naming_its_embeddings(model):
+            inject_adapter_in_model(config, model)
         for name, parameter in model.named_parameters():  # PEFT froze everything, also what an earlier method trains
             if name in trainable:
                 parameter.requires_grad_(True)

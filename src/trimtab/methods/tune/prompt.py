@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Block, Tap, Tower, rewrite
 from trimtab.methods.base import METHODS, Method
-from trimtab.methods.tune.beside import token_width
+from trimtab.methods.skip.adapters import parameter_names
+from trimtab.methods.tune.beside import holds_tokens, token_width
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class _Prompts(Method):
         for name in self.settings.towers or [t.name for t in anatomy.towers]:
             tower = anatomy.tower(name)
             width = token_width(self.name, tower)
+            if tower.closed:
+                raise ValueError(
+                    f"{self.name}: no prompts fit before the tokens of tower {name!r}: {tower.closed}; name other "
+                    "towers in `towers`"
+                )
             blocks = len(tower.blocks) if self.deep else 1
             values = torch.empty(blocks, self.settings.prompts, width, device=device)
             made[name] = nn.Parameter(nn.init.uniform_(values, -((6 / width) ** 0.5), (6 / width) ** 0.5))
@@ -73,28 +79,46 @@ class _Enter:
         named = self.block.stream in kwargs
         stream = kwargs[self.block.stream] if named else args[0]
         count = self.prompts.shape[1]
+        if self.index == 0 and holds_tokens(kwargs):
+            raise ValueError(
+                f"block '{self.block.path}' was called with a key-value cache that holds tokens already: prompts would "
+                "be set before each new token; generate with use_cache=False"
+            )
         if self.index == 0 or self.deep:
             tokens = stream if self.index == 0 else stream[:, count:]
             new = self.prompts[self.index].to(stream.dtype).expand(len(stream), -1, -1)
             stream = torch.cat([new, tokens], dim=1)
         length = stream.shape[1] - count
-        args = tuple(a if i == 0 and not named else _widened(a, count, length) for i, a in enumerate(args))
-        kwargs = {k: v if k == self.block.stream else _widened(v, count, length) for k, v in kwargs.items()}
+        names = [*parameter_names(module), *[""] * len(args)]
+        args = tuple(a if i == 0 and not named else _widened(a, count, length, names[i]) for i, a in enumerate(args))
+        kwargs = {k: v if k == self.block.stream else _widened(v, count, length, k) for k, v in kwargs.items()}
         if named:
             return args, {**kwargs, self.block.stream: stream}
         return (stream, *args[1:]), kwargs
 
 
-def _widened(value: Any, count: int, length: int) -> Any:
-    """An attention mask of (B, L), (B, 1, 1, L) or (B, 1, L, L) with `count` more keys (and queries) in front."""
-    if not isinstance(value, Tensor) or value.ndim not in (2, 4) or value.shape[-1] != length:
+def _widened(value: Any, count: int, length: int, name: str = "") -> Any:
+    """What a block is given of each token, with `count` more in front.
+
+    That is an attention mask of (B, L), (B, 1, 1, L) or (B, 1, L, L), or one of (B, 1, L, M) for another tower's M
+    tokens (its name begins with `encoder`); or the cosines and sines of rotary positions, (..., L, d) each: prompts are
+    not turned.
+    """
+    if isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, Tensor) for v in value):
+        cos, sin = value
+        if cos.shape != sin.shape or cos.shape[-2] != length:
+            return value
+        front = cos[..., :1, :].expand(*cos.shape[:-2], count, -1)
+        return torch.cat([torch.ones_like(front), cos], dim=-2), torch.cat([torch.zeros_like(front), sin], dim=-2)
+    if not isinstance(value, Tensor) or value.ndim not in (2, 4):
         return value
-    # A key counts if it is True, or a 1 in a mask of (B, L), or nothing is added to its score in a wider one.
-    seen = value.new_zeros if value.ndim == 4 and value.is_floating_point() else value.new_ones
-    wide = torch.cat([seen(*value.shape[:-1], count), value], dim=-1)
+    if value.shape[-1] == length and not name.startswith("encoder"):
+        # A key counts if it is True, or a 1 in a mask of (B, L), or nothing is added to its score in a wider one.
+        seen = value.new_zeros if value.ndim == 4 and value.is_floating_point() else value.new_ones
+        value = torch.cat([seen(*value.shape[:-1], count), value], dim=-1)
     if value.ndim == 4 and value.shape[-2] == length > 1:
-        wide = torch.cat([wide[..., :1, :].expand(-1, -1, count, -1), wide], dim=-2)  # they see what the first sees
-    return wide
+        value = torch.cat([value[..., :1, :].expand(-1, -1, count, -1), value], dim=-2)  # they see what the first sees
+    return value
 
 
 @METHODS.register("shallow-prompt")

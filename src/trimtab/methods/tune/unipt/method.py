@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -24,7 +25,7 @@ class UniPTSettings:
     reduction: int = 2
     """Width of the side network = width of the tower / reduction (published: 2; CLIP4Clip: 1)."""
     towers: tuple[str, ...] | None = None
-    """Which towers get a side network; None for all."""
+    """Which towers get a side network; None for all but those whose output becomes the stream of another."""
     form: Literal["auto", "token", "vector"] = "auto"
     """`vector` replaces the tower's pooled vector, `token` its tokens; `auto` takes what fits the tower. Grids have a
     form of their own, and so have decoders whose encoder gets a side network too."""
@@ -53,8 +54,8 @@ class UniPT(Beside):
     Settings = UniPTSettings
 
     def towers(self, anatomy: Anatomy) -> tuple[str, ...]:
-        """All: the side network of a decoder reads that of its encoder."""
-        return tuple(t.name for t in anatomy.towers)
+        """All but those whose output becomes another's stream: a decoder's side network reads that of its encoder."""
+        return tuple(t.name for t in anatomy.towers if t.feeds is None)
 
     def side(self, model: nn.Module, anatomy: Anatomy, tower: Tower) -> nn.Module:
         s, kept = self.settings, KEPT[self.settings.keep_maps]
@@ -103,8 +104,9 @@ class UniPT(Beside):
         """The hidden maps that are read, the last at the end."""
         count, chosen = len(tower.blocks), self.settings.layers
         if chosen is None and form == "grid":
-            # A block that changes the shape starts a stage; the one before it is the last of its own.
-            return [i for i in range(1, count) if not tower.blocks[i].keeps_shape] + [count]
+            # A block of another shape starts a stage; the one before it is the last of its own.
+            starts = [not b.keeps_shape or a.width != b.width for a, b in pairwise(tower.blocks)]
+            return [i for i, start in enumerate(starts, 1) if start] + [count]
         if chosen is None:
             return list(range(count + 1))
         wrong = [i for i in chosen if not (form == "grid") <= i < count]

@@ -1,0 +1,63 @@
+"""A language model that reads image tokens before its words, for tasks: LLaVA, PaliGemma, SmolVLM and Idefics3.
+
+picture -> vision tower -> projector -> P image tokens --+
+words -> embeddings (B, L, D) ---------------------------+-> [image, words] -> language model -> tokens (B, P + L, D)
+
+A prompt of the family (a chat template, tokens around a picture) is not added: a task trains its head on what the
+model makes of picture and words.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.backbones.base import CLIP_MEAN, CLIP_STD, Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
+
+
+class ReaderBackbone(Backbone):
+    kind = "joint"
+
+    def look(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, S, S) -> projected image tokens (B, P, D)."""
+        if self.model.config.model_type in ("idefics3", "smolvlm"):
+            pixel_values = pixel_values[:, None]  # one picture a sample
+        seen = self.model.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
+        return seen if isinstance(seen, Tensor) else torch.stack(tuple(seen))
+
+    def fuse(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        inner = self.model.model
+        words = inner.get_input_embeddings()(input_ids)
+        mask = torch.cat([attention_mask.new_ones(seen.shape[:2]), attention_mask], dim=1)
+        tokens = inner(
+            inputs_embeds=torch.cat([seen.to(words.dtype), words], dim=1), attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
+        pooled = tokens[torch.arange(len(tokens), device=tokens.device), last]  # the last word has seen all
+        return Encoded(pooled, tokens, mask, slice(0, seen.shape[1]))
+
+    def write(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        tokens = self.fuse(seen, input_ids, attention_mask).tokens
+        assert tokens is not None
+        return tokens[:, seen.shape[1] :]
+
+
+def load(folder: Path, name: str, pretrained: bool = True) -> ReaderBackbone:
+    """A transformers folder of one of the families: config.json, model.safetensors, the tokenizer's files if any.
+
+    Pictures are squares of the vision tower's size, normalised as CLIP's or SigLIP's are.
+    """
+    import transformers
+
+    config: Any = transformers.AutoConfig.from_pretrained(folder)
+    classes = {"llava": "Llava", "paligemma": "PaliGemma", "idefics3": "Idefics3", "smolvlm": "SmolVLM"}
+    model: Any = load_pretrained(
+        getattr(transformers, f"{classes[config.model_type]}ForConditionalGeneration"), folder, pretrained
+    )
+    vision, text = model.config.vision_config, model.config.text_config
+    clip = (CLIP_MEAN, CLIP_STD) if "clip" in vision.model_type else ()
+    pictures = Pictures(vision.image_size, *clip)
+    return ReaderBackbone(name, model, find_tokenizer(folder), pictures, text.hidden_size, 64)
