@@ -32,10 +32,11 @@ from trimtab.backbones import (  # noqa: F401  (they register their descriptions
 )
 from trimtab.backbones.base import BACKBONES, Backbone, Encoded, Pictures
 from trimtab.backbones.official import FORMATS, LoadReport, load_official, own_class
+from trimtab.backbones.pretraining import Pretraining
 from trimtab.registry import unknown
 
-__all__ = ["BACKBONES", "FORMATS", "Backbone", "Encoded", "LoadReport", "Pictures", "load", "load_model",
-           "load_official"]  # fmt: skip
+__all__ = ["BACKBONES", "FORMATS", "Backbone", "Encoded", "LoadReport", "Pictures", "Pretraining", "load",
+           "load_model", "load_official"]  # fmt: skip
 
 _FAMILIES = {
     "vilt": vilt.load, "clip": clip.load, "blip": blip.load, "clip_vil": clip_vil.load, "meter": meter.load,
@@ -75,7 +76,7 @@ def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = Non
 
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     if tokenizer is not None:
-        backbone.tokenizer = tokenizer
+        backbone.adopt(tokenizer)
     return backbone
 
 

@@ -92,6 +92,10 @@ class Backbone(nn.Module):
         self.anatomy = Anatomy.of(model)
         self.load_report: Any = None
 
+    def adopt(self, tokenizer: Any) -> None:
+        """Take a tokenizer that did not come with the weights."""
+        self.tokenizer = tokenizer
+
     def images(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
         """PIL images -> `pixel_values` (B, 3, H, W)."""
         return {"pixel_values": self.pictures(pictures)}
@@ -135,6 +139,10 @@ class Backbone(nn.Module):
             attention_mask: (B, L), 1 = valid; padding follows the words.
         """
         raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not write")
+
+    def pretraining_loss(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The loss of the model's own pretraining on pairs of a picture and a text, a scalar (`Pretraining`)."""
+        raise NotImplementedError(f"{self.name}: no pretraining objective: a pretrained BLIP or X-VLM has one")
 
     @property
     def word_head(self) -> tuple[nn.Linear, nn.LayerNorm, Tensor] | None:
@@ -202,6 +210,15 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 BACKBONES: Registry[Any] = Registry("backbone")
 WEIGHTS = Path(__file__).parent / "weights"
+
+
+def read_pictures(folder: Path, size: int) -> Pictures:
+    """How a transformers folder wants its pictures normalised; as `Pictures` does by default if it does not say."""
+    file = folder / "preprocessor_config.json"
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    if "image_mean" not in content or "image_std" not in content:
+        return Pictures(size)
+    return Pictures(size, tuple(content["image_mean"]), tuple(content["image_std"]))
 
 
 def load_pretrained(model_class: Any, folder: Path, pretrained: bool, **options: Any) -> nn.Module:
