@@ -77,6 +77,7 @@ class Backbone(nn.Module):
         load_report: what an official checkpoint file gave; None if the weights are no such file's.
         kind: `dual` (two towers, one vector each) or `joint` (one fused stream).
         width: width of `Encoded.pooled`.
+        token_width: width of `Encoded.tokens`: the same, but where the summary joins two streams.
     """
 
     kind: ClassVar[Literal["dual", "joint"]]
@@ -87,8 +88,9 @@ class Backbone(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.pictures = pictures
-        self.width = width
+        self.width = self.token_width = width
         self.max_text = max_text
+        self.counted_text = 20
         self.anatomy = Anatomy.of(model)
         self.load_report: Any = None
 
@@ -194,8 +196,16 @@ class Backbone(nn.Module):
         """Fill what has the same role with another backbone's weights."""
         raise ValueError(f"a {type(self).__name__} cannot start from {other.name!r}")
 
-    def example(self, batch: int = 1, text_tokens: int = 20) -> dict[str, Tensor]:
-        """A batch of random inputs of the usual sizes, to count operations and bytes without data."""
+    def limit_text(self, tokens: int) -> None:
+        """Cut texts at so many tokens, and count costs with texts of that length."""
+        self.max_text = self.counted_text = tokens
+
+    def example(self, batch: int = 1, text_tokens: int | None = None) -> dict[str, Tensor]:
+        """A batch of random inputs of the usual sizes, to count operations and bytes without data.
+
+        Texts have `text_tokens` tokens; None takes what `limit_text` said, else 20.
+        """
+        text_tokens = text_tokens or self.counted_text
         generator = torch.Generator().manual_seed(0)
         size = self.pictures.size
         return {

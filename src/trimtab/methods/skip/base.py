@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from trimtab.anatomy import Anatomy, Block
 from trimtab.data.cache import replace_file
@@ -192,10 +193,12 @@ class Skipping(Method):
                 raise ValueError(f"{self.name}: plan: {unknown('block', path, paths)}")
         return Plan.of(model, anatomy, candidates, [paths.index(p) for p in wanted], method=self.name, target="given")
 
-    def assume(self, model: nn.Module, anatomy: Anatomy) -> None:
-        """The plan if it is given, else the last k candidates: every block of a tower costs the same.
+    def assume(self, model: nn.Module, anatomy: Anatomy, session: Session | None = None) -> None:
+        """The plan if it is given, else the last candidates: every block of a tower costs the same.
 
-        A budget of MACs or latency is taken as one of parameters, which need no forward pass.
+        Raises:
+            ValueError: if a budget cannot be reached, or there is no session in which to see what blocks cost.
+            RuntimeError: for a budget of latency on fake tensors, which take no time.
         """
         candidates = self.candidates(anatomy)
         if self.settings.plan is not None:
@@ -203,9 +206,12 @@ class Skipping(Method):
             return
         target = Target.count(len(candidates), self.settings.skip)
         if self.settings.budget is not None:
-            sizes = [sum(p.numel() for p in model.get_submodule(b.path).parameters()) for b in candidates]
-            needed = parse(self.settings.budget)[0] * sum(p.numel() for p in model.parameters())
-            target = Target(tuple(map(float, sizes)), min(needed, float(sum(sizes) - min(sizes))), "params")
+            share, unit = parse(self.settings.budget)
+            if session is None:
+                raise ValueError(f"{self.name}: budget: '{self.settings.budget}' needs a session to count blocks in")
+            if unit == "latency" and isinstance(next(model.parameters()), FakeTensor):
+                raise RuntimeError(f"{self.name}: fake tensors take no time")
+            target = Supernet(session, candidates, self.settings).costs(unit, session, candidates).target(share)
         chosen = target.fill(range(len(candidates))[::-1])
         self.set_plan(Plan.of(model, anatomy, candidates, chosen, method=self.name, target=self.wanted))
 
