@@ -18,6 +18,7 @@ TEXTS = ["a red dog", "two cats and a dog", "a cat", "a red apple left of a dog"
 ANSWERS = ["yes", "no", "two"]
 # Ids of the special tokens, in the order: begins a text, padding, ends it, unknown, masked.
 ROBERTA = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4}
+CLIP = {"<|startoftext|>": 1, "<pad>": 0, "<|endoftext|>": 59, "<unk>": 3, "<mask>": 4}  # the end is the largest id
 BERT = {"[CLS]": 1, "[PAD]": 0, "[SEP]": 2, "[UNK]": 3, "[MASK]": 4}
 
 
@@ -28,8 +29,8 @@ def tokenizer(folder: Path, size: int, special: dict[str, int] = BERT) -> Path:
 
     words = sorted({w for t in [*TEXTS, *ANSWERS, "is it"] for w in t.split()})
     vocabulary = {**special, **{w: 5 + i for i, w in enumerate(words)}}
-    vocabulary |= {f"unused{i}": i for i in range(len(vocabulary), size)}
-    assert len(vocabulary) == size
+    vocabulary |= {f"unused{i}": i for i in set(range(size)) - set(vocabulary.values())}
+    assert sorted(vocabulary.values()) == list(range(size))
     start, pad, end, unknown, masked = special
     made = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -74,8 +75,9 @@ def file(folder: Path, family: str) -> tuple[Path, dict[str, Any], Path]:
         state = layouts.fill(layouts.clip_vil("pretrain", 7, **layouts.TINY_CLIP_VIL))
         settings, words, special = {"heads": 2}, layouts.TINY_CLIP_VIL["words"], BERT
     else:
-        name = {"vse": "vse_grid", "xvlm": "xvlm_clip"}[family]
-        state, settings, words, special = PUBLISHED[name].file(tensors(name)), PUBLISHED[name].settings, 60, BERT
+        name = {"vse": "vse_grid", "xvlm": "xvlm_clip", "clip4clip": "clip4clip_meanP"}[family]
+        state, settings, words = PUBLISHED[name].file(tensors(name)), PUBLISHED[name].settings, 60
+        special = CLIP if family == "clip4clip" else BERT
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(state, folder / f"{family}.pth")
     return folder / f"{family}.pth", settings, tokenizer(folder / f"{family}-words", words, special)

@@ -185,10 +185,13 @@ class Skipped(nn.Module):
         block: its description.
         bottleneck: width of an adapter in a kept block; the skip adapter is as wide as those of the block together.
         form: of the adapters.
+        width: of the skip adapter instead.
     """
 
-    def __init__(self, model: nn.Module, block: Block, bottleneck: int, form: Form = "parallel"):
+    def __init__(self, model: nn.Module, block: Block, bottleneck: int, form: Form = "parallel",
+                 width: int | None = None):  # fmt: skip
         super().__init__()
+        self.width = width
         original = model.get_submodule(block.path)
         place = next(original.parameters())
         self.names = parameter_names(original)
@@ -209,10 +212,12 @@ class Skipped(nn.Module):
         if self.form == "none" or not count:
             return nn.Identity()
         if self.form == "parallel":
-            return Adapter(block.width, bottleneck * count, residual=True)
+            return Adapter(block.width, self.width or bottleneck * count, residual=True)
         if self.form == "sequential":
-            return Adapter(block.width, bottleneck * count, residual=True, norm="none", init="xavier")
-        return RoutedAdapter(block.width, bottleneck * 4)  # as wide as four of the one adapter in a kept block
+            width = self.width or bottleneck * count
+            return Adapter(block.width, width, residual=True, norm="none", init="xavier")
+        # As wide as four of the one adapter in a kept block.
+        return RoutedAdapter(block.width, self.width or bottleneck * 4)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stream = kwargs[self.stream] if self.stream in kwargs else args[0]

@@ -41,6 +41,9 @@ class SkipSettings:
     """Instead of `skip`: at least so much less than the dense model, "30% macs", "30% params" or "30% latency"."""
     reduction: int = 8
     """In-block adapters are width / reduction wide (published: 768 / 8 = 96; LaVIN: 4096 / 512)."""
+    skip_width: int | None = None
+    """Width of the adapter in place of a block; None: as wide as those of the block together (LLaVA-DAS: 256 beside two
+    of 64; LaVIN's routed ones: four times one)."""
     adapters: Literal["parallel", "sequential", "routed", "none"] = "parallel"
     """Form: `parallel` (METER, ViLT), `sequential` (LLaVA-DAS), `routed` (LaVIN), or `none`: only removal."""
     towers: tuple[str, ...] | None = None
@@ -49,6 +52,8 @@ class SkipSettings:
     """Paths of the blocks to skip, or a plan's JSON file or run folder; given, nothing is searched."""
 
     def __post_init__(self) -> None:
+        if self.skip_width is not None and self.skip_width < 1:
+            raise ValueError(f"skip_width must be at least 1, found {self.skip_width}")
         if self.skip < 0 or self.reduction < 1:
             raise ValueError(
                 f"skip must be at least 0 and reduction at least 1, found {self.skip} and {self.reduction}"
@@ -72,7 +77,7 @@ class Supernet:
         self.switches: list[Switch] = []
         for block in candidates:
             bottleneck = max(1, block.width // settings.reduction)
-            other = Skipped(self.subject, block, bottleneck, settings.adapters)
+            other = Skipped(self.subject, block, bottleneck, settings.adapters, settings.skip_width)
             add_adapters(self.subject, block, bottleneck, settings.adapters)
             self.switches.append(Switch(self.subject.get_submodule(block.path), other))
             replace_module(self.subject, block.path, self.switches[-1])
@@ -222,7 +227,8 @@ class Skipping(Method):
             bottleneck = max(1, block.width // self.settings.reduction)
             if block.path in skipped:
                 hand_on_positions(model, block.path, [b.path for b in tower_of[block.path] if b.path not in skipped])
-                replace_module(model, block.path, Skipped(model, block, bottleneck, self.settings.adapters))
+                gone = Skipped(model, block, bottleneck, self.settings.adapters, self.settings.skip_width)
+                replace_module(model, block.path, gone)
             else:
                 add_adapters(model, block, bottleneck, self.settings.adapters)
         close_gaps(model, anatomy, skipped)
