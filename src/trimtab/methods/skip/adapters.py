@@ -259,10 +259,14 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
 
 
 def train_adapters(model: nn.Module, heads: tuple[str, ...]) -> None:
-    """What DAS trains in the model: adapters, and the heads (pooler and projections)."""
+    """What DAS trains in the model: adapters, and the heads (pooler and projections), but not the map to a vocabulary,
+    which LLaVA-DAS and LaVIN-DAS leave frozen."""
     for module in model.modules():
         if isinstance(module, (Adapter, RoutedAdapter)):
             module.requires_grad_(True)
     for name, parameter in model.named_parameters():
         if any(name.startswith(h + ".") for h in heads):
             parameter.requires_grad_(True)
+    words = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if words is not None:
+        words.requires_grad_(False)
