@@ -116,6 +116,10 @@ class Tower:
         mask_required: whether a batch without that mask is an error; otherwise all its tokens are valid.
         mask_source: the argument that the mask is made from, if the model makes up a mask of ones without it.
         pooled: where the tower's one-vector summary is handed on, (B, E), if it makes one.
+        projected: where a linear map of every token into another width is handed on, (B, L, E), for models that pool
+            only behind it (VSE-infinity): a `Linear`.
+        levels: where what every block put out is handed on at once, with a norm on each, (blocks, B, L, D), for models
+            with losses on every level (DETR's decoders).
         pooled_token: which token the summary is read from: the `first`, or the `last` valid one (an end-of-text token).
         samples: where a value with one row a sample goes in, for a stream that does not begin with the samples: (L, B,
             D), or (L, D) with the tokens of all images one after another. None for (B, L, D) and (B, C, H, W).
@@ -137,6 +141,8 @@ class Tower:
     mask_source: Tap | None = None
     samples: Tap | None = None
     pooled: Tap | None = None
+    projected: Tap | None = None
+    levels: Tap | None = None
     pooled_token: Literal["first", "last"] = "first"
     memory: str | None = None
     reads: tuple[tuple[str, str], ...] = ()
@@ -276,9 +282,12 @@ class Anatomy:
 
     def _paths(self) -> Iterator[tuple[str, str]]:
         for tower in self.towers:
-            taps = (tower.output, tower.mask, tower.mask_source, tower.samples, tower.pooled)
-            names = ("output", "mask", "source of the mask", "samples", "pooled output")
-            for tap, what in zip(taps, names, strict=True):
+            taps = {
+                "output": tower.output, "mask": tower.mask, "source of the mask": tower.mask_source,
+                "samples": tower.samples, "pooled output": tower.pooled, "projected output": tower.projected,
+                "output of all levels": tower.levels,
+            }  # fmt: skip
+            for what, tap in taps.items():
                 if tap is not None:
                     yield tap.path, f"{what} of tower {tower.name!r}"
             for block in tower.blocks:
@@ -303,7 +312,8 @@ class Anatomy:
         towers = tuple(
             replace(t, blocks=tuple(map(block, t.blocks)), scope=paths(t.scope), output=tap(t.output),
                     mask=t.mask and tap(t.mask), mask_source=t.mask_source and tap(t.mask_source),
-                    samples=t.samples and tap(t.samples), pooled=t.pooled and tap(t.pooled))
+                    samples=t.samples and tap(t.samples), pooled=t.pooled and tap(t.pooled),
+                    projected=t.projected and tap(t.projected), levels=t.levels and tap(t.levels))
             for t in self.towers
         )  # fmt: skip
         return replace(self, towers=towers, heads=paths(self.heads), ignored=paths(self.ignored))

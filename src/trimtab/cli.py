@@ -16,7 +16,7 @@ DESCRIPTION = (
 )
 OVERRIDES = "changes to the recipe, such as training.steps=100 methods.0.sparsity=0.9 seeds=[0,1,2] variants=[full]"
 DEMO = ("demo/retrieval", "demo/vqa", "demo/grounding", "demo/easy-vqa")
-KINDS = ("methods", "backbones", "tasks", "data", "recipes", "training")
+KINDS = ("methods", "backbones", "architectures", "tasks", "data", "recipes", "training")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,7 +115,9 @@ def _parser() -> ArgumentParser:
     anatomy = command("anatomy", "The towers of a model as methods see them: modality, blocks, widths, parameters.")
     anatomy.add_argument("model", type=str, help="a registered backbone or a transformers folder")
 
-    names = command("list", "What is there: methods, backbones, tasks, data sources, recipes, training settings.")
+    names = command(
+        "list", "What is there: methods, backbones, architectures, tasks, data, recipes, training settings."
+    )
     names.add_argument("kind", nargs="?", type=str, help=f"one of {', '.join(KINDS)}; all of them if left out")
     names.add_argument("name", nargs="?", type=str, help="one of these: its settings, their defaults and meaning")
     return parser
@@ -341,7 +343,8 @@ def _entries(kind: str) -> dict[str, Any]:
     from trimtab.data.sources import SOURCES
 
     registries: dict[str, Any] = {
-        "methods": methods.METHODS, "backbones": backbones.BACKBONES, "tasks": tasks.TASKS, "data": SOURCES,
+        "methods": methods.METHODS, "backbones": backbones.BACKBONES, "architectures": backbones.ARCHITECTURES,
+        "tasks": tasks.TASKS, "data": SOURCES,
     }  # fmt: skip
     return dict(registries[kind].items())
 

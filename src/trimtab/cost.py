@@ -6,6 +6,8 @@ macs, dense_macs               multiply-adds of one forward pass of one sample, 
 saved_activation_bytes         what autograd keeps for backward in one training batch, each storage once, without
                                parameters and buffers
 checkpoint_bytes               the learned part as safetensors
+training_peak_bytes            estimated before: weights, gradients, AdamW's two moments and whatever else lives at the
+                               worst moment of one training step, from the sizes of tensors; no kernel's workspace
 peak_memory_bytes              of one training step: CUDA's peak, or without a GPU the growth of the resident set
 latency_ms                     one sample, one forward pass: median, and the 10th and 90th percentile
 """
@@ -16,19 +18,26 @@ import ctypes
 import json
 import statistics
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from trimtab.anatomy import Anatomy
 from trimtab.recipe import Recipe
 from trimtab.tasks.base import TaskModel
 
 if TYPE_CHECKING:
+    from trimtab.methods.base import Session
     from trimtab.run import Assembly
 
 
@@ -57,6 +66,57 @@ def saved_bytes(function: Callable[[], Tensor], model: nn.Module) -> int:
         result = function()
     del result
     return sum(kept.values())
+
+
+class _Alive(TorchDispatchMode):
+    """Bytes of the storages that live while a call runs, and the most at one time."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+        for tensor in (*model.parameters(), *model.buffers()):
+            self.add(tensor)
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.free, key, size)
+
+    def free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return out
+
+
+def training_peak(function: Callable[[], Tensor], model: nn.Module) -> int:
+    """Bytes that one training step needs at its worst moment, AdamW's two moments included.
+
+    Everything is counted by the sizes of its tensors: weights, what the forward pass makes and keeps, gradients. What
+    kernels take besides, an allocator's rounding and fragments, and the optimiser's own temporaries are not.
+
+    Args:
+        function: forward pass, returns the loss; on fake tensors nothing is computed.
+        model: in the mode in which it trains; its gradients are gone afterwards.
+    """
+    model.zero_grad(set_to_none=True)
+    with torch.enable_grad(), _Alive(model) as alive:
+        loss = function()
+        if loss.requires_grad:
+            loss.backward()
+    model.zero_grad(set_to_none=True)
+    moments = 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return alive.peak + moments
 
 
 _SAFETENSORS = {
@@ -181,22 +241,57 @@ _DENSE: dict[str, int] = {}
 def estimate(recipe: Recipe) -> dict[str, Any]:
     """The costs that need no data and no weights: random weights, and fake tensors where the model allows them.
 
-    Plans and masks that only data could give are assumed: DAS skips the last k blocks, a pruner keeps its share.
+    Plans and masks that only data could give are assumed: DAS skips the last k blocks, or as many of the last as its
+    budget takes; a pruner keeps its share.
 
     Returns:
-        `params`, `trainable_params`, `macs`, `dense_macs`, `saved_activation_bytes` (for the recipe's batch size, which
-        is in `batch_size`), `checkpoint_bytes`, and `nonzero_params`.
+        `params`, `trainable_params`, `macs`, `dense_macs`, `saved_activation_bytes` and `training_peak_bytes` (for the
+        recipe's batch size, which is in `batch_size`), `checkpoint_bytes`, and `nonzero_params`.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     blind = replace(recipe, backbone=replace(recipe.backbone, pretrained=False, start_from=None))
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with sizes_only():
             return _estimate(blind)
     except RuntimeError:
-        # A model that looks at values while it runs, or a library that moves modules between devices (PEFT), cannot
-        # work on fake tensors: count on real random weights. An error of another cause comes again there.
+        # A model that looks at values while it runs, or a budget of latency, cannot work on fake tensors: count on real
+        # random weights. An error of another cause comes again there.
         return _estimate(blind)
+
+
+@contextmanager
+def sizes_only() -> Iterator[None]:
+    """Tensors have shapes and types, but no memory and no values: models of any size are built and run at once."""
+    import logging
+
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers.initialization import no_init_weights
+
+    # Modules stay where they are made; PEFT moves its own all the same, which fake tensors refuse.
+    stay = mock.patch.object(nn.Module, "to", lambda self, *_, **__: self)
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # an operation that fails is raised and need not be told
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights(), stay:
+            yield
+    finally:
+        log.setLevel(level)
+
+
+class _Blind:
+    """The part of a `Session` that needs no data."""
+
+    folder = None
+
+    def __init__(self, model: TaskModel, anatomy: Anatomy, seed: int):
+        self.model, self.anatomy, self.seed = model, anatomy, seed
+
+    @property
+    def subject(self) -> nn.Module:
+        return self.model.backbone.model
+
+    def locate(self, model: Any) -> nn.Module:
+        return model.backbone.model
 
 
 def _estimate(recipe: Recipe) -> dict[str, Any]:
@@ -207,10 +302,12 @@ def _estimate(recipe: Recipe) -> dict[str, Any]:
     parts.model.backbone.requires_grad_(False)
     anatomy = parts.model.backbone.anatomy
     for method in parts.methods:
-        method.assume(parts.subject, anatomy)
+        method.assume(parts.subject, anatomy, cast("Session", _Blind(parts.model, anatomy, recipe.seed)))
         anatomy = method.attach(parts.subject, anatomy)
     parts.settle()
-    costs = _counts(parts.model, parts.model.example(1), parts.model.example(recipe.training.batch_size))
+    batch = parts.model.example(recipe.training.batch_size)
+    costs = _counts(parts.model, parts.model.example(1), batch)
+    costs["training_peak_bytes"] = training_peak(lambda: parts.model(**batch)["loss"], parts.model)
     zeros = sum(m.state.get("prunable", 0) - m.state.get("kept", 0) for m in parts.methods)
     return {
         **costs,

@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 
 class GPO(nn.Module):
@@ -25,13 +24,16 @@ class GPO(nn.Module):
         """Pooling weights, (B, size, 1), or (1, size, 1) if all tokens are valid; zero at padding."""
         positions = self._positions(size)[None]  # (1, L, 32)
         if valid is None:
-            out, _ = self.gru(positions)
+            forth, back = self.gru(positions)[0].chunk(2, dim=-1)
         else:
-            positions = positions * valid[..., None]
-            lengths = valid.sum(dim=1).cpu()
-            packed = pack_padded_sequence(positions, lengths, batch_first=True, enforce_sorted=False)
-            out, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=size)
-        forth, back = out.chunk(2, dim=-1)
+            # Backwards the GRU starts at the last valid token: for that the padding is moved in front, and back again.
+            # Packed sequences would do the same, but need the lengths as numbers: a wait for the GPU.
+            shift = size - valid.sum(dim=1, keepdim=True)  # (B, 1)
+            places = torch.arange(size, device=valid.device)
+            padded = positions * valid[..., None]
+            moved = padded.gather(1, _all(places - shift, size, padded))
+            forth, back = self.gru(torch.cat([positions, moved]))[0].chunk(2, dim=-1)
+            forth, back = forth[:1], back[1:].gather(1, _all(places + shift, size, back[1:]))
         scores = self.linear((forth + back) / 2)  # (B, L, 1)
         if valid is not None:
             scores = scores.masked_fill(~valid[..., None], -10000)
@@ -53,3 +55,8 @@ class GPO(nn.Module):
         if valid is not None:
             x = x.masked_fill(~valid[..., None], 0)  # padding was sorted to the end
         return (x * weights).sum(dim=1)
+
+
+def _all(rows: Tensor, size: int, like: Tensor) -> Tensor:
+    """Rows (B, L), counted round and round, as indices of all channels for `gather`, (B, L, D)."""
+    return (rows % size)[..., None].expand_as(like)

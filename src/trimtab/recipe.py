@@ -43,13 +43,20 @@ class BackboneSpec:
     """The model to start from."""
 
     name: str
-    """Registered name (`trimtab list`) or path of a transformers folder."""
+    """Registered name (`trimtab list`), path of a transformers folder or of an official checkpoint file, or an
+    architecture (`trimtab list architectures`), which has no weights and is there to be counted."""
     pretrained: bool = True
     """False: the same model with fresh random weights."""
     start_from: str | None = None
     """Another backbone whose weights fill what has the same role (a ViLT can start from a CLIP's vision tower)."""
     attention: Literal["eager", "sdpa"] | None = None
     """transformers' attention implementation; None leaves the model's default."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of an official checkpoint file or of an architecture: `{image_size: 384, tasks: [vqa]}`."""
+    tokenizer: str | None = None
+    """Folder of a tokenizer in place of the backbone's own; official checkpoint files have none."""
+    max_text: int | None = None
+    """Tokens at which texts are cut, and of which costs are counted; None cuts where the backbone must, counts 20."""
 
 
 @dataclass(frozen=True)

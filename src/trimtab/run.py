@@ -113,12 +113,14 @@ def assemble(recipe: Recipe) -> Assembly:
         task = _task(recipe.task, source, f"{where}: task")
         methods = [_method(entry, f"{where}: methods.{i}") for i, entry in enumerate(recipe.methods)]
         spec = recipe.backbone
-        backbone = backbones.load(spec.name, spec.pretrained)
+        backbone = backbones.load(spec.name, spec.pretrained, spec.tokenizer, **spec.settings)
         _no_foresight(task, methods, backbone, where)
     except (ValueError, FileNotFoundError) as error:
         raise error if isinstance(error, RecipeError) else RecipeError(f"{where}: {error}") from error
     if spec.attention:
         backbone.set_attention(spec.attention)
+    if spec.max_text is not None:
+        backbone.limit_text(spec.max_text)
     if spec.start_from:
         backbone.start_from(backbones.load(spec.start_from))
     rules = tuple(build(Rule, rule, f"{where}: policy.{i}") for i, rule in enumerate(recipe.policy))
@@ -134,10 +136,9 @@ def check(recipe: Recipe) -> None:
         for i, entry in enumerate(recipe.methods):
             _method(entry, f"{where}: methods.{i}")
         for name in filter(None, (recipe.backbone.name, recipe.backbone.start_from)):
-            if name not in backbones.BACKBONES and not Path(name).is_dir():
-                raise ValueError(
-                    f"{unknown('backbone', name, backbones.BACKBONES)}; nor is there a folder of that name"
-                )
+            known = [*backbones.BACKBONES, *backbones.ARCHITECTURES]
+            if name not in known and not Path(name).exists():
+                raise ValueError(f"{unknown('backbone', name, known)}; nor is there a folder or file of that name")
     except ValueError as error:
         raise error if isinstance(error, RecipeError) else RecipeError(f"{where}: {error}") from error
 

@@ -55,7 +55,7 @@ def test_a_tokenizer_is_given_by_its_folder_and_settings_belong_to_files(tmp_pat
     assert backbone.load_report.format == "vilt" and "mlm_score.bias" in backbone.load_report.leftovers
     batch = backbone.texts(["a red ball"]) | {"pixel_values": torch.zeros(1, 3, 24, 24)}
     assert backbone.match(backbone.pair(**batch)).shape == (1,)
-    with pytest.raises(ValueError, match="tiny-vilt: task: only official checkpoint files have settings"):
+    with pytest.raises(ValueError, match="tiny-vilt: task: only official checkpoint files and architectures"):
         trimtab.load("tiny-vilt", task="irtr")
 
 

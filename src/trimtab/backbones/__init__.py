@@ -10,6 +10,7 @@ from torch import nn
 
 from trimtab.anatomy import Anatomy
 from trimtab.backbones import (  # noqa: F401  (they register their descriptions and formats)
+    architectures,
     bart,
     bert,
     blip,
@@ -35,12 +36,14 @@ from trimtab.backbones import (  # noqa: F401  (they register their descriptions
     vse,
     xvlm,
 )
+from trimtab.backbones.architectures import ARCHITECTURES
 from trimtab.backbones.base import BACKBONES, Backbone, Encoded, Pictures
 from trimtab.backbones.official import FORMATS, LoadReport, load_official, own_class
+from trimtab.backbones.pretraining import Pretraining
 from trimtab.registry import unknown
 
-__all__ = ["BACKBONES", "FORMATS", "Backbone", "Encoded", "LoadReport", "Pictures", "load", "load_model",
-           "load_official"]  # fmt: skip
+__all__ = ["ARCHITECTURES", "BACKBONES", "FORMATS", "Backbone", "Encoded", "LoadReport", "Pictures", "Pretraining",
+           "is_architecture", "load", "load_model", "load_official"]  # fmt: skip
 
 _FAMILIES = {
     "vilt": vilt.load, "clip": clip.load, "blip": blip.load, "clip_vil": clip_vil.load, "meter": meter.load,
@@ -54,16 +57,16 @@ def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = Non
     """A backbone by registered name, from a local transformers folder, or from a checkpoint file of its authors.
 
     Args:
-        name_or_path: a name in `BACKBONES`, a folder with config.json and safetensors weights, or a file whose format
-            is recognised from the names of its tensors (`FORMATS`).
+        name_or_path: a name in `BACKBONES`, a folder with config.json and safetensors weights, a file whose format
+            is recognised from the names of its tensors (`FORMATS`), or a name in `ARCHITECTURES`, which has no weights.
         pretrained: False gives the same model with fresh random weights (not for files).
         tokenizer: a tokenizer, or the folder of one, in place of the backbone's own. Files hold none, nor do folders
             that were converted from them; without it texts must be given as ids there.
-        settings: for files, of their format, such as `image_size`.
+        settings: for files, of their format, such as `image_size`; for architectures, those of their function.
 
     Raises:
-        ValueError: if the name is unknown, the weights are truncated, missing, or do not fit, or there are settings for
-            what is no file.
+        ValueError: if the name is unknown, the weights are truncated, missing, or do not fit, weights are asked for of
+            an architecture, or there are settings for what is neither a file nor an architecture.
         FileNotFoundError: if the folder lacks a file.
     """
     name = str(name_or_path)
@@ -71,8 +74,16 @@ def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = Non
         model, report = load_official(name, **settings)
         backbone = FORMATS[report.format].backbone(name, model, None)
         backbone.load_report = report
+    elif is_architecture(name):
+        if pretrained:
+            raise ValueError(
+                f"{name}: an architecture, which has no weights: give the path of a checkpoint file or of a folder in "
+                "its place, or take random weights (pretrained: false); `trimtab cost` needs none"
+            )
+        backbone = architectures.backbone(name, **settings)
     elif settings:
-        raise ValueError(f"{name}: {', '.join(settings)}: only official checkpoint files have settings")
+        raise ValueError(f"{name}: {', '.join(settings)}: only official checkpoint files and architectures have "
+                         "settings")  # fmt: skip
     elif name in BACKBONES:
         backbone = BACKBONES[name](pretrained=pretrained)
     else:
@@ -82,8 +93,13 @@ def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = Non
 
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     if tokenizer is not None:
-        backbone.tokenizer = tokenizer
+        backbone.adopt(tokenizer)
     return backbone
+
+
+def is_architecture(name: str) -> bool:
+    """Whether a name stands for an architecture: a backbone or a folder of that name comes first."""
+    return name in ARCHITECTURES and name not in BACKBONES and not Path(name).exists()
 
 
 def _from_folder(name: str, pretrained: bool) -> Backbone:
@@ -96,8 +112,8 @@ def _from_folder(name: str, pretrained: bool) -> Backbone:
 
 
 def load_model(name_or_path: str | Path) -> tuple[nn.Module, Anatomy]:
-    """A plain model and its anatomy: a registered backbone's, of any transformers folder (weights are not read), or of
-    an official checkpoint file.
+    """A plain model and its anatomy: a registered backbone's, of any transformers folder (weights are not read), of an
+    official checkpoint file, or of an architecture.
 
     Raises:
         ValueError: if the name is unknown, the file cannot be used, or no anatomy is registered or discovered.
@@ -110,8 +126,13 @@ def load_model(name_or_path: str | Path) -> tuple[nn.Module, Anatomy]:
     if Path(name).is_file():
         model, _ = load_official(name)
         return model, Anatomy.of(model)
-    folder, _, architecture = _folder(name)
     import torch
+
+    if is_architecture(name):
+        with torch.device("meta"):
+            model = architectures.build(name)
+        return model, Anatomy.of(model)
+    folder, _, architecture = _folder(name)
     import transformers
 
     named = own_class(architecture) or getattr(transformers, architecture, None)
@@ -125,7 +146,8 @@ def _folder(name: str) -> tuple[Path, str, str]:
     """A transformers folder, its model type and the class that it names."""
     folder = Path(name)
     if not folder.is_dir():
-        raise ValueError(f"{unknown('backbone', name, BACKBONES)}; nor is there a folder of that name")
+        raise ValueError(f"{unknown('backbone', name, [*BACKBONES, *ARCHITECTURES])}; nor is there a folder of that "
+                         "name")  # fmt: skip
     config = folder / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{folder}: expected a transformers folder with config.json, found none")

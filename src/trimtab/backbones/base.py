@@ -77,6 +77,7 @@ class Backbone(nn.Module):
         load_report: what an official checkpoint file gave; None if the weights are no such file's.
         kind: `dual` (two towers, one vector each) or `joint` (one fused stream).
         width: width of `Encoded.pooled`.
+        token_width: width of `Encoded.tokens`: the same, but where the summary joins two streams.
     """
 
     kind: ClassVar[Literal["dual", "joint"]]
@@ -87,10 +88,15 @@ class Backbone(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.pictures = pictures
-        self.width = width
+        self.width = self.token_width = width
         self.max_text = max_text
+        self.counted_text = 20
         self.anatomy = Anatomy.of(model)
         self.load_report: Any = None
+
+    def adopt(self, tokenizer: Any) -> None:
+        """Take a tokenizer that did not come with the weights."""
+        self.tokenizer = tokenizer
 
     def images(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
         """PIL images -> `pixel_values` (B, 3, H, W)."""
@@ -135,6 +141,10 @@ class Backbone(nn.Module):
             attention_mask: (B, L), 1 = valid; padding follows the words.
         """
         raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not write")
+
+    def pretraining_loss(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The loss of the model's own pretraining on pairs of a picture and a text, a scalar (`Pretraining`)."""
+        raise NotImplementedError(f"{self.name}: no pretraining objective: a pretrained BLIP or X-VLM has one")
 
     @property
     def word_head(self) -> tuple[nn.Linear, nn.LayerNorm, Tensor] | None:
@@ -186,8 +196,16 @@ class Backbone(nn.Module):
         """Fill what has the same role with another backbone's weights."""
         raise ValueError(f"a {type(self).__name__} cannot start from {other.name!r}")
 
-    def example(self, batch: int = 1, text_tokens: int = 20) -> dict[str, Tensor]:
-        """A batch of random inputs of the usual sizes, to count operations and bytes without data."""
+    def limit_text(self, tokens: int) -> None:
+        """Cut texts at so many tokens, and count costs with texts of that length."""
+        self.max_text = self.counted_text = tokens
+
+    def example(self, batch: int = 1, text_tokens: int | None = None) -> dict[str, Tensor]:
+        """A batch of random inputs of the usual sizes, to count operations and bytes without data.
+
+        Texts have `text_tokens` tokens; None takes what `limit_text` said, else 20.
+        """
+        text_tokens = text_tokens or self.counted_text
         generator = torch.Generator().manual_seed(0)
         size = self.pictures.size
         return {
@@ -202,6 +220,15 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 BACKBONES: Registry[Any] = Registry("backbone")
 WEIGHTS = Path(__file__).parent / "weights"
+
+
+def read_pictures(folder: Path, size: int) -> Pictures:
+    """How a transformers folder wants its pictures normalised; as `Pictures` does by default if it does not say."""
+    file = folder / "preprocessor_config.json"
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    if "image_mean" not in content or "image_std" not in content:
+        return Pictures(size)
+    return Pictures(size, tuple(content["image_mean"]), tuple(content["image_std"]))
 
 
 def load_pretrained(model_class: Any, folder: Path, pretrained: bool, **options: Any) -> nn.Module:

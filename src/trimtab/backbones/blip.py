@@ -17,7 +17,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes
-from trimtab.backbones.base import BACKBONES, WEIGHTS, Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
+from trimtab.backbones.base import (
+    BACKBONES,
+    CLIP_MEAN,
+    CLIP_STD,
+    WEIGHTS,
+    Backbone,
+    Encoded,
+    Pictures,
+    find_tokenizer,
+    load_pretrained,
+    read_pictures,
+)
 from trimtab.backbones.clip import without_pre_norm
 from trimtab.backbones.official import own_class, own_model
 
@@ -74,32 +85,58 @@ def _text_block(path: str, width: int, crosses: bool) -> Block:
     return Block(path, width, tuple(parts))
 
 
+def add_words(tokenizer: Any, model: Any) -> None:
+    """Put BLIP's two tokens behind the words of a BERT's tokenizer, as its authors do, if they are not there yet."""
+    start = model.config.text_config.bos_token_id
+    if tokenizer is not None and len(tokenizer) == start:
+        tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
+
+
+def write(model: Any, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Features of words (B, L, D) from a decoder that reads pictures; see `Backbone.write`."""
+    input_ids = input_ids.clone()
+    input_ids[:, 0] = model.config.text_config.bos_token_id  # the published models write from [DEC], not [CLS]
+    out = model.text_decoder.bert(input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=seen,
+                                  is_decoder=True, use_cache=False)  # fmt: skip
+    return out.last_hidden_state
+
+
+def word_head(model: Any) -> tuple[nn.Linear, nn.LayerNorm, Tensor]:
+    """The decoder's map from features to words; see `Backbone.word_head`."""
+    head = model.text_decoder.cls.predictions
+    return head.transform.dense, head.transform.LayerNorm, head.bias
+
+
 class BlipBackbone(Backbone):
-    """A BLIP that matches and writes."""
+    """A BLIP that matches and writes, or one that only writes."""
 
     kind = "joint"
+
+    def __init__(self, name: str, model: Any, tokenizer: Any, pictures: Pictures):
+        text = model.config.text_config
+        add_words(tokenizer, model)
+        super().__init__(name, model, tokenizer, pictures, text.hidden_size, min(text.max_position_embeddings, 40))
+
+    def adopt(self, tokenizer: Any) -> None:
+        add_words(tokenizer, self.model)
+        super().adopt(tokenizer)
 
     def look(self, pixel_values: Tensor) -> Tensor:
         return self.model.vision_model(pixel_values=pixel_values).last_hidden_state
 
-    def _text(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor, causal: bool) -> Tensor:
-        out = self.model.text_decoder.bert(input_ids=input_ids, attention_mask=attention_mask,
-                                           encoder_hidden_states=seen, is_decoder=causal, use_cache=False)  # fmt: skip
-        return out.last_hidden_state  # (B, L, D)
-
     def fuse(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
-        tokens = self._text(seen, input_ids, attention_mask, causal=False)
+        tokens = self.model.text_decoder.bert(
+            input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=seen, is_decoder=False,
+            use_cache=False,
+        ).last_hidden_state  # fmt: skip
         return Encoded(tokens[:, 0], tokens, attention_mask)
 
     def write(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        input_ids = input_ids.clone()
-        input_ids[:, 0] = self.model.config.text_config.bos_token_id  # the published models write from [DEC], not [CLS]
-        return self._text(seen, input_ids, attention_mask, causal=True)
+        return write(self.model, seen, input_ids, attention_mask)
 
     @property
     def word_head(self) -> tuple[nn.Linear, nn.LayerNorm, Tensor]:
-        head = self.model.text_decoder.cls.predictions
-        return head.transform.dense, head.transform.LayerNorm, head.bias
+        return word_head(self.model)
 
     def match(self, encoded: Encoded) -> Tensor:
         """Logit that text and image belong together, (B,); ValueError if the model has no head for it."""
@@ -181,9 +218,11 @@ def load(folder: Path, name: str, pretrained: bool = True) -> BlipBackbone:
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
     model_class = own_class(architecture) or getattr(transformers, architecture)
     model = load_pretrained(model_class, folder, pretrained)
-    text, vision = model.config.text_config, model.config.vision_config
-    return BlipBackbone(name, model, find_tokenizer(folder), Pictures(vision.image_size), text.hidden_size,
-                        min(text.max_position_embeddings, 40))  # fmt: skip
+    size = model.config.vision_config.image_size
+    # What was converted from its authors' file says so in its config, and has no preprocessor beside it.
+    official = hasattr(model.config, "blip_task") and not (folder / "preprocessor_config.json").is_file()
+    pictures = Pictures(size, CLIP_MEAN, CLIP_STD) if official else read_pictures(folder, size)
+    return BlipBackbone(name, model, find_tokenizer(folder), pictures)
 
 
 @BACKBONES.register("tiny-blip")

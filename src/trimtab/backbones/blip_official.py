@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes
+from trimtab.backbones import blip
 from trimtab.backbones.base import (
     CLIP_MEAN,
     CLIP_STD,
@@ -35,6 +36,7 @@ from trimtab.backbones.official import (
     renamed,
     resize_grid,
 )
+from trimtab.backbones.pretraining import blip_loss
 from trimtab.registry import unknown
 
 own_model("BlipPretraining", "trimtab.backbones.blip_model")
@@ -176,7 +178,10 @@ class BlipFormat(Format):
                         if name not in state:
                             yield Item(key, name, state[key])
 
-    def backbone(self, name: str, model: Any, tokenizer: Any) -> BlipOfficialBackbone:
+    def backbone(self, name: str, model: Any, tokenizer: Any) -> Backbone:
+        if type(model).__name__ == "BlipForConditionalGeneration":
+            pictures = Pictures(model.config.vision_config.image_size, CLIP_MEAN, CLIP_STD)
+            return blip.BlipBackbone(name, model, tokenizer, pictures)
         return BlipOfficialBackbone(name, model, tokenizer)
 
 
@@ -220,7 +225,8 @@ def rank_answers(model: Any, questions: Tensor, mask: Tensor, answers: Tensor, a
 
 
 class BlipOfficialBackbone(Backbone):
-    """A BLIP that understands: its text encoder reads the picture, and its matching head judges."""
+    """A BLIP that understands: its text encoder reads the picture, and its matching head judges. The pretrained has a
+    decoder that reads pictures too, and writes."""
 
     kind = "joint"
 
@@ -229,6 +235,7 @@ class BlipOfficialBackbone(Backbone):
             raise ValueError(f"{name}: {type(model).__name__} has no encoder of one picture and a text for our tasks; "
                              "load it with `trimtab.backbones.load_official`, or with task='retrieval'")  # fmt: skip
         text, vision = model.config.text_config, model.config.vision_config
+        blip.add_words(tokenizer, model)
         super().__init__(name, model, tokenizer, Pictures(vision.image_size, CLIP_MEAN, CLIP_STD), text.hidden_size,
                          min(text.max_position_embeddings, 35))  # fmt: skip
 
@@ -247,6 +254,28 @@ class BlipOfficialBackbone(Backbone):
             input_ids=ids, attention_mask=attention_mask, encoder_hidden_states=seen
         ).last_hidden_state
         return Encoded(tokens[:, 0], tokens, attention_mask)
+
+    def adopt(self, tokenizer: Any) -> None:
+        blip.add_words(tokenizer, self.model)
+        super().adopt(tokenizer)
+
+    def write(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Words of the pretrained model's decoder; the decoder of one for VQA reads questions, and others have none."""
+        if type(self.model).__name__ != "BlipPretraining":
+            raise NotImplementedError(f"{self.name}: {type(self.model).__name__} has no decoder that reads pictures: "
+                                      "task='caption' or task='pretrain' has")  # fmt: skip
+        check_sizes("BLIP", input_ids, self.model.config.text_config.max_position_embeddings)
+        return blip.write(self.model, seen, input_ids, attention_mask)
+
+    def pretraining_loss(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Contrast, matching and captions on a batch of pairs; NotImplementedError for what is fine-tuned."""
+        if type(self.model).__name__ != "BlipPretraining":
+            return super().pretraining_loss(pixel_values, input_ids, attention_mask)
+        return blip_loss(self.model, pixel_values, input_ids, attention_mask)
+
+    @property
+    def word_head(self) -> tuple[nn.Linear, nn.LayerNorm, Tensor] | None:
+        return blip.word_head(self.model) if type(self.model).__name__ == "BlipPretraining" else None
 
     def match(self, encoded: Encoded) -> Tensor:
         """Logit that text and image belong together, (B,); ValueError if the model has no head for it."""

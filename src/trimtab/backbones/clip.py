@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes, part_of
-from trimtab.backbones.base import BACKBONES, WEIGHTS, Backbone, Encoded, Pictures, load_pretrained
+from trimtab.backbones.base import BACKBONES, WEIGHTS, Backbone, Encoded, load_pretrained, read_pictures
 
 
 @describes("CLIPModel")
@@ -113,8 +113,9 @@ def load(folder: Path, name: str, pretrained: bool = True) -> ClipBackbone:
 
     model = load_pretrained(CLIPModel, folder, pretrained)
     config = model.config
-    return ClipBackbone(name, model, AutoTokenizer.from_pretrained(folder), Pictures(config.vision_config.image_size),
-                        config.projection_dim, config.text_config.max_position_embeddings)  # fmt: skip
+    pictures = read_pictures(folder, config.vision_config.image_size)
+    return ClipBackbone(name, model, AutoTokenizer.from_pretrained(folder), pictures, config.projection_dim,
+                        config.text_config.max_position_embeddings)  # fmt: skip
 
 
 @BACKBONES.register("tiny-clip")

@@ -181,6 +181,7 @@ class MeterBackbone(Backbone):
         longest = model.config.text_config.max_position_embeddings - model.config.text_config.pad_token_id - 1
         width = 2 * model.config.cross_config.hidden_size
         super().__init__(name, model, tokenizer, pictures, width, min(longest, 50))
+        self.token_width = width // 2
 
     def look(self, pixel_values: Tensor) -> Tensor:
         """What of the pictures does not depend on the text, (B, 1+P, V)."""

@@ -27,11 +27,12 @@ own_model("VseInfinity", "trimtab.backbones.vse_model")
 @describes("VseInfinity")
 def describe(model: Any) -> Anatomy:
     (text,) = bert.describe(model.txt_enc.bert).prefixed("txt_enc.bert").towers
-    towers = [replace(text, pooled=Tap("txt_enc"))]
+    towers = [replace(text, pooled=Tap("txt_enc"), projected=Tap("txt_enc.linear"))]
     heads = ("txt_enc.bert.pooler", "txt_enc.linear", "txt_enc.gpool")
     if model.config.cnn is None:  # regions come ready made: there is no tower
         return Anatomy(tuple(towers), heads=(*heads, "img_enc"), ignored=("img_enc.mlp",))
-    cnn = resnet.tower(model.img_enc.backbone.resnet, "img_enc.backbone.resnet", Tap("img_enc.image_encoder"))
+    cnn = resnet.tower(model.img_enc.backbone.resnet, "img_enc.backbone.resnet", Tap("img_enc"))
+    cnn = replace(cnn, projected=Tap("img_enc.image_encoder.fc"))
     return Anatomy((cnn, *towers), heads=(*heads, "img_enc.image_encoder"))
 
 

@@ -71,8 +71,10 @@ class FeatureEncoder(nn.Module):
 
     def forward(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
         x = self.fc(features)
-        if self.mlp is not None:
-            x = x + self.mlp(features)
+        return self.pool(x if self.mlp is None else x + self.mlp(features), valid)
+
+    def pool(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Tokens of the common width (B, R, E) -> vectors (B, E)."""
         x = self.gpool(x, valid)
         return unit(x) if self.normalise else x
 
@@ -97,15 +99,17 @@ class GridEncoder(nn.Module):
         return self.backbone.resnet(pixels).flatten(2).transpose(1, 2)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        tokens = self.tokens(pixels)
+        # A map of each token by itself: before tokens are dropped or after it is the same, and a side network that
+        # stands in its place (UniPT) has all of them to attend to.
+        tokens = self.image_encoder.fc(self.tokens(pixels))
         if not self.training:
-            return self.image_encoder(tokens)
+            return self.image_encoder.pool(tokens)
         # Size augmentation (section 5.1): in four of five images each token goes with up to 20 %, anew in each image.
         rate = torch.rand(len(tokens), 1, device=tokens.device)
         kept = (rate <= 0.2) | (torch.rand(tokens.shape[:2], device=tokens.device) > 0.2 * rate)
         order = (~kept).long().argsort(dim=1, stable=True)  # what is kept moves to the front
         tokens = tokens.gather(1, order[..., None].expand_as(tokens))
-        return self.image_encoder(tokens, kept.gather(1, order))
+        return self.image_encoder.pool(tokens, kept.gather(1, order))
 
 
 class TextEncoder(nn.Module):

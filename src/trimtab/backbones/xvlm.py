@@ -33,6 +33,7 @@ from trimtab.backbones.official import (
     renamed,
     resize_grid,
 )
+from trimtab.backbones.pretraining import xvlm_loss
 
 own_model("Xvlm", "trimtab.backbones.xvlm_model")
 
@@ -217,6 +218,13 @@ class XvlmBackbone(Backbone):
         images, text = self.model.encode_image(pixel_values), self.model.encode_text(input_ids, attention_mask)
         tokens = self.model.fuse(text, attention_mask, images)
         return Encoded(tokens[:, 0], tokens, attention_mask)
+
+    def pretraining_loss(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Contrast, matching and masked words on a batch of pairs; NotImplementedError for what is fine-tuned."""
+        if self.model.config.task != "pretrain":
+            return super().pretraining_loss(pixel_values, input_ids, attention_mask)
+        mask_id = 103 if self.tokenizer is None else self.tokenizer.mask_token_id  # 103: BERT's
+        return xvlm_loss(self.model, pixel_values, input_ids, attention_mask, mask_id)
 
     def match(self, encoded: Encoded) -> Tensor:
         """Logit that text and image belong together, (B,); ValueError if the model has no head for it."""

@@ -45,8 +45,8 @@ class Pictograms:
     """Leave out images that cannot be decoded instead of stopping."""
 
     tasks = {
-        "retrieval": "retrieval", "matching": "retrieval", "captioning": "retrieval", "vqa": "vqa",
-        "grounding": "grounding",
+        "retrieval": "retrieval", "matching": "retrieval", "captioning": "retrieval",
+        "pretraining": "retrieval", "vqa": "vqa", "grounding": "grounding",
     }  # fmt: skip
 
     def load(self, task: str, split: Literal["train", "validation", "test"]) -> Dataset:

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy
@@ -25,6 +26,16 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 METHODS: Registry[Any] = Registry("method")
+
+
+def beside(module: nn.Module, place: Tensor, dtype: torch.dtype | None = None) -> nn.Module:
+    """A new module moved to the device of a model's parameter, and to a type if one is given.
+
+    What is there already is left alone: modules of fake tensors, with which costs are estimated, cannot be moved.
+    """
+    if all(t.device == place.device and dtype in (None, t.dtype) for t in module.parameters()):
+        return module
+    return module.to(place.device, dtype)
 
 
 class Session(Protocol):
@@ -90,8 +101,11 @@ class Method(ABC):
             ValueError: if the method does not apply to this model, with the reason.
         """
 
-    def assume(self, model: nn.Module, anatomy: Anatomy) -> None:  # noqa: B027
-        """Fill `state` with something of the right size without data, so that costs can be counted beforehand."""
+    def assume(self, model: nn.Module, anatomy: Anatomy, session: Session | None = None) -> None:  # noqa: B027
+        """Fill `state` with something of the right size without data, so that costs can be counted beforehand.
+
+        `session` has the model with its task and no data, for methods that must run it to know (a budget of MACs, say).
+        """
 
     def callbacks(self) -> list[TrainerCallback]:
         return []

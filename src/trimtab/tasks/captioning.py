@@ -29,8 +29,9 @@ class Captioning(Task):
     blank = {"captions": [""]}
     causal = True
 
-    def __init__(self, longest: int = 30):
+    def __init__(self, longest: int = 30, smoothing: float = 0.0):
         self.longest = longest
+        self.smoothing = smoothing  # of labels, in training (published for BLIP and X-VLM: 0.1)
 
     def head(self, backbone: Any) -> nn.Module:
         return Words(backbone)
@@ -51,7 +52,7 @@ class Captioning(Task):
         tokens = backbone.write(seen, batch["input_ids"], batch["attention_mask"])
         told = batch["labels"] != IGNORED
         logits = head(tokens[told], backbone.model.get_input_embeddings().weight)
-        return F.cross_entropy(logits.float(), batch["labels"][told])
+        return F.cross_entropy(logits.float(), batch["labels"][told], label_smoothing=self.smoothing)
 
     def predict(self, backbone: Any, head: nn.Module, batch: Batch) -> list[dict[str, Any]]:
         tokenizer, pixels = backbone.tokenizer, batch["pixel_values"]

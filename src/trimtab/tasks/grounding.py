@@ -69,7 +69,7 @@ class Grounding(Task):
     blank = {"box": (0, 0, 1, 1)}
 
     def head(self, backbone: Any) -> nn.Module:
-        return BoxHead(backbone.width)
+        return BoxHead(backbone.token_width)
 
     def collate(self, backbone: Any, rows: list[dict[str, Any]], train: bool) -> Batch:
         rows = decode_rows(rows)

@@ -19,7 +19,8 @@ class VQA(Task):
     """Columns `image`, `question`, `answer`; with a column `kind`, accuracy is given for each kind of question too.
 
     The head is ViLT's: two linear layers with LayerNorm and GELU between. It reads the first token itself and not the
-    pooled feature: a pooler that was trained to match keeps what tells a match from none and little else. An answer
+    pooled feature: a pooler that was trained to match keeps what tells a match from none and little else. Where the
+    pooled feature joins two streams (METER), whose first tokens know half each, it is read as published. An answer
     outside `answers` is never right, and no gradient comes from it.
     """
 
@@ -51,7 +52,8 @@ class VQA(Task):
 
     def _logits(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
         encoded = backbone.pair(batch["pixel_values"], batch["input_ids"], batch["attention_mask"])
-        return head(encoded.tokens[:, 0]).float()
+        one_stream = backbone.token_width == backbone.width
+        return head(encoded.tokens[:, 0] if one_stream else encoded.pooled).float()
 
     def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
         labels = batch["labels"]

@@ -18,9 +18,9 @@ class Words(nn.Module):
 
     def __init__(self, backbone: Any):
         super().__init__()
-        width = backbone.width
+        width = backbone.token_width
         self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
-        self.bias = nn.Parameter(torch.zeros(len(backbone.tokenizer)))
+        self.bias = nn.Parameter(torch.zeros(backbone.vocabulary))
         for mine, theirs in self._pairs(backbone):
             mine.data.copy_(theirs)
 

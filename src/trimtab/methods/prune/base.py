@@ -243,7 +243,7 @@ class Pruner(Method):
         self.state = {"pruner": self.name, **summary(masks, session.anatomy)}
         self.state["seconds"] = round(time.perf_counter() - started, 2)
 
-    def assume(self, model: nn.Module, anatomy: Anatomy) -> None:
+    def assume(self, model: nn.Module, anatomy: Anatomy, session: Session | None = None) -> None:
         """Masks that keep everything, of the size of real ones: zeros change no cost but the number of non-zeros."""
         convolutions = getattr(self.settings, "convolutions", False)  # masks that are only given have no such setting
         found = {w.path: parameter(model, w) for w in anatomy.weights(model, convolutions)}

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import AnatomyError, Block, Sublayer, Tap, read, rewrite
+from trimtab.methods.base import beside
 
 Form = Literal["parallel", "sequential", "routed", "none"]
 
@@ -164,7 +165,7 @@ def add_adapters(model: nn.Module, block: Block, bottleneck: int, form: Form = "
                 adapter.begin = begins(names, args, kwargs)
 
             owner.register_forward_pre_hook(start, with_kwargs=True)
-        owner.add_module(f"das_{i}", adapter.to(place.device, place.dtype))
+        owner.add_module(f"das_{i}", beside(adapter, place, place.dtype))
         if form == "parallel":
             seen: list[Tensor] = []  # the sublayer's input, from its read until its write in the same pass
             read(model, part.read, seen.append)
@@ -184,10 +185,13 @@ class Skipped(nn.Module):
         block: its description.
         bottleneck: width of an adapter in a kept block; the skip adapter is as wide as those of the block together.
         form: of the adapters.
+        width: of the skip adapter instead.
     """
 
-    def __init__(self, model: nn.Module, block: Block, bottleneck: int, form: Form = "parallel"):
+    def __init__(self, model: nn.Module, block: Block, bottleneck: int, form: Form = "parallel",
+                 width: int | None = None):  # fmt: skip
         super().__init__()
+        self.width = width
         original = model.get_submodule(block.path)
         place = next(original.parameters())
         self.names = parameter_names(original)
@@ -199,19 +203,21 @@ class Skipped(nn.Module):
             # A copy: in the search the block stays beside this module, and its adapters change what its norm puts out.
             self.norm = copy.deepcopy(model.get_submodule(own_norm(model, block, block.sublayers[0])))
             self.norm._forward_hooks.clear()
-        self.adapter = self._adapter(block, bottleneck, 0).to(place.device, place.dtype)
+        self.adapter = beside(self._adapter(block, bottleneck, 0), place, place.dtype)
         others = [self._adapter(block, bottleneck, i + 1) for i in range(len(block.also))]
-        self.others = nn.ModuleList(others).to(place.device, place.dtype)
+        self.others = beside(nn.ModuleList(others), place, place.dtype)
 
     def _adapter(self, block: Block, bottleneck: int, stream: int) -> nn.Module:
         count = sum(part.stream == stream for part in block.sublayers)
         if self.form == "none" or not count:
             return nn.Identity()
         if self.form == "parallel":
-            return Adapter(block.width, bottleneck * count, residual=True)
+            return Adapter(block.width, self.width or bottleneck * count, residual=True)
         if self.form == "sequential":
-            return Adapter(block.width, bottleneck * count, residual=True, norm="none", init="xavier")
-        return RoutedAdapter(block.width, bottleneck * 4)  # as wide as four of the one adapter in a kept block
+            width = self.width or bottleneck * count
+            return Adapter(block.width, width, residual=True, norm="none", init="xavier")
+        # As wide as four of the one adapter in a kept block.
+        return RoutedAdapter(block.width, self.width or bottleneck * 4)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stream = kwargs[self.stream] if self.stream in kwargs else args[0]
@@ -253,10 +259,14 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
 
 
 def train_adapters(model: nn.Module, heads: tuple[str, ...]) -> None:
-    """What DAS trains in the model: adapters, and the heads (pooler and projections)."""
+    """What DAS trains in the model: adapters, and the heads (pooler and projections), but not the map to a vocabulary,
+    which LLaVA-DAS and LaVIN-DAS leave frozen."""
     for module in model.modules():
         if isinstance(module, (Adapter, RoutedAdapter)):
             module.requires_grad_(True)
     for name, parameter in model.named_parameters():
         if any(name.startswith(h + ".") for h in heads):
             parameter.requires_grad_(True)
+    words = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if words is not None:
+        words.requires_grad_(False)

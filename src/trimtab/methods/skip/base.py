@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from trimtab.anatomy import Anatomy, Block
 from trimtab.data.cache import replace_file
@@ -40,6 +41,9 @@ class SkipSettings:
     """Instead of `skip`: at least so much less than the dense model, "30% macs", "30% params" or "30% latency"."""
     reduction: int = 8
     """In-block adapters are width / reduction wide (published: 768 / 8 = 96; LaVIN: 4096 / 512)."""
+    skip_width: int | None = None
+    """Width of the adapter in place of a block; None: as wide as those of the block together (LLaVA-DAS: 256 beside two
+    of 64; LaVIN's routed ones: four times one)."""
     adapters: Literal["parallel", "sequential", "routed", "none"] = "parallel"
     """Form: `parallel` (METER, ViLT), `sequential` (LLaVA-DAS), `routed` (LaVIN), or `none`: only removal."""
     towers: tuple[str, ...] | None = None
@@ -48,6 +52,8 @@ class SkipSettings:
     """Paths of the blocks to skip, or a plan's JSON file or run folder; given, nothing is searched."""
 
     def __post_init__(self) -> None:
+        if self.skip_width is not None and self.skip_width < 1:
+            raise ValueError(f"skip_width must be at least 1, found {self.skip_width}")
         if self.skip < 0 or self.reduction < 1:
             raise ValueError(
                 f"skip must be at least 0 and reduction at least 1, found {self.skip} and {self.reduction}"
@@ -71,7 +77,7 @@ class Supernet:
         self.switches: list[Switch] = []
         for block in candidates:
             bottleneck = max(1, block.width // settings.reduction)
-            other = Skipped(self.subject, block, bottleneck, settings.adapters)
+            other = Skipped(self.subject, block, bottleneck, settings.adapters, settings.skip_width)
             add_adapters(self.subject, block, bottleneck, settings.adapters)
             self.switches.append(Switch(self.subject.get_submodule(block.path), other))
             replace_module(self.subject, block.path, self.switches[-1])
@@ -193,10 +199,12 @@ class Skipping(Method):
                 raise ValueError(f"{self.name}: plan: {unknown('block', path, paths)}")
         return Plan.of(model, anatomy, candidates, [paths.index(p) for p in wanted], method=self.name, target="given")
 
-    def assume(self, model: nn.Module, anatomy: Anatomy) -> None:
-        """The plan if it is given, else the last k candidates: every block of a tower costs the same.
+    def assume(self, model: nn.Module, anatomy: Anatomy, session: Session | None = None) -> None:
+        """The plan if it is given, else the last candidates: every block of a tower costs the same.
 
-        A budget of MACs or latency is taken as one of parameters, which need no forward pass.
+        Raises:
+            ValueError: if a budget cannot be reached, or there is no session in which to see what blocks cost.
+            RuntimeError: for a budget of latency on fake tensors, which take no time.
         """
         candidates = self.candidates(anatomy)
         if self.settings.plan is not None:
@@ -204,9 +212,12 @@ class Skipping(Method):
             return
         target = Target.count(len(candidates), self.settings.skip)
         if self.settings.budget is not None:
-            sizes = [sum(p.numel() for p in model.get_submodule(b.path).parameters()) for b in candidates]
-            needed = parse(self.settings.budget)[0] * sum(p.numel() for p in model.parameters())
-            target = Target(tuple(map(float, sizes)), min(needed, float(sum(sizes) - min(sizes))), "params")
+            share, unit = parse(self.settings.budget)
+            if session is None:
+                raise ValueError(f"{self.name}: budget: '{self.settings.budget}' needs a session to count blocks in")
+            if unit == "latency" and isinstance(next(model.parameters()), FakeTensor):
+                raise RuntimeError(f"{self.name}: fake tensors take no time")
+            target = Supernet(session, candidates, self.settings).costs(unit, session, candidates).target(share)
         chosen = target.fill(range(len(candidates))[::-1])
         self.set_plan(Plan.of(model, anatomy, candidates, chosen, method=self.name, target=self.wanted))
 
@@ -217,7 +228,8 @@ class Skipping(Method):
             bottleneck = max(1, block.width // self.settings.reduction)
             if block.path in skipped:
                 hand_on_positions(model, block.path, [b.path for b in tower_of[block.path] if b.path not in skipped])
-                replace_module(model, block.path, Skipped(model, block, bottleneck, self.settings.adapters))
+                gone = Skipped(model, block, bottleneck, self.settings.adapters, self.settings.skip_width)
+                replace_module(model, block.path, gone)
             else:
                 add_adapters(model, block, bottleneck, self.settings.adapters)
         close_gaps(model, anatomy, skipped)

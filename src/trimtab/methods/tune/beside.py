@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from trimtab.anatomy import Anatomy, AnatomyError, Tap, Tower, read, rewrite
-from trimtab.methods.base import Method
+from trimtab.methods.base import Method, beside
 
 
 @dataclass
@@ -197,7 +197,7 @@ class Beside(Method):
         self._check_read(anatomy, names)
         self.listeners: dict[str, Listener] = {}
         sides = nn.ModuleDict({name: self.side(model, anatomy, anatomy.tower(name)) for name in names})
-        sides.to(device=next(model.parameters()).device)
+        beside(sides, next(model.parameters()))
         for name in names:
             self.listeners[name] = self.listen(model, anatomy.tower(name), sides[name])
             self.listeners[name].attach(model)

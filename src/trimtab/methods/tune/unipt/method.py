@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Tower
 from trimtab.methods.base import METHODS
-from trimtab.methods.tune.beside import Beside, Listener, token_width
-from trimtab.methods.tune.unipt.sides import DecoderUniPT, PyramidUniPT, TokenUniPT, VectorUniPT
+from trimtab.methods.tune.beside import Beside, Listener, Seen, token_width
+from trimtab.methods.tune.unipt.sides import PUBLISHED, DecoderUniPT, PyramidUniPT, TokenUniPT, VectorUniPT, initialise
 
 KEPT = {"exact": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,14 +26,17 @@ class UniPTSettings:
     """Width of the side network = width of the tower / reduction (published: 2; CLIP4Clip: 1)."""
     towers: tuple[str, ...] | None = None
     """Which towers get a side network; None for all but those whose output becomes the stream of another."""
-    form: Literal["auto", "token", "vector"] = "auto"
-    """`vector` replaces the tower's pooled vector, `token` its tokens; `auto` takes what fits the tower. Grids have a
-    form of their own, and so have decoders whose encoder gets a side network too."""
+    form: Literal["auto", "token", "vector", "projected"] = "auto"
+    """`vector` replaces the tower's pooled vector, `token` its tokens, `projected` their linear map into another width
+    (VSE); `auto` takes what fits the tower. Grids have a form of their own, and so have decoders whose encoder gets a
+    side network too; one that hands on all its levels (MDETR) gets a level for every layer that is read."""
     layers: tuple[int, ...] | None = None
     """Hidden maps that are read beside the last: 0 is what enters the first block, i what block i puts out. None for
     all; of a grid tower one for each size."""
     projection: Literal["double", "single"] = "double"
     """Between merged tokens and anchor: two linear maps (CLIP-ViL's code), or one (VSE; CLIP-ViL's published count)."""
+    init: Literal["torch", "bert", "xavier"] = "torch"
+    """How weights start: `torch` (VSE, CLIP4Clip), `bert`: N(0, 0.02) (CLIP-ViL), `xavier` (MDETR)."""
     keep_scores: bool | Literal["auto"] = "auto"
     """Keep attention scores for the backward pass instead of computing them again: faster, more memory. `auto` keeps
     them where they are few: sequences no longer than a quarter of the side network's width."""
@@ -58,11 +61,20 @@ class UniPT(Beside):
         return tuple(t.name for t in anatomy.towers if t.feeds is None)
 
     def side(self, model: nn.Module, anatomy: Anatomy, tower: Tower) -> nn.Module:
+        side = self._side(model, anatomy, tower)
+        initialise(side, self.settings.init)
+        return side
+
+    def _side(self, model: nn.Module, anatomy: Anatomy, tower: Tower) -> nn.Module:
         s, kept = self.settings, KEPT[self.settings.keep_maps]
         if tower.layout == "grid" and s.form != "vector":
             widths = [tower.blocks[i - 1].width for i in self._maps(tower, "grid")]
-            return PyramidUniPT(widths, _handed_on(model, tower), s.reduction, keep=s.keep_scores, kept=kept)
+            return PyramidUniPT(widths, self._out(model, tower), s.reduction, keep=s.keep_scores, kept=kept)
         width = token_width(self.name, tower)
+        if self._projected(tower):
+            layers = len(self._maps(tower, "token")) - 1
+            return TokenUniPT(width, layers, s.reduction, self._out(model, tower), causal=tower.causal,
+                              keep=s.keep_scores, kept=kept, **PUBLISHED["vse-text"])  # fmt: skip
         if s.form == "vector" or (s.form == "auto" and _hands_on_vector(model, tower)):
             if tower.pooled is None:
                 raise ValueError(f"unipt: tower {tower.name!r} hands on no vector: use form 'token'")
@@ -74,11 +86,18 @@ class UniPT(Beside):
         targets = len(self._maps(tower, "token")) - 1
         shared = {"projection": s.projection, "causal": tower.causal, "keep": s.keep_scores, "kept": kept}
         if self._memory(anatomy, tower):
-            return DecoderUniPT(width, targets, s.reduction, **shared)
-        final = "none" if self._read_by_another(anatomy, tower) else "linear"
-        return TokenUniPT(width, targets, s.reduction, final=final, **shared)
+            levels = tower.levels is not None
+            if levels:
+                shared |= {k: v for k, v in PUBLISHED["mdetr-decoder"].items() if k != "projection"}
+            return DecoderUniPT(width, targets, s.reduction, levels=levels, **shared)
+        if self._read_by_another(anatomy, tower):
+            eps = PUBLISHED["mdetr-encoder"]["eps"]
+            return TokenUniPT(width, targets, s.reduction, final="none", eps=eps, **shared)
+        return TokenUniPT(width, targets, s.reduction, **shared)
 
     def listen(self, model: nn.Module, tower: Tower, side: nn.Module) -> Listener:
+        if isinstance(side, PyramidUniPT) and self._projected(tower):
+            return self._listener(tower, "grid", side, lambda seen: side(one_by_one(seen.maps)))
         if isinstance(side, PyramidUniPT):
             return self._listener(
                 tower, "grid", side, lambda seen: _grid(tower, side(one_by_one(seen.maps)), seen.value)
@@ -87,7 +106,14 @@ class UniPT(Beside):
             compute = lambda seen: side(one_by_one(seen.maps), seen.mask, seen.value, seen.position)  # noqa: E731
             return self._listener(tower, "vector", side, compute)
         if isinstance(side, DecoderUniPT):
-            compute = lambda seen: side(one_by_one(seen.maps), seen.mask, seen.memory, seen.memory_mask)  # noqa: E731
+
+            def compute(seen: Seen) -> Tensor:
+                # The anchor is the last level as it is handed on, behind the norm; the others without it. It is
+                # copied, since a part of the stack would keep all of it for the backward pass.
+                if side.levels:
+                    seen.maps[-1] = seen.value[-1].clone()
+                return side(one_by_one(seen.maps), seen.mask, seen.memory, seen.memory_mask)
+
             listener = self._listener(tower, "token", side, compute)
             listener.memory = self.listeners[str(tower.memory)]
             return listener
@@ -98,6 +124,10 @@ class UniPT(Beside):
 
     def _listener(self, tower: Tower, form: str, side: nn.Module, compute) -> Listener:
         place = tower.pooled if form == "vector" else tower.output
+        if self._projected(tower):
+            place = tower.projected
+        elif isinstance(side, DecoderUniPT) and side.levels:
+            place = tower.levels
         return Listener(self.name, tower, self._maps(tower, form), compute, place, next(side.parameters()).dtype)
 
     def _maps(self, tower: Tower, form: str) -> list[int]:
@@ -117,6 +147,18 @@ class UniPT(Beside):
                 f"{count}, is always read), found {list(chosen)}"
             )
         return [*chosen, count]
+
+    def _out(self, model: nn.Module, tower: Tower) -> int:
+        """Channels of what stands in the place of a map of tokens, or of a grid that is handed on."""
+        if self._projected(tower):
+            return model.get_submodule(tower.projected.path).out_features  # type: ignore
+        return _handed_on(model, tower)
+
+    def _projected(self, tower: Tower) -> bool:
+        """Whether the side network stands in the place of a linear map of the tokens, as in VSE."""
+        if self.settings.form == "projected" and tower.projected is None:
+            raise ValueError(f"unipt: tower {tower.name!r} has no linear map of its tokens: use another `form`")
+        return tower.projected is not None and self.settings.form in ("auto", "projected")
 
     def _chosen(self, anatomy: Anatomy) -> tuple[str, ...]:
         return self.settings.towers or self.towers(anatomy)

@@ -7,7 +7,8 @@
 | `VectorUniPT` | hidden maps and the tower's vector (B, E) | a vector (B, E) | CLIP4Clip's texts and frames |
 | `PyramidUniPT` | grids (B, C_l, r_l n, r_l n) | tokens (B, n n, out) | VSE's images |
 
-Weights start as torch's own defaults, as in the published code.
+Weights start as torch's own defaults, as those of VSE and CLIP4Clip do in the published code; `initialise` draws them
+as those of MDETR and CLIP-ViL start.
 """
 
 from __future__ import annotations
@@ -32,6 +33,19 @@ PUBLISHED: dict[str, dict] = {
     "mdetr-decoder": {"projection": "double", "final": "relu-norm", "eps": 1e-7},
 }
 """Settings of `TokenUniPT` and `DecoderUniPT` in each published use."""
+
+
+@torch.no_grad()
+def initialise(side: nn.Module, how: Literal["torch", "bert", "xavier"]) -> None:
+    """Draw a side network's matrices anew: `torch` leaves them as they are, `bert` is N(0, 0.02) with biases of 0
+    (CLIP-ViL: `init_bert_weights` goes over the whole model), `xavier` is Xavier's uniform (MDETR; biases stay)."""
+    for parameter in side.parameters():
+        if how == "xavier" and parameter.ndim > 1:
+            nn.init.xavier_uniform_(parameter)
+    for module in side.modules():
+        if how == "bert" and isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
 
 
 class TokenUniPT(nn.Module):

@@ -1,0 +1,50 @@
+"""A backbone's own pretraining on pairs: what it is pruned with before a task is known (MULTIFLOW, section 4.1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.data.images import decode_rows
+from trimtab.tasks.base import TASKS, Batch, Task
+
+
+@TASKS.register("pretraining")
+class Pretraining(Task):
+    """Columns `image`, `captions` (a list a row; training draws one, evaluation takes the first).
+
+    There is no head beside the model's own. The metric is how often its matching head tells a picture's caption from
+    that of the picture before it in the batch.
+    """
+
+    name = "pretraining"
+    columns = ("captions",)
+    primary = "told apart"
+    kinds = ("joint",)
+    blank = {"captions": [""]}
+
+    def head(self, backbone: Any) -> nn.Module:
+        return nn.Identity()
+
+    def collate(self, backbone: Any, rows: list[dict[str, Any]], train: bool) -> Batch:
+        rows = decode_rows(rows)
+        pick = [int(torch.randint(len(r["captions"]), ())) if train else 0 for r in rows]
+        texts = backbone.texts([r["captions"][k] for r, k in zip(rows, pick, strict=True)])
+        return {**backbone.images([r["image"] for r in rows]), **texts}
+
+    def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
+        return backbone.pretraining_loss(**batch)
+
+    def predict(self, backbone: Any, head: nn.Module, batch: Batch) -> list[dict[str, Any]]:
+        wrong = {**batch, "pixel_values": batch["pixel_values"].roll(1, dims=0)}
+        own, other = (backbone.match(backbone.pair(**b)) for b in (batch, wrong))
+        return [{"own": float(a), "other": float(b)} for a, b in zip(own, other, strict=True)]
+
+    def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
+        right = [(r["own"] > r["other"]) + 0.5 * (r["own"] == r["other"]) for r in records]
+        return {"told apart": sum(right) / len(right)}
+
+    def chance(self, rows: Any) -> float | None:
+        return 0.5
