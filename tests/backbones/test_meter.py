@@ -199,9 +199,10 @@ def test_tasks_read_what_is_as_wide_as_their_heads():
 
     model, _ = tiny()
     backbone = FORMATS["meter"].backbone("meter.ckpt", model, None)
+    backbone.limit_text(6)
     for task in (TASKS["vqa"](["a", "b"]), TASKS["grounding"](), TASKS["matching"]()):
         whole = TaskModel(backbone, task)
-        whole(**whole.example(2) | {k: v for k, v in batch(2).items() if k != "pixel_values"})["loss"].backward()
+        whole(**whole.example(2))["loss"].backward()
         assert all(p.grad is not None for p in whole.head.parameters()), task.name
 
 
