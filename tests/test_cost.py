@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -171,3 +172,66 @@ def test_the_estimate_knows_what_pruning_leaves(tiny_raw):
     raw = tiny_raw("tiny-vilt", "vqa", [{"name": "multiflow", "sparsity": 0.5}, "full"], batch_size=2)
     found = cost.estimate(recipe.expand(raw, "test")[0])
     assert 0.4 < found["nonzero_params"] / found["params"] < 0.7
+
+
+@pytest.mark.parametrize("budget", ["30% macs", "20% params"])
+def test_a_budget_is_counted_in_its_own_unit(budget, tiny_raw):
+    raw = tiny_raw("tiny-vilt", "vqa", [{"name": "random-skip", "budget": budget}], batch_size=2)
+    (r,) = recipe.expand(raw, "test")
+    with cost.sizes_only():
+        found = cost._estimate(r)
+    assert {k: v for k, v in cost._estimate(r).items() if "macs" in k or "params" in k} == {
+        k: v for k, v in found.items() if "macs" in k or "params" in k
+    }  # the same on real tensors
+    (bare,) = recipe.expand(tiny_raw("tiny-vilt", "vqa", ["full"], batch_size=2), "test")
+    share, unit = float(budget.split("%")[0]) / 100, budget.split()[1]
+    dense = {"macs": found["dense_macs"], "params": cost.estimate(bare)["params"]}[unit]
+    block = dense / 8  # of its 8 blocks one more would be too many
+    assert (1 - share) * dense - block < found[unit] <= (1 - share) * dense
+
+
+def test_a_budget_of_latency_needs_real_tensors(tiny_raw, monkeypatch):
+    from trimtab.methods.skip import budget
+
+    monkeypatch.setattr(budget, "_milliseconds", budget._macs)  # time itself decides no test
+    raw = tiny_raw("tiny-vilt", "vqa", [{"name": "random-skip", "budget": "30% latency"}], batch_size=2)
+    (r,) = recipe.expand(raw, "test")
+    with pytest.raises(RuntimeError, match="fake tensors take no time"), cost.sizes_only():
+        cost._estimate(r)
+    found = cost.estimate(r)
+    assert found["macs"] <= 0.7 * found["dense_macs"]
+
+
+@pytest.mark.parametrize("methods", [["multiflow", "lora"], [{"name": "das", "skip": 2}], ["unipt"]], ids=str)
+def test_methods_are_counted_without_memory(methods, tiny_raw):
+    (r,) = recipe.expand(tiny_raw("tiny-vilt", "vqa", methods, batch_size=2), "test")
+    with cost.sizes_only():
+        assert cost._estimate(r)["macs"] > 1e7
+
+
+def test_the_peak_is_of_what_lives_at_one_time():
+    def step() -> torch.Tensor:
+        return torch.ones(1000).sum() + torch.ones(500).sum()  # the first is gone when the second is made
+
+    assert 4000 <= cost.training_peak(step, nn.Module()) < 4100
+    model = nn.Linear(100, 10, bias=False)
+    x = torch.ones(2, 100)
+    peak = cost.training_peak(lambda: model(x).sum(), model)
+    assert 4 * 4000 <= peak < 4 * 4000 + 2000  # weight, gradient and two moments; the rest is small
+    model.requires_grad_(False)
+    assert 4000 <= cost.training_peak(lambda: model(x).sum(), model) < 4300
+    assert model.weight.grad is None
+
+
+def test_an_architecture_has_a_price_and_no_weights(tiny_raw):
+    raw = tiny_raw("clip4clip", "retrieval", ["linear-probe"], batch_size=2)
+    raw["backbone"] |= {"settings": {"patch": 16}, "max_text": 32}
+    (r,) = recipe.expand(raw, "test")
+    found = cost.estimate(r)
+    assert found["params"] == 149_620_737 + found["trainable_params"]
+    with pytest.raises(recipe.RecipeError, match=r"clip4clip: an architecture, which has no weights: give the path"):
+        run.assemble(replace(r, backbone=replace(r.backbone, pretrained=True)))
+    wrong = replace(r, backbone=replace(r.backbone, settings={"pach": 16}))
+    with pytest.raises(recipe.RecipeError, match="architecture 'clip4clip' 'pach': did you mean 'patch'"):
+        run.assemble(wrong)
+    run.check(r)

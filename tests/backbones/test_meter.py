@@ -194,6 +194,18 @@ def test_das_on_the_fusion_layers(skip):
     assert not any(n.startswith(("vision.", "text_transformer.", "cross_modal_text_transform")) for n in trained)
 
 
+def test_tasks_read_what_is_as_wide_as_their_heads():
+    from trimtab.tasks import TASKS, TaskModel
+
+    model, _ = tiny()
+    backbone = FORMATS["meter"].backbone("meter.ckpt", model, None)
+    backbone.limit_text(6)
+    for task in (TASKS["vqa"](["a", "b"]), TASKS["grounding"](), TASKS["matching"]()):
+        whole = TaskModel(backbone, task)
+        whole(**whole.example(2))["loss"].backward()
+        assert all(p.grad is not None for p in whole.head.parameters()), task.name
+
+
 PARAMETERS = {  # published sizes: task -> parameters of the authors' model
     ("mlm", "itm"): 358530139, ("vqa",): 327200825, ("nlvr2",): 324008194, ("itm", "irtr"): 319479299,
     ("snli",): 321843203,

@@ -101,16 +101,16 @@ def test_a_file_without_a_stage_is_named():
         build("vse_grid", state)
 
 
-def test_parameters_of_the_published_sizes():
-    """Counted on the meta device, against the authors' own classes (without the classifier that they keep unused)."""
-    from trimtab.backbones.vse_model import VseConfig, VseInfinity
+def test_pooling_weights_are_those_of_packed_sequences():
+    from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-    def count(cnn) -> tuple[int, int]:
-        with torch.device("meta"):
-            model = VseInfinity(VseConfig(cnn=cnn))
-        image, text = (sum(p.numel() for p in part.parameters()) for part in (model.img_enc, model.txt_enc))
-        return image, text
+    from trimtab.backbones.vse_model import GPO
 
-    assert count({"inner": 256, "groups": 32}) == (88_853_216, 110_282_400)
-    assert count({"caffe": True}) == (44_611_040, 110_282_400)
-    assert count(None) == (3_688_352, 110_282_400)
+    torch.manual_seed(0)
+    pool, lengths = GPO(), torch.tensor([9, 1, 4, 7])
+    valid = torch.arange(9)[None] < lengths[:, None]
+    positions = pool._positions(9)[None] * valid[..., None]
+    packed = pack_padded_sequence(positions, lengths, batch_first=True, enforce_sorted=False)
+    forth, back = pad_packed_sequence(pool.gru(packed)[0], batch_first=True)[0].chunk(2, dim=-1)
+    scores = pool.linear((forth + back) / 2).masked_fill(~valid[..., None], -10000)
+    torch.testing.assert_close(pool.weights(9, valid), (scores / 0.1).softmax(dim=1))
