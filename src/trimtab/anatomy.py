@@ -78,8 +78,8 @@ class Block:
         path: dotted module path.
         width: channels of its output, the last axis for tokens, the second for a grid.
         sublayers: where parallel adapters go, in the order of computation.
-        keeps_shape: whether input and output have the same shape, and nothing but the stream is handed on; only then
-            can it be skipped.
+        keeps_shape: whether input and output have the same shape, and nothing but the stream (and what `also` names) is
+            handed on; only then can it be skipped.
         stream: keyword of the carried stream, used when it is not passed by position.
         returns_tuple: whether it returns the stream as the first element of a tuple, not by itself.
         also: names of further arguments that it returns after the stream, changed or not: a second stream (LXMERT), a
@@ -114,6 +114,9 @@ class Tower:
         samples: where a value with one row a sample goes in, for a stream that does not begin with the samples: (L, B,
             D), or (L, D) with the tokens of all images one after another. None for (B, L, D) and (B, C, H, W).
         memory: name of the tower whose output the blocks also read (decoders, paired fusion towers).
+        reads: names of further towers whose results go into its stream (fused streams, image tokens among words).
+        extendable: whether tokens may be put before those of its stream, and taken off after the last block: not where
+            blocks are given something else token by token, or hand what they put out to others too.
         causal: whether a token sees only those before it (then a key-value cache may be in use).
     """
 
@@ -130,6 +133,8 @@ class Tower:
     pooled: Tap | None = None
     pooled_token: Literal["first", "last"] = "first"
     memory: str | None = None
+    reads: tuple[str, ...] = ()
+    extendable: bool = True
     causal: bool = False
 
 
@@ -202,6 +207,12 @@ class Anatomy:
             if t.name == name:
                 return t
         raise ValueError(unknown("tower", name, [t.name for t in self.towers]))
+
+    def readers(self, name: str) -> tuple[Tower, ...]:
+        """The towers that are given a tower's result, without those of which it is given the result itself (pairs)."""
+        own = self.tower(name)
+        back = {own.memory, *own.reads}
+        return tuple(t for t in self.towers if name in (t.memory, *t.reads) and t.name != name and t.name not in back)
 
     def owner(self, path: str) -> Tower | None:
         """The tower to whose scope a module or parameter belongs, None for heads and the rest."""
@@ -431,4 +442,11 @@ def rewrite(model: nn.Module, tap: Tap, change: Callable[[Tensor], Tensor]) -> R
     if tap.side != "output":
         raise AnatomyError(f"only outputs can be rewritten, the tap at '{tap.path}' is an input")
     module = model.get_submodule(tap.path)
-    return module.register_forward_hook(lambda m, args, out: put(out, tap.key, change(pick(out, tap.key))))
+    handle = module.register_forward_hook(lambda m, args, out: put(out, tap.key, change(pick(out, tap.key))))
+    hooks: Any = module._forward_hooks
+    for key, hook in list(hooks.items()):
+        # transformers notes hidden states with hooks, set when they are first asked for, and models may go on with what
+        # was noted (LLaVA): it has to be what is rewritten, whether the model has run before or not.
+        if getattr(hook, "__name__", "") == "output_capturing_hook":
+            hooks.move_to_end(key)
+    return handle

@@ -32,9 +32,9 @@ def describe(model: Any) -> Anatomy:
     towers = (
         resnet.tower(model.backbone, "backbone"), *text.towers,
         Tower("encoder", "fusion", tuple(encoder), ("transformer.encoder",), output=Tap(encoder[-1].path),
-              mask=Tap("transformer.encoder", "input", "valid")),
+              mask=Tap("transformer.encoder", "input", "valid"), reads=("vision", "text"), extendable=False),
         Tower("decoder", "fusion", tuple(decoder), ("transformer.decoder",), output=Tap(decoder[-1].path),
-              memory="encoder"),
+              memory="encoder", extendable=False),
     )  # fmt: skip
     heads = [*text.heads, "transformer.resizer", "input_proj", "query_embed", "class_embed", "bbox_embed"]
     heads += [n for n, _ in model.named_children() if n.startswith(("contrastive", "answer", "qa_embed"))]

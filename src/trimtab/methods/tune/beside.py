@@ -52,6 +52,7 @@ class Listener:
         place: where the value is put, an output; None keeps the result for `readers`.
         dtype: of the side network.
         memory: the listener of another tower whose result this one reads.
+        readers: how many others read the result of this one.
     """
 
     method: str
@@ -61,6 +62,7 @@ class Listener:
     place: Tap | None
     dtype: torch.dtype
     memory: Listener | None = None
+    readers: int = 0
     handles: list[RemovableHandle] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -69,6 +71,7 @@ class Listener:
         self.mask: Tensor | None = None
         self.mask_seen = False
         self.result: Tensor | None = None
+        self.taken = 0
         self.result_mask: Tensor | None = None
 
     def attach(self, model: nn.Module) -> None:
@@ -149,16 +152,17 @@ class Listener:
 
     def _keep(self, value: Tensor) -> None:
         seen = self._seen(value)
-        self.result, self.result_mask = self.compute(seen), seen.mask
+        self.result, self.result_mask, self.taken = self.compute(seen), seen.mask, 0
 
     def take(self, reader: str) -> tuple[Tensor, Tensor | None]:
-        """The kept result; a graph goes with it, so that it is not held longer than its pass."""
+        """The kept result; a graph goes with it, so that it is not held longer than until the last reader has it."""
         result = self.result
+        self.taken += 1
         if result is None:
             raise AnatomyError(
                 f"{self.method}: block '{reader}' reads tower {self.tower.name!r}, which has not run yet"
             )
-        if result.requires_grad:
+        if result.requires_grad and self.taken >= self.readers:
             self.result = None
         return result, self.result_mask
 
@@ -189,10 +193,9 @@ class Beside(Method):
         return anatomy
 
     def towers(self, anatomy: Anatomy) -> tuple[str, ...]:
-        """The towers that get a side network if the settings name none: those that no later tower reads, since nothing
+        """The towers that get a side network if the settings name none: those that no other tower reads, since nothing
         is back-propagated through the reader. Paired towers, which read each other, both get one."""
-        memory = {t.name: t.memory for t in anatomy.towers}
-        return tuple(t for t in memory if not any(m == t and memory[t] != reader for reader, m in memory.items()))
+        return tuple(t.name for t in anatomy.towers if not anatomy.readers(t.name))
 
     def sides(self, model: nn.Module) -> nn.ModuleDict:
         """The side networks that are attached to a model, by tower."""

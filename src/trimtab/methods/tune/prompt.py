@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Block, Tap, Tower, rewrite
 from trimtab.methods.base import METHODS, Method
+from trimtab.methods.skip.adapters import parameter_names
 from trimtab.methods.tune.beside import token_width
 
 
@@ -48,6 +49,11 @@ class _Prompts(Method):
         for name in self.settings.towers or [t.name for t in anatomy.towers]:
             tower = anatomy.tower(name)
             width = token_width(self.name, tower)
+            if not tower.extendable:
+                raise ValueError(
+                    f"{self.name}: the stream of tower {name!r} cannot be made longer: its blocks are given something "
+                    "else token by token, or others read what they put out: name other towers in `towers`"
+                )
             blocks = len(tower.blocks) if self.deep else 1
             values = torch.empty(blocks, self.settings.prompts, width, device=device)
             made[name] = nn.Parameter(nn.init.uniform_(values, -((6 / width) ** 0.5), (6 / width) ** 0.5))
@@ -68,6 +74,7 @@ class _Enter:
 
     def __init__(self, block: Block, prompts: nn.Parameter, index: int, deep: bool):
         self.block, self.prompts, self.index, self.deep = block, prompts, index, deep
+        self.names: list[str] | None = None
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         named = self.block.stream in kwargs
@@ -78,20 +85,32 @@ class _Enter:
             new = self.prompts[self.index].to(stream.dtype).expand(len(stream), -1, -1)
             stream = torch.cat([new, tokens], dim=1)
         length = stream.shape[1] - count
-        args = tuple(a if i == 0 and not named else _widened(a, count, length) for i, a in enumerate(args))
-        kwargs = {k: v if k == self.block.stream else _widened(v, count, length) for k, v in kwargs.items()}
+        if self.names is None:
+            self.names = parameter_names(module)
+        names = dict(enumerate(self.names))
+        args = tuple(
+            a if i == 0 and not named else _widened(a, count, length, names.get(i, "")) for i, a in enumerate(args)
+        )
+        kwargs = {k: v if k == self.block.stream else _widened(v, count, length, k) for k, v in kwargs.items()}
         if named:
             return args, {**kwargs, self.block.stream: stream}
         return (stream, *args[1:]), kwargs
 
 
-def _widened(value: Any, count: int, length: int) -> Any:
-    """An attention mask of (B, L), (B, 1, 1, L) or (B, 1, L, L) with `count` more keys (and queries) in front."""
-    if not isinstance(value, Tensor) or value.ndim not in (2, 4) or value.shape[-1] != length:
+def _widened(value: Any, count: int, length: int, name: str) -> Any:
+    """An attention mask of (B, L), (B, 1, 1, L) or (B, 1, L, L) with `count` more keys (and queries) in front.
+
+    Masks of what is read beside the stream, (B, 1, L, M), which their name tells, get more queries alone.
+    """
+    if not isinstance(value, Tensor) or value.ndim not in (2, 4):
         return value
-    # A key counts if it is True, or a 1 in a mask of (B, L), or nothing is added to its score in a wider one.
-    seen = value.new_zeros if value.ndim == 4 and value.is_floating_point() else value.new_ones
-    wide = torch.cat([seen(*value.shape[:-1], count), value], dim=-1)
+    wide = value
+    if value.shape[-1] == length and not name.startswith("encoder_"):
+        # A key counts if it is True, or a 1 in a mask of (B, L), or nothing is added to its score in a wider one.
+        seen = value.new_zeros if value.ndim == 4 and value.is_floating_point() else value.new_ones
+        wide = torch.cat([seen(*value.shape[:-1], count), value], dim=-1)
+    elif not name.startswith("encoder_"):
+        return value
     if value.ndim == 4 and value.shape[-2] == length > 1:
         wide = torch.cat([wide[..., :1, :].expand(-1, -1, count, -1), wide], dim=-2)  # they see what the first sees
     return wide
