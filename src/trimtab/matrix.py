@@ -66,7 +66,8 @@ def apply(name: str, model: nn.Module, anatomy: Anatomy) -> Method:
 
 def cell(model: nn.Module, anatomy: Anatomy, name: str) -> Cell:
     """Attach a method to each tower in turn, on a copy of the model."""
-    copied = copy.deepcopy(model).requires_grad_(False)
+    # A pruner's masks keep everything as long as no data were seen: it changes nothing, and needs no copy.
+    copied = model if METHODS[name].lever == "prune" else copy.deepcopy(model).requires_grad_(False)
     reasons: dict[str, str] = {}
     for tower in anatomy.towers:
         try:
@@ -152,7 +153,7 @@ def tables(cells: dict[tuple[str, str], Cell]) -> tuple[list[Table], list[str]]:
 
 
 def _text(cell: Cell, name: str, notes: dict[str, int]) -> str:
-    """`yes`, `no [1]`, or `not vision [1]`; names of method and tower are left out of a note, so that cells share it."""
+    """`yes`, `no [1]`, or `not vision [1]`; a note leaves out method and tower, for cells to share it."""
     marks: dict[str, list[str]] = {}
     for tower, reason in cell.reasons.items():
         reason = reason.removeprefix(f"{name}: ").removeprefix(f"{name} ")
