@@ -19,5 +19,6 @@ def describe(model: Any) -> Anatomy:
     tower = Tower(
         "text", "text", tuple(blocks), ("embed_tokens", "layers", "norm"), output=Tap("norm"),
         mask=Tap("", "input", "attention_mask"), causal=True,
+        extendable=False,  # rotary positions are computed once, for the tokens that enter, and given to every block
     )  # fmt: skip
     return Anatomy((tower,))
