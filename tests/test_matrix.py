@@ -14,6 +14,7 @@ from trimtab.backbones.base import WEIGHTS
 from trimtab.backbones.examples import EXAMPLES, Example
 from trimtab.cli import main
 from trimtab.matrix import Cell
+from trimtab.methods import METHODS
 
 PAGE = Path(__file__).parents[1] / "docs" / "matrix.md"
 
@@ -90,3 +91,19 @@ def test_the_command_prints_what_patterns_ask_for(capsys):
 def test_wrong_patterns_say_what_there_is(arguments, message, capsys):
     assert main(["list", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_page_is_what_the_command_prints():
+    try:
+        EXAMPLES["lite0-minilm"].model()
+    except ImportError as error:
+        pytest.skip(str(error))
+    assert matrix.markdown(matrix.find()) in PAGE.read_text(), (
+        "docs/matrix.md is behind: paste what `trimtab list --matrix --markdown` prints"
+    )
+
+
+def test_the_page_names_every_method_and_backbone():
+    page = PAGE.read_text()
+    assert not [n for n in (*METHODS, *EXAMPLES) if n not in page]
