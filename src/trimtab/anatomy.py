@@ -80,8 +80,8 @@ class Block:
         path: dotted module path.
         width: channels of its output, the last axis for tokens, the second for a grid.
         sublayers: where parallel adapters go, in the order of computation.
-        keeps_shape: whether input and output have the same shape, and nothing but the stream is handed on; only then
-            can it be skipped.
+        keeps_shape: whether input and output have the same shape, and nothing but the stream (and what `also` names) is
+            handed on; only then can it be skipped.
         stream: keyword of the carried stream, used when it is not passed by position.
         returns_tuple: whether it returns the stream as the first element of a tuple, not by itself.
         also: names of further arguments that it returns after the stream, changed or not: a second stream (LXMERT), a
@@ -124,10 +124,12 @@ class Tower:
         samples: where a value with one row a sample goes in, for a stream that does not begin with the samples: (L, B,
             D), or (L, D) with the tokens of all images one after another. None for (B, L, D) and (B, C, H, W).
         memory: name of the tower whose output the blocks also read (decoders, paired fusion towers).
-        reads: outputs of further towers that the blocks read: (the keyword that brings it, name of the tower).
-        feeds: name of the tower that takes its output in among its own tokens, whose stream it thereby becomes.
+        memories: outputs of further towers that the blocks read beside it: (the keyword that brings it, name of the
+            tower).
+        reads: names of further towers whose results go into its stream (fused streams, image tokens among words).
         causal: whether a token sees only those before it (then a key-value cache may be in use).
-        closed: why no tokens can be set before its own: each has a place on which the model counts. Empty if they can.
+        closed: why no tokens can be set before its own and taken off after the last block, such as that each has a
+            place on which the model counts. Empty if they can.
     """
 
     name: str
@@ -145,10 +147,15 @@ class Tower:
     levels: Tap | None = None
     pooled_token: Literal["first", "last"] = "first"
     memory: str | None = None
-    reads: tuple[tuple[str, str], ...] = ()
-    feeds: str | None = None
+    memories: tuple[tuple[str, str], ...] = ()
+    reads: tuple[str, ...] = ()
     causal: bool = False
     closed: str = ""
+
+    @property
+    def sources(self) -> set[str]:
+        """Names of the towers whose results it is given, in its stream or beside it."""
+        return {n for n in (self.memory, *self.reads, *(name for _, name in self.memories)) if n is not None}
 
 
 class Weight(NamedTuple):
@@ -220,6 +227,12 @@ class Anatomy:
             if t.name == name:
                 return t
         raise ValueError(unknown("tower", name, [t.name for t in self.towers]))
+
+    def readers(self, name: str) -> tuple[Tower, ...]:
+        """The towers that are given a tower's result, without those of which it is given the result itself (pairs)."""
+        own = self.tower(name)
+        back = own.sources
+        return tuple(t for t in self.towers if name in t.sources and t.name != name and t.name not in back)
 
     def owner(self, path: str) -> Tower | None:
         """The tower to whose scope a module or parameter belongs, None for heads and the rest."""
@@ -457,4 +470,11 @@ def rewrite(model: nn.Module, tap: Tap, change: Callable[[Tensor], Tensor]) -> R
     if tap.side != "output":
         raise AnatomyError(f"only outputs can be rewritten, the tap at '{tap.path}' is an input")
     module = model.get_submodule(tap.path)
-    return module.register_forward_hook(lambda m, args, out: put(out, tap.key, change(pick(out, tap.key))))
+    handle = module.register_forward_hook(lambda m, args, out: put(out, tap.key, change(pick(out, tap.key))))
+    hooks: Any = module._forward_hooks
+    for key, hook in list(hooks.items()):
+        # transformers notes hidden states with hooks, set when they are first asked for, and models may go on with what
+        # was noted (LLaVA): it has to be what is rewritten, whether the model has run before or not.
+        if getattr(hook, "__name__", "") == "output_capturing_hook":
+            hooks.move_to_end(key)
+    return handle

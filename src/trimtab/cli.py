@@ -41,7 +41,17 @@ def _options_first(arguments: Sequence[str]) -> list[str]:
     command, options, rest = list(arguments[:1]), [], []
     words = iter(arguments[1:])
     for word in words:
-        if word in ("--out", "--dtype", "--to", "--max-shard-size", "--tokens", "--image-size", "--plot"):
+        if word in (
+            "--out",
+            "--dtype",
+            "--to",
+            "--max-shard-size",
+            "--tokens",
+            "--image-size",
+            "--plot",
+            "--backbone",
+            "--method",
+        ):
             options += [word, *([value] if (value := next(words, None)) is not None else [])]
         else:
             (options if word.startswith("-") else rest).append(word)
@@ -120,6 +130,10 @@ def _parser() -> ArgumentParser:
     )
     names.add_argument("kind", nargs="?", type=str, help=f"one of {', '.join(KINDS)}; all of them if left out")
     names.add_argument("name", nargs="?", type=str, help="one of these: its settings, their defaults and meaning")
+    names.add_argument("--matrix", action="store_true", help="which method works on which backbone, and why not")
+    names.add_argument("--backbone", type=str | None, default=None, help="of the matrix: only these, such as 'xvlm*'")
+    names.add_argument("--method", type=str | None, default=None, help="of the matrix: only these, such as 'unipt'")
+    names.add_argument("--markdown", action="store_true", help="print the matrix as Markdown")
     return parser
 
 
@@ -312,6 +326,13 @@ def _list(options: Any) -> None:
     from trimtab.registry import unknown
 
     console = Console()
+    if options.matrix:
+        _quiet()
+        from trimtab import matrix
+
+        return matrix.show(matrix.find(options.backbone, options.method), options.markdown)
+    if given := [f"--{n}" for n in ("backbone", "method", "markdown") if getattr(options, n)]:
+        raise ValueError(f"{given[0]} is for the matrix: trimtab list --matrix {given[0]} ...")
     if options.kind and options.kind not in KINDS:
         raise ValueError(unknown("kind", options.kind, KINDS))
     _quiet()

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import trimtab
-from tests.modern import DEEPER, MEMBERS, deeper, florence, grounding_dino, outputs, qwen3, written
+from tests.modern import DEEPER, MEMBERS, deeper, outputs, written
 from trimtab.anatomy import Anatomy
+from trimtab.backbones.examples.today import florence, grounding_dino, qwen3
 from trimtab.methods.skip.adapters import Adapter, Skipped
 from trimtab.methods.skip.das import DAS
 from trimtab.methods.skip.shorten import shorten

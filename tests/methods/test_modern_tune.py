@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import trimtab
-from tests.modern import MEMBERS, deeper, idefics, outputs, written
+from tests.modern import MEMBERS, deeper, outputs, written
 from tests.zoo import Member
 from trimtab.anatomy import Anatomy
+from trimtab.backbones.examples.today import idefics
 
 METHODS: dict[str, dict[str, Any]] = {
     "unipt": {}, "lora": {}, "adapter": {}, "lst": {"initialise": "random"}, "bitfit": {}, "deep-prompt": {},

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import trimtab
 from tests.backbones.official_files import TEXTS, file
-from tests.zoo import pixels
 from trimtab.anatomy import Anatomy
 from trimtab.backbones import Pretraining
+from trimtab.backbones.examples.inputs import pixels
 
 SPARSITIES = [0.63, 0.75, 0.9]
 
@@ -62,7 +62,7 @@ def dino(folder) -> Subject:
     torch.manual_seed(0)
     config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16,
                        patch_size=8, num_labels=5)  # fmt: skip
-    batches = [{"pixel_values": pixels() + i, "labels": torch.tensor([0, 3])} for i in range(2)]
+    batches = [{"pixel_values": pixels(2, 3, 16, 16) + i, "labels": torch.tensor([0, 3])} for i in range(2)]
     model = ViTForImageClassification(config).eval()
     return Subject(model, batches, None, lambda m: m(pixel_values=batches[0]["pixel_values"]).logits,
                    ("classifier",), {"vision"})  # fmt: skip

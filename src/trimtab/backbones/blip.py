@@ -55,9 +55,11 @@ def describe(model: Any) -> Anatomy:
             _text_block(f"{path}.encoder.layer.{i}", model.config.text_config.hidden_size, hasattr(b, "crossattention"))
             for i, b in enumerate(model.get_submodule(path).encoder.layer)
         )
-        # MULTIFLOW counts BLIP's encoder and decoder to one modality.
+        # MULTIFLOW counts BLIP's encoder and decoder to one modality. A decoder of answers reads the question, which
+        # has read the picture.
+        memory = "text" if name == "decoder" and hasattr(model, "text_encoder") else "vision"
         towers.append(Tower(name, "text", blocks, (f"{path}.embeddings", f"{path}.encoder"), Tap(blocks[-1].path),
-                            mask=Tap(path, "input", "attention_mask"), memory="vision",
+                            mask=Tap(path, "input", "attention_mask"), memory=memory,
                             causal=name == "decoder"))  # fmt: skip
     return Anatomy(tuple(towers), heads=_heads(model))
 

@@ -7,6 +7,7 @@ from typing import Any
 from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes
 
 _MASK = Tap("", "input", "attention_mask")
+_PASSED_ON = "what its blocks put out is handed to other towers too"
 
 
 @describes("BridgeTowerModel")
@@ -18,7 +19,8 @@ def describe(model: Any) -> Anatomy:
         samples=Tap(f"{visual}.embeddings", "input", 0),  # the stream is (L, B, D)
     )  # fmt: skip
     layers = _bert_blocks(model, "text_model.encoder.layer")
-    text = Tower("text", "text", layers, ("text_model",), output=Tap(layers[-1].path), mask=_MASK)
+    # Bridges lead from the last blocks of both towers, from each by itself, to the fusion layers.
+    text = Tower("text", "text", layers, ("text_model",), Tap(layers[-1].path), mask=_MASK, closed=_PASSED_ON)
     heads = ("text_model.pooler", "cross_modal_text_pooler", "cross_modal_image_pooler")
     fusion = (_fusion(model, "text", "image"), _fusion(model, "image", "text"))
     return Anatomy((vision, text, *fusion), heads=heads)
@@ -31,6 +33,7 @@ def _fusion(model: Any, own: str, other: str) -> Tower:
     return Tower(
         f"fusion-{own}", "fusion", blocks, scope, output=Tap(blocks[-1].path), mask=_MASK if own == "text" else None,
         pooled=Tap(f"{prefix}_pooler"), memory=f"fusion-{other}",
+        reads=("text" if own == "text" else "vision",), closed=_PASSED_ON,
     )  # fmt: skip
 
 
@@ -56,5 +59,7 @@ def _bert_blocks(model: Any, prefix: str) -> tuple[Block, ...]:
             cross = f"{path}.crossattention"
             parts.append(Sublayer("cross-attention", Tap(cross, "input"), Tap(f"{cross}.output.dense")))
         parts.append(Sublayer("mlp", Tap(f"{path}.intermediate", "input"), Tap(f"{path}.output")))
-        blocks.append(Block(path, layer.output.dense.out_features, tuple(parts), returns_tuple=crosses))
+        # Fusion layers return their attention weights too: None in place of a skipped one, as this argument is.
+        also = ("past_key_values",) if crosses else ()
+        blocks.append(Block(path, layer.output.dense.out_features, tuple(parts), returns_tuple=crosses, also=also))
     return tuple(blocks)

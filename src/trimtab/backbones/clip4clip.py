@@ -31,17 +31,17 @@ def describe(model: Any) -> Anatomy:
     anatomy = clip.describe(model.clip).prefixed("clip")
     towers, heads = anatomy.towers, anatomy.heads
     if model.config.head == "seqTransf":
-        towers += (_tower("frames", "vision", model.transformerClip, "transformerClip"),)
+        towers += (_tower("frames", "vision", model.transformerClip, "transformerClip", ("vision",)),)
         heads += ("frame_position_embeddings",)
     if model.config.head == "tightTransf":
-        towers += (_tower("cross", "fusion", model.cross.transformer, "cross.transformer"),)
+        towers += (_tower("cross", "fusion", model.cross.transformer, "cross.transformer", ("vision", "text")),)
         heads += ("cross.embeddings", "cross.pooler", "similarity_dense")
     if model.config.head == "seqLSTM":
         heads += ("frame_position_embeddings", "lstm_visual")
     return replace(anatomy, towers=towers, heads=heads)
 
 
-def _tower(name: str, modality: Any, encoder: Any, path: str) -> Tower:
+def _tower(name: str, modality: Any, encoder: Any, path: str, reads: tuple[str, ...]) -> Tower:
     blocks = []
     for i, layer in enumerate(encoder.layers):
         at = f"{path}.layers.{i}"
@@ -49,7 +49,7 @@ def _tower(name: str, modality: Any, encoder: Any, path: str) -> Tower:
             Sublayer("attention", Tap(f"{at}.layer_norm1", "input"), Tap(f"{at}.self_attn")),
             Sublayer("mlp", Tap(f"{at}.layer_norm2", "input"), Tap(f"{at}.mlp")),
         )))  # fmt: skip
-    return Tower(name, modality, tuple(blocks), (path,), output=Tap(blocks[-1].path))
+    return Tower(name, modality, tuple(blocks), (path,), output=Tap(blocks[-1].path), reads=reads)
 
 
 def block_rules(old: str, new: str) -> list[tuple[str, Any]]:

@@ -28,7 +28,7 @@ def describe(model: Any) -> Anatomy:
     vision = Tower("vision", "vision", tuple(blocks), ("vision",), output=Tap("vision"), layout="grid")
     (text,) = bert.describe(model.bert).prefixed("bert").towers
     joint = Tower("fusion", "fusion", text.blocks, text.scope, output=text.output, mask=Tap("valid"),
-                  pooled=Tap("pooler"))  # fmt: skip
+                  pooled=Tap("pooler"), reads=("vision",))  # fmt: skip
     heads = ("pooler", "cls", "answer_head", "logit_fc")
     return Anatomy((vision, joint), heads=tuple(h for h in heads if hasattr(model, h)))
 

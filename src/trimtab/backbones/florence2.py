@@ -18,7 +18,9 @@ def describe(model: Any) -> Anatomy:
     (eye,) = vision.towers
     text = Anatomy.of(model.language_model).prefixed("language_model")
     heads = ("multi_modal_projector", *vision.heads, *text.heads)
-    return Anatomy((replace(eye, feeds="encoder"), *text.towers), heads=heads, ignored=vision.ignored)
+    encoder, decoder = text.towers
+    towers = (eye, replace(encoder, reads=("vision",)), decoder)
+    return Anatomy(towers, heads=heads, ignored=vision.ignored)
 
 
 @describes("Florence2VisionBackbone")

@@ -29,8 +29,9 @@ def describe(model: Any) -> Anatomy:
     text = part_of(model, "text_backbone", "text")
     (words,) = text.towers
     # BERT is handed masks (B, 1, L, L) that keep the phrases of a text apart: the tokens' own is seen before them.
-    words = replace(words, mask=Tap("", "input", "attention_mask"), feeds="fusion-text")
-    towers = (replace(eye, feeds="fusion-image"), words, _image(model), _text(model), _decoder(model))
+    words = replace(words, mask=Tap("", "input", "attention_mask"))
+    image, phrases = replace(_image(model), reads=("vision",)), replace(_text(model), reads=("text",))
+    towers = (eye, words, image, phrases, _decoder(model))
     own = ("backbone", "text_backbone", "encoder", "decoder")
     heads = [n for n, _ in model.named_children() if n not in own] + ["decoder.reference_points_head"]
     heads += ["decoder.bbox_embed", *vision.heads, *text.heads]
@@ -95,4 +96,4 @@ def _decoder(model: Any) -> Tower:
             Sublayer("mlp", Tap(f"{path}.fc1", "input"), Tap(f"{path}.final_layer_norm")),
         ), returns_tuple=True, stays=_REFINES))  # fmt: skip
     return Tower("decoder", "fusion", tuple(blocks), ("decoder",), output=Tap(blocks[-1].path), memory="fusion-image",
-                 reads=(("text_encoder_hidden_states", "fusion-text"),), closed=_PLACES)  # fmt: skip
+                 memories=(("text_encoder_hidden_states", "fusion-text"),), closed=_PLACES)  # fmt: skip

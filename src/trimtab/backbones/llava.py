@@ -16,19 +16,40 @@ from trimtab.backbones.clip import tower_blocks
 
 
 def _joined(model: Any, vision: str, text: str, *heads: str) -> Anatomy:
+    """The tower that sees, and the language model among whose words what it sees stands."""
     seen, words = part_of(model, vision, "vision"), part_of(model, text, "text")
-    (eye,) = seen.towers
-    return Anatomy((replace(eye, feeds="text"), *words.towers), heads=(*heads, *seen.heads, *words.heads))
+    (language,) = words.towers
+    towers = (*seen.towers, replace(language, reads=("vision",)))
+    return Anatomy(towers, heads=(*heads, *seen.heads, *words.heads))
 
 
 @describes("LlavaModel")
 def describe_llava(model: Any) -> Anatomy:
-    return _joined(model, "vision_tower", "language_model", "multi_modal_projector")
+    found = _joined(model, "vision_tower", "language_model", "multi_modal_projector")
+    tower, words = found.towers
+    count = len(tower.blocks)
+    used = _blocks_used(model.config.vision_feature_layer, count)
+    # transformers finds the hidden state that the projector reads by counting blocks: none may go. Those after it run
+    # for nothing: nothing is done to them.
+    blocks = tuple(replace(b, keeps_shape=False) for b in tower.blocks[:used])
+    tower = replace(tower, blocks=blocks, output=Tap(blocks[-1].path), pooled=None)
+    ignored = found.ignored
+    if used < count:
+        ignored = (*ignored, blocks[-1].path.rpartition(".")[0])
+        before = [s for s in tower.scope if s.endswith(("embeddings", "pre_layrnorm"))]
+        tower = replace(tower, scope=(*before, *(b.path for b in blocks)))
+    return replace(found, towers=(tower, words), ignored=ignored)
+
+
+def _blocks_used(layers: int | list[int], count: int) -> int:
+    """How many of a vision tower's blocks come before the last of its hidden states that the projector reads."""
+    numbers = [layers] if isinstance(layers, int) else layers
+    return max(n % (count + 1) for n in numbers)  # hidden state 0 is what enters the first block
 
 
 @describes("PaliGemmaModel")
 def describe_paligemma(model: Any) -> Anatomy:
-    found = describe_llava(model)
+    found = _joined(model, "vision_tower", "language_model", "multi_modal_projector")
     vision, text = found.towers
     # The language model is handed a finished attention mask (B, 1, L, L): the tokens' own is seen before it.
     return replace(found, towers=(vision, replace(text, mask=Tap("", "input", "attention_mask"))))

@@ -21,6 +21,8 @@ from trimtab.backbones import bert, resnet
 from trimtab.backbones.official import CheckpointError, Format, Item, Tensors, own_model, reads, renamed
 from trimtab.backbones.resnet import ResNetSizes
 
+_EMBEDDED = "each block is given position or query embeddings token by token"
+
 own_model("Mdetr", "trimtab.backbones.mdetr_model")
 
 
@@ -32,9 +34,9 @@ def describe(model: Any) -> Anatomy:
     towers = (
         resnet.tower(model.backbone, "backbone"), *text.towers,
         Tower("encoder", "fusion", tuple(encoder), ("transformer.encoder",), output=Tap(encoder[-1].path),
-              mask=Tap("transformer.encoder", "input", "valid")),
+              mask=Tap("transformer.encoder", "input", "valid"), reads=("vision", "text"), closed=_EMBEDDED),
         Tower("decoder", "fusion", tuple(decoder), ("transformer.decoder",), output=Tap(decoder[-1].path),
-              memory="encoder", levels=Tap("transformer.decoder")),
+              memory="encoder", levels=Tap("transformer.decoder"), closed=_EMBEDDED),
     )  # fmt: skip
     heads = [*text.heads, "transformer.resizer", "input_proj", "query_embed", "class_embed", "bbox_embed"]
     heads += [n for n, _ in model.named_children() if n.startswith(("contrastive", "answer", "qa_embed"))]

@@ -66,6 +66,8 @@ def _stream(model: Any, name: str, other: str) -> Tower:
         f"fusion_{name}", "fusion", tuple(blocks), (prefix,), output=Tap(blocks[-1].path),
         mask=Tap("", "input", "attention_mask") if name == "text" else None,
         pooled=Tap(f"cross_modal_{name}_pooler"), memory=f"fusion_{other}",
+        reads=("text" if name == "text" else "vision",),
+        closed="its blocks hand what they put out to the other stream too",
     )  # fmt: skip
 
 

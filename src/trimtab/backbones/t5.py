@@ -22,9 +22,9 @@ def _tower(model: Any, name: str, mask: str) -> Tower:
     decodes = name == "decoder"
     stack = getattr(model, name)
     blocks = tuple(
-        # A block hands on position biases too, which the first one makes for all: none can be skipped.
+        # A block hands on position biases too, which the first one makes for all: that one cannot be skipped.
         Block(f"{name}.block.{i}", model.config.d_model, tuple(_sublayers(b, f"{name}.block.{i}")),
-              keeps_shape=False, returns_tuple=True)
+              keeps_shape=i > 0, returns_tuple=True, also=("position_bias", "encoder_decoder_position_bias"))
         for i, b in enumerate(stack.block)
     )  # fmt: skip
     return Tower(

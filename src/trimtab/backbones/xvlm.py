@@ -87,6 +87,7 @@ def _text(model: Any, path: str, name: str) -> list[Tower]:
             name or modality, modality, blocks, tuple(scope), output=Tap(blocks[-1].path),
             mask=Tap(path, "input", "attention_mask"), causal=model.causal,
             memory=None if modality == "text" else "fusion" if name else "vision",
+            reads=("text",) if modality == "fusion" and towers else (),
         ))  # fmt: skip
     return towers
 

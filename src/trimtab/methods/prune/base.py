@@ -246,7 +246,7 @@ class Pruner(Method):
     def assume(self, model: nn.Module, anatomy: Anatomy, session: Session | None = None) -> None:
         """Masks that keep everything, of the size of real ones: zeros change no cost but the number of non-zeros."""
         convolutions = getattr(self.settings, "convolutions", False)  # masks that are only given have no such setting
-        found = {w.path: parameter(model, w) for w in anatomy.weights(model, convolutions)}
+        found = {w.path: parameter(model, w) for w in prunable(model, anatomy, convolutions)}
         shapes = {path: p.shape for path, p in found.items()}
         total = sum(shape.numel() for shape in shapes.values())
         self.tensors = {path: pack(torch.ones(shape, dtype=torch.bool)) for path, shape in shapes.items()}

@@ -151,7 +151,7 @@ class InputSums:
     """Sums over the inputs of matrices while the model is called, in forward hooks: nothing of a batch is kept.
 
     Padding tokens are left out where an input is as long as its tower's mask, and where it is what a block reads of
-    another tower (`Tower.memory`, `Tower.reads`), by that tower's mask. Any other input is counted whole. Without a
+    another tower (`Tower.memory`, `Tower.memories`), by that tower's mask. Any other input is counted whole. Without a
     described memory nothing tells image tokens that a text tower attends to from text of the same length: the text's
     mask is applied.
 
@@ -181,7 +181,7 @@ class InputSums:
         self.rows = {w: rows_and_columns(self.model, w)[0] for w in self.weights}
         self.towers = {w: tower for w in self.weights if (tower := self.anatomy.owner(w.module))}
         names = {t.name for t in self.towers.values()} | {t.memory for t in self.towers.values() if t.memory}
-        names |= {read for t in self.towers.values() for _, read in t.reads}
+        names |= {read for t in self.towers.values() for _, read in t.memories}
         self.watched = [t for t in self.anatomy.towers if t.name in names]
         # torch's fused encoder layers call no module inside; hooks would see nothing.
         self.stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
@@ -219,7 +219,7 @@ class InputSums:
         """Note of which tower is what a block is given beside the stream, its first argument, by where it lies."""
         named: list[tuple[str, Any]] = [*(("", x) for x in args), *kwargs.items()]
         given = [(name, x) for name, x in named if isinstance(x, Tensor) and x.ndim == 3]
-        reads, memory = dict(tower.reads), str(tower.memory)
+        reads, memory = dict(tower.memories), str(tower.memory)
         self.memories[tower.name] = {(x.data_ptr(), x.shape): reads.get(name, memory) for name, x in given[1:]}
 
     def _watch(self, weight: Weight) -> None:

@@ -117,6 +117,14 @@ class Skipping(Method):
             # Without adapters what is skipped goes for good when the model is exported: only what can.
             if b.keeps_shape and (not b.stays if s.adapters == "none" else b.sublayers)
         ]
+        if not found:
+            blocks = [b for name in towers for b in anatomy.blocks(name)]
+            fixed = sum(not b.keeps_shape for b in blocks)
+            rest = f"; {len(blocks) - fixed} have no described parts for adapters: set `adapters: none`"
+            raise ValueError(
+                f"{self.name}: none of the {len(blocks)} blocks in {towers} can be skipped: {fixed} change the shape "
+                f"of their stream, or the model needs them by number{rest if fixed < len(blocks) else ''}"
+            )
         if s.budget is None and s.skip >= len(found):
             raise ValueError(
                 f"{self.name}: {s.skip} of {len(found)} skippable blocks in {towers} cannot be skipped; skip at most "

@@ -165,6 +165,10 @@ def measure(unit: Unit, dense: tuple[nn.Module, list[nn.Module], Callable[[], An
     found = []
     was = [s.skip for s in switches]
     training = model.training, whole.training
+    # Counting follows gradients through modules; a trained table that is a module's input (MDETR's queries) stops it.
+    trained = [p for m in (model, whole) for p in m.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
     model.eval(), whole.eval()
     try:
         found.append(count(blocks, call))
@@ -176,6 +180,8 @@ def measure(unit: Unit, dense: tuple[nn.Module, list[nn.Module], Callable[[], An
         for s, skip in zip(switches, was, strict=True):
             s.skip = skip
         model.train(training[0]), whole.train(training[1])
+        for p in trained:
+            p.requires_grad_(True)
     (total, each), (total_kept, kept), (_, skipped) = found
     return BlockCosts(unit, total, total_kept, tuple(each), tuple(kept), tuple(skipped))
 

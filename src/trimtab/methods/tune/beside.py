@@ -52,6 +52,7 @@ class Listener:
         place: where the value is put, an output; None keeps the result for `readers`.
         dtype: of the side network.
         memory: the listener of another tower whose result this one reads.
+        readers: how many others read the result of this one.
     """
 
     method: str
@@ -61,6 +62,7 @@ class Listener:
     place: Tap | None
     dtype: torch.dtype
     memory: Listener | None = None
+    readers: int = 0
     handles: list[RemovableHandle] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -69,6 +71,7 @@ class Listener:
         self.mask: Tensor | None = None
         self.mask_seen = False
         self.result: Tensor | None = None
+        self.taken = 0
         self.result_mask: Tensor | None = None
 
     def attach(self, model: nn.Module) -> None:
@@ -159,16 +162,17 @@ class Listener:
 
     def _keep(self, value: Tensor) -> None:
         seen = self._seen(value)
-        self.result, self.result_mask = self.compute(seen), seen.mask
+        self.result, self.result_mask, self.taken = self.compute(seen), seen.mask, 0
 
     def take(self, reader: str) -> tuple[Tensor, Tensor | None]:
-        """The kept result; a graph goes with it, so that it is not held longer than its pass."""
+        """The kept result; a graph goes with it, so that it is not held longer than until the last reader has it."""
         result = self.result
+        self.taken += 1
         if result is None:
             raise AnatomyError(
                 f"{self.method}: block '{reader}' reads tower {self.tower.name!r}, which has not run yet"
             )
-        if result.requires_grad:
+        if result.requires_grad and self.taken >= self.readers:
             self.result = None
         return result, self.result_mask
 
@@ -206,23 +210,19 @@ class Beside(Method):
         return anatomy
 
     def towers(self, anatomy: Anatomy) -> tuple[str, ...]:
-        """The towers that get a side network if the settings name none: those that no later tower reads, since nothing
+        """The towers that get a side network if the settings name none: those that no other tower reads, since nothing
         is back-propagated through the reader. Paired towers, which read each other, both get one."""
-        memory = {t.name: t.memory for t in anatomy.towers}
-        ends = [t.name for t in anatomy.towers if t.feeds is None]
-        return tuple(t for t in ends if not any(m == t and memory[t] != reader for reader, m in memory.items()))
+        return tuple(t.name for t in anatomy.towers if not anatomy.readers(t.name))
 
     def _check_read(self, anatomy: Anatomy, names: Sequence[str]) -> None:
         """ValueError if a tower is named with one whose stream its output becomes: it would get no gradient."""
-        for tower in map(anatomy.tower, names):
-            reader = tower.feeds
-            if reader is None:
-                continue
-            later = {reader} | {t.name for t in anatomy.towers if t.memory == reader}
-            if found := sorted(later & set(names)):
+        for name in names:
+            readers = {t.name for t in anatomy.towers if name in t.reads}
+            later = readers | {t.name for t in anatomy.towers if t.memory in readers}
+            if found := sorted(later & set(names) - {name}):
                 raise ValueError(
-                    f"{self.name}: tower {found[0]!r} reads tower {tower.name!r}, and nothing is back-propagated "
-                    f"through it: name one of the two in `towers`"
+                    f"{self.name}: tower {found[0]!r} reads tower {name!r}, and nothing is back-propagated through it: "
+                    f"name one of the two in `towers`"
                 )
 
     def sides(self, model: nn.Module) -> nn.ModuleDict:

@@ -105,7 +105,7 @@ def linears(model: nn.Module, block: Block) -> dict[str, nn.Linear]:
     found: dict[str, nn.Linear] = {}
     # A ladder's block attends to itself alone: it has no place for cross-attention.
     inside = model.get_submodule(block.path).named_modules()
-    names = {n: m for n, m in inside if isinstance(m, nn.Linear) and "cross" not in n}
+    names = {n: m for n, m in inside if isinstance(m, nn.Linear) and not re.search("cross|EncDec", n)}
     for role, pattern in _ROLES.items():
         matching = [m for n, m in names.items() if re.search(pattern, n)]
         if len(matching) != 1:

@@ -74,6 +74,7 @@ class _Enter:
 
     def __init__(self, block: Block, prompts: nn.Parameter, index: int, deep: bool):
         self.block, self.prompts, self.index, self.deep = block, prompts, index, deep
+        self.names: list[str] | None = None
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         named = self.block.stream in kwargs
@@ -89,7 +90,9 @@ class _Enter:
             new = self.prompts[self.index].to(stream.dtype).expand(len(stream), -1, -1)
             stream = torch.cat([new, tokens], dim=1)
         length = stream.shape[1] - count
-        names = [*parameter_names(module), *[""] * len(args)]
+        if self.names is None:
+            self.names = parameter_names(module)
+        names = [*self.names, *[""] * len(args)]
         args = tuple(a if i == 0 and not named else _widened(a, count, length, names[i]) for i, a in enumerate(args))
         kwargs = {k: v if k == self.block.stream else _widened(v, count, length, k) for k, v in kwargs.items()}
         if named:

@@ -25,7 +25,8 @@ class UniPTSettings:
     reduction: int = 2
     """Width of the side network = width of the tower / reduction (published: 2; CLIP4Clip: 1)."""
     towers: tuple[str, ...] | None = None
-    """Which towers get a side network; None for all but those whose output becomes the stream of another."""
+    """Which towers get a side network; None for all through which a loss can reach it: not those whose result goes into
+    another, frozen tower, unless that one's side network reads theirs."""
     form: Literal["auto", "token", "vector", "projected"] = "auto"
     """`vector` replaces the tower's pooled vector, `token` its tokens, `projected` their linear map into another width
     (VSE); `auto` takes what fits the tower. Grids have a form of their own, and so have decoders whose encoder gets a
@@ -57,8 +58,14 @@ class UniPT(Beside):
     Settings = UniPTSettings
 
     def towers(self, anatomy: Anatomy) -> tuple[str, ...]:
-        """All but those whose output becomes another's stream: a decoder's side network reads that of its encoder."""
-        return tuple(t.name for t in anatomy.towers if t.feeds is None)
+        """Those that no other tower reads, and encoders all of whose readers' side networks read theirs."""
+        unread = super().towers(anatomy)
+
+        def is_encoder(tower: Tower) -> bool:
+            readers = anatomy.readers(tower.name)
+            return all(r.memory == tower.name and r.name in unread and _serves(tower, r) for r in readers)
+
+        return tuple(t.name for t in anatomy.towers if t.name in unread or is_encoder(t))
 
     def side(self, model: nn.Module, anatomy: Anatomy, tower: Tower) -> nn.Module:
         side = self._side(model, anatomy, tower)
@@ -116,6 +123,7 @@ class UniPT(Beside):
 
             listener = self._listener(tower, "token", side, compute)
             listener.memory = self.listeners[str(tower.memory)]
+            listener.memory.readers += 1
             return listener
         listener = self._listener(tower, "token", side, lambda seen: side(one_by_one(seen.maps), seen.mask))
         if isinstance(side.up, nn.Identity):
@@ -168,8 +176,7 @@ class UniPT(Beside):
         names = self._chosen(anatomy)
         if tower.memory not in names or tower.memory == tower.name:
             return False
-        # Paired fusion towers read each other: neither has the other's result when it starts.
-        return anatomy.tower(str(tower.memory)).memory is None
+        return _serves(anatomy.tower(str(tower.memory)), tower)
 
     def _read_by_another(self, anatomy: Anatomy, tower: Tower) -> bool:
         readers = [anatomy.tower(n) for n in self._chosen(anatomy) if anatomy.tower(n).memory == tower.name]
@@ -181,6 +188,13 @@ def one_by_one(maps: list[Tensor]) -> Iterator[Tensor]:
     maps.reverse()
     while maps:
         yield maps.pop()
+
+
+def _serves(encoder: Tower, reader: Tower) -> bool:
+    """Whether one tower's side network can read the other's: paired towers have none of the other's result when they
+    start, and what is attended to must be as wide as what attends."""
+    widths = {b.width for b in encoder.blocks + reader.blocks}
+    return encoder.memory is None and encoder.layout == "tokens" and len(widths) == 1
 
 
 def _hands_on_vector(model: nn.Module, tower: Tower) -> bool:

@@ -1,0 +1,170 @@
+"""Every method on every backbone that the matrix promises: it trains what it should, is saved, and comes back the same.
+
+The fast ones are a row and three columns of the table; `slow` are all others.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import trimtab
+from tests.small_session import SmallSession
+from trimtab import matrix
+from trimtab.anatomy import Anatomy
+from trimtab.backbones.examples import EXAMPLES, objective, tensors
+from trimtab.learned import copy_learned, learned_part
+from trimtab.methods import METHODS
+from trimtab.methods.prune.masks import Masks
+from trimtab.methods.tune.api import Tuned
+
+ROW, COLUMNS = "clip", ("multiflow", "das", "unipt")
+# A search of two evaluations, where it can have so few.
+SEARCH = {"search_steps": 2, "turn": 2, "subsets": 2, "draws": 2, "evaluations": 2, "steps": 1}
+# Parameters that have no gradient at first, whatever the model: LoRA's A before B has left 0, the bias of a gate behind
+# which a softmax stands; and what reads the queries of MDETR's decoder, which start as zeros.
+SILENT = ("lora_A", "gate.bias", "transformer.decoder.layers.0.das_0.", "decoder.layers.0.parallel_adapter_0.",
+          "decoder.down.0")  # fmt: skip
+
+
+def pairs(lever: str) -> list[Any]:
+    names = [n for n in METHODS if METHODS[n].lever == lever and n != "masks"]  # masks come from another pruner
+    fast = {(b, n) for b in EXAMPLES for n in names if b == ROW or n in COLUMNS}
+    return [
+        pytest.param(b, n, marks=[] if (b, n) in fast else [pytest.mark.slow], id=f"{b}-{n}")
+        for n in names for b in EXAMPLES
+    ]  # fmt: skip
+
+
+def settings(name: str) -> dict[str, Any]:
+    fields = METHODS[name].Settings.__dataclass_fields__
+    found = matrix.small_settings(name) | {k: v for k, v in SEARCH.items() if k in fields}
+    # Of 16 channels an eighth are two: two ReLUs that are both off let no gradient through.
+    return found | ({"reduction": 2} if METHODS[name].lever == "skip" else {})
+
+
+@cache
+def plain(backbone: str) -> tuple[nn.Module, Anatomy, frozenset[str]]:
+    """The example's model, its anatomy, and parameters that its output does not depend on."""
+    try:
+        model = EXAMPLES[backbone].model()
+    except ImportError as error:
+        pytest.skip(str(error))
+    loss(model, backbone).backward()
+    unused = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    model.zero_grad()
+    return model, Anatomy.of(model), frozenset(unused)
+
+
+def start(backbone: str, name: str) -> tuple[nn.Module, Anatomy, frozenset[str]]:
+    """A copy of the model, and the anatomy of the towers on which the matrix says that the method works."""
+    model, anatomy, unused = plain(backbone)
+    found = matrix.cell(model, anatomy, name)
+    assert all(found.reasons.values())
+    towers = [t for t in found.towers if t not in EXAMPLES[backbone].idle]
+    if not towers:
+        pytest.skip(" / ".join(found.reasons.values()))
+    return copy.deepcopy(model), matrix.only(anatomy, towers), unused
+
+
+def run(model: nn.Module, backbone: str) -> Any:
+    torch.manual_seed(0)  # transformers' ViLT draws an order of the patches
+    return model(**EXAMPLES[backbone].batch)
+
+
+def loss(model: nn.Module, backbone: str) -> Tensor:
+    return objective(run(model, backbone))
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, backbone: str) -> Tensor:
+    return torch.cat([t.flatten().float() for t in tensors(run(model, backbone))])
+
+
+def step(model: nn.Module, backbone: str, unused: frozenset[str]) -> None:
+    """One step of training; a gradient must reach all that is trained and nothing that is frozen."""
+    loss(model, backbone).backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained
+    for name, parameter in model.named_parameters():
+        reached = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+        assert parameter.requires_grad or parameter.grad is None, name
+        if parameter.requires_grad and name.replace(".base_layer", "") not in unused:
+            assert reached or any(s in name for s in SILENT), name
+    torch.optim.SGD(trained, 0.01).step()
+
+
+def zeros(model: nn.Module, anatomy: Anatomy) -> int:
+    return sum(int((model.get_parameter(w.path) == 0).sum()) for w in anatomy.weights(model))
+
+
+@pytest.mark.parametrize(("backbone", "name"), pairs("tune"))
+def test_tuned(backbone, name, tmp_path):
+    model, anatomy, unused = start(backbone, name)
+    before = outputs(model, backbone)
+    tuned = trimtab.tune(model, name, anatomy, heads=name == "linear-probe", **settings(name))
+    step(model, backbone, unused)
+    tuned.save_pretrained(tmp_path / "learned")
+    after = outputs(model, backbone)
+    assert not torch.equal(after, before)
+    again = copy.deepcopy(plain(backbone)[0])
+    Tuned.from_pretrained(again, tmp_path / "learned", anatomy)
+    assert torch.equal(outputs(again, backbone), after)
+
+
+@pytest.mark.parametrize(("backbone", "name"), pairs("skip"))
+def test_skipped(backbone, name, tmp_path):
+    model, anatomy, unused = start(backbone, name)
+    method = METHODS[name](**settings(name))
+    model.requires_grad_(False)
+    method.prepare(SmallSession(EXAMPLES[backbone], model, anatomy))
+    (path,) = method.state["skip"]
+    weights = sum(p.numel() for p in model.get_submodule(path).parameters())
+    left = method.attach(model, anatomy)
+    assert {b.path for b in anatomy.blocks()} - {b.path for b in left.blocks()} == {path}
+    assert sum(p.numel() for p in model.get_submodule(path).parameters()) < weights
+    step(model, backbone, unused)
+    save_file(learned_part(model), tmp_path / "learned.safetensors")
+    again = copy.deepcopy(plain(backbone)[0]).requires_grad_(False)
+    other = METHODS[name](**settings(name))
+    other.load_state(json.loads(json.dumps(method.state)), {})
+    other.attach(again, anatomy)
+    copy_learned(again, load_file(tmp_path / "learned.safetensors"), "learned.safetensors")
+    assert torch.equal(outputs(again, backbone), outputs(model, backbone))
+
+
+@pytest.mark.parametrize(("backbone", "name"), pairs("prune"))
+def test_pruned(backbone, name, tmp_path):
+    model, anatomy, _ = start(backbone, name)
+    masks = trimtab.prune(model, name, 0.5, [EXAMPLES[backbone].batch], anatomy, objective, **settings(name))
+    assert zeros(model, anatomy) == masks.prunable - masks.kept
+    # TAMT's scores move by one small step from two values: those that stayed equal go together.
+    assert masks.sparsity >= 0.5 - 0.01 if name == "tamt" else abs(masks.sparsity - 0.5) < 0.01
+    pruned = outputs(model, backbone)
+    masks.save(tmp_path / "masks.safetensors")
+    again = copy.deepcopy(plain(backbone)[0])
+    Masks.load(tmp_path / "masks.safetensors", again).apply(again)
+    assert torch.equal(outputs(again, backbone), pruned)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    masks.keep(model, optimizer)
+    loss(model, backbone).backward()
+    optimizer.step()
+    assert zeros(model, anatomy) == masks.prunable - masks.kept
+    assert not torch.equal(outputs(model, backbone), pruned)
+
+
+def test_every_description_has_an_example():
+    """A family without a row would be left out of the matrix, and of these tests."""
+    from trimtab.anatomy import _DESCRIPTIONS
+
+    seen = {kind.__name__ for name in EXAMPLES for module in plain(name)[0].modules() for kind in type(module).__mro__}
+    functions = {f for kind, f in _DESCRIPTIONS.items() if kind in seen}
+    missing = sorted(kind for kind, f in _DESCRIPTIONS.items() if f not in functions)
+    assert not missing, f"add an `Example` of {missing} to trimtab.backbones.examples"
