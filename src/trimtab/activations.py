@@ -237,6 +237,7 @@ class Replay(nn.Module):
     def __init__(self, backbone: Any, method: UniPT):
         super().__init__()
         self.kind, self.width, self.name = backbone.kind, backbone.width, backbone.name
+        self.token_width = backbone.token_width
         self.model = nn.Module()  # so that parameters have the names that they have in the whole model
         self.model.add_module("unipt", method.sides(backbone.model))
         self.places = {n: x.place == x.tower.pooled for n, x in method.listeners.items()}

@@ -58,7 +58,12 @@ def stub(**further) -> SimpleNamespace:
         return {"input_ids": torch.zeros(len(sentences), 3, dtype=torch.long)}
 
     return SimpleNamespace(
-        heard=heard, texts=texts, images=lambda p: {"pixel_values": torch.zeros(len(p), 3, 4, 4)}, width=8, **further
+        heard=heard,
+        texts=texts,
+        images=lambda p: {"pixel_values": torch.zeros(len(p), 3, 4, 4)},
+        width=8,
+        token_width=8,
+        **further,
     )
 
 
@@ -443,8 +448,9 @@ def test_vqa_accuracy_whole_and_by_kind():
 
 def test_vqa_predicts_the_likeliest_answer():
     backbone = SimpleNamespace(
-        pair=lambda *_: SimpleNamespace(tokens=torch.tensor([[[0.0, 2.0, 1.0]], [[5.0, 2.0, 1.0]]]))
-    )
+        width=3, token_width=3,
+        pair=lambda *_: SimpleNamespace(tokens=torch.tensor([[[0.0, 2.0, 1.0]], [[5.0, 2.0, 1.0]]])),
+    )  # fmt: skip
     batch = {"pixel_values": None, "input_ids": None, "attention_mask": None}
     assert VQA(["yes", "no", "2"]).predict(backbone, nn.Identity(), batch) == [{"answer": "no"}, {"answer": "yes"}]
 

@@ -83,11 +83,13 @@ def objective(output: Any) -> Tensor:
     """A scalar that depends on all of a model's output: mean squares of the distances to fixed random numbers.
 
     For models that are called without labels, and the same for all of them. Sums would do, but that what is normalised
-    (features of length 1, probabilities) has no gradient of its sum.
+    (features of length 1, probabilities) has no gradient of its sum. Infinite scores, of padding, are left out.
     """
     generator = torch.Generator().manual_seed(0)
     found = [t for t in tensors(output) if t.is_floating_point()]
-    return torch.stack([(t - torch.randn(t.shape, generator=generator)).square().mean() for t in found]).sum()
+    aims = [torch.randn(t.shape, generator=generator) for t in found]
+    whole = [t.isfinite() for t in found]
+    return torch.stack([(t[w] - a[w]).square().mean() for t, a, w in zip(found, aims, whole, strict=True)]).sum()
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -160,6 +162,7 @@ EXAMPLES: dict[str, Example] = {
     "smolvlm": Example("SmolVLM", partial(today.idefics, "SmolVLM"), SMOL),
     "qwen3-vl": Example("Qwen3-VL", today.qwen3, QWEN),
     "paligemma": Example("PaliGemma", today.paligemma, PALIGEMMA),
+    "paligemma2": Example("PaliGemma 2", partial(today.paligemma, "gemma2"), PALIGEMMA),
     "florence2": Example("Florence-2", today.florence, FLORENCE),
     "grounding-dino": Example("Grounding DINO", today.grounding_dino, GROUNDING),
 }  # fmt: skip

@@ -246,7 +246,7 @@ class Pruner(Method):
     def assume(self, model: nn.Module, anatomy: Anatomy, session: Session | None = None) -> None:
         """Masks that keep everything, of the size of real ones: zeros change no cost but the number of non-zeros."""
         convolutions = getattr(self.settings, "convolutions", False)  # masks that are only given have no such setting
-        found = {w.path: parameter(model, w) for w in prunable(model, anatomy, convolutions)}
+        found = {w.path: parameter(model, w) for w in _matrices(model, anatomy, convolutions)}
         shapes = {path: p.shape for path, p in found.items()}
         total = sum(shape.numel() for shape in shapes.values())
         self.tensors = {path: pack(torch.ones(shape, dtype=torch.bool)) for path, shape in shapes.items()}
@@ -285,6 +285,14 @@ def summary(masks: Masks, anatomy: Anatomy) -> dict[str, Any]:
 
 def prunable(model: nn.Module, anatomy: Anatomy, convolutions: bool = False) -> dict[Weight, Tensor]:
     """The prunable matrices (out, in) of a model; ValueError if there is none, or one is not finite."""
+    weights = _matrices(model, anatomy, convolutions)
+    for weight, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"the weight '{weight.path}' is not finite (NaN or infinite): check the checkpoint")
+    return weights
+
+
+def _matrices(model: nn.Module, anatomy: Anatomy, convolutions: bool) -> dict[Weight, Tensor]:
     weights = {w: matrix(model, w) for w in anatomy.weights(model, convolutions)}
     if not weights:
         kinds = "linear layer or convolution" if convolutions else "linear layer"
@@ -293,9 +301,6 @@ def prunable(model: nn.Module, anatomy: Anatomy, convolutions: bool = False) -> 
             f"nothing to prune: the towers of this anatomy ({anatomy.source}) hold no {kinds} "
             f"(scopes: {', '.join(p for t in anatomy.towers for p in t.scope)}); {stay}"
         )
-    for weight, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"the weight '{weight.path}' is not finite (NaN or infinite): check the checkpoint")
     return weights
 
 
