@@ -1,0 +1,101 @@
+"""Tables of the studies in docs, from the files that `trimtab report` keeps.
+
+    python benchmarks/studies.py docs/prune/study.jsonl [--seconds]
+    python benchmarks/studies.py docs/tune/study.jsonl
+    python benchmarks/studies.py docs/skip/study.jsonl
+
+One table a recipe: the primary metric, mean ± standard deviation over seeds. Where labels end in a number (`omp-0.63`,
+`das-2`), the rows are what stands before it and the columns are the numbers. Other labels follow, with their costs.
+`--seconds`: how long each pruner took to find its masks, mean over sparsities and backbones' recipes apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from statistics import fmean, stdev
+
+from trimtab._report_runs import Section, find_runs, group_runs
+
+
+def cell(scores: list[float]) -> str:
+    if not scores:
+        return "-"
+    spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
+    return f"{fmean(scores):.1f}{spread}"
+
+
+def split(label: str) -> tuple[str, str] | None:
+    found = re.fullmatch(r"(.+)-(\d+(?:\.\d+)?)", label)
+    return (found[1], found[2]) if found else None
+
+
+def swept(section: Section) -> str:
+    """Rows: labels without their number; columns: the numbers."""
+    parts = {label: split(label) for label in section.methods}
+    numbers = sorted({p[1] for p in parts.values() if p}, key=float)
+    names = list(dict.fromkeys(p[0] for p in parts.values() if p))
+    lines = [f"| {section.metric_title} | {' | '.join(numbers)} |", "|---|" + "---:|" * len(numbers)]
+    for name in names:
+        cells = [f"{name}-{n}" for n in numbers]
+        lines.append(f"| {name} | {' | '.join(cell(section.scores(c)) if c in parts else '-' for c in cells)} |")
+    return "\n".join(lines)
+
+
+def amount(values: list[float], unit: float) -> str:
+    return f"{fmean(values) / unit:.3g}" if values else "-"
+
+
+def listed(section: Section, labels: list[str]) -> str:
+    """One row a label, with what it costs."""
+    lines = [
+        f"| | {section.metric_title} | trained, K | kept for backward, MB | MACs, M |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for label in labels:
+        costs = [
+            amount(section.costs(label, key), unit)
+            for key, unit in (("trainable_params", 1e3), ("saved_activation_bytes", 1e6), ("macs", 1e6))
+        ]
+        lines.append(f"| {label} | {cell(section.scores(label))} | {' | '.join(costs)} |")
+    return "\n".join(lines)
+
+
+def seconds(sections: list[Section]) -> str:
+    """How long pruners took, a column a recipe that found masks."""
+    found = [s for s in sections if "/find_" in s.name]
+    names = list(dict.fromkeys(p[0] for s in found for label in s.methods if (p := split(label))))
+    lines = [f"| seconds | {' | '.join(s.name for s in found)} |", "|---|" + "---:|" * len(found)]
+    for name in names:
+        cells = []
+        for section in found:
+            runs = [r for label, rs in section.methods.items() if (p := split(label)) and p[0] == name for r in rs]
+            took = [float(r.pruning["seconds"]) for r in runs if "seconds" in r.pruning]
+            cells.append(f"{fmean(took):.1f}" if took else "-")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(files: list[Path], with_seconds: bool) -> None:
+    sections = group_runs(find_runs(files)[0])
+    for section in sections:
+        counts = {label: len(runs) for label, runs in section.methods.items()}
+        several = sorted(set(counts.values()))
+        print(f"### {section.name} ({' or '.join(map(str, several))} seeds)\n")
+        plain = [label for label in section.methods if not split(label)]
+        if any(split(label) for label in section.methods):
+            print(swept(section) + "\n")
+        costs = [label for label in section.methods if section.costs(label, "macs")]
+        if rest := (list(section.methods) if costs else plain):
+            print(listed(section, rest) + "\n")
+    if with_seconds:
+        print(seconds(sections))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Tables of a study, from the file that `trimtab report` keeps.")
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--seconds", action="store_true")
+    options = parser.parse_args()
+    main(options.files, options.seconds)
