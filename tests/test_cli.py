@@ -178,3 +178,14 @@ def test_list_of_what_is_not_there(arguments, message, trimtab):
 def test_a_path_that_is_not_there_is_named(trimtab, words, message):
     status, _, err = trimtab(*words)
     assert status == 2 and message in err
+
+
+def test_cost_counts_a_variant_once_whatever_its_seeds(capsys):
+    overrides = ["seeds=[0, 1, 2]", "variants=[linear-probe, full]"]
+    assert cli.main(["cost", "study/retrieval", *overrides, "--json"]) == 0
+    assert [row["variant"] for row in json.loads(capsys.readouterr().out)] == ["linear-probe", "full"]
+
+
+def test_list_prints_brackets_as_they_are(capsys):
+    assert cli.main(["list", "backbones"]) == 0
+    assert "trimtab[real]" in capsys.readouterr().out

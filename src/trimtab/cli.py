@@ -280,11 +280,11 @@ def _cost(options: Any) -> None:
 
     from trimtab import recipe
 
-    recipes = recipe.read(options.recipe, options.overrides)
+    recipes = {r.variant: r for r in reversed(recipe.read(options.recipe, options.overrides))}  # seeds cost the same
     _quiet()
     from trimtab import cost
 
-    found = [{"variant": r.variant, **cost.estimate(r)} for r in recipes]
+    found = [{"variant": r.variant, **cost.estimate(r)} for r in reversed(recipes.values())]
     if options.json:
         print(json.dumps(found[0] if len(found) == 1 else found, indent=1))
         return
@@ -321,6 +321,7 @@ def _anatomy(options: Any) -> None:
 
 def _list(options: Any) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from trimtab.registry import unknown
@@ -348,7 +349,7 @@ def _list(options: Any) -> None:
             continue
         table = Table(title=kind, title_justify="left", show_header=False)
         for name, item in entries.items():
-            table.add_row(name, _first_line(item))
+            table.add_row(name, escape(_first_line(item)))
         console.print(table)
 
 
