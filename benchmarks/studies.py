@@ -1,6 +1,6 @@
 """Tables of the studies in docs, from the files that `trimtab report` keeps.
 
-    python benchmarks/studies.py docs/prune/study.jsonl [--seconds]
+    python benchmarks/studies.py docs/prune/study.jsonl [--seconds] [--number 0.63 0.75]
     python benchmarks/studies.py docs/tune/study.jsonl
     python benchmarks/studies.py docs/skip/study.jsonl
 
@@ -43,6 +43,19 @@ def swept(section: Section) -> str:
     return "\n".join(lines)
 
 
+def side_by_side(sections: list[Section], number: str) -> str:
+    """Rows: labels with this number, without it, and those without any; columns: the recipes."""
+    titles = [f"{s.name.rpartition('/')[2]}: {s.metric_title}" for s in sections]
+    rows: dict[str, dict[str, str]] = {}
+    for title, section in zip(titles, sections, strict=True):
+        for label in section.methods:
+            name, own = split(label) or (label, number)
+            if own == number:
+                rows.setdefault(name, {})[title] = cell(section.scores(label))
+    lines = [f"| {number} | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
+    return "\n".join([*lines, *(f"| {n} | {' | '.join(r.get(t, '-') for t in titles)} |" for n, r in rows.items())])
+
+
 def amount(values: list[float], unit: float) -> str:
     return f"{fmean(values) / unit:.3g}" if values else "-"
 
@@ -77,8 +90,12 @@ def seconds(sections: list[Section]) -> str:
     return "\n".join(lines)
 
 
-def main(files: list[Path], with_seconds: bool) -> None:
+def main(files: list[Path], with_seconds: bool, numbers: list[str]) -> None:
     sections = group_runs(find_runs(files)[0])
+    for number in numbers:
+        print(side_by_side(sections, number) + "\n")
+    if numbers:
+        return
     for section in sections:
         counts = {label: len(runs) for label, runs in section.methods.items()}
         several = sorted(set(counts.values()))
@@ -97,5 +114,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Tables of a study, from the file that `trimtab report` keeps.")
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--seconds", action="store_true")
+    parser.add_argument(
+        "--number", nargs="*", default=[], metavar="N", help="recipes side by side, for labels ending so"
+    )
     options = parser.parse_args()
-    main(options.files, options.seconds)
+    main(options.files, options.seconds, options.number)
