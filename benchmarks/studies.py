@@ -3,6 +3,7 @@
     python benchmarks/studies.py docs/prune/study.jsonl [--seconds] [--number 0.63 0.75]
     python benchmarks/studies.py docs/tune/study.jsonl
     python benchmarks/studies.py docs/skip/study.jsonl
+    python benchmarks/studies.py runs/prune/find_tiny-blip/multiflow-0.75-seed0    # what it left of which matrix
 
 One table a recipe: the primary metric, mean ± standard deviation over seeds. Where labels end in a number (`omp-0.63`,
 `das-2`), the rows are what stands before it and the columns are the numbers. Other labels follow, with their costs.
@@ -12,9 +13,14 @@ One table a recipe: the primary metric, mean ± standard deviation over seeds. W
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
 from statistics import fmean, stdev
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
 
 from trimtab._report_runs import Section, find_runs, group_runs
 
@@ -90,7 +96,20 @@ def seconds(sections: list[Section]) -> str:
     return "\n".join(lines)
 
 
+def shares(run: Path, count: int = 4) -> str:
+    """Which matrices a pruning run left least and most of, in percent."""
+    state = json.loads((run / "methods.json").read_text())[0]["state"]
+    masks = {k: v for k, v in load_file(run / "weights.safetensors").items() if v.dtype == torch.uint8}
+    kept = {k: 100 * int(np.unpackbits(v.numpy()).sum()) / (8 * len(v)) for k, v in masks.items()}
+    order = sorted(kept, key=kept.__getitem__)
+    rows = [f"{kept[k]:5.1f} % {k.removeprefix('methods.0.')}" for k in (*order[:count], *order[-count:])]
+    return f"{run}: {100 * (1 - state['sparsity']):.1f} % of all\n" + "\n".join(rows)
+
+
 def main(files: list[Path], with_seconds: bool, numbers: list[str]) -> None:
+    for run in (f for f in files if (f / "methods.json").exists()):
+        print(shares(run))
+        return
     sections = group_runs(find_runs(files)[0])
     for number in numbers:
         print(side_by_side(sections, number) + "\n")
