@@ -23,8 +23,6 @@ RESULTS = Path(__file__).parent / "results" / "published.json"
 COMMAND = "python -m benchmarks.published"
 TITLES = {"meter": "METER", "vilt": "ViLT", "xvlm": "X-VLM", "blip": "BLIP", "mdetr": "MDETR", "vse": "VSE-infinity",
           "clip4clip": "CLIP4Clip", "clip_vil": "CLIP-ViL"}  # fmt: skip
-# A CNN's side network is counted in many small parts, for tens of minutes on a busy core: only if --only names it.
-SLOW = "memory/VSE-infinity/unipt"
 WAYS = ("full", "lst", "unipt")
 # MP-ISMoE (AAAI 2026), tables 1 and 2, which keeps UniPT's settings: G of training memory in full, with LST and UniPT.
 MEMORY = {"VSE-infinity": (176.8, 24.4, 24.4), "CLIP4Clip": (48.8, 32.0, 13.6), "CLIP-ViL": (82.0, 25.6, 11.6),
@@ -57,7 +55,7 @@ def count(only: str, redo: bool, file: Path = RESULTS) -> dict[str, Any]:
         return json.loads(file.read_text()) if file.exists() else {}
 
     for name, function in pieces().items():
-        if not name.startswith(only) or (name == SLOW and only != SLOW) or (name in kept() and not redo):
+        if not name.startswith(only) or (name in kept() and not redo):
             continue
         print(name, flush=True)
         value = function()
@@ -190,7 +188,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     found = count(options.only, options.redo)
-    if missing := [name for name in pieces() if name not in found and name != SLOW]:
+    if missing := [name for name in pieces() if name not in found]:
         print(f"no page yet: {len(missing)} pieces are missing, the first is {missing[0]}")
         return
     with replace_file(options.out) as partial:
