@@ -31,7 +31,7 @@ SEARCH = {"search_steps": 2, "turn": 2, "subsets": 2, "draws": 2, "evaluations":
 # Parameters that have no gradient at first, whatever the model: LoRA's A before B has left 0, the bias of a gate behind
 # which a softmax stands; and what reads the queries of MDETR's decoder, which start as zeros.
 SILENT = ("lora_A", "gate.bias", "transformer.decoder.layers.0.das_0.", "decoder.layers.0.parallel_adapter_0.",
-          "decoder.down.0")  # fmt: skip
+          "decoder.down.0", "side_tuning.decoder.down.")  # fmt: skip
 
 
 def pairs(lever: str) -> list[Any]:

@@ -123,7 +123,8 @@ def gradients(calibration: Calibration, weights: Iterable[Weight], batches: Iter
               train: bool = False) -> Iterator[Any]:  # fmt: skip
     """The loss's gradient at each matrix (out, in) for one batch after another, in single precision or better.
 
-    Only the weights require gradients meanwhile; what required them before, and gradients that were there, come back.
+    Only the weights require gradients meanwhile; what required them before, gradients that were there, and the running
+    statistics that training mode moves come back.
     A weight that the loss does not depend on has the gradient 0.
 
     Args:
@@ -139,6 +140,7 @@ def gradients(calibration: Calibration, weights: Iterable[Weight], batches: Iter
     everything = list(calibration.model.parameters()) + list(found.values())
     required = [(p, p.requires_grad) for p in everything]
     held = [(p, p.grad) for p in found.values()]
+    running = [(b, b.clone()) for b in calibration.model.buffers()] if train else []
     try:
         for p in everything:
             p.requires_grad_(False)
@@ -160,6 +162,8 @@ def gradients(calibration: Calibration, weights: Iterable[Weight], batches: Iter
             p.requires_grad_(needed)
         for p, gradient in held:
             p.grad = gradient
+        for buffer, value in running:
+            buffer.copy_(value)
 
 
 def _check_loss(loss: Tensor, number: int, calibration: Calibration, batch: Batch) -> None:

@@ -53,7 +53,7 @@ def tune(
     belongs = _belongs(model, anatomy)
     model.requires_grad_(False)
     made.attach(model, anatomy)
-    paths = anatomy.heads if heads is True else tuple(heads or ())
+    paths = _heads(model, anatomy) if heads is True else tuple(heads or ())
     for path in paths:
         _part(model, path).requires_grad_(True)
     model.train = MethodType(_train, model)  # type: ignore[method-assign]
@@ -69,6 +69,12 @@ def _method(name: str, settings: dict[str, Any]) -> Method:
         if key not in fields:
             raise ValueError(f"{name}: {unknown('setting', key, fields)}")
     return METHODS[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+
+
+def _heads(model: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
+    """Those of an anatomy's heads that this model has: some classes leave out what others of the family end in."""
+    names = {n for n, _ in (*model.named_modules(), *model.named_parameters())}
+    return tuple(p for p in anatomy.heads if p in names)
 
 
 def _part(model: nn.Module, path: str) -> nn.Module | nn.Parameter:
