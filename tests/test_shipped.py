@@ -50,7 +50,7 @@ def test_every_variant_of_a_shipped_recipe_runs(name, tmp_path):
     variants = recipe.read(name, ["seeds=[0]"])
     for r in variants:
         run.check(r)
-    for r in variants[:: max(1, len(variants) // 4)]:  # of a grid's dozens, a few that differ in everything
+    for r in variants[:: max(1, len(variants) // 3)]:  # of a grid's dozens, a few that differ in everything
         small = shrink(r)
         if any(m["name"] == "masks" for m in r.methods):
             small = replace(small, methods=({"name": "masks", "path": str(found_masks(r, tmp_path))}, *r.methods[1:]))
