@@ -110,7 +110,9 @@ def main(files: list[Path], with_seconds: bool, numbers: list[str]) -> None:
     for run in (f for f in files if (f / "methods.json").exists()):
         print(shares(run))
         return
-    sections = group_runs(find_runs(files)[0])
+    found = find_runs(files)[0]
+    sections = group_runs(found)
+    print(f"{len(found)} runs, {sum(run.info['seconds'] for run in found) / 60:.0f} minutes one after the other\n")
     for number in numbers:
         print(side_by_side(sections, number) + "\n")
     if numbers:

@@ -248,7 +248,7 @@ def test_no_runs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(f"no run found in {tmp_path}")) as error:
         report.load_runs([tmp_path])
     assert "run.json" in str(error.value)
-    with pytest.raises(ValueError, match="there is no folder"):
+    with pytest.raises(ValueError, match="nothing is at"):
         report.load_runs([tmp_path / "nowhere"])
 
     write_run(tmp_path, "demo/retrieval", "lora", 0, {"status": "running"})
@@ -380,4 +380,11 @@ def test_a_report_can_be_written_again_from_its_results(runs_folder: Path, tmp_p
 def test_a_file_that_holds_no_results_is_named(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").write_text('{"path": "x"}\n')
     with pytest.raises(ValueError, match=r"results.jsonl, line 1: expected a run"):
+        report.load_runs([tmp_path / "results.jsonl"])
+
+
+def test_results_of_an_unfinished_run_are_refused(tmp_path: Path) -> None:
+    line = {"path": "x", "info": {"status": "running"}, "metrics": {}, "costs": {}}
+    (tmp_path / "results.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match=r"results.jsonl, line 1: .*'running', not 'finished'"):
         report.load_runs([tmp_path / "results.jsonl"])

@@ -128,7 +128,7 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[RunRecord], list[SkippedRun]]
     roots = [Path(path) for path in paths]
     for root in roots:
         if not root.exists():
-            raise ValueError(f"there is no folder {root}")
+            raise ValueError(f"nothing is at {root}: give run folders, folders that hold them, or a results.jsonl")
     files = [file for root in roots if root.is_dir() for file in sorted(root.rglob("run.json"))]
     folders = {file.parent.resolve(): file.parent for file in files}
     found = [run for root in roots if root.is_file() for run in _read_results(root)]
@@ -171,9 +171,8 @@ def load_runs(paths: Iterable[Path]) -> list[RunRecord]:
     return runs
 
 
-def _read_run(folder: Path) -> RunRecord:
-    """Read one run folder; a ValueError says why the run cannot be used."""
-    info = _read_json(folder / "run.json", dict)
+def _check(info: dict[str, Any], metrics: dict[str, Any]) -> None:
+    """A ValueError says why a run with these records cannot be used."""
     if info.get("format", FORMAT) != FORMAT:
         raise ValueError(f"run.json has format {info['format']!r}, this version reads format {FORMAT}")
     if info.get("status") != "finished":
@@ -182,11 +181,16 @@ def _read_run(folder: Path) -> RunRecord:
         if not isinstance(info.get(key), kind):
             raise ValueError(f"run.json should give {label} as {key!r}")
 
-    metrics = _read_json(folder / "metrics.json", dict)
     primary, test = metrics.get("primary"), mapping(metrics.get("test"))
     if not isinstance(primary, str) or number(test.get(primary)) is None:
         raise ValueError(f"metrics.json has no finite test value for its primary metric {primary!r}")
-    metrics = {**metrics, "test": test}
+
+
+def _read_run(folder: Path) -> RunRecord:
+    """Read one run folder; a ValueError says why the run cannot be used."""
+    info = _read_json(folder / "run.json", dict)
+    metrics = _read_json(folder / "metrics.json", dict) if info.get("status") == "finished" else {}
+    _check(info, metrics)
 
     samples_file, plan_file = folder / "samples" / "samples.json", folder / "plan.json"
     costs_file = folder / "costs.json"  # a sweep may leave them out
@@ -216,10 +220,12 @@ def write_results(runs: Iterable[RunRecord], file: Path) -> None:
 
 def _read_results(file: Path) -> list[RunRecord]:
     found = []
-    for count, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for count, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
             kept = json.loads(line)
-            found.append(RunRecord(**{**kept, "path": Path(kept["path"])}))
+            run = RunRecord(**{**kept, "path": Path(kept["path"])})
+            _check(mapping(run.info), mapping(run.metrics))
+            found.append(run)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{file}, line {count}: expected a run as `trimtab report` writes it to results.jsonl ({error})"

@@ -63,7 +63,7 @@ class Retrieval(Task):
 
     Args:
         pooling: `own` takes the backbone's vectors, a linear map a side behind them; `gpo` pools its tokens by
-            VSE-infinity's learned operator.
+            VSE-infinity's learned operator. Side networks must then hand on tokens (`unipt` with `form: token`).
         objective: `contrastive` (CLIP) or `triplet` (VSE++: the hardest negative of the batch, hinge at `margin`).
         margin: of the triplets, in units of cosine similarity.
         all_negatives: so many training batches at first count all negatives of a triplet, not the hardest alone, from
@@ -112,6 +112,8 @@ class Retrieval(Task):
         read = backbone.text(batch["input_ids"], batch["attention_mask"])
         if self.pooling == "own":
             image, text = head.image(seen.pooled), head.text(read.pooled)
+        elif seen.tokens is None or read.tokens is None:
+            raise ValueError("pooling 'gpo' reads tokens, but only vectors are given (as from a cache of activations)")
         else:
             image, text = head.image(seen.tokens, seen.mask), head.text(read.tokens, read.mask)
         return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
