@@ -116,12 +116,16 @@ LITERAL: dict[type, Callable] = {
 
 @dataclass
 class Part:
-    """A side network with inputs of the papers' sizes; `samples` of the setting's samples are in its batch."""
+    """A side network with inputs of the papers' sizes; `samples` of the setting's samples are in its batch.
+
+    `read` is what is read of tokens (B, L, out): all but padding, or the first alone.
+    """
 
     name: str
     side: nn.Module
     inputs: tuple
     samples: int
+    read: Callable[[Tensor], Tensor] = lambda out: out
 
 
 def states(batch: int, length: int, width: int, count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -134,12 +138,18 @@ def padded(batch: int, length: int, least: int) -> Tensor:
     return (torch.arange(length)[None] < lengths[:, None]).float()
 
 
+def valid(mask: Tensor) -> Callable[[Tensor], Tensor]:
+    """What is read of tokens that are padded: what becomes of padding is masked wherever it goes."""
+    return lambda out: out * mask[..., None]
+
+
 def vse() -> list[Part]:
     """BERT-base over 30 words, and ResNeXt-101 over 512 px, both to 1024, reduction 2."""
     text = TokenUniPT(768, 12, 2, out=1024, **PUBLISHED["vse-text"])
     image = PyramidUniPT([256, 512, 1024, 2048], 1024, 2)
     grids = [torch.randn(4, c, s, s) for c, s in ((256, 128), (512, 64), (1024, 32), (2048, 16))]
-    return [Part("text", text, (states(32, 30, 768, 13), padded(32, 30, 10)), 32), Part("image", image, (grids,), 4)]
+    mask = padded(32, 30, 10)
+    return [Part("text", text, (states(32, 30, 768, 13), mask), 32, valid(mask)), Part("image", image, (grids,), 4)]
 
 
 def clip4clip(dtype: torch.dtype = torch.float32) -> list[Part]:
@@ -158,11 +168,17 @@ def clip4clip_half() -> list[Part]:
     return clip4clip(torch.float16)
 
 
-def clip_vil() -> list[Part]:
-    """12 joint layers over 20 words and 12 x 20 cells of a picture of 384 x 640 px, reduction 2."""
-    side = TokenUniPT(768, 12, 2, **PUBLISHED["clip-vil"])
+def clip_vil(first: bool = True) -> list[Part]:
+    """12 joint layers over 20 words and 12 x 20 cells of a picture of 384 x 640 px, reduction 2. Of what they hand on
+    the published head reads the first token alone."""
+    side = TokenUniPT(768, 12, 2, first=first, **PUBLISHED["clip-vil"])
     mask = torch.cat([padded(8, 20, 6), torch.ones(8, 240)], dim=1)
-    return [Part("joint", side, (states(8, 260, 768, 13), mask), 8)]
+    return [Part("joint", side, (states(8, 260, 768, 13), mask), 8, (lambda out: out[:, :1]) if first else valid(mask))]
+
+
+def clip_vil_tokens() -> list[Part]:
+    """The same for a head that reads all tokens."""
+    return clip_vil(first=False)
 
 
 def mdetr() -> list[Part]:
@@ -172,13 +188,13 @@ def mdetr() -> list[Part]:
     mask = padded(2, 1070, 800)
     memory = torch.randn(2, 1070, 128, requires_grad=True)
     return [
-        Part("encoder", encoder, (states(2, 1070, 256, 4), mask), 2),
+        Part("encoder", encoder, (states(2, 1070, 256, 4), mask), 2, valid(mask)),
         Part("decoder", queries, (states(2, 100, 256, 4), None, memory, mask), 2),
     ]
 
 
-SETTINGS = {"vse": vse, "clip4clip": clip4clip, "clip4clip-half": clip4clip_half, "clip-vil": clip_vil, "mdetr": mdetr}
-
+SETTINGS = {"vse": vse, "clip4clip": clip4clip, "clip4clip-half": clip4clip_half, "clip-vil": clip_vil,
+            "clip-vil-tokens": clip_vil_tokens, "mdetr": mdetr}  # fmt: skip
 
 OURS = ("auto", "keep", "bf16")
 
@@ -191,7 +207,7 @@ def compare(part: Part, ours: Callable | None = None) -> dict[str, float]:
     results = []
     for function in (LITERAL[type(part.side)], ours or type(part.side).__call__):
         part.side.zero_grad(set_to_none=True)
-        out = function(part.side, *part.inputs)
+        out = part.read(function(part.side, *part.inputs))
         out.square().mean().backward()
         # The gate's bias has no gradient in exact arithmetic: softmax ignores it.
         gradients = [p.grad.clone() for n, p in part.side.named_parameters() if n != "gate.bias"]
@@ -205,7 +221,7 @@ def compare(part: Part, ours: Callable | None = None) -> dict[str, float]:
 
 def step(function: Callable, part: Part) -> float:
     start = time.process_time()
-    function(part.side, *part.inputs).sum().backward()
+    part.read(function(part.side, *part.inputs)).sum().backward()
     seconds = time.process_time() - start
     part.side.zero_grad(set_to_none=True)
     return seconds
@@ -214,7 +230,7 @@ def step(function: Callable, part: Part) -> float:
 def products(function: Callable, part: Part) -> int:
     """Multiply-adds of a step's matrix products and convolutions, in millions."""
     with FlopCounterMode(display=False) as counter:
-        function(part.side, *part.inputs).sum().backward()
+        part.read(function(part.side, *part.inputs)).sum().backward()
     part.side.zero_grad(set_to_none=True)
     return counter.get_total_flops() // 2_000_000
 
@@ -236,7 +252,7 @@ def versions(part: Part) -> dict[str, Callable]:
 def measure(part: Part, repeats: int) -> dict:
     """Kilobytes kept for backward, millions of multiply-adds and milliseconds a step of every version, a sample."""
     made = versions(part)
-    kept = {k: saved_bytes(lambda f=f: f(part.side, *part.inputs).sum(), part.side) for k, f in made.items()}
+    kept = {k: saved_bytes(lambda f=f: part.read(f(part.side, *part.inputs)).sum(), part.side) for k, f in made.items()}
     macs = {k: products(f, part) for k, f in made.items()}
     times: dict[str, list[float]] = {k: [] for k in made}
     for repeat in range(repeats + 2 if repeats else 0):

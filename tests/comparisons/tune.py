@@ -22,7 +22,9 @@ def words(case: Case) -> Iterator[Check | Skipped]:
     """The side network of VSE's texts, on tokens."""
     tensors, info = case.tensors, case.info
     n, factor = info["num_layer"], info["downsample_D_factor"]
-    side = TokenUniPT(info["hidden_size"][0], n - 1, factor, out=info["embed_size"], **PUBLISHED["vse-text"])
+    side = TokenUniPT(
+        info["hidden_size"][0], n - 1, factor, out=info["embed_size"], skip=False, **PUBLISHED["vse-text"]
+    )
     names = numbered("downsample_layers", n)
     names |= pairs(**{f"project.{i}": f"projection_layer.{i}" for i in (0, 1)})
     names |= pairs(**{"up.1": "upsample_layer.1"}, gate="gate_layer")
@@ -61,7 +63,7 @@ def tokens(case: Case) -> Iterator[Check | Skipped]:
     """The side network of CLIP-ViL, on tokens."""
     tensors, info = case.tensors, case.info
     layers = info["layers"]
-    side = TokenUniPT(info["hidden_size"], layers, info["reduction_factor"], **PUBLISHED["clip-vil"])
+    side = TokenUniPT(info["hidden_size"], layers, info["reduction_factor"], skip=False, **PUBLISHED["clip-vil"])
     names = {}
     for i in range(layers + 1):
         theirs = "side_first_downsample_l" if i == 0 else f"side_downsamples_l.{i - 1}"
@@ -100,8 +102,8 @@ def queries(case: Case) -> Iterator[Check | Skipped]:
     """The side networks of MDETR's encoder and decoder, on their layers' outputs."""
     tensors, info = case.tensors, case.info
     chosen, width = info["select_layers"], info["d_model"]
-    encoder = TokenUniPT(width, len(chosen), 2, **PUBLISHED["mdetr-encoder"])
-    decoder = DecoderUniPT(width, len(chosen), 2, levels=True, **PUBLISHED["mdetr-decoder"])
+    encoder = TokenUniPT(width, len(chosen), 2, skip=False, **PUBLISHED["mdetr-encoder"])
+    decoder = DecoderUniPT(width, len(chosen), 2, levels=True, skip=False, **PUBLISHED["mdetr-decoder"])
     names = {}
     for part, side in (("encoder", encoder), ("decoder", decoder)):
         theirs = [f"side_downsamples_{part}.{i}" for i in range(len(chosen))] + [f"side_downsample0_{part}"]

@@ -28,12 +28,17 @@ def parts() -> dict[str, literal.Part]:
     """Small inputs of every kind; a sample without any valid token among them."""
     torch.manual_seed(0)
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]]).float()
+    nearly = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 1, 1]]).float()
     at = torch.tensor([3, 5, 0])
     maps = literal.states(3, 6, 12, 4)
     grids = [torch.randn(2, c, 2 * r, 3 * r) for c, r in ((4, 8), (6, 4), (8, 2), (10, 1))]
     made = {
-        "vse-text": (TokenUniPT(12, 3, 2, out=8, **PUBLISHED["vse-text"]), (maps, mask)),
-        "clip-vil": (TokenUniPT(12, 3, 2, **PUBLISHED["clip-vil"]), (maps, mask)),
+        "vse-text": (TokenUniPT(12, 3, 2, out=8, skip=False, **PUBLISHED["vse-text"]), (maps, mask)),
+        "clip-vil": (TokenUniPT(12, 3, 2, skip=False, **PUBLISHED["clip-vil"]), (maps, mask)),
+        "first-token": (TokenUniPT(12, 3, 2, first=True, **PUBLISHED["clip-vil"]), (maps, mask)),
+        "first-of-all": (TokenUniPT(12, 3, 2, first=True, projection="single"), (maps, None)),
+        "skip": (TokenUniPT(12, 3, 2, **PUBLISHED["clip-vil"]), (maps, mask)),
+        "skip-less": (TokenUniPT(12, 3, 2, **PUBLISHED["clip-vil"]), (maps, nearly)),
         "single": (TokenUniPT(12, 3, 2, projection="single"), (maps, None)),
         "vector": (VectorUniPT(12, 3, 8, 1), (maps, mask, torch.randn(3, 8), at)),
         "first": (VectorUniPT(12, 3, 8, 2), (maps, None, torch.randn(3, 8), None)),
@@ -44,7 +49,20 @@ def parts() -> dict[str, literal.Part]:
             (literal.states(3, 5, 12, 4), None, torch.randn(3, 6, 6), mask),
         ),
     }
-    return {k: literal.Part(k, side.double(), doubled(inputs), 1) for k, (side, inputs) in made.items()}
+    return {
+        k: literal.Part(k, side.double(), doubled(inputs), 1, reader(side, inputs))
+        for k, (side, inputs) in made.items()
+    }
+
+
+def reader(side: nn.Module, inputs: tuple):
+    """What may be read of the tokens that a side network hands on."""
+    if not isinstance(side, TokenUniPT) or isinstance(side, DecoderUniPT):
+        return lambda out: out
+    mask = inputs[1]
+    if side.first:
+        return lambda out: out[:, :1] if mask is None else out[:, :1] * mask[:, :1, None]
+    return literal.valid(mask) if side.skip and mask is not None else lambda out: out
 
 
 def doubled(value):
@@ -91,11 +109,12 @@ def singled(value):
 
 
 @pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("name", ["clip-vil", "skip", "decoder"])
 @pytest.mark.parametrize("size", [1, 2 * 6 * 4, 4 * 6 * 4, 2 * 6 * 6 * 4])
-def test_samples_and_rows_are_looked_at_in_blocks_of_any_size(monkeypatch, size, keep):
+def test_samples_and_rows_are_looked_at_in_blocks_of_any_size(monkeypatch, size, name, keep):
     from trimtab.methods.tune.unipt import core
 
-    part = parts()["clip-vil"]
+    part = parts()[name]
     part.side.keep = keep
     whole = part.side(*part.inputs)
     monkeypatch.setitem(core.CACHE_BYTES, "cpu", size)
@@ -104,10 +123,11 @@ def test_samples_and_rows_are_looked_at_in_blocks_of_any_size(monkeypatch, size,
 
 
 @pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_gradients_of_attention_are_exact(causal, keep):
+def test_gradients_of_attention_are_exact(causal, skip, keep):
     torch.manual_seed(1)
-    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).double()
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1 - skip]]).double()  # a token that no sample has
     shape = (2, 4 if causal else 1, 2)
     targets = [(torch.randn(2, 4, 3), torch.rand(3) + 0.5, torch.randn(3)) for _ in range(2)]
     inputs = [torch.rand(shape) + 0.1, *(t for target in targets for t in target), torch.randn(2, 4, 3)]
@@ -115,9 +135,37 @@ def test_gradients_of_attention_are_exact(causal, keep):
 
     def function(confidence, *flat):
         anchor, *layers = (Target(*flat[i : i + 3]) for i in range(0, len(flat), 3))  # the last as it is
-        return attend(anchor, layers, mask, 1e-6, True, causal, confidence, keep)
+        return attend(anchor, layers, mask, 1e-6, True, causal, confidence, keep, skip)
 
     assert torch.autograd.gradcheck(function, inputs)
+
+
+def test_padding_is_handed_on_as_zeros_and_costs_nothing():
+    torch.manual_seed(0)
+    side, maps = TokenUniPT(32, 3, 2), literal.states(4, 12, 32, 4)
+    mask = literal.padded(4, 12, 3)
+    out = side(maps, mask)
+    assert not out[mask == 0].any() and out[mask == 1].any(dim=-1).all()
+    for m in maps:
+        m[mask == 0] = torch.nan
+    assert torch.equal(side(maps, mask), out)  # it is not even looked at
+    side.skip = False
+    assert side(literal.states(4, 12, 32, 4), mask)[mask == 0].any()
+
+
+def test_the_first_token_alone_is_made_of_less():
+    torch.manual_seed(0)
+    inputs = (literal.states(2, 64, 32, 7), literal.padded(2, 64, 60))
+    kept, products = {}, {}
+    for first in (False, True):
+        side = TokenUniPT(32, 6, 2, first=first)
+        part = literal.Part("", side, inputs, 1)
+        kept[first] = saved_bytes(lambda side=side: side(*inputs).sum(), side)
+        products[first] = literal.products(side.__class__.__call__, part)
+        assert side(*inputs).shape == (2, 1 if first else 64, 32)
+    assert kept[True] < kept[False] and products[True] < 0.5 * products[False]
+    with pytest.raises(ValueError, match="tokens: first"):
+        TokenUniPT(32, 6, 2, first=True, causal=True)
 
 
 def test_keeps_less_for_backward_than_the_published_computation():
@@ -159,13 +207,13 @@ def test_maps_may_be_kept_in_half_precision_and_results_stay(name):
 def test_tokens_that_are_not_attended_to_are_not_kept():
     torch.manual_seed(0)
     side = VectorUniPT(64, 1, 8, 1)
-    maps, vector = literal.states(4, 50, 64, 2), torch.randn(4, 8)
+    alone, vector = literal.states(1, 50, 64, 2), torch.randn(4, 8)
     kept = []
     for shift in (-1e3, 1e3):  # no token has a positive score, or every one
         for linear in side.down:
             linear.bias.data = shift * side.anchor(torch.relu(vector))[0].detach()
-        kept.append(saved_bytes(lambda: side([m[:1] for m in maps], None, vector[:1], None).sum(), side))
-    assert kept[1] - kept[0] == 2 * 50 * (64 * 4 + 8)  # maps and the numbers of their rows
+        kept.append(saved_bytes(lambda: side(alone, None, vector[:1], None).sum(), side))
+    assert kept[1] - kept[0] == 2 * 50 * 64 * 4  # maps
 
 
 def test_a_pyramid_keeps_the_statistics_that_batch_norm_keeps():
@@ -196,7 +244,7 @@ def test_a_map_of_which_a_copy_is_kept_is_let_go():
 
 def test_scores_are_kept_where_they_are_few():
     side = TokenUniPT(64, 3, 2)
-    few, many = literal.states(2, 8, 64, 4), literal.states(2, 9, 64, 4)  # d / 4 = 8
+    few, many = literal.states(2, 16, 64, 4), literal.states(2, 17, 64, 4)  # d / 2 = 16
     for maps, same in ((few, True), (many, False)):
         side.keep = "auto"
         auto = saved_bytes(lambda maps=maps: side(maps, None).sum(), side)
@@ -341,6 +389,26 @@ def tuned(model, anatomy=None, **settings):
     torch.manual_seed(0)
     UniPT(**settings).attach(model, anatomy or Anatomy.of(model))
     return model
+
+
+def test_a_head_of_the_first_token_may_have_that_token_alone():
+    whole, first = tuned(bert()), tuned(bert(), tokens="first")
+    wanted, found = whole(**words()).last_hidden_state, first(**words()).last_hidden_state
+    assert found.shape == (2, 1, 16) and torch.allclose(found, wanted[:, :1], atol=1e-5)
+    wanted[:, 0].square().sum().backward()
+    found[:, 0].square().sum().backward()
+    for (name, p), q in zip(whole.unipt.named_parameters(), first.unipt.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-4), name
+
+
+def test_the_first_token_alone_is_refused_where_others_are_read():
+    for model, anatomy, settings in (
+        (t5(), t5_anatomy(t5()), {}),  # an encoder for its decoder
+        (t5(), t5_anatomy(t5()), {"towers": ("decoder",)}),  # causal
+        (Cnn(), Cnn().anatomy(), {}),  # cells
+    ):
+        with pytest.raises(ValueError, match="`tokens: first`.*use `all`"):
+            UniPT(tokens="first", **settings).attach(model, anatomy)
 
 
 def test_the_frozen_model_may_be_in_half_precision():

@@ -9,6 +9,7 @@ The published code keeps every S_l, adds an identity matrix to it and stacks all
 * "+ identity" is `+ z_l`; dividing by the row sums comes after the product with z_l, where rows are shorter.
 * S_l is computed again in the backward pass, in blocks of rows that stay in the processor's cache until they are used,
   and is never whole in memory.
+* Padding is neither a key nor a query: nothing reads what becomes of it.
 * Anchor and layers are kept as their normalised value x (`Target`); z = x * weight + bias is made again, and the mean
   of z follows from the mean of x.
 
@@ -18,13 +19,14 @@ What autograd keeps of a layer is its input (D a token, for the weights of `down
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trimtab.methods.tune.unipt.down import Target
+from trimtab.methods.tune.unipt.down import Target, some
 
 # Scores that are looked at together: on a CPU what fits into its cache, on a GPU enough work for one launch.
 CACHE_BYTES = {"cpu": 1 << 20}
@@ -40,6 +42,7 @@ class _How(NamedTuple):
     identity: bool
     causal: bool
     keep: bool
+    skip: bool
 
 
 class _Merge(torch.autograd.Function):
@@ -54,19 +57,23 @@ class _Merge(torch.autograd.Function):
         ctx.how, ctx.count, kind = how, len(flat), anchor.x.device.type
         ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else anchor.x.dtype
         out, kept = torch.zeros_like(anchor.x, memory_format=torch.contiguous_format), []
-        for part, blocks in _parts(anchor.x, layers[0].x):
-            a, seen = _of(anchor, part).to(ctx.dtype), None if mask is None else mask[part]
+        for part in _parts(anchor.x, layers[0].x, mask, how):
+            a = part.queries(anchor).to(ctx.dtype)
+            merged = out[part.samples] if part.own is None else torch.zeros_like(a, dtype=out.dtype)
             for layer, target in enumerate(layers):
-                z = _of(target, part)
-                values, keys = z.to(ctx.dtype), _keys(z, seen, ctx.dtype)
-                for rows in blocks:
+                z = part.tokens(target)
+                keys = part.keys(z, ctx.dtype)
+                for rows in part.blocks:
                     stop = rows.stop if how.causal else None
-                    ratios, norm = _scores(a[:, rows], keys[:, :stop], rows.start, how, z.dtype)
+                    ratios = _ratios(torch.bmm(a[:, rows], keys[:, :stop].transpose(1, 2)), rows, how)
+                    norm = _norm(ratios, how, z.dtype)
                     kept += [ratios, norm] if how.keep else []
-                    c, sums = _confidence(confidence, part, rows, layer, out), out[part, rows]
-                    sums.addcmul_(torch.bmm(ratios, values[:, :stop]).to(sums.dtype), (c / norm).to(sums.dtype))
+                    c, sums = part.confidence(confidence, rows, layer, out), merged[:, rows]
+                    sums.addcmul_(torch.bmm(ratios, keys[:, :stop]).to(sums.dtype), (c / norm).to(sums.dtype))
                     if how.identity:
                         sums += z[:, rows] * c
+            if part.own is not None:
+                out[part.samples].index_copy_(1, part.own, merged)
         ctx.save_for_backward(mask, confidence, *flat, *kept)
         return out
 
@@ -78,40 +85,44 @@ class _Merge(torch.autograd.Function):
         anchor, *layers = _targets(rest[: ctx.count])
         slopes = [_Slope(target) for target in (anchor, *layers)]
         d_confidence = None if confidence is None else torch.zeros_like(confidence)
-        for part, blocks in _parts(anchor.x, layers[0].x):
-            a, seen = _of(anchor, part).to(dtype), None if mask is None else mask[part]
+        for part in _parts(anchor.x, layers[0].x, mask, how):
+            a, g = part.queries(anchor).to(dtype), _take(grad[part.samples], part.own)
             d_a = torch.zeros_like(a, dtype=grad.dtype)
             for layer, target in enumerate(layers):
-                z = _of(target, part)
-                values, keys = z.to(dtype), _keys(z, seen, dtype)
-                d_z = torch.zeros_like(z)  # through the values
-                d_keys = d_z if seen is None else torch.zeros_like(z)
-                for rows in blocks:
-                    stop = rows.stop if how.causal else None
+                z = part.tokens(target)
+                keys = part.keys(z, dtype)
+                d_z = torch.zeros_like(z)
+                for rows in part.blocks:
+                    seen, gr = keys[:, : rows.stop if how.causal else None], g[:, rows]
+                    c = part.confidence(confidence, rows, layer, grad)
+                    # Of O = R z / n: dR_ij = (g_i . z_j - g_i . O_i) / n_i, where R is positive; then times c_i.
                     if how.keep:
                         ratios, norm = next(kept), next(kept)
+                        d_ratios = torch.bmm(gr.to(dtype), seen.transpose(1, 2))
+                    else:  # both products at once: one matrix twice as high
+                        high = torch.bmm(torch.cat([a[:, rows], gr.to(dtype)], dim=1), seen.transpose(1, 2))
+                        ratios, d_ratios = high.chunk(2, dim=1)
+                        ratios = _ratios(ratios, rows, how)
+                        norm = _norm(ratios, how, z.dtype)
+                    along = (ratios * d_ratios).sum(dim=-1, keepdim=True, dtype=z.dtype) / norm  # g_i . O_i
+                    d_ratios -= along.to(dtype)
+                    torch.ops.aten.threshold_backward.grad_input(d_ratios, ratios, 0, grad_input=d_ratios)
+                    share = c / norm
+                    d_a[:, rows].addcmul_(torch.bmm(d_ratios, seen).to(gr.dtype), share.to(gr.dtype))
+                    through = d_z[:, : seen.shape[1]]
+                    if how.keep:
+                        _add_product(through, d_ratios, (a[:, rows] * share).to(dtype))
+                        _add_product(through, ratios, (gr * share).to(dtype))
                     else:
-                        ratios, norm = _scores(a[:, rows], keys[:, :stop], rows.start, how, z.dtype)
-                    g, c = grad[part, rows], _confidence(confidence, part, rows, layer, grad)
-                    scaled = g / norm
-                    # Of O = R z / n: dR_ij = (g_i . z_j - g_i . O_i) / n_i, where R is positive; then times c_i.
-                    d_ratios = torch.bmm(scaled.to(dtype), values[:, :stop].transpose(1, 2))
-                    along = (ratios * d_ratios).sum(dim=-1, keepdim=True, dtype=z.dtype)  # g_i . O_i
-                    d_ratios -= (along / norm).to(dtype)
-                    d_scores = torch.ops.aten.threshold_backward(d_ratios, ratios, 0)
-                    d_a[:, rows].addcmul_(torch.bmm(d_scores, keys[:, :stop]).to(g.dtype), c.expand_as(along))
-                    _add_product(d_keys[:, :stop], d_scores.transpose(1, 2), (a[:, rows] * c).to(dtype))
-                    _add_product(d_z[:, :stop], ratios.transpose(1, 2), (scaled * c).to(dtype))
+                        both = torch.cat([gr * share, a[:, rows].to(gr.dtype) * share], dim=1)
+                        _add_product(through, high, both.to(dtype))
                     if how.identity:
-                        along += (g * z[:, rows]).sum(dim=-1, keepdim=True)
-                        d_z[:, rows] += g * c
+                        along = along + (gr * z[:, rows]).sum(dim=-1, keepdim=True)
+                        d_z[:, rows] += gr * c
                     if d_confidence is not None:
-                        gain = _confidence(d_confidence, part, rows, layer, grad)
-                        gain += along if gain.shape[1] > 1 else along.sum(dim=1, keepdim=True)
-                if seen is not None:
-                    d_z.addcmul_(d_keys, seen[..., None].to(d_z.dtype))
-                slopes[layer + 1].put(part, d_z)
-            slopes[0].put(part, d_a)
+                        part.add_confidence(d_confidence, rows, layer, along)
+                slopes[layer + 1].put(part.samples, part.index, d_z)
+            slopes[0].put(part.samples, part.own, d_a)
         return None, None, d_confidence, *(gradient for slope in slopes for gradient in slope.all())
 
 
@@ -122,13 +133,16 @@ class _Slope:
         self.target, self.x = target, torch.empty_like(target.x)
         self.weight, self.bias = (None if t is None else torch.zeros_like(t) for t in target[1:])
 
-    def put(self, part: slice, d_z: Tensor) -> None:
-        if self.weight is None:
-            self.x[part] = d_z
-        else:
+    def put(self, samples: slice, index: Tensor | None, d_z: Tensor) -> None:
+        if self.weight is not None:
             self.bias += d_z.sum(dim=(0, 1))
-            self.weight += (d_z * self.target.x[part]).sum(dim=(0, 1))
-            self.x[part] = d_z.mul_(self.target.weight)
+            self.weight += (d_z * _take(self.target.x[samples], index)).sum(dim=(0, 1))
+            d_z = d_z.mul_(self.target.weight)
+        if index is None:
+            self.x[samples] = d_z
+        else:
+            self.x[samples] = 0
+            self.x[samples].index_copy_(1, index, d_z)
 
     def all(self) -> tuple[Tensor | None, ...]:
         return self.x, self.weight, self.bias
@@ -138,54 +152,100 @@ def _targets(flat: Sequence[Tensor | None]) -> list[Target]:
     return [Target(*flat[i : i + 3]) for i in range(0, len(flat), 3)]  # type: ignore[arg-type]
 
 
-def _of(target: Target, part: slice) -> Tensor:
-    """z of a few samples."""
-    return Target(target.x[part], *target[1:]).tokens()
+def _take(x: Tensor, index: Tensor | None) -> Tensor:
+    """Some tokens of (B, L, d)."""
+    return x if index is None else x.index_select(1, index)
 
 
-def _parts(anchor: Tensor, x: Tensor) -> Iterator[tuple[slice, list[slice]]]:
-    """Samples that are looked at together, with the blocks of queries in which their scores are made."""
+@dataclass
+class _Part:
+    """Samples that are looked at together.
+
+    Attributes:
+        samples: which.
+        index: their tokens (keys) that are valid in any of them, (l,); None for all.
+        own: the same of the anchor's tokens (queries).
+        seen: the mask of these keys, (b, l, 1); None if all are valid.
+        blocks: the queries in the blocks in which their scores are made.
+    """
+
+    samples: slice
+    index: Tensor | None
+    own: Tensor | None
+    seen: Tensor | None
+    blocks: list[slice]
+
+    def queries(self, anchor: Target) -> Tensor:
+        return Target(_take(anchor.x[self.samples], self.own), *anchor[1:]).tokens()
+
+    def tokens(self, target: Target) -> Tensor:
+        return Target(_take(target.x[self.samples], self.index), *target[1:]).tokens()
+
+    def keys(self, z: Tensor, dtype: torch.dtype) -> Tensor:
+        """z where the mask is 1, else 0: so are its scores, and as values they are not counted either."""
+        return (z if self.seen is None else z * self.seen).to(dtype)
+
+    def _of(self, confidence: Tensor, rows: slice, layer: int) -> Tensor:
+        of = confidence[self.samples, :, layer : layer + 1]
+        return of if of.shape[1] == 1 else _take(of, self.own)[:, rows]
+
+    def confidence(self, confidence: Tensor | None, rows: slice, layer: int, like: Tensor) -> Tensor:
+        """One layer's factors of a block's rows, (b, 1 or q, 1)."""
+        if confidence is None:
+            return like.new_ones(1, 1, 1)
+        return self._of(confidence, rows, layer)
+
+    def add_confidence(self, total: Tensor, rows: slice, layer: int, gain: Tensor) -> None:
+        """Add a block's (b, q, 1)."""
+        of = total[self.samples, :, layer : layer + 1]
+        if of.shape[1] == 1:
+            of += gain.sum(dim=1, keepdim=True)
+        elif self.own is None:
+            of[:, rows] += gain
+        else:
+            of.index_add_(1, self.own[rows], gain)
+
+
+def _parts(anchor: Tensor, x: Tensor, mask: Tensor | None, how: _How) -> Iterator[_Part]:
+    """The samples, as many at a time as have their scores looked at together."""
     limit = CACHE_BYTES.get(anchor.device.type, OTHER_BYTES) // 4
-    queries, length = anchor.shape[1], x.shape[1]
-    size = max(1, limit // max(1, queries * length))
-    rows = min(queries, max(1, limit // max(1, length)))
-    blocks = [slice(start, min(start + rows, queries)) for start in range(0, queries, rows)]
-    for start in range(0, len(x), size):
-        yield slice(start, start + size), blocks
+    size = min(len(x), max(1, limit // max(1, anchor.shape[1] * x.shape[1])))
+    for start in range(0, len(x), max(1, size)):
+        samples, index, seen = slice(start, start + size), None, None
+        if mask is not None:
+            index = some(mask[samples].any(dim=0)) if how.skip else None
+            if index is None or size > 1:  # else they are the valid ones
+                seen = _take(mask[samples], index)[..., None]
+        queries = anchor.shape[1] if index is None or not how.identity else len(index)
+        rows = max(1, limit // max(1, x.shape[1] if index is None else len(index)))
+        blocks = [slice(first, min(first + rows, queries)) for first in range(0, queries, rows)]
+        yield _Part(samples, index, index if how.identity else None, seen, blocks)
 
 
-def _scores(a: Tensor, keys: Tensor, first: int, how: _How, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """relu(a keys^T), (B, q, L), and its guarded row sums, (B, q, 1); the first query's position is `first`."""
-    ratios = torch.bmm(a, keys.transpose(1, 2)).relu_()
-    if how.causal:
-        ratios = ratios.tril_(first)
+def _ratios(scores: Tensor, rows: slice, how: _How) -> Tensor:
+    """relu of a block's scores, (b, q, l), in their place; a causal token sees none that is later."""
+    scores = scores.relu_()
+    return scores.tril_(rows.start) if how.causal else scores
+
+
+def _norm(ratios: Tensor, how: _How, dtype: torch.dtype) -> Tensor:
+    """The guarded sums of rows, (b, q, 1)."""
     sums = ratios.sum(dim=-1, keepdim=True, dtype=dtype)
     # A row of zeros stays one whatever it is divided by; 1 / eps would be infinite in half precision.
-    return ratios, torch.where(sums > 0, sums + how.eps, 1.0)
+    return torch.where(sums > 0, sums + how.eps, 1.0)
 
 
-def _keys(z: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """z where the mask is 1, else 0: so are its scores."""
-    return (z if mask is None else z * mask[..., None]).to(dtype)
-
-
-def _confidence(confidence: Tensor | None, part: slice, rows: slice, layer: int, like: Tensor) -> Tensor:
-    """One layer's factors of a block's rows, (B, 1 or q, 1)."""
-    if confidence is None:
-        return like.new_ones(1, 1, 1)
-    return confidence[part, rows if confidence.shape[1] > 1 else slice(None), layer : layer + 1]
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b; sums over blocks stay in the total's precision."""
-    if total.dtype == a.dtype:
-        total.baddbmm_(a, b)
+def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """total += x^T y; sums over blocks stay in the total's precision."""
+    if total.dtype == x.dtype:
+        total.baddbmm_(x.transpose(1, 2), y)
     else:
-        total += torch.bmm(a, b)
+        total += torch.bmm(x.transpose(1, 2), y)
 
 
 def attend(anchor: Target, targets: Sequence[Target], mask: Tensor | None, eps: float, identity: bool = False,
-           causal: bool = False, confidence: Tensor | None = None, keep: Keep = False) -> Tensor:  # fmt: skip
+           causal: bool = False, confidence: Tensor | None = None, keep: Keep = False,
+           skip: bool = False) -> Tensor:  # fmt: skip
     """ReLU attention with rows of unit L1 norm, summed over layers: no scale, no softmax, no query, key or value maps.
 
     Args:
@@ -197,15 +257,17 @@ def attend(anchor: Target, targets: Sequence[Target], mask: Tensor | None, eps: 
         causal: a token sees those up to itself.
         confidence: each layer's factor, (B, 1, N) or (B, Q, N).
         keep: keep the scores for the backward pass instead of computing them again: N Q L numbers a sample more. `auto`
-            keeps them where they are few beside the layers' tokens, Q <= d / 4.
+            keeps them where they are few beside the layers' tokens, Q <= d / 2.
+        skip: leave padding out of the products: keys that are valid in none of the samples that are looked at together,
+            and with `identity` queries too, whose results are 0.
 
     Returns:
         (B, Q, d).
     """
     if keep == "auto":
-        keep = 4 * anchor.x.shape[1] <= anchor.x.shape[2]
+        keep = 2 * anchor.x.shape[1] <= anchor.x.shape[2]
     flat = [tensor for target in (anchor, *targets) for tensor in target]
-    return _Merge.apply(_How(eps, identity, causal, bool(keep)), mask, confidence, *flat)
+    return _Merge.apply(_How(eps, identity, causal, bool(keep), skip), mask, confidence, *flat)
 
 
 def confidences(anchor: Tensor, pooled_targets: list[Tensor], gate: nn.Linear) -> Tensor:
@@ -215,7 +277,7 @@ def confidences(anchor: Tensor, pooled_targets: list[Tensor], gate: nn.Linear) -
 
 
 def merge(anchor: Target, targets: list[Target], mask: Tensor | None, gate: nn.Linear, eps: float,
-          causal: bool = False, keep: Keep = False) -> Tensor:  # fmt: skip
+          causal: bool = False, keep: Keep = False, skip: bool = False, first: bool = False) -> Tensor:  # fmt: skip
     """The layers' attended tokens with the identity term, summed by confidence.
 
     Args:
@@ -225,10 +287,14 @@ def merge(anchor: Target, targets: list[Target], mask: Tensor | None, gate: nn.L
         gate: Linear(d, 1), shared by the layers.
         eps: see `attend`.
         causal: a token sees those up to itself; a confidence for each token, from running means.
-        keep: see `attend`.
+        keep, skip: see `attend`.
+        first: of the first token alone, which sees all (not with `causal`).
 
     Returns:
-        (B, L, d).
+        (B, L, d), with `first` (B, 1, d).
     """
     weights = confidences(anchor.pooled(mask, causal), [t.pooled(mask, causal) for t in targets], gate)
-    return attend(anchor, targets, mask, eps, True, causal, weights, keep)
+    if not first:
+        return attend(anchor, targets, mask, eps, True, causal, weights, keep, skip)
+    own = torch.cat([t.first() for t in targets], dim=1)  # the identity term, (B, N, d)
+    return attend(Target(anchor.first()), targets, mask, eps, confidence=weights, keep=True) + weights @ own

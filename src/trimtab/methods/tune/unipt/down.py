@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -32,6 +33,10 @@ class Target(NamedTuple):
     def tokens(self) -> Tensor:
         """z, (B, L, d)."""
         return self.x if self.weight is None else torch.addcmul(self.bias, self.x, self.weight)
+
+    def first(self) -> Tensor:
+        """z of the first token, (B, 1, d)."""
+        return Target(self.x[:, :1], *self[1:]).tokens()
 
     def pooled(self, mask: Tensor | None, causal: bool) -> Tensor:
         """The mean of z over valid tokens, (B, 1, d); with `causal` over those up to each token, (B, L, d)."""
@@ -54,6 +59,15 @@ def pooled(x: Tensor, mask: Tensor | None, causal: bool = False) -> tuple[Tensor
     return weights[:, None] @ x / count.clamp(min=1), count
 
 
+def some(chosen: Tensor) -> Tensor | None:
+    """Where a vector is not 0, unless that is nearly everywhere or not to be known: under a compiler, or of tensors
+    without values."""
+    if torch.compiler.is_compiling() or isinstance(chosen, FakeTensor):
+        return None
+    where = chosen.nonzero()[:, 0]
+    return where if 8 * len(where) <= 7 * len(chosen) else None  # taking them costs a copy
+
+
 def narrow(maps: Tensor, kept: torch.dtype | None) -> Tensor:
     """What is kept of hidden maps: in `kept` if that is narrower."""
     return maps if kept is None or kept.itemsize >= maps.dtype.itemsize else maps.to(kept)
@@ -63,22 +77,33 @@ class _Down(torch.autograd.Function):
     """normalise(W h + b) over the last axis, eps as LayerNorm's; keeps h, the result and one number a token."""
 
     @staticmethod
-    def forward(ctx: Any, maps: Tensor, weight: Tensor, bias: Tensor, eps: float, kept: torch.dtype | None) -> Tensor:
-        y = F.linear(maps.to(weight.dtype), weight, bias)
+    def forward(ctx: Any, maps: Tensor, weight: Tensor, bias: Tensor, eps: float, kept: torch.dtype | None,
+                where: Tensor | None) -> Tensor:  # fmt: skip
+        rows = maps.flatten(0, -2)
+        rows = rows if where is None else rows.index_select(0, where)
+        y = F.linear(rows.to(weight.dtype), weight, bias)
         x, _, rstd = torch.native_layer_norm(y, (y.shape[-1],), None, None, eps)
-        ctx.save_for_backward(narrow(maps, kept), weight, x, rstd)
+        x = spread(x, where, maps.shape[:-1])
+        ctx.save_for_backward(narrow(rows, kept), weight, x, rstd, where)
         ctx.dtype = maps.dtype
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        maps, weight, x, rstd = ctx.saved_tensors
-        d_y = _layer_norm_backward(grad, x, rstd).to(weight.dtype)
-        rows = d_y.flatten(0, -2)  # (B L, d)
-        d_weight = rows.T @ maps.flatten(0, -2).to(weight.dtype)
-        d_maps = (d_y @ weight).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        return d_maps, d_weight, rows.sum(dim=0), None, None
+        rows, weight, x, rstd, where = ctx.saved_tensors
+        grad, flat = (t.flatten(0, -2) if where is None else t.flatten(0, -2).index_select(0, where) for t in (grad, x))
+        d_y = _layer_norm_backward(grad, flat, rstd).to(weight.dtype)  # (B L or the valid, d)
+        d_weight = d_y.T @ rows.to(weight.dtype)
+        d_maps = spread((d_y @ weight).to(ctx.dtype), where, x.shape[:-1]) if ctx.needs_input_grad[0] else None
+        return d_maps, d_weight, d_y.sum(dim=0), None, None, None
+
+
+def spread(rows: Tensor, where: Tensor | None, shape: torch.Size) -> Tensor:
+    """Rows (n, d) at some places, or all, of (*shape, d); the others are 0."""
+    if where is not None:
+        rows = rows.new_zeros(shape.numel(), rows.shape[1]).index_copy(0, where, rows)
+    return rows.view(*shape, -1)
 
 
 def _layer_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
@@ -91,10 +116,18 @@ def _layer_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
     return d_x.mul_(rstd)
 
 
-def down(sequence: nn.Sequential, maps: Tensor, kept: torch.dtype | None = None) -> Target:
-    """A linear map and its LayerNorm, (B, L, D) -> (B, L, d); `kept` is the precision in which the maps are kept."""
+def down(sequence: nn.Sequential, maps: Tensor, kept: torch.dtype | None = None,
+         where: Tensor | None = None) -> Target:  # fmt: skip
+    """A linear map and its LayerNorm, (..., D) -> (..., d).
+
+    Args:
+        sequence: the two.
+        maps: (..., D), (B, L, D) mostly.
+        kept: the precision in which the maps are kept.
+        where: the tokens that count, of all; x of the others is 0. None: all do.
+    """
     linear, norm = sequence
-    return Target(_Down.apply(maps, linear.weight, linear.bias, norm.eps, kept), norm.weight, norm.bias)
+    return Target(_Down.apply(maps, linear.weight, linear.bias, norm.eps, kept, where), norm.weight, norm.bias)
 
 
 class _DownTwice(torch.autograd.Function):
@@ -121,7 +154,7 @@ class _DownTwice(torch.autograd.Function):
 
 
 def project(sequence: nn.Sequential, merged: Tensor) -> Target:
-    """One linear map and its norm, or two with a ReLU between and a norm: (B, L, d) -> (B, L, d)."""
+    """One linear map and its norm, or two with a ReLU between and a norm: (..., d) -> (..., d)."""
     if len(sequence) == 2:
         return down(sequence, merged)
     wide, _, linear, norm = sequence
@@ -141,15 +174,15 @@ def normalise(y: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return x.view_as(y), rstd if norm.training else (norm.running_var + norm.eps).rsqrt()
 
 
-def batch_backward(grad: Tensor, maps: Tensor, weight: Tensor, x: Tensor, rstd: Tensor, training: bool,
-                   needed: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """Gradients of maps (if `needed`), weight and bias of a linear map whose result was normalised to x."""
-    d_y, x = grad.flatten(0, -2), x.flatten(0, -2)  # (B L, d)
-    if training:
-        d_y = torch.addcmul(d_y - d_y.mean(dim=0), x, (d_y * x).mean(dim=0), value=-1)
-    d_y = (d_y * rstd).to(weight.dtype)
-    d_maps = (d_y @ weight).view_as(maps) if needed else None
-    return d_maps, d_y.T @ maps.flatten(0, -2).to(weight.dtype), d_y.sum(dim=0)
+def batch_slope(grad: Tensor, x: Tensor, rstd: Tensor, training: bool) -> Tensor:
+    """The gradient of what `normalise` made x of, from that of x, as rows (B L, d)."""
+    d_x = grad.flatten(0, -2)
+    if training:  # torch's kernel wants what was normalised, its mean and its scale: x has the mean 0 and the scale 1
+        moments = torch.zeros_like(rstd), torch.ones_like(rstd)
+        d_x = torch.ops.aten.native_batch_norm_backward(
+            d_x, x.flatten(0, -2), None, None, None, *moments, True, 0.0, [True, False, False]
+        )[0]
+    return d_x * rstd
 
 
 class _DownBatch(torch.autograd.Function):
@@ -167,8 +200,9 @@ class _DownBatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         maps, weight, x, rstd = ctx.saved_tensors
-        d_maps, *rest = batch_backward(grad, maps, weight, x, rstd, ctx.training, ctx.needs_input_grad[0])
-        return None if d_maps is None else d_maps.to(ctx.dtype), *rest, None, None
+        d_y = batch_slope(grad, x, rstd, ctx.training).to(weight.dtype)
+        d_maps = (d_y @ weight).view_as(maps).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return d_maps, d_y.T @ maps.flatten(0, -2).to(weight.dtype), d_y.sum(dim=0), None, None
 
 
 def down_grid(sequence: nn.Sequential, tokens: Tensor, kept: torch.dtype | None = None) -> Target:

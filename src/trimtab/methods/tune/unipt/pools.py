@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from trimtab.methods.tune.unipt.core import CACHE_BYTES, OTHER_BYTES
-from trimtab.methods.tune.unipt.down import Target, batch_backward, narrow, normalise
+from trimtab.methods.tune.unipt.down import Target, batch_slope, narrow, normalise, some
 
 
 class _Read(torch.autograd.Function):
@@ -30,9 +28,7 @@ class _Read(torch.autograd.Function):
             norm = scores.sum(dim=-1, keepdim=True).clamp(min=eps)
             shares = scores / norm
             attended = torch.bmm(shares[:, None], u)[:, 0]
-        # Neither a compiler nor an estimate on fake tensors knows how many there are: they keep all.
-        unknown = torch.compiler.is_compiling() or isinstance(scores, FakeTensor)
-        where = None if unknown else scores.flatten().nonzero()[:, 0]
+        where = some(scores.flatten())
         rows = maps.flatten(0, 1)
         ctx.save_for_backward(narrow(rows if where is None else rows[where], kept), where, scores, mask)
         ctx.eps = eps
@@ -79,33 +75,35 @@ class _GuidedDown(torch.autograd.Function):
     """Cells of a frozen grid, pooled by how well they fit a guide, through a linear map and BatchNorm.
 
     s = sum over channels of relu(guide) * grid; w = relu(s) / (cell sum + eps) + 1 / r^2; cell sums of w * grid. Keeps
-    the grid, the guide's signs, the weights and what `normalise` gives; the pooled cells are made again.
+    the grid, the guide's signs, the weights and what `normalise` gives; the pooled cells are made again, unless they
+    are few beside the grid.
     """
 
     @staticmethod
     def forward(ctx: Any, guide: Tensor, grid: Tensor, columns: int, eps: float, weight: Tensor, bias: Tensor,
                 norm: nn.BatchNorm2d, kept: torch.dtype | None) -> Tensor:  # fmt: skip
         rate = grid.shape[-1] // columns
-        share = _per_position(F.relu(_grid(guide, columns)), grid).relu_()
+        share = _per_position(F.relu(guide), grid, columns).relu_()
         total = _cells(share, rate) + eps  # (B, n, m)
         shares = share / _spread(total, rate)
-        pooled = _tokens(_per_cell(shares + 1 / rate**2, grid, rate))
+        pooled = _per_cell(shares + 1 / rate**2, grid, columns)
         x, rstd = normalise(F.linear(pooled, weight, bias), norm)
-        ctx.save_for_backward(guide > 0, narrow(grid, kept), shares, total, weight, x, rstd)
+        few = pooled if rate >= 8 else None
+        ctx.save_for_backward(guide > 0, narrow(grid, kept), shares, total, weight, x, rstd, few)
         ctx.training = norm.training
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        positive, grid, shares, total, weight, x, rstd = ctx.saved_tensors
+        positive, grid, shares, total, weight, x, rstd, pooled = ctx.saved_tensors
         rate, columns = grid.shape[-1] // total.shape[-1], total.shape[-1]
-        pooled = _tokens(_per_cell(shares + 1 / rate**2, grid, rate))
-        d_pooled, d_weight, d_bias = batch_backward(grad, pooled, weight, x, rstd, ctx.training)
-        d_shares = _per_position(_grid(d_pooled, columns), grid)
+        d_y = batch_slope(grad, x, rstd, ctx.training).to(weight.dtype)
+        d_shares = _per_position((d_y @ weight).view(*x.shape[:2], -1), grid, columns)
         d_share = (d_shares - _spread(_cells(d_shares * shares, rate), rate)) / _spread(total, rate)
-        d_guide = _tokens(_per_cell(d_share * (shares > 0), grid, rate)) * positive
-        return d_guide, None, None, None, d_weight, d_bias, None, None
+        d_guide = _per_cell(d_share * (shares > 0), grid, columns) * positive
+        pooled = _per_cell(shares + 1 / rate**2, grid, columns) if pooled is None else pooled
+        return d_guide, None, None, None, d_y.T @ pooled.flatten(0, 1), d_y.sum(dim=0), None, None
 
 
 def guided_down(sequence: nn.Sequential, guide: Tensor, grid: Tensor, columns: int, eps: float,
@@ -128,16 +126,6 @@ def guided_down(sequence: nn.Sequential, guide: Tensor, grid: Tensor, columns: i
     return Target(x, norm.weight, norm.bias)
 
 
-def _grid(tokens: Tensor, columns: int) -> Tensor:
-    """(B, n m, C) -> (B, C, n, m)."""
-    return tokens.transpose(1, 2).unflatten(2, (-1, columns))
-
-
-def _tokens(grid: Tensor) -> Tensor:
-    """(B, C, n, m) -> (B, n m, C), contiguous."""
-    return grid.flatten(2).transpose(1, 2).contiguous()
-
-
 def _spread(x: Tensor, rate: int) -> Tensor:
     """(..., n, n) -> (..., rn, rn), every value r x r times."""
     return x.repeat_interleave(rate, dim=-2).repeat_interleave(rate, dim=-1)
@@ -148,31 +136,33 @@ def _cells(x: Tensor, rate: int) -> Tensor:
     return F.avg_pool2d(x[:, None], rate, divisor_override=1)[:, 0]
 
 
-def _chunks(grid: Tensor) -> list[slice]:
-    """Channels of one sample that fit into the cache. All where tensors are fake: counting is quicker."""
-    if isinstance(grid, FakeTensor):
-        return [slice(None)]
-    size = max(1, CACHE_BYTES.get(grid.device.type, OTHER_BYTES) // (4 * grid[0, 0].numel() * grid.element_size()))
-    return [slice(start, start + size) for start in range(0, grid.shape[1], size)]
+# A sum over a position's channels, or over a cell's positions, is part of a product for its row of cells: (m, C) with
+# (C, r rm), or (m, r rm) with (r rm, C), where only what a column has to do with its own cell counts. m times the
+# multiply-adds, but a processor makes products faster than it reads a grid.
 
 
-def _per_position(guide: Tensor, grid: Tensor) -> Tensor:
-    """Sum over channels of the spread guide (B, C, n, m) times the grid (B, C, rn, rm): (B, rn, rm)."""
-    b, _, n, m = guide.shape
-    rate = grid.shape[-1] // m
-    out = grid.new_zeros(b, n, rate, m * rate)
-    wide = guide.repeat_interleave(rate, dim=-1)[:, :, :, None]  # (B, C, n, 1, rm)
-    for i in range(b):
-        for part in _chunks(grid):
-            out[i] += (grid[i, part].unflatten(1, (n, rate)) * wide[i, part]).sum(dim=0)
+def _per_position(guide: Tensor, grid: Tensor, columns: int) -> Tensor:
+    """Sum over channels of the grid (B, C, rn, rm) times a guide of its cells (B, n m, C): (B, rn, rm)."""
+    rate = grid.shape[-1] // columns
+    out = guide.new_empty(len(grid), grid.shape[2] // rate, rate, columns, rate)
+    for i, cells in enumerate(guide.unflatten(1, (-1, columns))):
+        every = torch.bmm(cells, _rows(grid[i], rate).to(guide.dtype))  # (n, m, r rm)
+        own = every.unflatten(2, (rate, columns, rate)).diagonal(dim1=1, dim2=3)  # (n, r, r, m)
+        out[i] = own.transpose(2, 3)
+    return out.flatten(3, 4).flatten(1, 2)
+
+
+def _per_cell(weights: Tensor, grid: Tensor, columns: int) -> Tensor:
+    """Cell sums of weights (B, rn, rm) times the grid (B, C, rn, rm), as tokens (B, n m, C)."""
+    rate = grid.shape[-1] // columns
+    out = weights.new_empty(len(grid), grid.shape[2] // rate, columns, grid.shape[1])
+    for i, own in enumerate(weights.unflatten(2, (columns, rate)).unflatten(1, (-1, rate))):  # (n, r, m, r)
+        every = own.new_zeros(len(own), columns, rate, columns, rate)
+        every.diagonal(dim1=1, dim2=3).copy_(own.transpose(2, 3))
+        torch.bmm(every.flatten(2), _rows(grid[i], rate).to(own.dtype).transpose(1, 2), out=out[i])
     return out.flatten(1, 2)
 
 
-def _per_cell(weights: Tensor, grid: Tensor, rate: int) -> Tensor:
-    """Cell sums of weights (B, rn, rm) times the grid: (B, C, n, m)."""
-    b, c, h, w = grid.shape
-    rows = grid.new_empty(b, c, h // rate, w)
-    for i in range(b):
-        for part in _chunks(grid):
-            torch.sum((weights[i] * grid[i, part]).unflatten(1, (h // rate, rate)), dim=2, out=rows[i, part])
-    return rows.unflatten(-1, (w // rate, rate)).sum(dim=-1)
+def _rows(grid: Tensor, rate: int) -> Tensor:
+    """(C, rn, rm) by rows of cells, (n, C, r rm)."""
+    return grid.unflatten(1, (-1, rate)).flatten(2).transpose(0, 1)

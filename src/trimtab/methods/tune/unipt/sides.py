@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab.methods.tune.unipt.core import Keep, attend, confidences, merge
-from trimtab.methods.tune.unipt.down import Target, down, down_grid, pooled, project
+from trimtab.methods.tune.unipt.down import Target, down, down_grid, pooled, project, some, spread
 from trimtab.methods.tune.unipt.pools import guided_down, read_vector
 
 Final = Literal["linear", "relu", "relu-norm", "none"]
@@ -67,15 +67,25 @@ class TokenUniPT(nn.Module):
         keep: keep the attention scores for the backward pass: faster, L numbers more a token and layer; see `attend`.
         kept: precision in which hidden maps are kept for the backward pass, None for their own. Results are the same;
             gradients of the down-projections' weights see the rounding.
+        skip: leave padding out of all products: what is handed on of it is 0. Otherwise it is what the published code
+            makes of it, which nothing may read.
+        first: hand on the first token alone, (B, 1, out), for heads that read no other: the same numbers without the
+            other tokens' attention and projections. Not with `causal`, where the first token sees only itself.
+
+    Raises:
+        ValueError: for `first` with `causal`.
     """
 
     def __init__(self, width: int, layers: int, reduction: int, out: int | None = None,
                  projection: Literal["double", "single"] = "double", final: Final = "linear", eps: float = 1e-6,
-                 causal: bool = False, keep: Keep = "auto", kept: torch.dtype | None = None):  # fmt: skip
+                 causal: bool = False, keep: Keep = "auto", kept: torch.dtype | None = None, skip: bool = True,
+                 first: bool = False):  # fmt: skip
         super().__init__()
+        if first and causal:
+            raise ValueError("unipt: `tokens: first` of a causal tower, whose first token sees itself alone: use `all`")
         out = width if out is None else out
         d = self.width = out // reduction
-        self.eps, self.causal, self.keep, self.kept = eps, causal, keep, kept
+        self.eps, self.causal, self.keep, self.kept, self.skip, self.first = eps, causal, keep, kept, skip, first
         self.out = d if final == "none" else out
         self.down = nn.ModuleList(nn.Sequential(nn.Linear(width, d), nn.LayerNorm(d)) for _ in range(layers + 1))
         self.gate = nn.Linear(d, 1)
@@ -92,11 +102,20 @@ class TokenUniPT(nn.Module):
             self.up = nn.Identity()
 
     def forward(self, maps: Iterable[Tensor], mask: Tensor | None) -> Tensor:
-        """Hidden maps (B, L, D), from the first to the last, and valid tokens (B, L) or None -> (B, L, out)."""
-        targets = [down(layer, h, self.kept) for layer, h in zip(self.down, maps, strict=True)]
+        """Hidden maps (B, L, D), from the first to the last, and valid tokens (B, L) or None -> (B, L or 1, out)."""
+        where = some(mask.flatten()) if mask is not None and self.skip else None
+        targets = [down(layer, h, self.kept, where) for layer, h in zip(self.down, maps, strict=True)]
         anchor = targets.pop()
-        merged = merge(anchor, targets, mask, self.gate, self.eps, self.causal, self.keep)
-        return self.up(anchor.tokens() + project(self.project, merged).tokens())
+        merged = merge(anchor, targets, mask, self.gate, self.eps, self.causal, self.keep, self.skip, self.first)
+        if self.first:
+            return self.up(anchor.first() + project(self.project, merged).tokens())
+        tokens = anchor.tokens()
+        if where is not None:
+            tokens, merged = (x.flatten(0, 1).index_select(0, where) for x in (tokens, merged))
+        out = self.up(tokens + project(self.project, merged).tokens())
+        if where is not None:
+            return spread(out, where, mask.shape)
+        return out if mask is None or not self.skip else out * mask[..., None].to(out.dtype)
 
 
 class DecoderUniPT(TokenUniPT):
@@ -107,7 +126,7 @@ class DecoderUniPT(TokenUniPT):
 
     Args:
         levels: hand on every z_l beside the result, for auxiliary losses.
-        settings: of `TokenUniPT`. The memory must be d wide.
+        settings: of `TokenUniPT`; `skip` is of the memory's padding. The memory must be d wide.
     """
 
     def __init__(self, *args, levels: bool = False, **settings):
@@ -123,7 +142,7 @@ class DecoderUniPT(TokenUniPT):
         anchor = targets.pop()
         crossed = []
         for target, cross in zip(targets, self.cross, strict=True):
-            read = attend(target, [Target(memory)], memory_mask, self.eps, keep=self.keep)
+            read = attend(target, [Target(memory)], memory_mask, self.eps, keep=self.keep, skip=self.skip)
             crossed.append(target.tokens() + down(cross, read).tokens())
         merged = merge(anchor, [Target(z) for z in crossed], mask, self.gate, self.eps, self.causal, self.keep)
         final = anchor.tokens() + project(self.project, merged).tokens()
