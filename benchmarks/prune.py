@@ -1,6 +1,6 @@
 """What calibration costs on a two-tower model of ViT-B's size, and how the selection of a threshold scales.
 
-    python benchmarks/prune.py [calibration|selection] [--repeats 3] [--batches 8] [--size 32] [--out FILE]
+    python benchmarks/prune.py [calibration|agreement|sparsities|selection] [--repeats 3] [--batches 8] [--size 32]
 
 Calibration: CLIP with a ViT-B/32 image tower (224 px) and its text tower (77 tokens, the last ones padding), random
 weights. Three works on the same batches, each in a process of its own, by turns, so that a noisy machine is noisy for
@@ -17,6 +17,10 @@ memory is a process's peak resident set less that of the forward passes. Seconds
 and its threads ran for; they suffer less from other programs than the clock does. `sums agree` is the largest relative
 difference between the two sums of a channel.
 
+Agreement: masks of the built-in models, calibrated on the scenes of their pretraining in single precision, against
+those of calibration in half precision (`bf16`) and of calibration on as many other rows (`other rows`): the share of
+the kept weights that the other mask does not keep.
+
 Selection: `kth_smallest` among 10^8 weights against `torch.kthvalue` and `torch.sort`, each in a process of its own.
 """
 
@@ -30,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -37,7 +42,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 import trimtab
-from trimtab import Anatomy
+from trimtab import Anatomy, recipe, run, training
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import collect
 from trimtab.methods.prune.masks import kth_smallest
@@ -175,6 +180,36 @@ def sparsities(batches: int, size: int) -> dict[str, float]:
             "three_over_one": round(seconds["three"] / seconds["one"], 3)}  # fmt: skip
 
 
+def agreement(batches: int, size: int) -> dict[str, dict]:
+    """Shares of the weights that masks keep which others of the same model, pruner and sparsity do not."""
+    out: dict[str, dict] = {}
+    for backbone, (pruner, sparsity) in product(
+        ("tiny-vilt", "tiny-blip"), product(("multiflow", "wanda"), SPARSITIES)
+    ):
+        found = {}
+        for name in ("fp32", "bf16", "other rows"):
+            precision = "bf16" if name == "bf16" else "fp32"
+            raw = {
+                "backbone": backbone, "task": {"name": "matching", "pool": 25, "words": "next"},
+                "data": {"name": "pictograms", "style": "twemoji-varied", "train": 2 * batches * size, "test": 50,
+                         "validation": 32, "per_scene": 1},
+                "training": {"steps": 0, "batch_size": size},
+                "methods": [{"name": pruner, "sparsity": sparsity, "batches": batches, "precision": precision}],
+            }  # fmt: skip
+            r = recipe.expand(raw, "agreement")[0]
+            parts = run.assemble(r)
+            train, validation, _ = run.tables(r, parts)
+            rows = range(batches * size) if name != "other rows" else range(batches * size, 2 * batches * size)
+            session = training.TrainingSession(parts.model, train.select(rows), validation, r.training, 0, name)
+            calibration = Calibration.of(session, batches, size, precision)
+            (found[name],) = parts.methods[0].masks(calibration, [sparsity])
+        kept = sum(int(m.sum()) for m in found["fp32"].values())
+        for name in ("bf16", "other rows"):
+            lost = sum(int((m & ~found[name][path]).sum()) for path, m in found["fp32"].items())
+            out.setdefault(f"{backbone}, {pruner}", {}).setdefault(name, {})[str(sparsity)] = round(lost / kept, 5)
+    return out
+
+
 def select(name: str, count: int) -> dict[str, float]:
     """The 63 % smallest of `count` random numbers, in twelve tensors as a model would have them."""
     torch.manual_seed(0)
@@ -212,7 +247,7 @@ def main() -> None:
         print(json.dumps(select(sys.argv[2], int(sys.argv[3]))))
         return
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", nargs="?", choices=["calibration", "sparsities", "selection"])
+    parser.add_argument("what", nargs="?", choices=["calibration", "agreement", "sparsities", "selection"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--size", type=int, default=32, help="rows a batch")
@@ -221,6 +256,7 @@ def main() -> None:
     options = parser.parse_args()
     works = {
         "calibration": lambda: calibration(options.repeats, options.batches, options.size),
+        "agreement": lambda: agreement(options.batches, options.size),
         "sparsities": lambda: sparsities(options.batches, options.size),
         "selection": lambda: selection(options.repeats, options.weights),
     }

@@ -160,6 +160,14 @@ def test_an_interrupted_training_resumes_from_its_checkpoint(tiny_raw, tmp_path,
         torch.testing.assert_close(second[name], tensor, rtol=1e-5, atol=1e-6)
 
 
+def test_a_side_network_of_one_token_is_refused_where_others_are_read(tiny_raw, tmp_path):
+    method = {"name": "unipt", "tokens": "first"}
+    for task in ("grounding", "matching"):
+        with pytest.raises(recipe.RecipeError, match=r"methods\.0: 'unipt' hands on the first token alone"):
+            run.assemble(recipe.expand(tiny_raw("tiny-vilt", task, [method]), "test")[0])
+    run.assemble(recipe.expand(tiny_raw("tiny-vilt", "vqa", [method]), "test")[0])
+
+
 def test_a_side_network_that_sees_later_words_is_refused_for_captions(tiny_raw, tmp_path):
     with pytest.raises(recipe.RecipeError, match=r"methods\.0: 'unipt' lets every word see every other"):
         run.run(recipe.expand(tiny_raw("tiny-vilt", "captioning", ["unipt"]), "test")[0], tmp_path / "run")

@@ -114,7 +114,7 @@ def assemble(recipe: Recipe) -> Assembly:
         methods = [_method(entry, f"{where}: methods.{i}") for i, entry in enumerate(recipe.methods)]
         spec = recipe.backbone
         backbone = backbones.load(spec.name, spec.pretrained, spec.tokenizer, **spec.settings)
-        _no_foresight(task, methods, backbone, where)
+        _check_reading(task, methods, backbone, where)
     except (ValueError, FileNotFoundError) as error:
         raise error if isinstance(error, RecipeError) else RecipeError(f"{where}: {error}") from error
     if spec.attention:
@@ -150,8 +150,9 @@ def _method(entry: dict[str, Any], where: str) -> Method:
     return cls(**{k: getattr(checked, k) for k in settings})
 
 
-def _no_foresight(task: Task, methods: list[Method], backbone: backbones.Backbone, where: str) -> None:
-    """Raise a RecipeError if a method would let words see those that follow, which the task asks for."""
+def _check_reading(task: Task, methods: list[Method], backbone: backbones.Backbone, where: str) -> None:
+    """Raise a RecipeError if a method would let words see those that follow, which the task asks for, or leaves out
+    tokens that it reads."""
     masked = any(tower.causal for tower in backbone.anatomy.towers)  # then what stands beside it is masked too
     for i, method in enumerate(methods):
         if task.causal and method.mixes_tokens and not masked:
@@ -159,6 +160,11 @@ def _no_foresight(task: Task, methods: list[Method], backbone: backbones.Backbon
                 f"{where}: methods.{i}: {method.name!r} lets every word see every other, so that "
                 f"{task.name!r} would be asked for words that it sees; choose a method that works inside the model, "
                 "such as lora or full"
+            )
+        if method.one_token and not task.first_token:
+            raise RecipeError(
+                f"{where}: methods.{i}: {method.name!r} hands on the first token alone, and task {task.name!r} "
+                "reads others: use `tokens: all`"
             )
 
 

@@ -73,6 +73,7 @@ class Method(ABC):
         Settings: frozen dataclass; its attribute docstrings are the method's help text.
         folds: whether `fold` can make what it changed part of the plain model's weights.
         mixes_tokens: whether it lets every token see every other, beside a model that may forbid it.
+        one_token: whether it hands on a tower's first token alone.
         state: what `prepare` found, as plain JSON (a plan, say).
         tensors: what `prepare` found, as tensors (masks, say).
     """
@@ -82,6 +83,7 @@ class Method(ABC):
     Settings: ClassVar[type]
     folds: ClassVar[bool] = False
     mixes_tokens: ClassVar[bool] = False
+    one_token: bool = False
 
     def __init__(self, **settings: Any):
         self.settings = self.Settings(**settings)

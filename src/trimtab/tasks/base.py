@@ -29,6 +29,7 @@ class Task(ABC):
         kinds: which kinds of backbone it works on (`dual`, `joint`).
         blank: what stands for the target columns of a row whose answer is not known.
         causal: whether a word may be predicted from those before it only.
+        first_token: whether it reads nothing but first tokens, itself or pooled.
     """
 
     name: ClassVar[str]
@@ -37,6 +38,7 @@ class Task(ABC):
     kinds: ClassVar[tuple[str, ...]]
     blank: ClassVar[dict[str, Any]] = {}
     causal: ClassVar[bool] = False
+    first_token: ClassVar[bool] = False
 
     @abstractmethod
     def head(self, backbone: Any) -> nn.Module:

@@ -28,6 +28,7 @@ class VQA(Task):
     columns = ("question", "answer")
     primary = "accuracy"
     kinds = ("joint",)
+    first_token = True
     blank = {"answer": ""}
 
     def __init__(self, answers: Sequence[str]):

@@ -9,7 +9,7 @@ The published code keeps every S_l, adds an identity matrix to it and stacks all
 * "+ identity" is `+ z_l`; dividing by the row sums comes after the product with z_l, where rows are shorter.
 * S_l is computed again in the backward pass, in blocks of rows that stay in the processor's cache until they are used,
   and is never whole in memory.
-* Padding is neither a key nor a query: nothing reads what becomes of it.
+* Padding is neither a key nor, where a tower attends to itself, a query: nothing reads what becomes of it.
 * Anchor and layers are kept as their normalised value x (`Target`); z = x * weight + bias is made again, and the mean
   of z follows from the mean of x.
 
@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from trimtab.methods.tune.unipt.down import Target, some
 
 # Scores that are looked at together: on a CPU what fits into its cache, on a GPU enough work for one launch.
-CACHE_BYTES = {"cpu": 1 << 20}
+CACHE_BYTES = {"cpu": 1 << 19}
 OTHER_BYTES = 256 << 20
 
 Keep = bool | Literal["auto"]
@@ -95,29 +95,23 @@ class _Merge(torch.autograd.Function):
                 for rows in part.blocks:
                     seen, gr = keys[:, : rows.stop if how.causal else None], g[:, rows]
                     c = part.confidence(confidence, rows, layer, grad)
-                    # Of O = R z / n: dR_ij = (g_i . z_j - g_i . O_i) / n_i, where R is positive; then times c_i.
                     if how.keep:
                         ratios, norm = next(kept), next(kept)
-                        d_ratios = torch.bmm(gr.to(dtype), seen.transpose(1, 2))
-                    else:  # both products at once: one matrix twice as high
-                        high = torch.bmm(torch.cat([a[:, rows], gr.to(dtype)], dim=1), seen.transpose(1, 2))
-                        ratios, d_ratios = high.chunk(2, dim=1)
-                        ratios = _ratios(ratios, rows, how)
-                        norm = _norm(ratios, how, z.dtype)
-                    along = (ratios * d_ratios).sum(dim=-1, keepdim=True, dtype=z.dtype) / norm  # g_i . O_i
-                    d_ratios -= along.to(dtype)
-                    torch.ops.aten.threshold_backward.grad_input(d_ratios, ratios, 0, grad_input=d_ratios)
-                    share = c / norm
-                    d_a[:, rows].addcmul_(torch.bmm(d_ratios, seen).to(gr.dtype), share.to(gr.dtype))
-                    through = d_z[:, : seen.shape[1]]
-                    if how.keep:
-                        _add_product(through, d_ratios, (a[:, rows] * share).to(dtype))
-                        _add_product(through, ratios, (gr * share).to(dtype))
                     else:
-                        both = torch.cat([gr * share, a[:, rows].to(gr.dtype) * share], dim=1)
-                        _add_product(through, high, both.to(dtype))
+                        ratios = _ratios(torch.bmm(a[:, rows], seen.transpose(1, 2)), rows, how)
+                        norm = _norm(ratios, how, z.dtype)
+                    scaled = gr / norm
+                    # Of O = R z / n: dR_ij = (g_i . z_j - g_i . O_i) / n_i, where R is positive; then times c_i.
+                    d_ratios = torch.bmm(scaled.to(dtype), seen.transpose(1, 2))
+                    along = (ratios * d_ratios).sum(dim=-1, keepdim=True, dtype=z.dtype)  # g_i . O_i
+                    d_ratios -= (along / norm).to(dtype)
+                    torch.ops.aten.threshold_backward.grad_input(d_ratios, ratios, 0, grad_input=d_ratios)
+                    d_a[:, rows].addcmul_(torch.bmm(d_ratios, seen).to(gr.dtype), c.expand_as(along))
+                    through = d_z[:, : seen.shape[1]]
+                    _add_product(through, d_ratios, (a[:, rows] * c).to(dtype))
+                    _add_product(through, ratios, (scaled * c).to(dtype))
                     if how.identity:
-                        along = along + (gr * z[:, rows]).sum(dim=-1, keepdim=True)
+                        along += (gr * z[:, rows]).sum(dim=-1, keepdim=True)
                         d_z[:, rows] += gr * c
                     if d_confidence is not None:
                         part.add_confidence(d_confidence, rows, layer, along)
@@ -142,7 +136,7 @@ class _Slope:
             self.x[samples] = d_z
         else:
             self.x[samples] = 0
-            self.x[samples].index_copy_(1, index, d_z)
+            self.x[samples].index_copy_(1, index, d_z.to(self.x.dtype))
 
     def all(self) -> tuple[Tensor | None, ...]:
         return self.x, self.weight, self.bias
@@ -251,7 +245,7 @@ def attend(anchor: Target, targets: Sequence[Target], mask: Tensor | None, eps: 
     Args:
         anchor: the queries, (B, Q, d).
         targets: each layer's keys, also its values, (B, L, d).
-        mask: (B, L), 1 = valid; multiplies the scores before the ReLU, so that padding keys get weight 0.
+        mask: (B, L), 1 = valid, else 0; padding keys get weight 0.
         eps: added to the norm.
         identity: adds z_l at its own position; needs Q = L.
         causal: a token sees those up to itself.
@@ -266,6 +260,7 @@ def attend(anchor: Target, targets: Sequence[Target], mask: Tensor | None, eps: 
     """
     if keep == "auto":
         keep = 2 * anchor.x.shape[1] <= anchor.x.shape[2]
+    skip = skip and (identity or not causal)  # causal queries and keys must be the same tokens
     flat = [tensor for target in (anchor, *targets) for tensor in target]
     return _Merge.apply(_How(eps, identity, causal, bool(keep), skip), mask, confidence, *flat)
 
@@ -287,7 +282,7 @@ def merge(anchor: Target, targets: list[Target], mask: Tensor | None, gate: nn.L
         gate: Linear(d, 1), shared by the layers.
         eps: see `attend`.
         causal: a token sees those up to itself; a confidence for each token, from running means.
-        keep, skip: see `attend`.
+        keep, skip: see `attend`; one token's scores are always kept.
         first: of the first token alone, which sees all (not with `causal`).
 
     Returns:

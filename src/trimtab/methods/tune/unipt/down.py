@@ -103,7 +103,7 @@ def spread(rows: Tensor, where: Tensor | None, shape: torch.Size) -> Tensor:
     """Rows (n, d) at some places, or all, of (*shape, d); the others are 0."""
     if where is not None:
         rows = rows.new_zeros(shape.numel(), rows.shape[1]).index_copy(0, where, rows)
-    return rows.view(*shape, -1)
+    return rows.view(*shape, rows.shape[1])
 
 
 def _layer_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor) -> Tensor:

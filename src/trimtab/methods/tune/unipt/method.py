@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +45,12 @@ class UniPTSettings:
     """In which precision hidden maps are kept for the backward pass. What the model computes stays the same to the bit;
     the gradients of the down-projections' weights see the rounding."""
     skip_padding: bool = True
-    """Leave padding out of all products; what is handed on of it is 0. False computes it as the published code does."""
+    """Leave padding out of all products of token forms (of a decoder's, that of the memory); what is handed on of it is
+    0. False computes it as the published code does."""
     tokens: Literal["all", "first"] = "all"
     """Which tokens the token form hands on: all, or `first`, (B, 1, D), for heads that read the first token alone (VQA
-    on ViLT or LXMERT). The same numbers in less than half the time and memory; a head that reads other tokens fails."""
+    on ViLT or LXMERT): the same numbers for less than half the products. A head that reads other tokens gets wrong
+    numbers; recipes refuse it for tasks that do."""
 
     def __post_init__(self) -> None:
         if self.reduction < 1:
@@ -62,6 +64,10 @@ class UniPT(Beside):
     name = "unipt"
     Settings = UniPTSettings
 
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.one_token = self.settings.tokens == "first"
+
     def towers(self, anatomy: Anatomy) -> tuple[str, ...]:
         """Those that no other tower reads, and encoders all of whose readers' side networks read theirs."""
         unread = super().towers(anatomy)
@@ -74,11 +80,17 @@ class UniPT(Beside):
 
     def side(self, model: nn.Module, anatomy: Anatomy, tower: Tower) -> nn.Module:
         side = self._side(model, anatomy, tower)
-        if self.settings.tokens == "first" and (not getattr(side, "first", False) or tower.pooled_token == "last"):
-            raise ValueError(
-                f"unipt: `tokens: first` is for tokens that nothing reads but a head that reads the first; tower "
-                f"{tower.name!r} gets a {type(side).__name__} or is read at its {tower.pooled_token} token: use `all`"
-            )
+        if self.one_token:
+            readers = anatomy.readers(tower.name)
+            why = (
+                f"gets a {type(side).__name__}, not single tokens" if not getattr(side, "first", False)
+                else "is read at its last token" if tower.pooled_token == "last"
+                else f"is read by tower {readers[0].name!r}" if readers
+                else ""
+            )  # fmt: skip
+            if why:
+                raise ValueError(f"unipt: `tokens: first` is for towers whose first token alone is read; tower "
+                                 f"{tower.name!r} {why}: use `all`")  # fmt: skip
         initialise(side, self.settings.init)
         return side
 

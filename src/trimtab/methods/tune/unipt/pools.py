@@ -83,10 +83,11 @@ class _GuidedDown(torch.autograd.Function):
     def forward(ctx: Any, guide: Tensor, grid: Tensor, columns: int, eps: float, weight: Tensor, bias: Tensor,
                 norm: nn.BatchNorm2d, kept: torch.dtype | None) -> Tensor:  # fmt: skip
         rate = grid.shape[-1] // columns
-        share = _per_position(F.relu(guide), grid, columns).relu_()
-        total = _cells(share, rate) + eps  # (B, n, m)
-        shares = share / _spread(total, rate)
-        pooled = _per_cell(shares + 1 / rate**2, grid, columns)
+        with torch.autocast(grid.device.type, enabled=False):  # bound by memory, not by products
+            share = _per_position(F.relu(guide), grid, columns).relu_()
+            total = _cells(share, rate) + eps  # (B, n, m)
+            shares = share / _spread(total, rate)
+            pooled = _per_cell(shares + 1 / rate**2, grid, columns)
         x, rstd = normalise(F.linear(pooled, weight, bias), norm)
         few = pooled if rate >= 8 else None
         ctx.save_for_backward(guide > 0, narrow(grid, kept), shares, total, weight, x, rstd, few)

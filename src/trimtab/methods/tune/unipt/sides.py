@@ -108,7 +108,8 @@ class TokenUniPT(nn.Module):
         anchor = targets.pop()
         merged = merge(anchor, targets, mask, self.gate, self.eps, self.causal, self.keep, self.skip, self.first)
         if self.first:
-            return self.up(anchor.first() + project(self.project, merged).tokens())
+            out = self.up(anchor.first() + project(self.project, merged).tokens())
+            return out if mask is None or not self.skip else out * mask[:, :1, None].to(out.dtype)
         tokens = anchor.tokens()
         if where is not None:
             tokens, merged = (x.flatten(0, 1).index_select(0, where) for x in (tokens, merged))
