@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from trimtab import cost, recipe, run
+from trimtab.methods import METHODS
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,10 @@ def test_a_budget_of_latency_needs_real_tensors(tiny_raw, monkeypatch):
     assert found["macs"] <= 0.7 * found["dense_macs"]
 
 
-@pytest.mark.parametrize("methods", [["multiflow", "lora"], [{"name": "das", "skip": 2}], ["unipt"]], ids=str)
+SIZED = [["multiflow", "lora"], [{"name": "das", "skip": 2}], *([n] for n, m in METHODS.items() if m.lever == "tune")]
+
+
+@pytest.mark.parametrize("methods", SIZED, ids=str)
 def test_methods_are_counted_without_memory(methods, tiny_raw):
     (r,) = recipe.expand(tiny_raw("tiny-vilt", "vqa", methods, batch_size=2), "test")
     with cost.sizes_only():

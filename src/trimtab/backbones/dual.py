@@ -66,8 +66,9 @@ class DualEncoder(nn.Module):
         for linear in (self.visual_projection, self.text_projection):
             # In double precision, so that the rounded result does not depend on threads or on the LAPACK in use.
             weight = torch.empty(linear.weight.shape, dtype=torch.float64)
+            nn.init.orthogonal_(weight, generator=generator)
             with torch.no_grad():
-                linear.weight.copy_(nn.init.orthogonal_(weight, generator=generator))
+                linear.weight.copy_(weight)
 
     def encode_image(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) -> vectors (B, width) and grid (B, 1280, H/32, W/32)."""

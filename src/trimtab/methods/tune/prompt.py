@@ -56,7 +56,8 @@ class _Prompts(Method):
                 )
             blocks = len(tower.blocks) if self.deep else 1
             values = torch.empty(blocks, self.settings.prompts, width, device=device)
-            made[name] = nn.Parameter(nn.init.uniform_(values, -((6 / width) ** 0.5), (6 / width) ** 0.5))
+            nn.init.uniform_(values, -((6 / width) ** 0.5), (6 / width) ** 0.5)
+            made[name] = nn.Parameter(values)  # not what `uniform_` returns: nothing, where weights are not drawn
             self._hook(model, tower, made[name])
         model.add_module(self.name.replace("-", "_"), made)
         return anatomy
