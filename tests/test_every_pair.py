@@ -33,7 +33,7 @@ SEARCH = {"search_steps": 2, "turn": 2, "subsets": 2, "draws": 2, "evaluations":
 SILENT = ("lora_A", "gate.bias")
 SILENT_IN = {
     "mdetr": ("transformer.decoder.layers.0.das_0.", "decoder.layers.0.parallel_adapter_0.", "unipt.decoder.down.0",
-              "lst.decoder.down.0", "side_tuning.decoder.down."),
+              "lst.decoder.down.0", "sherl.decoder.down.0", "side_tuning.decoder.down."),
 }  # fmt: skip
 
 
