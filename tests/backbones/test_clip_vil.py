@@ -112,3 +112,14 @@ def test_published_parameters_and_multiply_adds(stem, stages, parameters, flops)
              "attention_mask": torch.ones(1, 20, dtype=torch.long)}  # fmt: skip
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert 2 * count_macs(lambda: model.logit_fc(model(**x).pooled)) == flops
+
+
+def test_a_side_network_of_the_first_token_answers_the_same(tmp_path):
+    answers = {}
+    for tokens in ("all", "first"):
+        model, _ = tiny(tmp_path, "vqa")
+        torch.manual_seed(0)
+        METHODS["unipt"](towers=("fusion",), tokens=tokens).attach(model, Anatomy.of(model))
+        answers[tokens] = model(**batch()).pooled
+    torch.testing.assert_close(answers["first"], answers["all"])
+    assert answers["first"].requires_grad
