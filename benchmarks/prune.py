@@ -161,10 +161,12 @@ def calibration(repeats: int, batches: int, size: int) -> dict:
         result[f"ours_over_store_statistics_{key}"] = spread(own)
         for name in ("ours", "store"):
             result[f"{name}_statistics_{key}"] = spread(statistics_of(name, key))
-    for name in ("ours", "store"):
-        result[f"{name}_extra_bytes"] = spread(statistics_of(name, "peak_bytes"), 0)
-    memory = zip(statistics_of("ours", "peak_bytes"), statistics_of("store", "peak_bytes"), strict=True)
-    result["ours_over_store_extra_bytes"] = spread([a / b for a, b in memory], 4)
+    extra = {name: statistics_of(name, "peak_bytes") for name in ("ours", "bf16", "store")}
+    for name, values in extra.items():
+        result[f"{name}_extra_bytes"] = spread(values, 0)
+        if name != "store":
+            shares = [a / b for a, b in zip(values, extra["store"], strict=True)]
+            result[f"{name}_over_store_extra_bytes"] = spread(shares, 4)
     return result
 
 
