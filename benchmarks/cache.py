@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from trimtab import run, training
-from trimtab.activations import ActivationCache, CachedModel
 from trimtab.backbones import load
 from trimtab.backbones.base import Backbone, Pictures
-from trimtab.backbones.clip import ClipBackbone
+from trimtab.backbones.clip.features import ClipBackbone
 from trimtab.data.pictograms import load as pictograms
+from trimtab.experiments import run, training
+from trimtab.experiments.activations import ActivationCache, CachedModel
+from trimtab.experiments.recipe import expand
 from trimtab.methods import METHODS
-from trimtab.recipe import expand
 from trimtab.tasks import TASKS, TaskModel
 
 BATCH = {"tiny-clip": 32, "vit-b-32": 8}

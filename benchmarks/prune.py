@@ -42,7 +42,8 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 import trimtab
-from trimtab import Anatomy, recipe, run, training
+from trimtab import Anatomy
+from trimtab.experiments import recipe, run, training
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import collect
 from trimtab.methods.prune.masks import kth_smallest

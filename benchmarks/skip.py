@@ -24,7 +24,7 @@ import torch
 from transformers import ViltConfig, ViltModel
 
 from trimtab import DAS, Anatomy
-from trimtab.cost import count_macs
+from trimtab.counting import count_macs
 
 SIZES = {
     "tiny-vilt": {"hidden_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4, "intermediate_size": 512},

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTModel
 
-from trimtab import sparse
+from trimtab.storage import sparse
 
 SHARES = (0.63, 0.75, 0.90)
 

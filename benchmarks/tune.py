@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 
-from trimtab.cost import estimate
+from trimtab.experiments.estimate import estimate
+from trimtab.experiments.recipe import expand
 from trimtab.methods import METHODS
-from trimtab.recipe import expand
 
 BACKBONES = {"tiny-clip": "retrieval", "tiny-vilt": "vqa"}
 

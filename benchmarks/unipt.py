@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from trimtab.cost import saved_bytes
+from trimtab.counting import saved_bytes
+from trimtab.experiments.training import keep_freed_memory
 from trimtab.methods.tune.unipt import PUBLISHED, DecoderUniPT, PyramidUniPT, TokenUniPT, VectorUniPT
-from trimtab.training import keep_freed_memory
 
 # --- the published computation ----------------------------------------------------------------------------------------
 

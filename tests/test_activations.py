@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from trimtab import activations, recipe, run, training
-from trimtab.activations import ActivationCache, CachedModel, pack, unpack
 from trimtab.data.augment import Augmentation
+from trimtab.experiments import activations, recipe, run, training
+from trimtab.experiments.activations import ActivationCache, CachedModel, pack, unpack
 
 TASKS = {"tiny-clip": "retrieval", "tiny-vilt": "vqa"}
 

@@ -23,9 +23,21 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from trimtab import anatomy
-from trimtab.anatomy import Anatomy, AnatomyError, Block, Tap, Tower, argument, describes, pick, put, read, rewrite
-from trimtab.discovery import discover
+from trimtab.anatomy import (
+    Anatomy,
+    AnatomyError,
+    Block,
+    Tap,
+    Tower,
+    argument,
+    describes,
+    lookup,
+    pick,
+    put,
+    read,
+    rewrite,
+)
+from trimtab.anatomy.lookup import discover
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 CLIP_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
@@ -223,7 +235,7 @@ def test_blocks_and_towers_by_name():
 
 
 def test_describes_registers_a_class_and_its_children(monkeypatch):
-    monkeypatch.setattr(anatomy, "_DESCRIPTIONS", dict(anatomy._DESCRIPTIONS))
+    monkeypatch.setattr(lookup, "_DESCRIPTIONS", dict(lookup._DESCRIPTIONS))
 
     class Homemade(nn.Module):
         def __init__(self):

@@ -20,8 +20,9 @@ from transformers import (
 )
 
 import trimtab
-from trimtab import backbones, cli, sparse
-from trimtab.checkpoints import DenseReader, convert, from_pretrained, save_pretrained
+from trimtab import backbones, cli
+from trimtab.storage import sparse
+from trimtab.storage.checkpoints import DenseReader, convert, from_pretrained, save_pretrained
 
 FILE = "model.sparse.safetensors"
 
@@ -173,7 +174,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trimtab.shards.save_file", full)
+    monkeypatch.setattr("trimtab.storage.shards.save_file", full)
     with pytest.raises(OSError, match="out: not written .No space left on device"):
         save_pretrained(pruned(vilt), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,8 @@ import sys
 import pytest
 import yaml
 
-from trimtab import cli, recipe
+from trimtab import cli
+from trimtab.experiments import recipe
 
 
 @pytest.fixture

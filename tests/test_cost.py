@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from trimtab import cost, recipe, run
+from trimtab import counting
+from trimtab.experiments import estimate as cost
+from trimtab.experiments import recipe, run
 from trimtab.methods import METHODS
 
 
@@ -26,13 +28,13 @@ from trimtab.methods import METHODS
     ids=["linear", "convolution", "depthwise", "product", "pointwise"],
 )
 def test_count_macs(function, macs):
-    assert cost.count_macs(function) == macs
+    assert counting.count_macs(function) == macs
 
 
 def test_attention_counts_the_same_fused_and_plain():
     q, k, v = (torch.randn(2, 3, length, 8) for length in (4, 6, 6))
-    fused = cost.count_macs(lambda: F.scaled_dot_product_attention(q, k, v))
-    plain = cost.count_macs(lambda: (q @ k.transpose(-1, -2)).softmax(-1) @ v)
+    fused = counting.count_macs(lambda: F.scaled_dot_product_attention(q, k, v))
+    plain = counting.count_macs(lambda: (q @ k.transpose(-1, -2)).softmax(-1) @ v)
     assert fused == plain == 2 * 3 * (4 * 6 * 8 + 4 * 6 * 8)
 
 
@@ -41,18 +43,18 @@ def test_attention_counts_the_same_fused_and_plain():
 
 def test_a_storage_saved_twice_is_counted_once():
     x = torch.ones(10, 10, requires_grad=True)
-    once = cost.saved_bytes(lambda: (x * 2).sin().sum(), nn.Module())
+    once = counting.saved_bytes(lambda: (x * 2).sin().sum(), nn.Module())
 
     def twice() -> torch.Tensor:
         y = x * 2
         return (y.sin() + y.cos() + y.view(-1).sin().view(10, 10)).sum()
 
-    assert once == cost.saved_bytes(twice, nn.Module()) == 400
+    assert once == counting.saved_bytes(twice, nn.Module()) == 400
 
 
 def test_two_storages_are_both_counted():
     x = torch.ones(10, 10, requires_grad=True)
-    assert cost.saved_bytes(lambda: ((x * 2).sin() + (x * 3).sin()).sum(), nn.Module()) == 800
+    assert counting.saved_bytes(lambda: ((x * 2).sin() + (x * 3).sin()).sum(), nn.Module()) == 800
 
 
 def test_parameters_and_buffers_are_left_out():
@@ -66,24 +68,24 @@ def test_parameters_and_buffers_are_left_out():
             return self.linear(x) * self.scale
 
     model, x = Scaled(), torch.ones(2, 3)
-    assert cost.saved_bytes(lambda: model(x).sum(), model) == x.nbytes  # the input alone, for the weight's gradient
+    assert counting.saved_bytes(lambda: model(x).sum(), model) == x.nbytes  # the input alone, for the weight's gradient
     x.requires_grad_()
-    assert cost.saved_bytes(lambda: model(x).sum(), model) == x.nbytes
+    assert counting.saved_bytes(lambda: model(x).sum(), model) == x.nbytes
     other = Scaled()
-    assert cost.saved_bytes(lambda: model(x).sum(), other) == x.nbytes + 4 * (15 + 5)  # not the asked model's own
+    assert counting.saved_bytes(lambda: model(x).sum(), other) == x.nbytes + 4 * (15 + 5)  # not the asked model's own
 
 
 def test_a_frozen_model_keeps_nothing():
     model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2)).requires_grad_(False)
-    assert cost.saved_bytes(lambda: model(torch.ones(4, 8)).sum(), model) == 0
+    assert counting.saved_bytes(lambda: model(torch.ones(4, 8)).sum(), model) == 0
     model[2].requires_grad_(True)
-    assert cost.saved_bytes(lambda: model(torch.ones(4, 8)).sum(), model) == 4 * 8 * 4  # what enters the last layer
+    assert counting.saved_bytes(lambda: model(torch.ones(4, 8)).sum(), model) == 4 * 8 * 4  # what enters the last layer
 
 
 def test_saved_bytes_count_under_no_grad_too():
     x = torch.ones(10, requires_grad=True)
     with torch.no_grad():
-        assert cost.saved_bytes(lambda: x.sin().sum(), nn.Module()) == 40
+        assert counting.saved_bytes(lambda: x.sin().sum(), nn.Module()) == 40
 
 
 # --- files, time, memory ----------------------------------------------------------------------------------------------
@@ -105,7 +107,7 @@ def test_safetensors_size_is_the_size_of_the_file(types, tmp_path):
             name = f"{i}." + "".join(dice.choice("abc._") for _ in range(dice.randint(1, 20)))
             tensors[name] = torch.zeros(shape).to(getattr(torch, dice.choice(types.split())))
         save_file(tensors, tmp_path / "file")
-        assert cost.safetensors_size(tensors) == (tmp_path / "file").stat().st_size, {
+        assert counting.safetensors_size(tensors) == (tmp_path / "file").stat().st_size, {
             k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()
         }
 
@@ -117,7 +119,7 @@ def test_latency_gives_ordered_percentiles_in_milliseconds():
         calls.append(torch.is_inference_mode_enabled())
         time.sleep(0.002 if len(calls) > 3 else 0.1)  # what happens in warm-up does not count
 
-    found = cost.latency(work, repeats=10, warmup=3)
+    found = counting.latency(work, repeats=10, warmup=3)
     assert set(found) == {"median", "p10", "p90"}
     assert 2 <= found["p10"] <= found["median"] <= found["p90"]
     assert found["median"] < 50
@@ -125,7 +127,7 @@ def test_latency_gives_ordered_percentiles_in_milliseconds():
 
 
 def test_peak_memory_sees_what_a_call_needs():
-    found = [cost.peak_memory(lambda n=n: torch.ones(n * 2**18).sum()) for n in (1, 128)]
+    found = [counting.peak_memory(lambda n=n: torch.ones(n * 2**18).sum()) for n in (1, 128)]
     if None in found:
         pytest.skip("the peak cannot be read here")
     assert found[1] > 100 * 2**20 > found[0]
@@ -179,7 +181,7 @@ def test_the_estimate_knows_what_pruning_leaves(tiny_raw):
 def test_a_budget_is_counted_in_its_own_unit(budget, tiny_raw):
     raw = tiny_raw("tiny-vilt", "vqa", [{"name": "random-skip", "budget": budget}], batch_size=2)
     (r,) = recipe.expand(raw, "test")
-    with cost.sizes_only():
+    with counting.sizes_only():
         found = cost._estimate(r)
     assert {k: v for k, v in cost._estimate(r).items() if "macs" in k or "params" in k} == {
         k: v for k, v in found.items() if "macs" in k or "params" in k
@@ -197,7 +199,7 @@ def test_a_budget_of_latency_needs_real_tensors(tiny_raw, monkeypatch):
     monkeypatch.setattr(budget, "_milliseconds", budget._macs)  # time itself decides no test
     raw = tiny_raw("tiny-vilt", "vqa", [{"name": "random-skip", "budget": "30% latency"}], batch_size=2)
     (r,) = recipe.expand(raw, "test")
-    with pytest.raises(RuntimeError, match="fake tensors take no time"), cost.sizes_only():
+    with pytest.raises(RuntimeError, match="fake tensors take no time"), counting.sizes_only():
         cost._estimate(r)
     found = cost.estimate(r)
     assert found["macs"] <= 0.7 * found["dense_macs"]
@@ -209,7 +211,7 @@ SIZED = [["multiflow", "lora"], [{"name": "das", "skip": 2}], *([n] for n, m in 
 @pytest.mark.parametrize("methods", SIZED, ids=str)
 def test_methods_are_counted_without_memory(methods, tiny_raw):
     (r,) = recipe.expand(tiny_raw("tiny-vilt", "vqa", methods, batch_size=2), "test")
-    with cost.sizes_only():
+    with counting.sizes_only():
         assert cost._estimate(r)["macs"] > 1e7
 
 
@@ -217,13 +219,13 @@ def test_the_peak_is_of_what_lives_at_one_time():
     def step() -> torch.Tensor:
         return torch.ones(1000).sum() + torch.ones(500).sum()  # the first is gone when the second is made
 
-    assert 4000 <= cost.training_peak(step, nn.Module()) < 4100
+    assert 4000 <= counting.training_peak(step, nn.Module()) < 4100
     model = nn.Linear(100, 10, bias=False)
     x = torch.ones(2, 100)
-    peak = cost.training_peak(lambda: model(x).sum(), model)
+    peak = counting.training_peak(lambda: model(x).sum(), model)
     assert 4 * 4000 <= peak < 4 * 4000 + 2000  # weight, gradient and two moments; the rest is small
     model.requires_grad_(False)
-    assert 4000 <= cost.training_peak(lambda: model(x).sum(), model) < 4300
+    assert 4000 <= counting.training_peak(lambda: model(x).sum(), model) < 4300
     assert model.weight.grad is None
 
 

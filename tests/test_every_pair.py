@@ -20,10 +20,10 @@ from tests.small_session import SmallSession
 from trimtab import matrix
 from trimtab.anatomy import Anatomy
 from trimtab.backbones.examples import EXAMPLES, objective, tensors
-from trimtab.learned import copy_learned, learned_part
 from trimtab.methods import METHODS
 from trimtab.methods.prune.masks import Masks
 from trimtab.methods.tune.api import Tuned
+from trimtab.storage.learned import copy_learned, learned_part
 
 ROW, COLUMNS = "clip", ("multiflow", "das", "unipt")
 # A search of two evaluations, where it can have so few.
@@ -166,7 +166,7 @@ def test_pruned(backbone, name, tmp_path):
 
 def test_every_description_has_an_example():
     """A family without a row would be left out of the matrix, and of these tests."""
-    from trimtab.anatomy import _DESCRIPTIONS
+    from trimtab.anatomy.lookup import _DESCRIPTIONS
 
     seen = {kind.__name__ for name in EXAMPLES for module in plain(name)[0].modules() for kind in type(module).__mro__}
     functions = {f for kind, f in _DESCRIPTIONS.items() if kind in seen}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trimtab import recipe, run, training
-from trimtab.policy import Rule, apply
+from trimtab.experiments import recipe, run, training
+from trimtab.experiments.policy import Rule, apply
 
 
 def assembled(tiny_raw, *methods, backbone="tiny-clip", task="retrieval", policy=()):

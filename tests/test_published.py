@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.backbones.official_files import file, rows
-from trimtab import recipe, run
+from trimtab.experiments import recipe, run
 
 NAMES = [n for n in recipe.names() if n.startswith("published/")]
 FEW = {"search_steps": 4, "turn": 1, "subsets": 2, "batches": 1, "batch_size": 4}  # two blocks give two plans

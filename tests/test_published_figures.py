@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import published
-from benchmarks.published_sizes import PUBLISHED, measure
-from tests.backbones import layouts
+from published import page as published
+from published.sizes import PUBLISHED, measure
+from tests.models import layouts
 from trimtab.backbones.architectures import ARCHITECTURES, build
 from trimtab.backbones.official import FORMATS, Tensors
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trimtab import recipe, run
 from trimtab.backbones import BACKBONES
-from trimtab.recipe import RecipeError, TrainingSpec, build, expand, read
+from trimtab.experiments import recipe, run
+from trimtab.experiments.recipe import RecipeError, TrainingSpec, build, expand, read
 
 
 @pytest.fixture

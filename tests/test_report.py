@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from trimtab import report
-from trimtab._report_plots import Panel, Point, assign_styles, loss_figure, pareto_figure, pareto_front
-from trimtab._report_runs import BYTES, group_runs
-from trimtab._report_sparsity import sweep
-from trimtab._report_tables import amount
+from trimtab.report import page as report
+from trimtab.report.plots import Panel, Point, assign_styles, loss_figure, pareto_figure, pareto_front
+from trimtab.report.runs import BYTES, group_runs
+from trimtab.report.sparsity import sweep
+from trimtab.report.tables import amount
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import trimtab
-from trimtab import recipe, run
-from trimtab.bits import unpack
+from trimtab.experiments import recipe, run
+from trimtab.storage.bits import unpack
 
 
 @pytest.fixture(scope="module")

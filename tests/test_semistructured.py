@@ -12,8 +12,9 @@ from torch.sparse import _semi_structured_conversions as conversions
 from transformers import ViTConfig, ViTModel
 
 import trimtab
-from trimtab import cli, semistructured
-from trimtab.semistructured import is_2_4, speed_up
+from trimtab import cli
+from trimtab import speed as semistructured
+from trimtab.speed import is_2_4, speed_up
 
 
 class Model(nn.Module):

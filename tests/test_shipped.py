@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from trimtab import cli, recipe, run
+from trimtab import cli
+from trimtab.experiments import recipe, run
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,8 +29,8 @@ def shrink(r: recipe.Recipe) -> recipe.Recipe:
 
 
 def _needed(method: dict) -> dict:
+    from trimtab.experiments.recipe import defaults
     from trimtab.methods import METHODS
-    from trimtab.recipe import defaults
 
     return {k: v for k, v in FEW.items() if k in defaults(METHODS[method["name"]].Settings)}
 

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file as load_dense
 from safetensors.torch import save_file as save_dense
 
-from trimtab import sparse
-from trimtab.bits import pack, unpack
+from trimtab.storage import sparse
+from trimtab.storage.bits import pack, unpack
 
 FILE = "model.sparse.safetensors"
 DTYPES = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64",
@@ -362,7 +362,7 @@ def test_what_safetensors_does_not_store_is_refused_by_name(tensor, tmp_path):
 def test_a_full_disk_leaves_nothing(tmp_path):
     """The process may write 30 kB to a file: the second shard is larger."""
     code = (
-        "import resource, sys, torch; from trimtab import sparse\n"
+        "import resource, sys, torch; from trimtab.storage import sparse\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))\n"
         "sparse.save_file({'a': torch.ones(5000), 'b': torch.ones(50000)}, sys.argv[1], 25000)"
     )

@@ -138,14 +138,14 @@ def _parser() -> ArgumentParser:
 
 
 def _run(options: Any) -> None:
-    from trimtab import recipe
+    from trimtab.experiments import recipe
 
     _carry_out(recipe.below(options.recipe), options.overrides, options.out, options.redo)
 
 
 def _demo(options: Any) -> None:
     folders = _carry_out(list(DEMO), options.overrides, options.out, options.redo)
-    from trimtab.report import write_report
+    from trimtab.report.page import write_report
 
     print(f"report: {write_report(folders, options.out / 'report', 'trimtab demo')}")
 
@@ -154,14 +154,14 @@ def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) 
     """Run everything that recipes stand for; prints a line a run and the table of each recipe."""
     from rich.console import Console
 
-    from trimtab import recipe as recipe_module
+    from trimtab.experiments import recipe as recipe_module
 
     console = Console()
     todo = [r for name in recipes for r in recipe_module.read(name, overrides)]  # all are checked before the first runs
     with console.status("loading torch and transformers"):
         _quiet()
-        from trimtab import run as run_module
-        from trimtab.report import load_runs, summary_table
+        from trimtab.experiments import run as run_module
+        from trimtab.report.page import load_runs, summary_table
 
         for r in todo:
             run_module.check(r)
@@ -182,7 +182,7 @@ def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) 
 
 
 def _report(options: Any) -> None:
-    from trimtab.report import load_runs, markdown_table, write_report
+    from trimtab.report.page import load_runs, markdown_table, write_report
 
     page = write_report(options.runs, options.out)
     if options.markdown:
@@ -192,7 +192,7 @@ def _report(options: Any) -> None:
 
 def _export(options: Any) -> None:
     _quiet()
-    from trimtab.run import export
+    from trimtab.experiments.run import export
 
     print(f"wrote {export(options.run, options.folder, options.dtype, options.sparse)}")
 
@@ -202,7 +202,7 @@ def _convert(options: Any) -> None:
     from rich.table import Table
 
     _quiet()
-    from trimtab.checkpoints import convert, convert_official
+    from trimtab.storage.checkpoints import convert, convert_official
 
     if options.folder.is_file():
         settings = {} if options.image_size is None else {"image_size": options.image_size}
@@ -235,8 +235,9 @@ def _speed(options: Any) -> None:
     _quiet()
     import torch
 
-    from trimtab import run, semistructured
-    from trimtab.checkpoints import from_pretrained
+    from trimtab import speed as semistructured
+    from trimtab.experiments import run
+    from trimtab.storage.checkpoints import from_pretrained
 
     is_run = (options.model / "run.json").is_file()
     model = run.load(options.model).backbone.model if is_run else from_pretrained(options.model)
@@ -264,7 +265,7 @@ def _plan(options: Any) -> None:
 
     Console().print(Plan.read(options.plan).table())
     if options.plot:
-        from trimtab._report_gates import gates_figure
+        from trimtab.report.gates import gates_figure
 
         file = options.plan / "plan.json" if options.plan.is_dir() else options.plan
         picture = gates_figure(json.loads(file.read_text()))
@@ -278,11 +279,11 @@ def _cost(options: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from trimtab import recipe
+    from trimtab.experiments import recipe
 
     recipes = {r.variant: r for r in reversed(recipe.read(options.recipe, options.overrides))}  # seeds cost the same
     _quiet()
-    from trimtab import cost
+    from trimtab.experiments import estimate as cost
 
     found = [{"variant": r.variant, **cost.estimate(r)} for r in reversed(recipes.values())]
     if options.json:
@@ -355,7 +356,7 @@ def _list(options: Any) -> None:
 
 def _entries(kind: str) -> dict[str, Any]:
     """Name -> what is registered under it (for recipes: the first line of the file's text)."""
-    from trimtab import recipe
+    from trimtab.experiments import recipe
 
     if kind == "recipes":
         return {name: recipe.title(name) for name in recipe.names()}
@@ -382,7 +383,7 @@ def _settings(name: str, item: Any) -> Any:
     from docstring_parser import parse_from_object
     from rich.table import Table
 
-    from trimtab.recipe import defaults
+    from trimtab.experiments.recipe import defaults
 
     if isinstance(item, str):
         return f"{name}: {item}"

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tests.backbones import layouts
-from tests.backbones.published import PUBLISHED, tensors
 from tests.backbones.test_blip_official import FILES, HEADS, tied
+from tests.models import layouts
+from tests.models.published import PUBLISHED, tensors
 
 TEXTS = ["a red dog", "two cats and a dog", "a cat", "a red apple left of a dog", "an apple", "two red cats"]
 ANSWERS = ["yes", "no", "two"]

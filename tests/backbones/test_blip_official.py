@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import trimtab
-from tests.backbones import layouts
+from tests.models import layouts
 from trimtab.anatomy import Anatomy
 from trimtab.backbones.official import FORMATS, CheckpointError, Tensors, build_official
-from trimtab.cost import count_macs
+from trimtab.counting import count_macs
 
 HEADS = {"vision_heads": 2, "text_heads": 2}
 FILES = {

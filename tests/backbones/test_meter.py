@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import trimtab
-from tests.backbones import layouts
+from tests.models import layouts
 from trimtab.anatomy import Anatomy
 from trimtab.backbones import load_model, load_official
 from trimtab.backbones.official import FORMATS, CheckpointError, Tensors, build_official
 from trimtab.cli import main
-from trimtab.cost import count_macs
+from trimtab.counting import count_macs
 from trimtab.methods import METHODS
 
 HEADS = {"vision_heads": 2, "text_heads": 2, "fusion_heads": 2}

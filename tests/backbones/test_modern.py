@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import trimtab
-from tests.modern import MODERN
-from tests.zoo import IDS, MASK, ZOO
+from tests.models.modern import MODERN
+from tests.models.zoo import IDS, MASK, ZOO
 from trimtab.anatomy import Anatomy
 from trimtab.backbones import load_model
-from trimtab.backbones.siglip import patched
+from trimtab.backbones.siglip.features import patched
 
 MEMBERS = MODERN | {name: ZOO[name] for name in ("siglip", "siglip2", "llava", "qwen2.5-vl")}
 READERS = ("smolvlm", "idefics3", "paligemma", "paligemma2", "llava")

@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 
-from tests.backbones import layouts
+from tests.models import layouts
 
 LOAD = """
 import sys, pathlib, re
 import torch
-import trimtab.backbones.meter_model
+import trimtab.backbones.meter.model
 from trimtab.backbones import load_official
 
 def status(field):

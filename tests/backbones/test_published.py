@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import trimtab
-from tests.backbones.published import PUBLISHED, tensors
+from tests.models.published import PUBLISHED, tensors
 from trimtab.anatomy import Anatomy, Tap, read
 from trimtab.backbones.official import CheckpointError, build_official, load_official
-from trimtab.checkpoints import convert_official
 from trimtab.methods import METHODS
+from trimtab.storage.checkpoints import convert_official
 
 every = pytest.mark.parametrize("name", PUBLISHED)
 # Without those whose difference lies in the CNN, the patches or a head of no blocks.
@@ -217,7 +217,7 @@ def test_another_backbones_checkpoint_is_refused(name):
 
 @distinct
 def test_texts_longer_than_the_table_of_positions(name, monkeypatch):
-    from tests.backbones import published
+    from tests.models import published
 
     monkeypatch.setattr(published, "ids", lambda *_: (torch.ones(2, 30).long(), torch.ones(2, 30).long()))
     model, _ = build(name)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import trimtab
-from tests.backbones import layouts
+from tests.models import layouts
 from trimtab.anatomy import Anatomy
 from trimtab.backbones.base import WEIGHTS
 from trimtab.backbones.official import FORMATS, CheckpointError, Tensors, build_official
-from trimtab.backbones.vilt_official import pixel_mask
+from trimtab.backbones.vilt.official import pixel_mask
 
 
 def tiny(*tasks: str, **settings):

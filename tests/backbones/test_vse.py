@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.backbones.published import PUBLISHED, ids, pixels, tensors
+from tests.models.published import PUBLISHED, ids, pixels, tensors
 from trimtab.backbones.official import CheckpointError, build_official
 from trimtab.backbones.resnet import FrozenBatchNorm2d, ResNet, ResNetSizes
-from trimtab.backbones.vse_model import GPO, hinge_loss
+from trimtab.backbones.vse.model import GPO, hinge_loss
 
 
 def build(name: str, state=None, extras=None):
@@ -104,7 +104,7 @@ def test_a_file_without_a_stage_is_named():
 def test_pooling_weights_are_those_of_packed_sequences():
     from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-    from trimtab.backbones.vse_model import GPO
+    from trimtab.backbones.vse.model import GPO
 
     torch.manual_seed(0)
     pool, lengths = GPO(), torch.tensor([9, 1, 4, 7])

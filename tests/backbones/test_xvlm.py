@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.backbones.published import PUBLISHED, ids, pixels, tensors
+from tests.models.published import PUBLISHED, ids, pixels, tensors
 from trimtab.anatomy import Anatomy
 from trimtab.backbones.official import CheckpointError, build_official
-from trimtab.backbones.xvlm_vision import resize_bias
+from trimtab.backbones.xvlm.vision import resize_bias
 
 OUTPUTS = {"pretrain": {"image_features", "text_features", "similar", "match", "words", "boxes"},
            "retrieval": {"image_features", "text_features", "similar", "match"}, "grounding": {"boxes"},

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import trimtab
-from tests.modern import MODERN
-from tests.zoo import MASK, Member
-from tests.zoo import ZOO as OLDER
+from tests.models.modern import MODERN
+from tests.models.zoo import MASK, Member
+from tests.models.zoo import ZOO as OLDER
 from trimtab import UniPT
 from trimtab.anatomy import Anatomy, Tap, pick, read, rewrite
 from trimtab.methods.prune.calibration import Calibration

@@ -8,7 +8,7 @@ import torch
 
 from tests.comparisons.backbones import build
 from tests.conformance import Case, Check, Skipped, close, compares, stage
-from trimtab.backbones.clip4clip_model import symmetric_loss
+from trimtab.backbones.clip4clip.model import symmetric_loss
 
 
 @compares("backbone clip4clip")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.comparisons.backbones import build
 from tests.conformance import Case, Check, Skipped, compares, stage
-from trimtab.backbones.mdetr_model import sine_positions
+from trimtab.backbones.mdetr.model import sine_positions
 
 PRETRAINED = "pretrained_resnet101_checkpoint.pth"
 MORE = {"pretrain": (), "gqa": ("gqa_delta.pth",), "gqa_single": ("gqa_single_head_delta.pth",)}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.conformance import Case, Check, Skipped, close, compares
-from tests.toy_vlm import ToyVLM
+from tests.models.toy_vlm import ToyVLM
 from trimtab.anatomy import Weight
 from trimtab.methods import METHODS
 from trimtab.methods.prune.base import Pruner, prunable

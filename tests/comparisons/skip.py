@@ -14,7 +14,7 @@ from tests.comparisons.modules import copy_parameters, gradient_checks, pairs
 from tests.conformance import Case, Check, Skipped, close, compares
 from trimtab.anatomy import Block, Sublayer, Tap
 from trimtab.methods.skip.adapters import Adapter, add_adapters
-from trimtab.methods.skip.das import Gates
+from trimtab.methods.skip.search.das import Gates
 
 
 @compares("C(i)")

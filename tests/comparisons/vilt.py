@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from tests.comparisons.backbones import build
 from tests.conformance import Case, Check, Skipped, compares, stage
-from trimtab.backbones.vilt_official import pixel_mask
+from trimtab.backbones.vilt.official import pixel_mask
 
 SEED = 7
 

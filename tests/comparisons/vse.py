@@ -8,7 +8,7 @@ import torch
 
 from tests.comparisons.backbones import build
 from tests.conformance import Case, Check, Skipped, compares, stage
-from trimtab.backbones.vse_model import hinge_loss
+from trimtab.backbones.vse.model import hinge_loss
 
 
 @compares("backbone vse_infty")

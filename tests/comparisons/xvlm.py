@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from tests.comparisons.backbones import build
 from tests.conformance import Case, Check, Skipped, compares, stage
-from trimtab.backbones.xvlm_model import Xvlm, word_loss
-from trimtab.backbones.xvlm_vision import resize_bias
+from trimtab.backbones.xvlm.model import Xvlm, word_loss
+from trimtab.backbones.xvlm.vision import resize_bias
 
 FILES = {"xvlm_swin": "4m_base_model_state_step_199999.th", "xvlm_clipvit": "clipvit_model_state_step_199999.th"}
 

@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from trimtab.data.cache import cache_dir, replace_file, replace_folder
+from trimtab.files import cache_dir, replace_file, replace_folder
 
 
 def content(folder) -> list[str]:

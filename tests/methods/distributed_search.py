@@ -6,7 +6,7 @@ import json
 import os
 import sys
 
-from trimtab import recipe, run, training
+from trimtab.experiments import recipe, run, training
 
 if __name__ == "__main__":
     rows = 8 // int(os.environ.get("WORLD_SIZE", "1"))

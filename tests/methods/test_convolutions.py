@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import trimtab
 from tests.methods.test_prune import PRUNERS, STEPS
-from tests.zoo import ZOO
+from tests.models.zoo import ZOO
 from trimtab import Anatomy, Block, Masks, Tap, Tower
 from trimtab.methods import METHODS
 from trimtab.methods.prune import convolutions

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from trimtab import backbones, recipe, run
+from trimtab import backbones
+from trimtab.experiments import recipe, run
 from trimtab.methods.prune.masks import Masks
 
 

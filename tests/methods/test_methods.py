@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trimtab import backbones, recipe, run, training
-from trimtab.bits import pack, unpack
-from trimtab.cost import saved_bytes
+from trimtab import backbones
+from trimtab.counting import saved_bytes
+from trimtab.experiments import recipe, run, training
 from trimtab.methods import METHODS
-from trimtab.methods.skip.das import Gates
+from trimtab.methods.skip.search.das import Gates
+from trimtab.storage.bits import pack, unpack
 
 BACKBONES = {"tiny-clip": "retrieval", "tiny-vilt": "vqa", "tiny-blip": "vqa"}
 NAMES = sorted(set(METHODS) - {"masks"})  # masks come from somewhere: see test_given.py
@@ -177,7 +178,7 @@ def test_trained_parameters_hardly_change_with_the_number_of_skipped_blocks(tiny
 @pytest.mark.slow
 def test_the_search_raises_the_gates_of_blocks_that_are_not_missed(tiny_raw, monkeypatch):
     """The whole search on a real model, its losses replaced by how many needed blocks a plan would skip."""
-    from trimtab.methods.skip import das
+    from trimtab.methods.skip.search import das
 
     needed = {0, 1, 3, 4, 6, 7}
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import trimtab
-from tests.modern import DEEPER, MEMBERS, deeper, outputs, written
+from tests.models.modern import DEEPER, MEMBERS, deeper, outputs, written
 from trimtab.anatomy import Anatomy
 from trimtab.backbones.examples.today import florence, grounding_dino, qwen3
 from trimtab.methods.skip.adapters import Adapter, Skipped
-from trimtab.methods.skip.das import DAS
+from trimtab.methods.skip.search.das import DAS
 from trimtab.methods.skip.shorten import shorten
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import trimtab
-from tests.modern import MEMBERS, deeper, outputs, written
-from tests.zoo import Member
+from tests.models.modern import MEMBERS, deeper, outputs, written
+from tests.models.zoo import Member
 from trimtab.anatomy import Anatomy
 from trimtab.backbones.examples.today import idefics
 

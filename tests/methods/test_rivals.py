@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from trimtab.anatomy import Anatomy, Block, Tap, Tower
-from trimtab.cost import saved_bytes
+from trimtab.counting import saved_bytes
 from trimtab.methods import METHODS
 from trimtab.methods.tune.ladder import Ladder, linears
 from trimtab.methods.tune.prompt import _widened

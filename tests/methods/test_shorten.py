@@ -23,7 +23,7 @@ from transformers import (
 from trimtab import Anatomy
 from trimtab.anatomy import Block, Sublayer, Tap, Tower
 from trimtab.methods.skip.adapters import Adapter, RoutedAdapter, Skipped
-from trimtab.methods.skip.das import DAS
+from trimtab.methods.skip.search.das import DAS
 from trimtab.methods.skip.shorten import hand_on_positions, shorten
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}

@@ -12,21 +12,22 @@ from torch import nn
 from transformers import ViltConfig, ViltModel
 
 from tests.comparisons.skip import fusion_block
-from trimtab import Anatomy, recipe, run, training
+from trimtab import Anatomy
 from trimtab.anatomy import Block, Sublayer, Tap, Tower
-from trimtab.cost import count_macs
+from trimtab.counting import count_macs
+from trimtab.experiments import recipe, run, training
 from trimtab.methods import METHODS
 from trimtab.methods.skip import budget
 from trimtab.methods.skip.adapters import RoutedAdapter, Skipped, Switch, add_adapters
-from trimtab.methods.skip.bandit import BanditSettings, bandit, log_probability, log_probability_of_set
 from trimtab.methods.skip.budget import BlockCosts, Target, parse
-from trimtab.methods.skip.das import DAS, Gates
-from trimtab.methods.skip.evaluate import Evaluator, PlanLosses, SearchError, choose
-from trimtab.methods.skip.exhaustive import exhaustive
-from trimtab.methods.skip.greedy import greedy
-from trimtab.methods.skip.influence import block_influence
-from trimtab.methods.skip.linear import LinearSettings, belief, best_plan, linear
 from trimtab.methods.skip.plan import Plan, PlanError
+from trimtab.methods.skip.search.bandit import BanditSettings, bandit, log_probability, log_probability_of_set
+from trimtab.methods.skip.search.das import DAS, Gates
+from trimtab.methods.skip.search.evaluate import Evaluator, PlanLosses, SearchError, choose
+from trimtab.methods.skip.search.exhaustive import exhaustive
+from trimtab.methods.skip.search.greedy import greedy
+from trimtab.methods.skip.search.influence import block_influence
+from trimtab.methods.skip.search.linear import LinearSettings, belief, best_plan, linear
 
 COSTS = [0.9, 0.1, 0.5, 0.8, 0.2, 0.7, 0.6, 0.4]  # what skipping each block adds to the loss
 BEST = (1, 4, 7)
@@ -112,7 +113,7 @@ def test_plackett_luce_is_the_probability_of_draws_without_replacement():
 
 def test_the_bandit_climbs_the_expected_reward():
     """Its step, averaged over many draws, is the gradient of the expected reward by the policy."""
-    from trimtab.methods.skip.bandit import _draw, _step
+    from trimtab.methods.skip.search.bandit import _draw, _step
 
     theta = torch.tensor([0.2, -0.3, 0.5, 0.0], dtype=torch.float64, requires_grad=True)
     plans = list(combinations(range(4), 2))
@@ -662,7 +663,7 @@ def test_macs_of_a_plan_are_those_of_the_model_with_it(tiny_raw):
 def test_das_that_is_interrupted_goes_on_with_the_same_gates(tiny_raw, tmp_path, monkeypatch):
     method = {"name": "das", "skip": 2, "search_steps": 6, "turn": 1, "warmup": 0.2, "gate_rate": 5.0}
     whole = prepared(tiny_raw, method, tmp_path / "whole", save_every=2)
-    from trimtab.methods.skip import das
+    from trimtab.methods.skip.search import das
 
     update = das._Search.update
 
@@ -696,7 +697,7 @@ def test_nothing_is_taken_from_a_search_with_other_settings(tiny_raw, tmp_path):
 
 @pytest.mark.slow
 def test_a_search_on_trained_adapters_goes_on_where_it_was(tiny_raw, tmp_path, monkeypatch):
-    from trimtab.methods.skip import searched
+    from trimtab.methods.skip.search import searched
 
     method = {"name": "greedy-skip", "skip": 1, "search_steps": 2}
     whole = prepared(tiny_raw, method, tmp_path / "run")
@@ -711,7 +712,7 @@ def test_a_search_on_trained_adapters_goes_on_where_it_was(tiny_raw, tmp_path, m
 
 
 def test_a_loss_that_is_no_number_stops_das_and_keeps_the_plan(tiny_raw, tmp_path, monkeypatch):
-    from trimtab.methods.skip import das
+    from trimtab.methods.skip.search import das
 
     monkeypatch.setattr(das.PlanLosses, "__call__", lambda self, plans: [1.0, math.nan, 2.0])
     with pytest.raises(SearchError, match=r"das: the loss with vilt.encoder.layer.\d, .* skipped is nan.*so_far.json"):
@@ -720,7 +721,7 @@ def test_a_loss_that_is_no_number_stops_das_and_keeps_the_plan(tiny_raw, tmp_pat
 
 
 def test_a_loss_that_is_no_number_stops_other_searches_and_keeps_the_plan(tiny_raw, tmp_path, monkeypatch):
-    from trimtab.methods.skip import searched
+    from trimtab.methods.skip.search import searched
 
     answers = iter([2.0, 1.0, math.inf])
     monkeypatch.setattr(searched.PlanLosses, "__call__", lambda self, plans: [next(answers) for _ in plans])

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests import zoo
 from tests.backbones.test_meter import batch, tiny
+from tests.models import zoo
 from trimtab.anatomy import Anatomy
 from trimtab.methods import METHODS
 

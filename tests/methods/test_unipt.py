@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from trimtab.anatomy import Anatomy, AnatomyError, Block, Tap, Tower
-from trimtab.cost import saved_bytes
+from trimtab.counting import saved_bytes
 from trimtab.methods.tune.unipt import PUBLISHED, DecoderUniPT, PyramidUniPT, TokenUniPT, UniPT, VectorUniPT
 from trimtab.methods.tune.unipt.core import attend
 from trimtab.methods.tune.unipt.down import Target

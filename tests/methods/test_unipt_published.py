@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import trimtab
-from tests import zoo
-from tests.backbones import layouts, published
 from tests.methods.test_unipt import millions
+from tests.models import layouts, published, zoo
 from trimtab.anatomy import Anatomy, Tap, read
 from trimtab.backbones.official import build_official
-from trimtab.cost import saved_bytes
+from trimtab.counting import saved_bytes
 from trimtab.methods import METHODS
 
 
@@ -269,10 +268,10 @@ def meta(model: Callable[[], nn.Module], heads: tuple[str, ...] = (), **settings
 
 
 def test_trained_parameters_at_the_published_sizes():
-    from trimtab.backbones.clip4clip_model import Clip4Clip, Clip4ClipConfig
-    from trimtab.backbones.clip_vil_model import ClipVilConfig, ClipVilModel
-    from trimtab.backbones.mdetr_model import Mdetr, MdetrConfig
-    from trimtab.backbones.vse_model import VseConfig, VseInfinity
+    from trimtab.backbones.clip4clip.model import Clip4Clip, Clip4ClipConfig
+    from trimtab.backbones.clip_vil.model import ClipVilConfig, ClipVilModel
+    from trimtab.backbones.mdetr.model import Mdetr, MdetrConfig
+    from trimtab.backbones.vse.model import VseConfig, VseInfinity
 
     vse = VseConfig(cnn={"inner": 256, "groups": 32})
     side, pools = meta(lambda: VseInfinity(vse), USES["VSE-infinity"].heads)

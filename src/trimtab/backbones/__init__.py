@@ -9,37 +9,37 @@ from typing import Any
 from torch import nn
 
 from trimtab.anatomy import Anatomy
-from trimtab.backbones import (  # noqa: F401  (they register their descriptions and formats)
-    architectures,
+from trimtab.backbones import architectures
+from trimtab.backbones.architectures import ARCHITECTURES
+from trimtab.backbones.base import BACKBONES, Backbone, Encoded, Pictures
+from trimtab.backbones.blip import features as blip
+from trimtab.backbones.blip import official as blip_official
+from trimtab.backbones.clip import features as clip
+from trimtab.backbones.clip4clip import features as clip4clip
+from trimtab.backbones.clip_vil import features as clip_vil
+from trimtab.backbones.described import (  # noqa: F401  (they register their descriptions)
     bart,
     bert,
-    blip,
-    blip_official,
     bridgetower,
-    clip,
-    clip4clip,
-    clip_vil,
     decoder,
-    dual,
     florence2,
     grounding_dino,
     llava,
-    mdetr,
-    meter,
-    reader,
-    siglip,
     swin,
     t5,
-    vilt,
-    vilt_official,
     vit,
-    vse,
-    xvlm,
 )
-from trimtab.backbones.architectures import ARCHITECTURES
-from trimtab.backbones.base import BACKBONES, Backbone, Encoded, Pictures
+from trimtab.backbones.dual import features as dual  # noqa: F401
+from trimtab.backbones.mdetr import features as mdetr  # noqa: F401
+from trimtab.backbones.meter import features as meter
 from trimtab.backbones.official import FORMATS, LoadReport, load_official, own_class
 from trimtab.backbones.pretraining import Pretraining
+from trimtab.backbones.reader import features as reader
+from trimtab.backbones.siglip import features as siglip
+from trimtab.backbones.vilt import features as vilt
+from trimtab.backbones.vilt import official as vilt_official  # noqa: F401
+from trimtab.backbones.vse import features as vse
+from trimtab.backbones.xvlm import features as xvlm
 from trimtab.registry import unknown
 
 __all__ = ["ARCHITECTURES", "BACKBONES", "FORMATS", "Backbone", "Encoded", "LoadReport", "Pictures", "Pretraining",

@@ -65,7 +65,7 @@ def meter(tasks: Sequence[str] = ("mlm", "itm"), image_size: int = 288, answers:
     """
     from transformers import BertConfig, CLIPVisionConfig, RobertaConfig
 
-    from trimtab.backbones.meter_model import MeterConfig, MeterModel
+    from trimtab.backbones.meter.model import MeterConfig, MeterModel
 
     outputs = {"mlm": 50265, "itm": 2, "vqa": answers, "nlvr2": 2, "snli": 3, "irtr": 1}
     for task in tasks:
@@ -89,7 +89,7 @@ def vilt(task: str = "irtr", answers: int = 3129) -> tuple[type, Any]:
     """
     import transformers
 
-    from trimtab.backbones.vilt_official import _TASKS
+    from trimtab.backbones.vilt.official import _TASKS
 
     name = _one_of("task of ViLT", task, _TASKS)[0]
     config = transformers.ViltConfig(
@@ -110,7 +110,7 @@ def blip(task: str = "pretrain", image_size: int = 224) -> tuple[type, Any]:
     """
     import transformers
 
-    from trimtab.backbones.blip_official import _TASKS
+    from trimtab.backbones.blip.official import _TASKS
 
     name = _one_of("task of BLIP", task, _TASKS)[0]
     words = 30522 + 2  # [DEC] and [ENC]
@@ -136,7 +136,7 @@ def xvlm(vision: str = "swin", task: str = "retrieval", image_size: int | None =
         task: `pretrain`, `retrieval`, `grounding`, `nlvr2`, `vqa` or `caption`.
         image_size: pixels of a side; None for 224 in pretraining, 480 for VQA with Swin, else 384.
     """
-    from trimtab.backbones.xvlm_model import Xvlm, XvlmConfig
+    from trimtab.backbones.xvlm.model import Xvlm, XvlmConfig
 
     size = image_size or {"pretrain": 224, "vqa": 480}.get(task, 384)
     swin = {"model_type": "swin", "image_size": size, "embed_dim": 128, "depths": [2, 2, 18, 2],
@@ -154,7 +154,7 @@ def mdetr(answers: dict[str, int] | None = None) -> tuple[type, Any]:
     Args:
         answers: kinds of answers and their numbers (`mdetr_model.GQA`; `{"": 1853}` for one head); None for none.
     """
-    from trimtab.backbones.mdetr_model import Mdetr, MdetrConfig
+    from trimtab.backbones.mdetr.model import Mdetr, MdetrConfig
 
     return Mdetr, MdetrConfig(_ROBERTA, answers=answers)
 
@@ -167,7 +167,7 @@ def vse(vision: str = "wsl") -> tuple[type, Any]:
         vision: `wsl` (ResNeXt on pictures), `detector` (bottom-up attention's ResNet-101 on pictures) or `regions`
             (what it found, 2048 wide).
     """
-    from trimtab.backbones.vse_model import VseConfig, VseInfinity
+    from trimtab.backbones.vse.model import VseConfig, VseInfinity
 
     sizes = {"wsl": ResNetSizes(inner=256, groups=32), "detector": ResNetSizes(caffe=True), "regions": None}
     cnn = _one_of("vision of VSE-infinity", vision, sizes)
@@ -184,7 +184,7 @@ def clip4clip(patch: int = 32, head: str = "meanP", cross_layers: int = 4, depth
         cross_layers: blocks of the heads that are transformers.
         depth: frames that a patch sees, 1 or 3.
     """
-    from trimtab.backbones.clip4clip_model import Clip4Clip, Clip4ClipConfig
+    from trimtab.backbones.clip4clip.model import Clip4Clip, Clip4ClipConfig
 
     layers = cross_layers if head in ("seqTransf", "tightTransf") else 0
     # 2 is transformers' sign for "read the text at its largest id", as CLIP does.
@@ -205,7 +205,7 @@ def clip_vil(vision: str = "RN50x4", task: str = "vqa", answers: int = 3129) -> 
     """
     from transformers import BertConfig
 
-    from trimtab.backbones.clip_vil_model import ClipVilConfig, ClipVilModel
+    from trimtab.backbones.clip_vil.model import ClipVilConfig, ClipVilModel
 
     sizes = {"RN50x4": (80, [4, 6, 10, 6]), "RN50": (64, [3, 4, 6, 3])}
     width, layers = _one_of("vision of CLIP-ViL", vision, sizes)

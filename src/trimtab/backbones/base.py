@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy
-from trimtab.checkpoints import load_weights, write_pretrained
-from trimtab.data.cache import replace_folder
+from trimtab.files import replace_folder
 from trimtab.registry import Registry
-from trimtab.shards import open_safetensors
+from trimtab.storage.checkpoints import load_weights, write_pretrained
+from trimtab.storage.shards import open_safetensors
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Backbone(nn.Module):
     def save_pretrained(self, folder: Path, dtype: torch.dtype = torch.float32, sparse: bool = False) -> None:
         """Write a transformers folder: config, weights in `dtype`, tokenizer, and how pictures are prepared.
 
-        With `sparse` the weights are in the layout of `trimtab.sparse`, which `trimtab.load` reads too.
+        With `sparse` the weights are in the layout of `trimtab.storage.sparse`, which `trimtab.load` reads too.
 
         Raises:
             ValueError: if the model is no transformers model.
@@ -234,7 +234,7 @@ def read_pictures(folder: Path, size: int) -> Pictures:
 def load_pretrained(model_class: Any, folder: Path, pretrained: bool, **options: Any) -> nn.Module:
     """A transformers model from its folder in float32, or with fresh random weights of the same configuration.
 
-    The folder's weights are dense or in the layout of `trimtab.sparse`.
+    The folder's weights are dense or in the layout of `trimtab.storage.sparse`.
 
     Raises:
         FileNotFoundError: if the folder, its config or its weights are not there.

@@ -269,7 +269,7 @@ def _three(names: list[str], quote: str = "'") -> str:
 
 def _fill(model_class: Any, config: Any, weights: dict[str, Tensor]) -> nn.Module:
     """The model with these weights in float32; transformers ties what is tied and fills what is not saved."""
-    from trimtab.checkpoints import quiet
+    from trimtab.storage.checkpoints import quiet
 
     with quiet():
         model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.shards import open_safetensors
+from trimtab.storage.shards import open_safetensors
 
 # Where files keep their tensors, in the order in which their authors' code looks: Lightning, then everybody else.
 _ENTRIES = ("state_dict", "model")

@@ -17,7 +17,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from trimtab.backbones.blip_model import BlipForMatchingAndCaptions, BlipForNlvr2, BlipForVqa, BlipPretraining
+from trimtab.backbones.blip.model import BlipForMatchingAndCaptions, BlipForNlvr2, BlipForVqa, BlipPretraining
 from trimtab.backbones.examples import papers, today
 from trimtab.backbones.examples.inputs import (
     BIG_PAIR,

@@ -7,14 +7,14 @@ from typing import Any
 import transformers as hf
 from torch import nn
 
-from trimtab.backbones.clip4clip_model import Clip4Clip, Clip4ClipConfig
-from trimtab.backbones.clip_vil_model import ClipVilConfig, ClipVilModel
-from trimtab.backbones.dual import DualEncoder
+from trimtab.backbones.clip4clip.model import Clip4Clip, Clip4ClipConfig
+from trimtab.backbones.clip_vil.model import ClipVilConfig, ClipVilModel
+from trimtab.backbones.dual.features import DualEncoder
 from trimtab.backbones.examples.inputs import DECODER, PICTURE, SMALL, VISION
-from trimtab.backbones.mdetr_model import Mdetr, MdetrConfig
-from trimtab.backbones.meter_model import MeterConfig, MeterModel
-from trimtab.backbones.vse_model import VseConfig, VseInfinity
-from trimtab.backbones.xvlm_model import Xvlm, XvlmConfig
+from trimtab.backbones.mdetr.model import Mdetr, MdetrConfig
+from trimtab.backbones.meter.model import MeterConfig, MeterModel
+from trimtab.backbones.vse.model import VseConfig, VseInfinity
+from trimtab.backbones.xvlm.model import Xvlm, XvlmConfig
 
 BERT = {**SMALL, "vocab_size": 30, "max_position_embeddings": 14}
 CNN = {"layers": (1, 1, 1, 2), "stem": 4, "inner": 4}

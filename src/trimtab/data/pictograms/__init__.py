@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trimtab.data.cache import cache_dir, replace_folder
 from trimtab.data.pictograms import concepts as _concepts
 from trimtab.data.pictograms import language, scenes, variation
 from trimtab.data.pictograms.language import answers
+from trimtab.files import cache_dir, replace_folder
 from trimtab.registry import Registry, unknown
 
 if TYPE_CHECKING:

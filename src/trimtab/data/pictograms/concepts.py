@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
-from trimtab.data.cache import cache_dir, replace_file
 from trimtab.data.pictograms import variation
 from trimtab.data.pictograms.variation import VARIANTS, vary
+from trimtab.files import cache_dir, replace_file
 
 STYLES = ("twemoji", "openmoji", "twemoji-varied")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")

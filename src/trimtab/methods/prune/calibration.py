@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab import processes
 from trimtab.anatomy import Anatomy, Weight
 from trimtab.methods.base import Session
-from trimtab.methods.prune import processes
 from trimtab.precision import native_bf16
 
 Batch = dict[str, Any]

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trimtab import processes
 from trimtab.anatomy import Anatomy, Tap, Tower, Weight, read
-from trimtab.methods.prune import processes
 from trimtab.methods.prune.calibration import Batch, Calibration, evaluating, gradients
 from trimtab.methods.prune.convolutions import Convolutions, patch_sums
 

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from trimtab.bits import pack, unpack
-from trimtab.data.cache import replace_file
-from trimtab.methods.prune import processes
+from trimtab import processes
+from trimtab.files import replace_file
 from trimtab.registry import unknown
+from trimtab.storage.bits import pack, unpack
 
 # --- selection --------------------------------------------------------------------------------------------------------
 

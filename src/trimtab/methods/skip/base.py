@@ -21,12 +21,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from trimtab.anatomy import Anatomy, Block
-from trimtab.data.cache import replace_file
+from trimtab.files import replace_file
 from trimtab.methods.base import Method, Session
 from trimtab.methods.skip.adapters import Skipped, Switch, add_adapters, replace_module, train_adapters
 from trimtab.methods.skip.budget import BlockCosts, Indices, Target, Unit, measure, parse
-from trimtab.methods.skip.evaluate import SearchError
 from trimtab.methods.skip.plan import Plan, with_costs
+from trimtab.methods.skip.search.evaluate import SearchError
 from trimtab.methods.skip.shorten import close_gaps, hand_on_positions, shorten
 from trimtab.registry import unknown
 

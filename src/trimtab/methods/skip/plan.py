@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from trimtab.anatomy import Anatomy, Block
-from trimtab.data.cache import replace_file
+from trimtab.files import replace_file
 
 FORMAT = 1
 

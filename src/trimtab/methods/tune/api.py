@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Tower
-from trimtab.data.cache import replace_folder
-from trimtab.learned import copy_learned, fingerprint, learned_part
+from trimtab.files import replace_folder
 from trimtab.methods.base import METHODS, Method
 from trimtab.registry import unknown
-from trimtab.shards import open_safetensors
+from trimtab.storage.learned import copy_learned, fingerprint, learned_part
+from trimtab.storage.shards import open_safetensors
 
 FORMAT = 1
 CONFIG, WEIGHTS = "tune.json", "learned.safetensors"

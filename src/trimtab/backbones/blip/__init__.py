@@ -1,0 +1,1 @@
+"""The family of `blip`: description, model, official files, features for tasks."""

@@ -1,0 +1,1 @@
+"""The family of `clip`: description, model, official files, features for tasks."""

@@ -1,0 +1,1 @@
+"""The family of `clip_vil`: description, model, official files, features for tasks."""

@@ -1,0 +1,1 @@
+"""Descriptions of transformers' own classes, one file a family."""

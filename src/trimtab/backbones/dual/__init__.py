@@ -1,0 +1,1 @@
+"""The family of `dual`: description, model, official files, features for tasks."""

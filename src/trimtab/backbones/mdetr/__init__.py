@@ -1,0 +1,1 @@
+"""The family of `mdetr`: description, model, official files, features for tasks."""

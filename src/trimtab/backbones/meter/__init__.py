@@ -1,0 +1,1 @@
+"""The family of `meter`: description, model, official files, features for tasks."""

@@ -1,0 +1,1 @@
+"""The family of `reader`: description, model, official files, features for tasks."""

@@ -1,0 +1,1 @@
+"""The family of `siglip`: description, model, official files, features for tasks."""

@@ -1,0 +1,100 @@
+"""SigLIP (Zhai et al., ICCV 2023) and SigLIP 2: two towers that meet in one space. transformers' classes described."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.anatomy import Anatomy, Tap, Tower, describes, part_of
+from trimtab.backbones.base import Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
+from trimtab.backbones.clip.features import ClipBackbone, tower_blocks
+
+
+@describes("SiglipVisionModel", "Siglip2VisionModel")
+def describe_vision(model: Any) -> Anatomy:
+    tower = Tower(
+        "vision", "vision", tower_blocks(model), ("embeddings", "encoder", "post_layernorm"),
+        output=Tap("post_layernorm"), pooled=Tap("head") if model.use_head else None,
+    )  # fmt: skip
+    if type(model).__name__.startswith("Siglip2"):  # pictures of any shape, as padded rows of patches
+        tower = replace(tower, mask=Tap("", "input", "pixel_attention_mask"))
+    return Anatomy((tower,), heads=("head",))
+
+
+@describes("SiglipTextModel", "Siglip2TextModel")
+def describe_text(model: Any) -> Anatomy:
+    tower = Tower(
+        "text", "text", tower_blocks(model), ("embeddings", "encoder", "final_layer_norm"),
+        output=Tap("final_layer_norm"), mask=Tap("", "input", "attention_mask"),
+        mask_required=False,  # it was trained on padded texts without a mask: padding is text to it
+        pooled=Tap("head"), pooled_token="last",
+    )  # fmt: skip
+    return Anatomy((tower,), heads=("head",))
+
+
+@describes("SiglipModel", "Siglip2Model")
+def describe(model: Any) -> Anatomy:
+    parts = [part_of(model, f"{name}_model", name) for name in ("vision", "text")]
+    return Anatomy(tuple(t for p in parts for t in p.towers), heads=tuple(h for p in parts for h in p.heads))
+
+
+class SiglipBackbone(ClipBackbone):
+    """Texts are padded to the length at which it was trained: padding is text to it, its vector is the last token's.
+
+    SigLIP 2 models that take pictures of any shape (`Siglip2Model`) are given squares of as many patches as they have
+    positions.
+    """
+
+    def texts(self, sentences: Sequence[str]) -> dict[str, Tensor]:
+        """Strings -> `input_ids` and `attention_mask` (B, L) of one length, `max_text` tokens."""
+        found = super().texts(sentences)
+        more = (0, self.max_text - found["input_ids"].shape[1])
+        pad = self.tokenizer.pad_token_id or 0
+        return {
+            "input_ids": torch.nn.functional.pad(found["input_ids"], more, value=pad),
+            "attention_mask": torch.nn.functional.pad(found["attention_mask"], more),
+        }
+
+    def image(self, pixel_values: Tensor) -> Encoded:
+        if not hasattr(self.model.config.vision_config, "num_patches"):
+            return super().image(pixel_values)
+        patches, side = patched(pixel_values, self.model.config.vision_config.patch_size)
+        count, device = len(patches), patches.device
+        out = self.model.get_image_features(
+            pixel_values=patches, pixel_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=device),
+            spatial_shapes=torch.tensor([[side, side]] * count, device=device),
+        )  # fmt: skip
+        return Encoded(out.pooler_output, out.last_hidden_state)
+
+    def text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        out = self.model.get_text_features(input_ids=input_ids)
+        return Encoded(out.pooler_output, out.last_hidden_state, attention_mask)
+
+    def fold_projections(self, image: Tensor, text: Tensor, scale: Tensor) -> None:
+        Backbone.fold_projections(self, image, text, scale)
+
+
+def patched(pixel_values: Tensor, patch: int) -> tuple[Tensor, int]:
+    """Squares (B, 3, S, S) as rows of patches (B, (S / p)^2, p p 3), a patch's rows first, colours last; and S / p."""
+    rows = pixel_values.unfold(2, patch, patch).unfold(3, patch, patch)  # (B, 3, n, n, p, p)
+    return rows.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2), rows.shape[2]
+
+
+def load(folder: Path, name: str, pretrained: bool = True) -> SiglipBackbone:
+    """A transformers folder of SigLIP or SigLIP 2: config.json, model.safetensors, the tokenizer's files if any."""
+    from transformers import Siglip2Model, SiglipModel
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    kind = Siglip2Model if AutoConfig.from_pretrained(folder).model_type == "siglip2" else SiglipModel
+    model = load_pretrained(kind, folder, pretrained)
+    vision, text = model.config.vision_config, model.config.text_config
+    flexible = getattr(vision, "num_patches", None)
+    size = vision.patch_size * round(flexible**0.5) if flexible else vision.image_size
+    width = getattr(text, "projection_size", None) or text.hidden_size
+    tokenizer = find_tokenizer(folder)
+    return SiglipBackbone(name, model, tokenizer, Pictures(size), width, text.max_position_embeddings)

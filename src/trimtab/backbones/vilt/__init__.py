@@ -1,0 +1,1 @@
+"""The family of `vilt`: description, model, official files, features for tasks."""

@@ -1,0 +1,157 @@
+"""ViLT (Kim et al., ICML 2021): one stream of text and image tokens. transformers' classes, and our `tiny-vilt`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes
+from trimtab.backbones.base import (
+    BACKBONES,
+    WEIGHTS,
+    Backbone,
+    Encoded,
+    Pictures,
+    check_sizes,
+    find_tokenizer,
+    load_pretrained,
+)
+from trimtab.backbones.clip.features import without_pre_norm
+
+
+@describes("ViltModel")
+def describe(model: Any) -> Anatomy:
+    width = model.config.hidden_size
+    blocks = []
+    for i in range(len(model.encoder.layer)):
+        path = f"encoder.layer.{i}"
+        blocks.append(Block(path, width, (
+            # The norms come first in ViLT, so the input of each norm is the un-normalised stream.
+            Sublayer("attention", Tap(f"{path}.layernorm_before", "input"), Tap(f"{path}.attention.output")),
+            Sublayer("mlp", Tap(f"{path}.layernorm_after", "input"), Tap(f"{path}.output")),
+        ), returns_tuple=True))  # fmt: skip
+    tower = Tower(
+        "fusion", "fusion", tuple(blocks), ("embeddings", "encoder", "layernorm"),
+        output=Tap("layernorm"), mask=Tap("embeddings", key=1),
+        mask_source=Tap("", "input", "attention_mask"), pooled=Tap("pooler") if model.pooler else None,
+    )  # fmt: skip
+    return Anatomy((tower,), heads=("pooler",))
+
+
+class ViltBackbone(Backbone):
+    """A ViLT; matching starts from its ranking head (`ViltForImageAndTextRetrieval`) or that of its pretraining."""
+
+    kind = "joint"
+
+    def __init__(self, name: str, model: Any, tokenizer: Any):
+        config = model.config
+        longest = min(config.max_position_embeddings, 40)
+        super().__init__(name, model, tokenizer, Pictures(config.image_size), config.hidden_size, longest)
+
+    def look(self, pixel_values: Tensor) -> Tensor:
+        """Patch and position embeddings of full square images, (B, 1 + P, D), in row-major order.
+
+        transformers' `visual_embed` computes the same and then draws a random order of the patches, image by image, in
+        evaluation too. Position embeddings are added before, so that the order carries no meaning; a fixed one makes
+        results repeatable and lets grounding know which token is which patch. Passed on as `image_embeds`.
+        """
+        check_sizes("ViLT", pixel_values=pixel_values, side=self.model.config.image_size)
+        embeddings = self.model.vilt.embeddings
+        patches = embeddings.patch_embeddings(pixel_values).flatten(2).transpose(1, 2)  # (B, P, D)
+        tokens = torch.cat([embeddings.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        return embeddings.dropout(tokens + embeddings.position_embeddings)
+
+    def fuse(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        check_sizes("ViLT", input_ids, self.model.config.max_position_embeddings)
+        valid = torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device)
+        out = self.model.vilt(input_ids=input_ids, attention_mask=attention_mask, image_embeds=seen, pixel_mask=valid)
+        start = input_ids.shape[1] + 1  # after the text and the image's class token
+        tokens = out.last_hidden_state  # (B, L + 1 + P, D)
+        mask = torch.cat([attention_mask, valid], dim=1)
+        return Encoded(out.pooler_output, tokens, mask, slice(start, tokens.shape[1]))
+
+    def write(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        # ViltModel lets every token see every valid one, so that its parts are called here with another mask: a word
+        # sees the picture and the words up to itself, the picture sees itself (a "prefix" language model).
+        vilt, length = self.model.vilt, input_ids.shape[1]
+        valid = torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device)
+        tokens, mask = vilt.embeddings(input_ids, attention_mask, None, None, valid, None, seen)
+        sees = mask.bool()[:, None, None, :].repeat(1, 1, tokens.shape[1], 1)  # (B, 1, L + 1 + P, L + 1 + P)
+        sees[:, :, :length, :length] &= torch.ones(length, length, dtype=torch.bool, device=seen.device).tril()
+        sees[:, :, length:, :length] = False
+        barred = torch.zeros(sees.shape, dtype=tokens.dtype, device=seen.device)
+        barred.masked_fill_(~sees, torch.finfo(tokens.dtype).min)
+        return vilt.layernorm(vilt.encoder(tokens, attention_mask=barred)[0])[:, :length]
+
+    @torch.no_grad()
+    def start_from(self, other: Backbone) -> None:
+        """Take patch, position and class embeddings and the blocks from a CLIP vision tower of the same sizes.
+
+        ViLT itself starts from a pretrained vision transformer (section 3.1 of its paper).
+        """
+        source, own = other.model.vision_model, self.model.vilt
+        start = without_pre_norm(source)
+        text = own.embeddings.text_embeddings.LayerNorm
+        pairs = [
+            (own.embeddings.patch_embeddings.projection.weight, start.patch),
+            (own.embeddings.patch_embeddings.projection.bias, start.bias),
+            (own.embeddings.position_embeddings, start.positions[None]),
+            (own.embeddings.cls_token, start.token[None, None]),
+            # A word starts as the class token with a touch of itself: it reads the picture as the class token does.
+            (text.bias, start.token),
+            (text.weight, torch.full_like(start.token, 0.5)),
+            (own.layernorm.weight, source.post_layernorm.weight),
+            (own.layernorm.bias, source.post_layernorm.bias),
+        ]
+        names = {
+            "attention.attention.query": "self_attn.q_proj", "attention.attention.key": "self_attn.k_proj",
+            "attention.attention.value": "self_attn.v_proj", "attention.output.dense": "self_attn.out_proj",
+            "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2",
+            "layernorm_before": "layer_norm1", "layernorm_after": "layer_norm2",
+        }  # fmt: skip
+        for mine, theirs in zip(own.encoder.layer, source.encoder.layers, strict=True):
+            for a, b in names.items():
+                left, right = mine.get_submodule(a), theirs.get_submodule(b)
+                pairs += [(left.weight, right.weight), (left.bias, right.bias)]
+        for target, value in pairs:
+            target.copy_(value)
+
+    def match(self, encoded: Encoded) -> Tensor:
+        """Logit that text and image belong together, (B,).
+
+        Raises:
+            ValueError: if the model has no head for it.
+        """
+        if hasattr(self.model, "rank_output"):
+            return self.model.rank_output(encoded.pooled).squeeze(-1)
+        if hasattr(self.model, "itm_score"):
+            logits = self.model.itm_score(encoded.pooled)
+            return logits[:, 1] - logits[:, 0]
+        raise ValueError(f"{self.name}: {type(self.model).__name__} has no head for matching: load it with task='irtr'")
+
+
+def load(folder: Path, name: str, pretrained: bool = True) -> ViltBackbone:
+    """A transformers ViLT folder: config.json, model.safetensors, and the tokenizer's files if it has any."""
+    import json
+
+    import transformers
+
+    from trimtab.backbones.vilt.model import ViltForPretraining
+
+    named = (json.loads((folder / "config.json").read_text()).get("architectures") or [""])[0]
+    others = (
+        transformers.ViltForQuestionAnswering,
+        transformers.ViltForImagesAndTextClassification,
+        ViltForPretraining,
+    )
+    model_class = {c.__name__: c for c in others}.get(named, transformers.ViltForImageAndTextRetrieval)
+    return ViltBackbone(name, load_pretrained(model_class, folder, pretrained), find_tokenizer(folder))
+
+
+@BACKBONES.register("tiny-vilt")
+def tiny_vilt(pretrained: bool = True) -> ViltBackbone:
+    """8 blocks, 128 wide, 64 px, patch 8; pretrained by us on Twemoji scenes (docs/pretraining.md)."""
+    return load(WEIGHTS / "tiny-vilt", "tiny-vilt", pretrained)

@@ -1,0 +1,1 @@
+"""The family of `vse`: description, model, official files, features for tasks."""

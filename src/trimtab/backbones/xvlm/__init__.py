@@ -1,0 +1,1 @@
+"""The family of `xvlm`: description, model, official files, features for tasks."""

@@ -1,0 +1,190 @@
+"""What a call costs, counted or measured: any function of any model; nothing here knows methods, tasks or recipes.
+
+macs                  multiply-adds (one is 1 MAC; torch counts 2 FLOPs): matrix products, convolutions, attention
+saved bytes           what autograd keeps for backward, each storage once, without parameters and buffers
+training peak         weights, gradients, AdamW's two moments and whatever else lives at the worst moment of one
+                      training step, from the sizes of tensors; no kernel's workspace
+peak memory           CUDA's peak, or without a GPU the growth of the resident set
+latency               median, 10th and 90th percentile of repeated calls
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_macs(function: Callable[[], Any]) -> int:
+    """Multiply-adds of everything that a call computes (half of what `torch.utils.flop_counter` calls FLOPs)."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    # The counter knows the matrix products inside the plain attention kernel, but not the CPU's fused one.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops() // 2
+
+
+def saved_bytes(function: Callable[[], Tensor], model: nn.Module) -> int:
+    """Bytes that autograd keeps for the backward pass of `function()`, each storage once, without the model's own."""
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor  # kept alive by the graph, so that no storage's address is used twice
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = function()
+    del result
+    return sum(kept.values())
+
+
+class _Alive(TorchDispatchMode):
+    """Bytes of the storages that live while a call runs, and the most at one time."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+        for tensor in (*model.parameters(), *model.buffers()):
+            self.add(tensor)
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.free, key, size)
+
+    def free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return out
+
+
+def training_peak(function: Callable[[], Tensor], model: nn.Module) -> int:
+    """Bytes that one training step needs at its worst moment, AdamW's two moments included.
+
+    Everything is counted by the sizes of its tensors: weights, what the forward pass makes and keeps, gradients. What
+    kernels take besides, an allocator's rounding and fragments, and the optimiser's own temporaries are not.
+
+    Args:
+        function: forward pass, returns the loss; on fake tensors nothing is computed.
+        model: in the mode in which it trains; its gradients are gone afterwards.
+    """
+    model.zero_grad(set_to_none=True)
+    with torch.enable_grad(), _Alive(model) as alive:
+        loss = function()
+        if loss.requires_grad:
+            loss.backward()
+    model.zero_grad(set_to_none=True)
+    moments = 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return alive.peak + moments
+
+
+_SAFETENSORS = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
+}  # fmt: skip
+
+
+def safetensors_size(tensors: dict[str, Tensor]) -> int:
+    """Bytes of a safetensors file with these tensors, without writing it."""
+    header, offset = {}, 0
+    order = list(_SAFETENSORS)
+    # The library writes types from last to first of its own list, and within a type by name.
+    for name, t in sorted(tensors.items(), key=lambda item: (-order.index(item[1].dtype), item[0])):
+        end = offset + t.numel() * t.element_size()
+        header[name] = {"dtype": _SAFETENSORS[t.dtype], "shape": list(t.shape), "data_offsets": [offset, end]}
+        offset = end
+    length = len(json.dumps(header, separators=(",", ":")).encode())
+    return 8 + length + -length % 8 + offset
+
+
+def latency(function: Callable[[], Any], repeats: int = 20, warmup: int = 3) -> dict[str, float]:
+    """Milliseconds of a call: median, 10th and 90th percentile of `repeats` after `warmup`."""
+    times = []
+    with torch.inference_mode():
+        for i in range(warmup + repeats):
+            _synchronize()
+            start = time.perf_counter()
+            function()
+            _synchronize()
+            if i >= warmup:
+                times.append((time.perf_counter() - start) * 1000)
+    times.sort()
+    return {
+        "median": round(statistics.median(times), 3),
+        "p10": round(times[len(times) // 10], 3),
+        "p90": round(times[-1 - len(times) // 10], 3),
+    }
+
+
+def peak_memory(function: Callable[[], Any]) -> int | None:
+    """Peak bytes while a call runs: allocated on the GPU, else the growth of the resident set (Linux), else None."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # give freed pages back, or the growth hides in them
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
+        before = _status("VmRSS")
+        function()
+        return _status("VmHWM") - before
+    except (OSError, AttributeError, StopIteration):
+        return None
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def sizes_only() -> Iterator[None]:
+    """Tensors have shapes and types, but no memory and no values: models of any size are built and run at once."""
+    import logging
+
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers.initialization import no_init_weights
+
+    # Modules stay where they are made; PEFT moves its own all the same, which fake tensors refuse.
+    stay = mock.patch.object(nn.Module, "to", lambda self, *_, **__: self)
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # an operation that fails is raised and need not be told
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights(), stay:
+            yield
+    finally:
+        log.setLevel(level)

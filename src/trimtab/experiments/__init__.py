@@ -1,0 +1,1 @@
+"""Recipes and the runs that they stand for."""

@@ -1,0 +1,145 @@
+"""What a model with its methods costs, before and after paying it.
+
+params, trainable_params       numbers
+macs, dense_macs               multiply-adds of one forward pass of one sample, with and without the methods; one
+                               multiply-add is 1 MAC (torch counts 2 FLOPs); matrix products, convolutions, attention
+saved_activation_bytes         what autograd keeps for backward in one training batch, each storage once, without
+                               parameters and buffers
+checkpoint_bytes               the learned part as safetensors
+training_peak_bytes            estimated before: weights, gradients, AdamW's two moments and whatever else lives at the
+                               worst moment of one training step, from the sizes of tensors; no kernel's workspace
+peak_memory_bytes              of one training step: CUDA's peak, or without a GPU the growth of the resident set
+latency_ms                     one sample, one forward pass: median, and the 10th and 90th percentile
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor, nn
+
+from trimtab.anatomy import Anatomy
+from trimtab.counting import count_macs, latency, peak_memory, safetensors_size, saved_bytes, sizes_only, training_peak
+from trimtab.experiments.recipe import Recipe
+from trimtab.tasks.base import TaskModel
+
+if TYPE_CHECKING:
+    from trimtab.experiments.run import Assembly
+    from trimtab.methods.base import Session
+
+
+def measure(parts: Assembly, dense_macs: int, batch_size: int, weights: Path) -> dict[str, Any]:
+    """All costs of an assembled, attached model; `weights` is the file of its learned part."""
+    model = parts.model
+    device = next(model.parameters()).device
+    one, batch = ({k: v.to(device) for k, v in model.example(n).items()} for n in (1, batch_size))
+    model.train()
+
+    def step() -> None:
+        loss = model(**batch)["loss"]
+        if loss.requires_grad:
+            loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    costs = _counts(model, one, batch)
+    costs |= {
+        "dense_macs": dense_macs,
+        "checkpoint_bytes": weights.stat().st_size,
+        "peak_memory_bytes": peak_memory(step),
+    }
+    model.eval()
+    costs["latency_ms"] = latency(lambda: model(**one))
+    return costs
+
+
+def _counts(model: TaskModel, one: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Any]:
+    model.eval()
+    macs = count_macs(lambda: model(**one))
+    model.train()
+    parameters = list(model.parameters())
+    return {
+        "params": sum(p.numel() for p in parameters),
+        "trainable_params": sum(p.numel() for p in parameters if p.requires_grad),
+        "macs": macs,
+        "saved_activation_bytes": saved_bytes(lambda: model(**batch)["loss"], model),
+        "batch_size": len(next(iter(batch.values()))),
+    }
+
+
+def dense(recipe: Recipe) -> int:
+    """Multiply-adds of a recipe's model before any method changes it."""
+    from trimtab.experiments.run import assemble
+
+    bare = replace(recipe, methods=(), backbone=replace(recipe.backbone, pretrained=False, start_from=None))
+    key = json.dumps([asdict(bare.backbone), bare.task, bare.data])
+    if key not in _DENSE:  # every variant of a recipe asks for the same figure
+        parts = assemble(bare)
+        parts.model.eval()
+        one = parts.model.example(1)
+        _DENSE[key] = count_macs(lambda: parts.model(**one))
+    return _DENSE[key]
+
+
+_DENSE: dict[str, int] = {}
+
+
+def estimate(recipe: Recipe) -> dict[str, Any]:
+    """The costs that need no data and no weights: random weights, and fake tensors where the model allows them.
+
+    Plans and masks that only data could give are assumed: DAS skips the last k blocks, or as many of the last as its
+    budget takes; a pruner keeps its share.
+
+    Returns:
+        `params`, `trainable_params`, `macs`, `dense_macs`, `saved_activation_bytes` and `training_peak_bytes` (for the
+        recipe's batch size, which is in `batch_size`), `checkpoint_bytes`, and `nonzero_params`.
+    """
+    blind = replace(recipe, backbone=replace(recipe.backbone, pretrained=False, start_from=None))
+    try:
+        with sizes_only():
+            return _estimate(blind)
+    except RuntimeError:
+        # A model that looks at values while it runs, or a budget of latency, cannot work on fake tensors: count on real
+        # random weights. An error of another cause comes again there.
+        return _estimate(blind)
+
+
+class _Blind:
+    """The part of a `Session` that needs no data."""
+
+    folder = None
+
+    def __init__(self, model: TaskModel, anatomy: Anatomy, seed: int):
+        self.model, self.anatomy, self.seed = model, anatomy, seed
+
+    @property
+    def subject(self) -> nn.Module:
+        return self.model.backbone.model
+
+    def locate(self, model: Any) -> nn.Module:
+        return model.backbone.model
+
+
+def _estimate(recipe: Recipe) -> dict[str, Any]:
+    from trimtab.experiments.run import assemble
+
+    dense_macs = dense(recipe)
+    parts = assemble(recipe)
+    parts.model.backbone.requires_grad_(False)
+    anatomy = parts.model.backbone.anatomy
+    for method in parts.methods:
+        method.assume(parts.subject, anatomy, cast("Session", _Blind(parts.model, anatomy, recipe.seed)))
+        anatomy = method.attach(parts.subject, anatomy)
+    parts.settle()
+    batch = parts.model.example(recipe.training.batch_size)
+    costs = _counts(parts.model, parts.model.example(1), batch)
+    costs["training_peak_bytes"] = training_peak(lambda: parts.model(**batch)["loss"], parts.model)
+    zeros = sum(m.state.get("prunable", 0) - m.state.get("kept", 0) for m in parts.methods)
+    return {
+        **costs,
+        "dense_macs": dense_macs,
+        "checkpoint_bytes": safetensors_size(parts.detach_learned()),
+        "nonzero_params": costs["params"] - zeros,
+    }

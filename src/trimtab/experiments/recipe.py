@@ -1,0 +1,445 @@
+"""Recipes: every experiment is a YAML file that names a backbone, a task, data, methods and how to train.
+
+    backbone: {name: tiny-vilt}
+    task: {name: vqa}
+    data: {name: pictograms, style: openmoji, train: 2000, test: 500}
+    methods: [{name: multiflow, sparsity: 0.63}, {name: full}]
+    training: {steps: 200, batch_size: 32, learning_rate: 3.0e-4}
+    policy: [{match: "@vision", do: frozen}, {match: "*", do: method}]     what is trained: see `policy.py`
+    seed: 0
+
+A recipe may hold `variants` (label -> what differs) and `seeds`; it then stands for one run of each with each. A
+`grid` (key -> values) adds a variant for every combination, labelled by its values joined with "-"; `{key}` in
+`methods` stands for the value. `seeds` may differ: a mapping from patterns of labels to lists, the first that fits
+counts. The sections `task`, `data` and each of `methods` are settings of what their `name` registers; their types,
+defaults and help come from the dataclasses there, through jsonargparse. An unknown key or name is an error with the
+nearest ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from trimtab.data.augment import Augmentation
+from trimtab.experiments.policy import Rule
+from trimtab.registry import unknown
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message names the file or field, what is wrong and what would be right."""
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """The model to start from."""
+
+    name: str
+    """Registered name (`trimtab list`), path of a transformers folder or of an official checkpoint file, or an
+    architecture (`trimtab list architectures`), which has no weights and is there to be counted."""
+    pretrained: bool = True
+    """False: the same model with fresh random weights."""
+    start_from: str | None = None
+    """Another backbone whose weights fill what has the same role (a ViLT can start from a CLIP's vision tower)."""
+    attention: Literal["eager", "sdpa"] | None = None
+    """transformers' attention implementation; None leaves the model's default."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of an official checkpoint file or of an architecture: `{image_size: 384, tasks: [vqa]}`."""
+    tokenizer: str | None = None
+    """Folder of a tokenizer in place of the backbone's own; official checkpoint files have none."""
+    max_text: int | None = None
+    """Tokens at which texts are cut, and of which costs are counted; None cuts where the backbone must, counts 20."""
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """How to train, on `transformers.Trainer` with AdamW."""
+
+    steps: int = 200
+    """Optimiser steps; 0 evaluates the model as it is."""
+    batch_size: int = 32
+    """Rows a step and device, before accumulation."""
+    accumulate: int = 1
+    """Batches whose gradients are summed before a step."""
+    learning_rate: float = 3e-4
+    """Peak learning rate of everything but the head."""
+    head_multiplier: float = 1.0
+    """The head's learning rate as a multiple of `learning_rate`."""
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
+    """Course of the learning rate after warm-up."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: float = 0.01
+    """AdamW's decay of matrices; biases, norms and scalars have none."""
+    beta2: float = 0.999
+    """AdamW's second-moment decay."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 for none."""
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Mixed precision of the forward pass; `auto` takes bf16 where the device multiplies it natively, else fp32."""
+    log_every: int = 20
+    """Steps between two points of the training curve."""
+    save_every: int | None = None
+    """Steps between checkpoints from which an interrupted run resumes; None keeps none."""
+    evaluation_batch: int = 64
+    """Rows a batch in evaluation."""
+    crop: float = 1.0
+    """Augmentation: smallest share of a training picture's area that a random crop leaves; 1 for none. It may cut off
+    what a question counts or a caption names; a `box` stays whole."""
+    light: float = 0.0
+    """Augmentation: brightness and contrast of training pictures times 1 - light to 1 + light; 0 for none."""
+    cache: Literal["fp32", "fp16", "int8"] | None = None
+    """Write what the frozen backbone computes to disk in this precision and train UniPT's side networks from there."""
+    cache_views: int = 1
+    """How many collations of the training table are cached, each with captions and augmentation drawn anew."""
+
+    def __post_init__(self) -> None:
+        least = {"steps": 0, "batch_size": 1, "accumulate": 1, "log_every": 1, "evaluation_batch": 1,
+                 "cache_views": 1}  # fmt: skip
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise RecipeError(f"training.{name} must be at least {smallest}, found {getattr(self, name)}")
+        try:
+            _ = self.augmentation
+        except ValueError as error:
+            raise RecipeError(f"training.{error}") from error
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """How training pictures are changed."""
+        return Augmentation(self.crop, self.light)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment, resolved: no variants left. `task`, `data` and `methods` are names with their settings."""
+
+    backbone: BackboneSpec
+    task: dict[str, Any]
+    data: dict[str, Any]
+    methods: tuple[dict[str, Any], ...] = ()
+    training: TrainingSpec = field(default_factory=TrainingSpec)
+    policy: tuple[dict[str, Any], ...] = ()
+    seed: int = 0
+    costs: bool = True
+    """Measure the costs of each run; a sweep whose runs all cost the same can leave it out."""
+    title: str = ""
+    name: str = "recipe"
+    variant: str = "default"
+
+    def to_dict(self) -> dict[str, Any]:
+        out = dataclasses.asdict(self)
+        out["methods"] = [dict(m) for m in self.methods]
+        out["policy"] = [dict(r) for r in self.policy]
+        return out
+
+
+_TOP = (
+    "title",
+    "backbone",
+    "task",
+    "data",
+    "methods",
+    "training",
+    "policy",
+    "seed",
+    "seeds",
+    "variants",
+    "grid",
+    "costs",
+)
+
+
+@cache
+def _parser(cls: type) -> Any:
+    """jsonargparse's parser of a class; made once, since every run of a study asks for the same few."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, None, as_group=False, fail_untyped=False)
+    return parser
+
+
+def build(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    """An instance of `cls` from plain values, converted and checked by its signature.
+
+    Raises:
+        RecipeError: if a key is unknown (with the nearest), one is missing, or a value has the wrong type.
+    """
+    from jsonargparse import ArgumentError
+
+    known = [n for n in inspect.signature(cls).parameters if n != "self"]
+    for key in values:
+        if key not in known:
+            raise RecipeError(f"{where}: {unknown('key', key, known)}")
+    try:
+        parsed = _parser(cls).parse_object(dict(values))
+        return cls(**{k: getattr(parsed, k) for k in known if hasattr(parsed, k)})
+    except (ArgumentError, TypeError) as error:
+        raise RecipeError(f"{where}: {' '.join(str(error).split())}") from error
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def read(path: str | Path, overrides: Iterable[str] = ()) -> list[Recipe]:
+    """The runs that a recipe file stands for, one of each variant with each seed.
+
+    Args:
+        path: a YAML file, or the name of a shipped recipe (`trimtab list`).
+        overrides: `key=value` with dotted keys (`training.steps=10`, `methods.0.sparsity=0.9`); the value is YAML. They
+            come last, after the variants.
+
+    Raises:
+        RecipeError: if the file cannot be read, or a key, name or value in it is wrong.
+    """
+    import yaml
+
+    file = find(path)
+    try:
+        raw = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{file}: not YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{file}: expected a mapping with the keys {', '.join(_TOP)}")
+    return expand(raw, _short_name(file), overrides, str(file))
+
+
+def find(path: str | Path) -> Path:
+    """The file of that path, or the shipped recipe of that name (with or without `.yaml`)."""
+    file = Path(path)
+    if file.is_file():
+        return file
+    shipped = recipes_dir()
+    for candidate in (shipped / file, shipped / f"{file}.yaml"):
+        if candidate.is_file():
+            return candidate
+    raise RecipeError(f"no recipe file '{path}', and {unknown('recipe', str(path), names())}")
+
+
+def below(path: str | Path) -> list[str]:
+    """The recipes in a folder, or in a shipped one of that name, in the order of their names; else the path itself."""
+    for folder in (Path(path), recipes_dir() / path):
+        if folder.is_dir() and (files := sorted(folder.glob("*.yaml"))):
+            return [str(file) for file in files]
+    return [str(path)]
+
+
+def names() -> list[str]:
+    """Names of the shipped recipes: their paths below `recipes/` without `.yaml`."""
+    root = recipes_dir()
+    return sorted(str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml"))
+
+
+def title(name: str) -> str:
+    """The title of a shipped recipe."""
+    import yaml
+
+    return str(yaml.safe_load(find(name).read_text()).get("title", ""))
+
+
+def recipes_dir() -> Path:
+    """Where the shipped recipes stand: in the installed package, or in the repository beside `src`."""
+    inside = Path(__file__).parents[1] / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[3] / "recipes"
+
+
+def _short_name(file: Path) -> str:
+    root = recipes_dir().resolve()
+    whole = file.resolve()
+    return str(whole.relative_to(root).with_suffix("")) if whole.is_relative_to(root) else file.stem
+
+
+def expand(raw: dict[str, Any], name: str, overrides: Iterable[str] = (), where: str = "recipe") -> list[Recipe]:
+    """The same from a mapping."""
+    raw = _normal(raw, where)
+    changes = [_override(o) for o in overrides]
+    wanted = {k: v for (k, v) in changes if k in ("variants", "seeds", "seed")}
+    listed = dict(raw.get("variants") or {}) | _grid(raw, where)
+    variants = {k: _normal(v or {}, f"{where}: variants.{k}") for k, v in (listed or {"default": {}}).items()}
+    if "variants" in wanted:  # variants=[full,unipt] keeps these
+        for label in _list(wanted["variants"], f"{where}: variants"):
+            if label not in variants:
+                raise RecipeError(f"{where}: {unknown('variant', label, variants)}")
+        variants = {k: v for k, v in variants.items() if k in wanted["variants"]}
+    for key, _ in changes:
+        if key.startswith("variants."):
+            label, _, field = key.removeprefix("variants.").partition(".")
+            if label not in variants or field in ("", "variants", "seeds"):
+                problem = "names no field of a variant" if label in variants else unknown("variant", label, variants)
+                raise RecipeError(f"{where}: '{key}': {problem}")
+    out = []
+    for label, difference in variants.items():
+        if misplaced := {"variants", "seeds", "grid"} & difference.keys():
+            raise RecipeError(f"{where}: variants.{label}: '{min(misplaced)}' belongs beside 'variants', not into one")
+        own = [difference["seed"]] if "seed" in difference else _seeds(raw, label, where)
+        given = [wanted["seed"]] if "seed" in wanted else own
+        for seed in _list(wanted.get("seeds", given), f"{where}: seeds"):
+            merged = _merge({k: v for k, v in raw.items() if k not in ("variants", "seeds", "grid")}, difference)
+            merged["seed"] = seed
+            for key, value in changes:
+                own_key = key.removeprefix(f"variants.{label}.")  # variants.full.training.steps=9 is for that one
+                if key not in ("variants", "seeds", "seed") and not own_key.startswith("variants."):
+                    _assign(merged, own_key, value, where)
+            out.append(_resolve(merged, name, label, where))
+    return out
+
+
+def _normal(raw: Any, where: str) -> dict[str, Any]:
+    """A recipe or a variant in its long form: sections as mappings, methods as a list; checks keys and shapes."""
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{where}: expected a mapping, found {raw!r}")
+    out = dict(raw)
+    for key, value in raw.items():
+        if key not in _TOP:
+            raise RecipeError(f"{where}: {unknown('key', key, _TOP)}")
+        if key in ("backbone", "task", "data") and isinstance(value, str):
+            out[key] = {"name": value}
+        elif value is None and key in ("training", "variants", "seeds", "grid"):
+            del out[key]  # a key without a value in YAML is as good as none
+        elif key in ("backbone", "task", "data", "training", "variants", "grid") and not isinstance(value, dict):
+            raise RecipeError(f"{where}: {key}: expected a mapping, found {value!r}")
+        elif key == "methods":
+            entries = (
+                [value] if isinstance(value, (str, dict)) else (_list(value, f"{where}: methods") if value else [])
+            )
+            out[key] = [{"name": m} if isinstance(m, str) else m for m in entries]
+        elif key == "policy":
+            rules = _list(value, f"{where}: policy") if value else []
+            out[key] = [{"match": r} if isinstance(r, str) else r for r in rules]
+        elif key == "seeds":
+            for seeds in value.values() if isinstance(value, dict) else [value]:
+                _list(seeds, f"{where}: seeds")
+    return out
+
+
+def _grid(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """The variants of a grid: its values filled into `methods`."""
+    axes = raw.get("grid") or {}
+    values = [_list(v, f"{where}: grid.{k}") for k, v in axes.items()]
+
+    def fill(tree: Any, chosen: dict[str, Any]) -> Any:
+        if isinstance(tree, dict):
+            return {k: fill(v, chosen) for k, v in tree.items()}
+        if isinstance(tree, list):
+            return [fill(v, chosen) for v in tree]
+        if not isinstance(tree, str):
+            return tree
+        for key, value in chosen.items():
+            if tree == f"{{{key}}}":
+                return value  # as it is: a number stays one
+            tree = tree.replace(f"{{{key}}}", str(value))
+        return tree
+
+    points = [dict(zip(axes, point, strict=True)) for point in product(*values)] if axes else []
+    return {"-".join(map(str, p.values())): {"methods": fill(raw.get("methods", []), p)} for p in points}
+
+
+def _seeds(raw: dict[str, Any], label: str, where: str) -> list[Any]:
+    seeds = raw.get("seeds") or [raw.get("seed", 0)]
+    if not isinstance(seeds, dict):
+        return seeds
+    for pattern, own in seeds.items():
+        if fnmatchcase(label, pattern):
+            return own
+    raise RecipeError(f"{where}: seeds: no pattern fits the variant '{label}'; found {', '.join(seeds)}; end with '*'")
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise RecipeError(f"{where}: expected a list that is not empty, found {value!r}")
+    return value
+
+
+def _resolve(raw: dict[str, Any], name: str, variant: str, where: str) -> Recipe:
+    for key in ("backbone", "task", "data"):
+        if key not in raw:
+            raise RecipeError(f"{where}: the key '{key}' is missing")
+    raw = _normal(raw, where)  # an override may have brought a short form back
+    methods = raw.get("methods", [])
+    for what, part in [("task", raw["task"]), ("data", raw["data"]), *(("methods", m) for m in methods)]:
+        if not isinstance(part, dict) or "name" not in part:
+            raise RecipeError(f"{where}: every entry of '{what}' needs a 'name'")
+    for i, rule in enumerate(raw.get("policy") or []):
+        if not isinstance(rule, dict) or "match" not in rule:
+            raise RecipeError(f"{where}: policy.{i}: expected a mapping with a 'match', found {rule!r}")
+        build(Rule, rule, f"{where}: policy.{i}")
+    seed = raw.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise RecipeError(f"{where}: seed: expected a whole number, found {seed!r}")
+    costs = raw.get("costs", True)
+    if not isinstance(costs, bool):
+        raise RecipeError(f"{where}: costs: expected true or false, found {costs!r}")
+    return Recipe(
+        backbone=build(BackboneSpec, raw["backbone"], f"{where}: backbone"),
+        task=raw["task"],
+        data=raw["data"],
+        methods=tuple(dict(m) for m in methods),
+        training=build(TrainingSpec, raw.get("training", {}), f"{where}: training"),
+        policy=tuple(dict(r) for r in raw.get("policy") or ()),
+        seed=seed,
+        costs=costs,
+        title=raw.get("title", ""),
+        name=name,
+        variant=variant,
+    )
+
+
+def _merge(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings are merged key by key, everything else is replaced."""
+    out = deepcopy(base)
+    for key, value in change.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), dict)
+        out[key] = _merge(out[key], value) if both else deepcopy(value)
+    return out
+
+
+def _override(text: str) -> tuple[str, Any]:
+    import yaml
+
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise RecipeError(f"'{text}': expected key=value, such as training.steps=10")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"'{text}': the value is not YAML: {error}") from error
+
+
+def _assign(tree: Any, key: str, value: Any, where: str) -> None:
+    *path, last = key.split(".")
+    if path == [] and last not in _TOP:
+        raise RecipeError(f"{where}: {unknown('key', last, _TOP)}")
+    if path and path[0] not in _TOP:
+        raise RecipeError(f"{where}: {unknown('key', path[0], _TOP)}")
+    try:
+        for part in path:
+            if isinstance(tree, list):
+                tree = tree[int(part)]
+            else:
+                if isinstance(tree.get(part), str):  # `data: pictograms` is short for a mapping with a name
+                    tree[part] = {"name": tree[part]}
+                tree = tree.setdefault(part, {})
+        if isinstance(tree, list):
+            tree[int(last)] = value
+        else:
+            tree[last] = value
+    except (IndexError, ValueError, AttributeError, TypeError) as error:
+        raise RecipeError(f"{where}: '{key}' does not name a field of the recipe ({error})") from error
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """Settings and their defaults, for tables and help."""
+    out: dict[str, Any] = {}
+    for name, parameter in inspect.signature(cls).parameters.items():
+        out[name] = None if parameter.default is inspect.Parameter.empty else parameter.default
+    return out

@@ -1,0 +1,1 @@
+"""Searches for the blocks to skip, one file each."""

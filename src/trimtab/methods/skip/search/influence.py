@@ -1,0 +1,82 @@
+"""Block influence (ShortGPT, Men et al. 2024, equation 1): how much a block turns the stream that passes through it.
+
+    BI_i = 1 - mean over tokens of cos(input of block i, output of block i)
+
+The blocks with the least influence are skipped. It needs one forward pass of the pretrained model and no training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trimtab.anatomy import Block, Tap, argument, pick
+from trimtab.methods.base import METHODS, Session
+from trimtab.methods.skip.base import Skipping, SkipSettings, Supernet
+from trimtab.methods.skip.budget import Indices, Target
+from trimtab.methods.skip.search.evaluate import SearchError, mean_over_processes
+
+
+@torch.no_grad()
+def block_influence(model: nn.Module, subject: nn.Module, blocks: Sequence[Block], batch: dict[str, Tensor]
+                    ) -> list[float]:  # fmt: skip
+    """Influence of blocks on a batch, in evaluation mode; all tokens count, padding too, as in the paper's code.
+
+    Args:
+        model: what is called with the batch.
+        subject: the plain model in it, to which the blocks' paths belong.
+    """
+    sums, counts = [0.0] * len(blocks), [0] * len(blocks)
+    handles = []
+    for i, block in enumerate(blocks):
+
+        def measure(module: nn.Module, args: tuple, kwargs: dict, out: Any, i: int = i, block: Block = block) -> None:
+            stream = (
+                kwargs[block.stream] if block.stream in kwargs else argument(Tap(block.path, "input"), args, kwargs)
+            )
+            similarity = F.cosine_similarity(stream.float(), pick(out, 0).float(), dim=-1)
+            sums[i] += float((1 - similarity).sum())
+            counts[i] += similarity.numel()
+
+        handles.append(subject.get_submodule(block.path).register_forward_hook(measure, with_kwargs=True))
+    was = model.training
+    model.eval()
+    try:
+        model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was)
+    found = [s / max(n, 1) for s, n in zip(sums, counts, strict=True)]
+    return mean_over_processes(found, next(iter(batch.values())).device)
+
+
+@dataclass(frozen=True)
+class InfluenceSettings(SkipSettings):
+    """Settings of skipping by block influence."""
+
+    rows: int | None = None
+    """Validation rows on which influence is measured; None takes a training batch."""
+
+
+@METHODS.register("block-influence")
+class BlockInfluence(Skipping):
+    """Blocks that turn the stream least (ShortGPT): no training, one forward pass."""
+
+    name = "block-influence"
+    Settings = InfluenceSettings
+
+    def search(self, session: Session, candidates: list[Block], supernet: Supernet, target: Target
+               ) -> tuple[Indices, list[float] | None, int, dict[str, Any]]:  # fmt: skip
+        batch = next(session.batches("validation", self.settings.rows))
+        found = block_influence(session.model, session.subject, candidates, batch)
+        for block, value in zip(candidates, found, strict=True):
+            if not value == value or value in (float("inf"), float("-inf")):
+                raise SearchError(f"{self.name}: the influence of '{block.path}' is {value}: its stream is not finite")
+        order = sorted(range(len(candidates)), key=lambda i: (found[i], i))
+        return target.fill(order), [-x for x in found], 0, {}

@@ -1,0 +1,276 @@
+"""Run folders as records: reading them, and grouping them for a report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from trimtab.files import replace_file
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+COUNTS = ("", "K", "M", "G", "T")
+BYTES = ("B", "kB", "MB", "GB", "TB")
+MILLISECONDS = ("ms",)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One finished run, as its folder describes it."""
+
+    path: Path
+    info: dict[str, Any]
+    metrics: dict[str, Any]
+    costs: dict[str, Any]
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    plan: dict[str, Any] | None = None
+    pruning: dict[str, Any] = field(default_factory=dict)
+
+    def score(self, metric: str) -> float | None:
+        """Return a test metric, or None if the run did not measure it."""
+        return number(self.metrics["test"].get(metric))
+
+    def cost(self, key: str) -> float | None:
+        """Return a cost, or its median if it was measured repeatedly, or None if it is unknown."""
+        value = self.costs.get(key)
+        return number(value.get("median") if isinstance(value, dict) else value)
+
+
+@dataclass(frozen=True)
+class SkippedRun:
+    """A run folder that takes no part in the report, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A column of the table, and a panel of the Pareto figure if it is ``plotted``."""
+
+    title: str
+    key: str
+    units: tuple[str, ...]
+    log: bool = False
+    plotted: bool = True
+
+
+COSTS = (
+    Cost("trained parameters", "trainable_params", COUNTS, log=True),
+    Cost("saved activations", "saved_activation_bytes", BYTES),
+    Cost("MACs", "macs", COUNTS),
+    Cost("latency", "latency_ms", MILLISECONDS),
+    Cost("on disk", "checkpoint_bytes", BYTES, plotted=False),
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """All runs of one name, grouped by variant in order of first appearance."""
+
+    name: str
+    methods: dict[str, list[RunRecord]]
+
+    @property
+    def runs(self) -> list[RunRecord]:
+        return [run for runs in self.methods.values() for run in runs]
+
+    @property
+    def primary(self) -> str:
+        return self.runs[0].metrics["primary"]
+
+    @property
+    def is_fraction(self) -> bool:
+        """Whether the primary metric stays within 0..1, so that it reads best as a percentage."""
+        return all(0 <= value <= 1 for value in known(run.score(self.primary) for run in self.runs))
+
+    @property
+    def metric_title(self) -> str:
+        return f"{self.primary} (%)" if self.is_fraction else self.primary
+
+    @property
+    def best(self) -> float | None:
+        """The highest mean score of any method."""
+        means = [fmean(scores) for scores in map(self.scores, self.methods) if scores]
+        return max(means, default=None)
+
+    def scores(self, variant: str) -> list[float]:
+        """Return the primary metric of a variant's seeds, in the units of ``metric_title``."""
+        scale = 100 if self.is_fraction else 1
+        return [scale * value for value in known(run.score(self.primary) for run in self.methods[variant])]
+
+    def costs(self, variant: str, key: str) -> list[float]:
+        """Return one cost of a variant's seeds, leaving out the seeds that lack it."""
+        return known(run.cost(key) for run in self.methods[variant])
+
+
+def find_runs(paths: Iterable[Path]) -> tuple[list[RunRecord], list[SkippedRun]]:
+    """Read every run folder at or below some folders.
+
+    A run that was repeated (same name, variant and seed) counts once: the one started last.
+
+    Args:
+        paths: Run folders, folders that hold them at any depth, or files that `write_results` wrote.
+
+    Returns:
+        The finished runs in the order in which they were started, and those that had to be left out.
+
+    Raises:
+        ValueError: If one of the folders does not exist, none of them holds a run, or a file is not of results.
+    """
+    roots = [Path(path) for path in paths]
+    for root in roots:
+        if not root.exists():
+            raise ValueError(f"nothing is at {root}: give run folders, folders that hold them, or a results.jsonl")
+    files = [file for root in roots if root.is_dir() for file in sorted(root.rglob("run.json"))]
+    folders = {file.parent.resolve(): file.parent for file in files}
+    found = [run for root in roots if root.is_file() for run in _read_results(root)]
+    if not folders and not found:
+        raise ValueError(
+            f"no run found in {', '.join(map(str, roots)) or 'an empty list of folders'}: a run folder "
+            "holds run.json, metrics.json and costs.json, and lies at or below the folder given"
+        )
+    skipped = []
+    for folder in folders.values():
+        try:
+            found.append(_read_run(folder))
+        except ValueError as error:
+            skipped.append(SkippedRun(folder, str(error)))
+
+    latest: dict[tuple[str, str, int], RunRecord] = {}
+    for run in sorted(found, key=lambda run: str(run.info.get("started", ""))):
+        key = (run.info["name"], run.info["variant"], run.info["seed"])
+        if key in latest:
+            skipped.append(SkippedRun(latest[key].path, f"repeated later by {run.path}"))
+        latest[key] = run
+    return list(latest.values()), skipped
+
+
+def load_runs(paths: Iterable[Path]) -> list[RunRecord]:
+    """Read the finished runs at or below some folders, logging a warning for each run left out.
+
+    Args:
+        paths: Run folders, or folders that hold them at any depth.
+
+    Returns:
+        The finished runs in the order in which they were started.
+
+    Raises:
+        ValueError: If one of the folders does not exist, or none of them holds a run.
+    """
+    runs, skipped = find_runs(paths)
+    for run in skipped:
+        logger.warning("skipped run %s: %s", run.path, run.reason)
+    return runs
+
+
+def _check(info: dict[str, Any], metrics: dict[str, Any]) -> None:
+    """A ValueError says why a run with these records cannot be used."""
+    if info.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"run.json has format {info['format']!r}, this version reads format {FORMAT}")
+    if info.get("status") != "finished":
+        raise ValueError(f"its status is {info.get('status', 'unknown')!r}, not 'finished'")
+    for key, kind, label in (("name", str, "text"), ("variant", str, "text"), ("seed", int, "an integer")):
+        if not isinstance(info.get(key), kind):
+            raise ValueError(f"run.json should give {label} as {key!r}")
+
+    primary, test = metrics.get("primary"), mapping(metrics.get("test"))
+    if not isinstance(primary, str) or number(test.get(primary)) is None:
+        raise ValueError(f"metrics.json has no finite test value for its primary metric {primary!r}")
+
+
+def _read_run(folder: Path) -> RunRecord:
+    """Read one run folder; a ValueError says why the run cannot be used."""
+    info = _read_json(folder / "run.json", dict)
+    metrics = _read_json(folder / "metrics.json", dict) if info.get("status") == "finished" else {}
+    _check(info, metrics)
+
+    samples_file, plan_file = folder / "samples" / "samples.json", folder / "plan.json"
+    costs_file = folder / "costs.json"  # a sweep may leave them out
+    samples = _read_json(samples_file, list) if samples_file.exists() else []
+    return RunRecord(
+        path=folder,
+        info=info,
+        metrics=metrics,
+        costs=_read_json(costs_file, dict) if costs_file.exists() else {},
+        samples=[sample for sample in samples if isinstance(sample, dict)],
+        plan=_read_json(plan_file, dict) if plan_file.exists() else None,
+        pruning=_pruning(folder / "methods.json"),
+    )
+
+
+def write_results(runs: Iterable[RunRecord], file: Path) -> None:
+    """Write what a report needs of runs into one file, a JSON object a line; samples and losses are left out."""
+    lines = []
+    for run in runs:
+        metrics = {key: value for key, value in run.metrics.items() if key != "history"}
+        kept = {"path": run.path.as_posix(), "info": run.info, "metrics": metrics, "costs": run.costs,
+                "plan": run.plan, "pruning": run.pruning}  # fmt: skip
+        lines.append(json.dumps(kept, ensure_ascii=False))
+    with replace_file(file) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _read_results(file: Path) -> list[RunRecord]:
+    found = []
+    for count, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            kept = json.loads(line)
+            run = RunRecord(**{**kept, "path": Path(kept["path"])})
+            _check(mapping(run.info), mapping(run.metrics))
+            found.append(run)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{file}, line {count}: expected a run as `trimtab report` writes it to results.jsonl ({error})"
+            ) from error
+    return found
+
+
+def _pruning(file: Path) -> dict[str, Any]:
+    """What a pruner left of the model, as the run's method keeps it; empty if none pruned."""
+    states = [mapping(mapping(m).get("state")) for m in _read_json(file, list)] if file.exists() else []
+    whole = [s for s in states if isinstance(s.get("towers"), dict) and number(s.get("sparsity")) is not None]
+    return whole[0] if whole and "pruner" in whole[0] else {}
+
+
+def _read_json(file: Path, kind: type) -> Any:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file.name} is missing") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file.name} cannot be read: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{file.name} does not hold a JSON {'object' if kind is dict else 'array'}")
+    return value
+
+
+def number(value: Any) -> float | None:
+    """Return a finite number as it is and anything else as None."""
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return value if usable else None
+
+
+def known(values: Iterable[float | None]) -> list[float]:
+    """Drop the missing values."""
+    return [value for value in values if value is not None]
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """Return a dict as it is and anything else as an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def group_runs(runs: Iterable[RunRecord]) -> list[Section]:
+    """Group runs into sections by name, and inside a section by variant, in order of first appearance."""
+    names: dict[str, dict[str, list[RunRecord]]] = {}
+    for run in runs:
+        names.setdefault(run.info["name"], {}).setdefault(run.info["variant"], []).append(run)
+    return [Section(name, methods) for name, methods in names.items()]

@@ -1,0 +1,1 @@
+"""Weights on disk: masks as bits, the sparse layout, shards, checkpoints."""

@@ -1,0 +1,1 @@
+"""Every tiny model of the tests, once."""
