@@ -86,7 +86,7 @@ def table(seed: int, options: argparse.Namespace) -> dict:
     plans = [p for k in options.ks for p in combinations(range(len(candidates)), k)]
 
     def by_plan(batches: list, reuse: bool = True) -> tuple[dict, int]:
-        ask = [PlanLosses(supernet.model, supernet.switches, [b], reuse=reuse) for b in batches]
+        ask = [PlanLosses(supernet.with_task, supernet.switches, [b], reuse=reuse) for b in batches]
         found = [a(plans) for a in ask]
         return {p: list(x) for p, x in zip(plans, zip(*found, strict=True), strict=True)}, sum(a.computed for a in ask)
 
@@ -97,8 +97,8 @@ def table(seed: int, options: argparse.Namespace) -> dict:
         seconds[reuse] = time.perf_counter() - start
     return {
         "losses": by_plan(batches)[0], "held": by_plan(held)[0], "candidates": len(candidates), "seed": seed,
-        "influence": block_influence(session.model, session.subject, candidates, batches[0]),
-        "dense": PlanLosses(supernet.model, supernet.switches, held)([()])[0],
+        "influence": block_influence(session.with_task, session.plain, candidates, batches[0]),
+        "dense": PlanLosses(supernet.with_task, supernet.switches, held)([()])[0],
         "reuse": {"seconds_without": round(seconds[False], 3), "seconds_with": round(seconds[True], 3),
                   "block_calls_share": round(calls[True] / calls[False], 4),
                   "largest_difference": max(abs(found[True][p][0] - found[False][p][0]) for p in plans)},

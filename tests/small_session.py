@@ -35,18 +35,18 @@ class SmallSession:
     folder = None
 
     def __init__(self, example: Example, model: nn.Module, anatomy: Anatomy):
-        self.model, self.anatomy = Called(model, example.batch).eval(), anatomy
+        self.with_task, self.anatomy = Called(model, example.batch).eval(), anatomy
 
     @property
-    def subject(self) -> nn.Module:
-        return self.model.inner
+    def plain(self) -> nn.Module:
+        return self.with_task.inner
 
-    def locate(self, model: Any) -> nn.Module:
+    def plain_in(self, model: Any) -> nn.Module:
         return model.inner
 
     def batches(self, split: str, size: int | None = None) -> Iterator[dict[str, Tensor]]:
         while True:
-            yield self.model.batch
+            yield self.with_task.batch
 
     def fit(self, model: Any, steps: int, callbacks: list[Any]) -> list[dict[str, float]]:
         state, control = SimpleNamespace(global_step=0, max_steps=steps), SimpleNamespace(should_save=False)
@@ -57,7 +57,7 @@ class SmallSession:
             for callback in callbacks:
                 callback.on_step_begin(None, state, control)
             optimizer.zero_grad()
-            model(**self.model.batch)["loss"].backward()
+            model(**self.with_task.batch)["loss"].backward()
             optimizer.step()
             state.global_step += 1
             for callback in callbacks:

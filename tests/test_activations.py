@@ -74,7 +74,7 @@ def test_no_block_runs_in_training(tiny_raw, tmp_path):
     parts, table = assembled(tiny_raw)
     cache = cached(parts, table, tmp_path / "cache")
     for block in parts.model.backbone.anatomy.blocks():
-        parts.subject.get_submodule(block.path).register_forward_hook(lambda *a: pytest.fail("a block ran"))
+        parts.plain.get_submodule(block.path).register_forward_hook(lambda *a: pytest.fail("a block ran"))
     model = CachedModel(parts.model, parts.methods[0])
     model(**cache.batch(range(8)))["loss"].backward()
     frozen = {id(p) for n, p in parts.model.named_parameters() if not p.requires_grad}
@@ -130,11 +130,11 @@ def test_a_stale_cache_is_refused(tiny_raw, tmp_path):
             again(*args)
     other, _ = assembled(tiny_raw)
     with torch.no_grad():
-        other.subject.text_model.final_layer_norm.weight.add_(1)
+        other.plain.text_model.final_layer_norm.weight.add_(1)
     with pytest.raises(ValueError, match="a cache of another backbone"):
         again(other, table)
     with torch.no_grad():
-        parts.subject.unipt["text"].up.weight.add_(1)
+        parts.plain.unipt["text"].up.weight.add_(1)
     again(parts, table)  # training changes side networks, not what they read
 
 
@@ -144,7 +144,7 @@ def test_what_cannot_be_trained_from_a_cache_says_why(tiny_raw, tmp_path):
         with pytest.raises(ValueError, match=message):
             ActivationCache(parts.model, parts.methods[0], table, tmp_path / "cache")
     parts, table = assembled(tiny_raw)
-    parts.subject.visual_projection.weight.requires_grad_(True)
+    parts.plain.visual_projection.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="'model.visual_projection.weight' of the backbone is trained"):
         ActivationCache(parts.model, parts.methods[0], table, tmp_path / "cache")
     with pytest.raises(recipe.RecipeError, match="only the side networks of `methods:"):

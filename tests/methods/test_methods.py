@@ -44,7 +44,7 @@ def attached(tiny_raw, backbone: str, *methods: dict) -> run.Assembly:
     """An assembly with its methods attached, on assumed plans and masks: no data needed."""
     parts = run.assemble(build(tiny_raw, backbone, *methods))
     for method in parts.methods:
-        method.assume(parts.subject, parts.model.backbone.anatomy)
+        method.assume(parts.plain, parts.model.backbone.anatomy)
     parts.attach()
     return parts
 
@@ -98,9 +98,9 @@ def test_unipt_back_propagates_through_no_block(backbone, tiny_raw):
 def test_unipt_leaves_a_frozen_backbone_in_evaluation_mode(backbone, tiny_raw):
     parts = attached(tiny_raw, backbone, {"name": "unipt"})
     parts.model.train()
-    blocks = [parts.subject.get_submodule(b.path) for b in parts.model.backbone.anatomy.blocks()]
+    blocks = [parts.plain.get_submodule(b.path) for b in parts.model.backbone.anatomy.blocks()]
     assert not any(m.training for b in blocks for m in b.modules())
-    assert parts.subject.unipt.training
+    assert parts.plain.unipt.training
 
 
 @pytest.mark.parametrize("sparsity", [0.63, 0.75, 0.9])
@@ -137,7 +137,7 @@ def test_weights_that_a_pruner_changed_come_back_where_they_are_not_trained(name
     values = {k.removeprefix("methods.0."): v for k, v in stored.items() if k.endswith(".values")}
     assert values
     model = run.load(folder).backbone.model
-    fresh = run.assemble(run.load_recipe(folder)).subject
+    fresh = run.assemble(run.load_recipe(folder)).plain
     changed = 0
     for key, kept in values.items():
         path = key.removesuffix(".values")
@@ -162,14 +162,14 @@ def test_skipped_blocks_are_gone(backbone, tiny_raw):
     plan = after.methods[0].state["skip"]
     assert len(plan) == 3
     for path in plan:
-        gone = {n for n, _ in before.subject.get_submodule(path).named_parameters()}
-        assert gone and not gone & {n for n, _ in after.subject.get_submodule(path).named_parameters()}
-    assert sum(p.numel() for p in after.subject.parameters()) < sum(p.numel() for p in before.subject.parameters())
+        gone = {n for n, _ in before.plain.get_submodule(path).named_parameters()}
+        assert gone and not gone & {n for n, _ in after.plain.get_submodule(path).named_parameters()}
+    assert sum(p.numel() for p in after.plain.parameters()) < sum(p.numel() for p in before.plain.parameters())
 
 
 def test_trained_parameters_hardly_change_with_the_number_of_skipped_blocks(tiny_raw):
     counts = [
-        sum(p.numel() for p in attached(tiny_raw, "tiny-vilt", {"name": "das", "skip": k}).subject.parameters()
+        sum(p.numel() for p in attached(tiny_raw, "tiny-vilt", {"name": "das", "skip": k}).plain.parameters()
             if p.requires_grad) for k in (0, 1, 2, 4)
     ]  # fmt: skip
     assert max(counts) - min(counts) < 0.06 * max(counts)  # an adapter's LayerNorm more or less

@@ -26,7 +26,7 @@ class Subject:
 
     model: Any
     batches: list[dict[str, Tensor]]
-    through: nn.Module | None
+    with_task: nn.Module | None
     run: Callable[[Any], Tensor]
     excluded: tuple[str, ...]
     modalities: set[str]
@@ -92,7 +92,7 @@ def test_what_is_prunable_is_what_the_authors_prune(subject):
 @pytest.mark.parametrize("method", ["multiflow", "snip"])
 def test_pruned_at_the_three_sparsities_from_one_calibration(subject, method):
     before = {n: p.clone() for n, p in subject.model.named_parameters()}
-    found = trimtab.prune(subject.model, method, SPARSITIES, subject.batches, through=subject.through)
+    found = trimtab.prune(subject.model, method, SPARSITIES, subject.batches, with_task=subject.with_task)
     assert all(torch.equal(p, before[n]) for n, p in subject.model.named_parameters())
     for masks, sparsity in zip(found, SPARSITIES, strict=True):
         total = sum(m.numel() for m in masks.masks.values())
@@ -107,16 +107,16 @@ def test_pruned_at_the_three_sparsities_from_one_calibration(subject, method):
 
 def test_fine_tuned_on_the_pattern_saved_sparse_and_loaded(subject, tmp_path):
     model = subject.model
-    masks = trimtab.prune(model, "multiflow", 0.75, subject.batches, through=subject.through)
+    masks = trimtab.prune(model, "multiflow", 0.75, subject.batches, with_task=subject.with_task)
     weights = {w.path: model.get_parameter(w.path) for w in Anatomy.of(model).weights(model)}
     pattern = {n: p != 0 for n, p in weights.items()}
     before = {n: p.clone() for n, p in weights.items()}
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.05)
     masks.keep(model, optimiser)
-    called = subject.through or model
+    called = subject.with_task or model
     for batch in subject.batches:
         out = called(**batch)
-        (out["loss"] if subject.through else out.loss).backward()
+        (out["loss"] if subject.with_task else out.loss).backward()
         optimiser.step()
         optimiser.zero_grad()
     assert all(torch.equal(p != 0, pattern[n]) for n, p in weights.items())
@@ -132,7 +132,7 @@ def test_a_batch_of_one_pair_has_no_wrong_text(tmp_path):
     made = blip(tmp_path)
     batch = {k: v[:1] for k, v in made.batches[0].items()}
     with pytest.raises(ValueError, match="give two pairs or more"):
-        made.through(**batch)
+        made.with_task(**batch)
 
 
 def test_fine_tuned_models_have_no_pretraining_objective(tmp_path):
@@ -146,7 +146,7 @@ def test_xvlm_finds_masked_words_and_leaves_the_ends_of_a_text(tmp_path):
     made = xvlm(tmp_path)
     seen = []
     made.model.text_encoder.bert.register_forward_pre_hook(lambda m, args: seen.extend(args[:1]))
-    made.through(**made.batches[0])
+    made.with_task(**made.batches[0])
     ids = made.batches[0]["input_ids"]
     masked = next(r for r in seen if not torch.equal(r, ids)) == 4
     length = made.batches[0]["attention_mask"].sum(dim=1)

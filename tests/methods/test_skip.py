@@ -616,7 +616,7 @@ def test_one_block_must_be_left(tiny_raw):
             with pytest.raises(ValueError, match=rf"{name}: {skip} of 8 skippable blocks .* skip at most 7"):
                 kind(skip=skip).prepare(session)
     with pytest.raises(ValueError, match="das: 8 of 8 skippable blocks"):
-        parts.methods[0].assume(session.subject, session.anatomy)
+        parts.methods[0].assume(session.plain, session.anatomy)
 
 
 def test_a_validation_split_smaller_than_a_batch_is_refused(tiny_raw):

@@ -41,18 +41,18 @@ class Session:
     seed = 0
 
     def __init__(self, model: Any, batch: dict[str, Tensor], loss: Any):
-        self.model, self.anatomy = Trained(model, batch, loss), Anatomy.of(model)
+        self.with_task, self.anatomy = Trained(model, batch, loss), Anatomy.of(model)
 
     @property
-    def subject(self) -> nn.Module:
-        return self.model.model
+    def plain(self) -> nn.Module:
+        return self.with_task.model
 
-    def locate(self, model: Trained) -> nn.Module:
+    def plain_in(self, model: Trained) -> nn.Module:
         return model.model
 
     def batches(self, split: str, size: int | None = None) -> Iterator[dict[str, Tensor]]:
         while True:
-            yield self.model.batch
+            yield self.with_task.batch
 
     def fit(self, model: Trained, steps: int, callbacks: list[Any]) -> list[dict[str, float]]:
         optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

@@ -112,13 +112,13 @@ class _Blind:
     folder = None
 
     def __init__(self, model: TaskModel, anatomy: Anatomy, seed: int):
-        self.model, self.anatomy, self.seed = model, anatomy, seed
+        self.with_task, self.anatomy, self.seed = model, anatomy, seed
 
     @property
-    def subject(self) -> nn.Module:
-        return self.model.backbone.model
+    def plain(self) -> nn.Module:
+        return self.with_task.backbone.model
 
-    def locate(self, model: Any) -> nn.Module:
+    def plain_in(self, model: Any) -> nn.Module:
         return model.backbone.model
 
 
@@ -130,8 +130,8 @@ def _estimate(recipe: Recipe) -> dict[str, Any]:
     parts.model.backbone.requires_grad_(False)
     anatomy = parts.model.backbone.anatomy
     for method in parts.methods:
-        method.assume(parts.subject, anatomy, cast("Session", _Blind(parts.model, anatomy, recipe.seed)))
-        anatomy = method.attach(parts.subject, anatomy)
+        method.assume(parts.plain, anatomy, cast("Session", _Blind(parts.model, anatomy, recipe.seed)))
+        anatomy = method.attach(parts.plain, anatomy)
     parts.settle()
     batch = parts.model.example(recipe.training.batch_size)
     costs = _counts(parts.model, parts.model.example(1), batch)

@@ -67,7 +67,7 @@ class Assembly:
     resolved: Resolved | None = None
 
     @property
-    def subject(self) -> nn.Module:
+    def plain(self) -> nn.Module:
         """The plain model that methods change."""
         return self.model.backbone.model
 
@@ -76,7 +76,7 @@ class Assembly:
         self.model.backbone.requires_grad_(False)
         anatomy = self.model.backbone.anatomy
         for method in self.methods:
-            anatomy = method.attach(self.subject, anatomy)
+            anatomy = method.attach(self.plain, anatomy)
         self.settle()
         return anatomy
 
@@ -222,7 +222,7 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
     for method in parts.methods:
         session.anatomy = anatomy
         method.prepare(session)
-        anatomy = method.attach(parts.subject, anatomy)
+        anatomy = method.attach(parts.plain, anatomy)
     parts.settle()
     callbacks = [c for m in parts.methods for c in m.callbacks()]
     set_seed(recipe.seed)
@@ -236,7 +236,7 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
         learner, train, spec, recipe.seed, callbacks, label, checkpoints=checkpoints, rates=rates, cache=cache
     )
     for method in parts.methods:
-        method.finish(parts.subject)
+        method.finish(parts.plain)
     metrics, records = training.evaluate(model, test, spec.evaluation_batch)
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -358,7 +358,7 @@ def _loaded(folder: Path) -> Assembly:
     parts.attach()
     load_learned(parts.model, {k: v for k, v in tensors.items() if not k.startswith("methods.")}, file)
     for method in parts.methods:
-        method.finish(parts.subject)
+        method.finish(parts.plain)
     return parts
 
 
@@ -381,14 +381,12 @@ def export(folder: str | Path, out: str | Path, dtype: str = "float32", sparse: 
         raise RunError(f"{out}: is there already; name a new folder")
     if not is_finished(folder):
         raise RunError(f"{folder}: not a finished run (no run.json that says so); name a run folder")
-    stuck = [m["name"] for i, m in enumerate(load_recipe(folder).methods) if not _method(m, f"methods.{i}").folds]
-    if stuck:
-        able = sorted(name for name, method in METHODS.items() if method.folds is True)
-        raise RunError(f"{folder}: {', '.join(stuck)} changed the model's modules, which a transformers folder cannot "
-                       f"hold; exported are runs of {', '.join(able)}")  # fmt: skip
+    for i, entry in enumerate(load_recipe(folder).methods):
+        if why := _method(entry, f"methods.{i}").keeps:
+            raise RunError(f"{folder}: {entry['name']} cannot be exported as a transformers folder: {why}")
     parts = _loaded(folder)
     for method in reversed(parts.methods):
-        method.fold(parts.subject)
+        method.fold(parts.plain)
     parts.model.task.fold(parts.model.backbone, parts.model.head)
     parts.model.backbone.save_pretrained(out, getattr(torch, dtype), sparse=sparse)
     return out

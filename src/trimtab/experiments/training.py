@@ -238,7 +238,7 @@ class TrainingSession:
 
     def __init__(self, model: TaskModel, train: Any, validation: Any, spec: TrainingSpec, seed: int, title: str,
                  folder: Path | None = None):  # fmt: skip
-        self.model = model
+        self.with_task = model
         self.anatomy: Anatomy = model.backbone.anatomy
         self.spec = spec
         self.seed = seed
@@ -247,10 +247,10 @@ class TrainingSession:
         self.folder = folder
 
     @property
-    def subject(self) -> nn.Module:
-        return self.locate(self.model)
+    def plain(self) -> nn.Module:
+        return self.plain_in(self.with_task)
 
-    def locate(self, model: nn.Module) -> nn.Module:
+    def plain_in(self, model: nn.Module) -> nn.Module:
         return model.backbone.model
 
     def batches(self, split: Literal["train", "validation"], size: int | None = None) -> Iterator[dict[str, Tensor]]:
@@ -269,7 +269,7 @@ class TrainingSession:
                 f"the validation split has {len(table)} rows, but a batch of it takes {size * parts}: give "
                 f"`data.validation` at least {size * parts} rows, or lower training.batch_size (or the method's `rows`)"
             )
-        found = (batch for _, batch in batches(self.model, table, size * parts, train=True, seed=self.seed))
+        found = (batch for _, batch in batches(self.with_task, table, size * parts, train=True, seed=self.seed))
         if parts == 1:
             return found
         return ({k: v[rank * size : (rank + 1) * size] for k, v in batch.items()} for batch in found)

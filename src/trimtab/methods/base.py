@@ -45,14 +45,14 @@ class Session(Protocol):
     deleted when the run is finished. None keeps nothing.
     """
 
-    model: Any
+    with_task: Any
     anatomy: Anatomy
     seed: int
     folder: Path | None
 
     @property
-    def subject(self) -> nn.Module:
-        """The plain model inside `model` to which the anatomy's paths belong."""
+    def plain(self) -> nn.Module:
+        """The plain model inside `with_task`, to which the anatomy's paths belong."""
 
     def batches(self, split: Literal["train", "validation"], size: int | None = None) -> Iterator[dict[str, Tensor]]:
         """Endless batches of a split, on the model's device; `size` defaults to the training batch size."""
@@ -60,18 +60,22 @@ class Session(Protocol):
     def fit(self, model: Any, steps: int, callbacks: list[TrainerCallback]) -> list[dict[str, float]]:
         """Train a model as the recipe says, for another number of steps; returns the logged history."""
 
-    def locate(self, model: Any) -> nn.Module:
-        """The plain model inside a copy of `model`."""
+    def plain_in(self, model: Any) -> nn.Module:
+        """The plain model inside a copy of `with_task`."""
 
 
 class Method(ABC):
-    """One lever.
+    """One lever. What a method may be combined with is decided in `stack.py`, from the facts below and nothing else.
 
     Attributes:
         name: registered name.
         lever: `prune`, `skip` or `tune`.
         Settings: frozen dataclass; its attribute docstrings are the method's help text.
-        folds: whether `fold` can make what it changed part of the plain model's weights.
+        trains: what it trains: `nothing` (pruners, the linear probe), the model's `own` parameters (full, BitFit),
+            or parameters that it `added` (LoRA, adapters, prompts, side networks).
+        changes: what it does to the model: to the `values` of its weights (pruners, full), to the module `tree` (blocks
+            taken out, layers wrapped), `inside` its blocks (adapters, prompts), `beside` it (side networks), `nothing`.
+        keeps: why a transformers folder cannot hold what it added; empty if `fold` makes it part of the plain model.
         mixes_tokens: whether it lets every token see every other, beside a model that may forbid it.
         one_token: whether it hands on a tower's first token alone.
         state: what `prepare` found, as plain JSON (a plan, say).
@@ -81,7 +85,9 @@ class Method(ABC):
     name: ClassVar[str]
     lever: ClassVar[Literal["prune", "skip", "tune"]]
     Settings: ClassVar[type]
-    folds: ClassVar[bool] = False
+    trains: ClassVar[Literal["nothing", "own", "added"]]
+    changes: ClassVar[Literal["values", "tree", "inside", "beside", "nothing"]]
+    keeps: str = ""
     mixes_tokens: ClassVar[bool] = False
     one_token: bool = False
 
@@ -120,6 +126,10 @@ class Method(ABC):
 
         Called from the last method to the first, so that a pruner has the last word about what a later one adds.
         """
+
+    def detaches(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """Names of the towers through which no gradient passes once this is attached."""
+        return ()
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.state, self.tensors = state, tensors

@@ -20,11 +20,11 @@ Loss = Callable[[Any], Tensor]
 
 @overload
 def prune(model: nn.Module, method: str, sparsity: float | None = None, batches: Iterable[Batch] | None = None,
-          anatomy: Anatomy | None = None, loss: Loss | None = None, through: nn.Module | None = None,
+          anatomy: Anatomy | None = None, loss: Loss | None = None, with_task: nn.Module | None = None,
           **settings: Any) -> Masks: ...  # fmt: skip
 @overload
 def prune(model: nn.Module, method: str, sparsity: Sequence[float], batches: Iterable[Batch] | None = None,
-          anatomy: Anatomy | None = None, loss: Loss | None = None, through: nn.Module | None = None,
+          anatomy: Anatomy | None = None, loss: Loss | None = None, with_task: nn.Module | None = None,
           **settings: Any) -> list[Masks]: ...  # fmt: skip
 def prune(
     model: nn.Module,
@@ -33,7 +33,7 @@ def prune(
     batches: Iterable[Batch] | None = None,
     anatomy: Anatomy | None = None,
     loss: Loss | None = None,
-    through: nn.Module | None = None,
+    with_task: nn.Module | None = None,
     **settings: Any,
 ) -> Masks | list[Masks]:
     """Prune a model in place; or find the masks for several sparsities and leave it as it is.
@@ -51,7 +51,7 @@ def prune(
             weights alone.
         anatomy: the model's description; None: the registered one of its class, or one discovered.
         loss: from the model's output to a scalar, for pruners that need gradients; None: the output's own `loss`.
-        through: what is called with the batches in place of the model, which it holds, such as `Pretraining`.
+        with_task: what is called with the batches in place of the model, which it holds, such as `Pretraining`.
         settings: of the method, as in a recipe.
 
     Returns:
@@ -69,7 +69,7 @@ def prune(
     pruner = _pruner(method, asked, settings)
     wanted = [pruner.settings.sparsity if s is None else float(s) for s in asked]
     calibration = Calibration(
-        through or model, model, anatomy or Anatomy.of(model), lambda: [], None, loss or own_loss,
+        with_task or model, model, anatomy or Anatomy.of(model), lambda: [], None, loss or own_loss,
         pruner.settings.precision,
     )  # fmt: skip
     if pruner.rounds:

@@ -137,7 +137,8 @@ class Pruner(Method):
     """
 
     lever = "prune"
-    folds = True
+    trains = "nothing"
+    changes = "values"
     Settings = PruneSettings
     settings: PruneSettings
     score: ClassVar[str]
@@ -159,10 +160,10 @@ class Pruner(Method):
             ValueError: beside what `find` raises, if the pattern does not fit a weight, a tower is emptied, or the
                 processes of a group cannot work together: models differ, or the pruner does not share its data.
         """
-        subject, anatomy = calibration.subject, calibration.anatomy
+        plain, anatomy = calibration.plain, calibration.anatomy
         _, group = self.settings.n_of_m or (1, 1)
-        for weight in anatomy.weights(subject, self.settings.convolutions):
-            _, inputs = rows_and_columns(subject, weight)
+        for weight in anatomy.weights(plain, self.settings.convolutions):
+            _, inputs = rows_and_columns(plain, weight)
             if inputs % group:
                 raise ValueError(
                     f"pattern {self.settings.pattern!r}: '{weight.path}' has {inputs} inputs, which groups of "
@@ -200,7 +201,7 @@ class Pruner(Method):
 
     def prunable(self, calibration: Calibration) -> dict[Weight, Tensor]:
         """The prunable matrices (out, in) of the calibrated model, convolutions among them if the settings say so."""
-        return prunable(calibration.subject, calibration.anatomy, self.settings.convolutions)
+        return prunable(calibration.plain, calibration.anatomy, self.settings.convolutions)
 
     def counts(self, scores: dict[Weight, Tensor], weights: dict[Weight, Tensor], sparsity: float) -> dict[Weight, int]:
         """How many weights each tensor gives, by the allocation that was set or the pruner's own."""

@@ -36,17 +36,17 @@ class Calibration:
     """A model and the data that pruners calibrate it on.
 
     Attributes:
-        model: what is called, as `model(**batch)`.
-        subject: the model inside it (or the same) to which the anatomy's paths belong.
-        anatomy: of the subject.
+        with_task: what is called, as `with_task(**batch)`.
+        plain: the plain model inside it (or the same), to which the anatomy's paths belong.
+        anatomy: of the plain model.
         source: gives an iterator over the batches, from the first one on.
         batches: how many batches a round takes; None: divide all that there are.
         loss: from the model's output to a scalar.
         precision: `fp32`, `bf16` (autocast) or `auto` of the model's passes; sums are in single precision all the same.
     """
 
-    model: nn.Module
-    subject: nn.Module
+    with_task: nn.Module
+    plain: nn.Module
     anatomy: Anatomy
     source: Callable[[], Iterable[Batch]]
     batches: int | None = None
@@ -57,13 +57,13 @@ class Calibration:
     def of(cls, session: Session, batches: int, batch_size: int, precision: str = "fp32") -> Calibration:
         """On the training data of a recipe's session."""
         source = partial(session.batches, "train", batch_size)
-        return cls(session.model, session.subject, session.anatomy, source, batches, precision=precision)
+        return cls(session.with_task, session.plain, session.anatomy, source, batches, precision=precision)
 
     def output(self, batch: Batch) -> Any:
         """What the model makes of a batch."""
         half = self.precision == "bf16" or (self.precision == "auto" and native_bf16())
-        with torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16, enabled=half):
-            return self.model(**batch)
+        with torch.autocast(next(self.with_task.parameters()).device.type, torch.bfloat16, enabled=half):
+            return self.with_task(**batch)
 
     def rounds(self, count: int = 1) -> Iterator[Iterator[Batch]]:
         """The batches of each of `count` rounds, beginning with the first batch; take all of a round before the next.
@@ -136,11 +136,11 @@ def gradients(calibration: Calibration, weights: Iterable[Weight], batches: Iter
     Raises:
         ValueError: if the loss or a gradient is not finite, or depends on none of the weights.
     """
-    found = {w: getattr(calibration.subject.get_submodule(w.module), w.parameter) for w in weights}
-    everything = list(calibration.model.parameters()) + list(found.values())
+    found = {w: getattr(calibration.plain.get_submodule(w.module), w.parameter) for w in weights}
+    everything = list(calibration.with_task.parameters()) + list(found.values())
     required = [(p, p.requires_grad) for p in everything]
     held = [(p, p.grad) for p in found.values()]
-    running = [(b, b.clone()) for b in calibration.model.buffers()] if train else []
+    running = [(b, b.clone()) for b in calibration.with_task.buffers()] if train else []
     try:
         for p in everything:
             p.requires_grad_(False)
@@ -152,7 +152,7 @@ def gradients(calibration: Calibration, weights: Iterable[Weight], batches: Iter
                 yield None
                 continue
             number = processes.number(own)
-            with evaluating(calibration.model, train), torch.enable_grad():
+            with evaluating(calibration.with_task, train), torch.enable_grad():
                 loss = calibration.loss(calibration.output(batch))
                 _check_loss(loss, number, calibration, batch)
                 loss.backward()
@@ -185,7 +185,7 @@ def _first_not_finite(calibration: Calibration, batch: Batch) -> str:
         if isinstance(output, Tensor) and output.is_floating_point() and not torch.isfinite(output).all():
             found.append(path)
 
-    handles = [m.register_forward_hook(partial(look, path)) for path, m in calibration.subject.named_modules() if path]
+    handles = [m.register_forward_hook(partial(look, path)) for path, m in calibration.plain.named_modules() if path]
     with torch.no_grad():
         calibration.output(batch)
     for handle in handles:

@@ -201,7 +201,7 @@ class Chita(Pruner):
             shapes = {w: t.shape for w, t in weights.items()}
             sizes = [t.numel() for t in weights.values()]
             blocks = list(_blocks(sizes, self.settings.block_size))
-            with borrowed(calibration.subject, weights) as current:
+            with borrowed(calibration.plain, weights) as current:
                 levels = self.levels(sparsity)
                 alive = torch.ones(sum(sizes), dtype=torch.bool, device=next(iter(current.values())).device)
                 for level, batches in zip(levels, calibration.rounds(len(levels)), strict=True):

@@ -73,7 +73,7 @@ def collect(calibration: Calibration, weights: Iterable[Weight], needs: frozense
             different batches.
     """
     weights = list(weights)
-    model = calibration.subject
+    model = calibration.plain
     shapes = {w: rows_and_columns(model, w) for w in weights}
     inputs = needs & {"squares", "gram"}
     batches = processes.share(batches)
@@ -83,7 +83,7 @@ def collect(calibration: Calibration, weights: Iterable[Weight], needs: frozense
         if "gradient" in needs:
             mean = _mean(model, weights, gradients(calibration, weights, watched))
         else:
-            with evaluating(calibration.model), torch.no_grad():
+            with evaluating(calibration.with_task), torch.no_grad():
                 for batch in watched:
                     if batch is not None:
                         calibration.output(batch)

@@ -38,7 +38,7 @@ class Given(Pruner):
         if path.is_dir():
             self._from_run(path, session)
         elif path.is_file():
-            masks = Masks.load(path, session.subject)
+            masks = Masks.load(path, session.plain)
             self.tensors = masks.packed()
             self.state = summary(masks, session.anatomy)
         else:
@@ -60,8 +60,8 @@ class Given(Pruner):
         with safe_open(folder / "weights.safetensors", "pt") as file:
             names = [n for n in file.keys() if n.startswith(prefix)]  # noqa: SIM118 (not a mapping)
             self.tensors = {n.removeprefix(prefix): file.get_tensor(n) for n in names}
-        prunable = session.anatomy.weights(session.subject, convolutions=True)
-        shapes = {w.path: parameter(session.subject, w).shape for w in prunable}
+        prunable = session.anatomy.weights(session.plain, convolutions=True)
+        shapes = {w.path: parameter(session.plain, w).shape for w in prunable}
         if missing := [p for p in self.tensors if not p.endswith(".values") and p not in shapes]:
             raise ValueError(f"masks: those of '{folder}' are for another model: it has no prunable '{missing[0]}'")
         Masks.unpacked(self.tensors, shapes)  # raises if they are of another size

@@ -61,7 +61,7 @@ class IterSNIP(Pruner):
         """Scores and masks (out, in) after each step."""
         weights = self.prunable(calibration)
         score = SCORES[self.score]
-        with borrowed(calibration.subject, weights) as current:
+        with borrowed(calibration.plain, weights) as current:
             levels = self.settings.levels(sparsity)
             for level, batches in zip(levels, calibration.rounds(len(levels)), strict=True):
                 evidence = collect(calibration, weights, score.needs, batches)

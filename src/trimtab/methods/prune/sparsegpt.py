@@ -135,7 +135,7 @@ class SparseGPT(Pruner):
             groups = by_block(calibration.anatomy, weights) if self.settings.sequential else [list(weights)]
             counts = self.counts(weights, weights, sparsity) if self.settings.sequential else {}
             masks: dict[Weight, Tensor] = {}
-            with borrowed(calibration.subject, weights) as current:
+            with borrowed(calibration.plain, weights) as current:
                 for group in groups:
                     evidence = collect(calibration, group, SCORES[self.score].needs, next(calibration.rounds()))
                     if not counts:

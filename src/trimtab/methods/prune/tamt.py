@@ -81,7 +81,7 @@ class TAMT(Pruner):
         batches = list(next(calibration.rounds()))
         optimizer = torch.optim.AdamW(values.values(), lr=self.settings.learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(len(batches), 1))
-        with borrowed(calibration.subject, weights) as current:
+        with borrowed(calibration.plain, weights) as current:
 
             def masked() -> Iterator[Batch]:
                 for batch in batches:

@@ -66,30 +66,30 @@ class Supernet:
     """A copy of a session's model in which every candidate can be switched to its skip adapter.
 
     Attributes:
-        model: the copy with its task.
-        subject: the plain model in it.
+        with_task: the copy with its task.
+        plain: the plain model in it.
         switches: one a candidate.
     """
 
     def __init__(self, session: Session, candidates: list[Block], settings: SkipSettings):
-        self.model = copy.deepcopy(session.model)
-        self.subject = session.locate(self.model)
+        self.with_task = copy.deepcopy(session.with_task)
+        self.plain = session.plain_in(self.with_task)
         self.switches: list[Switch] = []
         for block in candidates:
             bottleneck = max(1, block.width // settings.reduction)
-            other = Skipped(self.subject, block, bottleneck, settings.adapters, settings.skip_width)
-            add_adapters(self.subject, block, bottleneck, settings.adapters)
-            self.switches.append(Switch(self.subject.get_submodule(block.path), other))
-            replace_module(self.subject, block.path, self.switches[-1])
-        train_adapters(self.subject, session.anatomy.heads)
+            other = Skipped(self.plain, block, bottleneck, settings.adapters, settings.skip_width)
+            add_adapters(self.plain, block, bottleneck, settings.adapters)
+            self.switches.append(Switch(self.plain.get_submodule(block.path), other))
+            replace_module(self.plain, block.path, self.switches[-1])
+        train_adapters(self.plain, session.anatomy.heads)
 
     def costs(self, unit: Unit, session: Session, candidates: list[Block]) -> BlockCosts:
         """What each candidate costs, kept and skipped, in one forward pass of one sample."""
-        device = next(self.model.parameters()).device
-        one = {k: v.to(device) for k, v in session.model.example(1).items()}
-        blocks = [session.subject.get_submodule(b.path) for b in candidates]
-        return measure(unit, (session.model, blocks, lambda: session.model(**one)),
-                       (self.model, self.switches, lambda: self.model(**one)))  # fmt: skip
+        device = next(self.with_task.parameters()).device
+        one = {k: v.to(device) for k, v in session.with_task.example(1).items()}
+        blocks = [session.plain.get_submodule(b.path) for b in candidates]
+        return measure(unit, (session.with_task, blocks, lambda: session.with_task(**one)),
+                       (self.with_task, self.switches, lambda: self.with_task(**one)))  # fmt: skip
 
 
 class Skipping(Method):
@@ -97,10 +97,17 @@ class Skipping(Method):
 
     lever = "skip"
 
+    changes = "tree"
+
     @property
-    def folds(self) -> bool:  # type: ignore[override]
-        """Without adapters what is left is an ordinary model."""
-        return self.settings.adapters == "none"
+    def trains(self) -> str:  # type: ignore[override]
+        return "nothing" if self.settings.adapters == "none" else "added"
+
+    @property
+    def keeps(self) -> str:  # type: ignore[override]
+        if self.settings.adapters == "none":
+            return ""  # what is left is an ordinary model with fewer layers
+        return "its adapters stand in the blocks and in place of some: skip with `adapters: none` to export"
 
     def candidates(self, anatomy: Anatomy) -> list[Block]:
         """Blocks that may be skipped, in the order of the search's indices.
@@ -144,7 +151,7 @@ class Skipping(Method):
 
     def prepare(self, session: Session) -> None:
         candidates = self.candidates(session.anatomy)
-        model = session.subject
+        model = session.plain
         if self.settings.plan is not None:
             self.set_plan(self.given(candidates, model, session.anatomy))
         elif self.settings.budget is None and self.settings.skip == 0:
@@ -168,7 +175,7 @@ class Skipping(Method):
             target = (macs if unit == "macs" else supernet.costs(unit, session, candidates)).target(share)
 
         def plan(chosen: Indices, scores: list[float] | None = None, evaluations: int = 0) -> Plan:
-            found = Plan.of(session.subject, session.anatomy, candidates, chosen, scores, method=self.name,
+            found = Plan.of(session.plain, session.anatomy, candidates, chosen, scores, method=self.name,
                             target=self.wanted, evaluations=evaluations)  # fmt: skip
             each = {b.path: (int(macs.blocks[i]), int(macs.savings[i])) for i, b in enumerate(candidates)}
             return with_costs(found, each, int(macs.dense), int(macs.of(chosen)))

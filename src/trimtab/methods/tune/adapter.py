@@ -71,6 +71,9 @@ class _Adapters(Method):
     """Adapters at the parts of every block; they are kept in the block as `<method>_0`, `<method>_1`, ..."""
 
     lever = "tune"
+    trains = "added"
+    changes = "inside"
+    keeps = "its adapters stand in the blocks, where the model's own class has no place for them"
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
         for name in self.settings.towers or [t.name for t in anatomy.towers]:

@@ -194,6 +194,9 @@ class Beside(Method):
     """A method that sets side networks beside towers; the model keeps them as `model.<name>.<tower>`."""
 
     lever = "tune"
+    trains = "added"
+    changes = "beside"
+    keeps = "its side networks stand beside the model, where the model's own class has no place for them"
     mixes_tokens = True
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
@@ -208,6 +211,9 @@ class Beside(Method):
         model.add_module(self.name.replace("-", "_"), sides)
         model.eval()
         return anatomy
+
+    def detaches(self, anatomy: Anatomy) -> tuple[str, ...]:
+        return tuple(self.settings.towers or self.towers(anatomy))
 
     def towers(self, anatomy: Anatomy) -> tuple[str, ...]:
         """The towers that get a side network if the settings name none: those that no other tower reads, since nothing

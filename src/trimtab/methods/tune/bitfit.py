@@ -24,7 +24,8 @@ class BitFit(Method):
 
     name = "bitfit"
     lever = "tune"
-    folds = True
+    trains = "own"
+    changes = "values"
     Settings = BitFitSettings
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:

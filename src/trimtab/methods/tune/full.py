@@ -22,7 +22,8 @@ class Full(Method):
     name = "full"
     lever = "tune"
     Settings = NoSettings
-    folds = True
+    trains = "own"
+    changes = "values"
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
         model.requires_grad_(True)
@@ -36,7 +37,11 @@ class LinearProbe(Method):
     name = "linear-probe"
     lever = "tune"
     Settings = NoSettings
-    folds = True
+    trains = "nothing"
+    changes = "nothing"
+
+    def detaches(self, anatomy: Anatomy) -> tuple[str, ...]:
+        return tuple(t.name for t in anatomy.towers)
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
         return anatomy

@@ -54,7 +54,8 @@ class LoRA(Method):
 
     name = "lora"
     lever = "tune"
-    folds = True
+    trains = "added"
+    changes = "tree"
     Settings = LoRASettings
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:

@@ -28,7 +28,8 @@ class NormTuning(Method):
 
     name = "norm-tuning"
     lever = "tune"
-    folds = True
+    trains = "own"
+    changes = "values"
     Settings = NormTuningSettings
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:

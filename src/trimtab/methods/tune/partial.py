@@ -30,7 +30,8 @@ class Partial(Method):
 
     name = "partial"
     lever = "tune"
-    folds = True
+    trains = "own"
+    changes = "values"
     Settings = PartialSettings
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:

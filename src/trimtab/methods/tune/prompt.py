@@ -40,6 +40,9 @@ class _Prompts(Method):
     """Prompts as parameters `model.<method>.<tower>`, (blocks with prompts, P, D)."""
 
     lever = "tune"
+    trains = "added"
+    changes = "inside"
+    keeps = "its prompts are set before the tokens by hooks, which a folder does not hold"
     Settings = PromptSettings
     deep: bool
 

@@ -131,7 +131,7 @@ class DAS(Skipping):
             raise ValueError(f"das: {s.search_steps} search_steps with a warm-up of {s.warmup:g} never update a gate")
         search = _Search(supernet, gates, s, session, [b.path for b in candidates])
         search.key = search_key(self, session, candidates)
-        session.fit(supernet.model, s.search_steps, [search.callback()])
+        session.fit(supernet.with_task, s.search_steps, [search.callback()])
         evaluations = sum(len(u["subsets"]) for u in search.trace)
         return tuple(gates.best()), gates.values.tolist(), evaluations, {"updates": search.trace}
 
@@ -150,8 +150,8 @@ class _Search:
     def update(self, step: int) -> None:
         """Compare plans on the next validation batch."""
         s, gates = self.settings, self.gates
-        losses_of = PlanLosses(self.supernet.model, self.supernet.switches, [next(self.batches)], s.dropout_in_rewards,
-                               common=False)  # fmt: skip
+        net, batch = self.supernet, next(self.batches)
+        losses_of = PlanLosses(net.with_task, net.switches, [batch], s.dropout_in_rewards, common=False)
         subsets = gates.subsets(s.subsets)
         losses = losses_of([tuple(x) for x in subsets])
         check_finite(subsets, losses, self.paths, gates.best())

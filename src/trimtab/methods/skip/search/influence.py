@@ -23,13 +23,13 @@ from trimtab.methods.skip.search.evaluate import SearchError, mean_over_processe
 
 
 @torch.no_grad()
-def block_influence(model: nn.Module, subject: nn.Module, blocks: Sequence[Block], batch: dict[str, Tensor]
+def block_influence(with_task: nn.Module, plain: nn.Module, blocks: Sequence[Block], batch: dict[str, Tensor]
                     ) -> list[float]:  # fmt: skip
     """Influence of blocks on a batch, in evaluation mode; all tokens count, padding too, as in the paper's code.
 
     Args:
-        model: what is called with the batch.
-        subject: the plain model in it, to which the blocks' paths belong.
+        with_task: what is called with the batch.
+        plain: the plain model in it, to which the blocks' paths belong.
     """
     sums, counts = [0.0] * len(blocks), [0] * len(blocks)
     handles = []
@@ -43,15 +43,15 @@ def block_influence(model: nn.Module, subject: nn.Module, blocks: Sequence[Block
             sums[i] += float((1 - similarity).sum())
             counts[i] += similarity.numel()
 
-        handles.append(subject.get_submodule(block.path).register_forward_hook(measure, with_kwargs=True))
-    was = model.training
-    model.eval()
+        handles.append(plain.get_submodule(block.path).register_forward_hook(measure, with_kwargs=True))
+    was = with_task.training
+    with_task.eval()
     try:
-        model(**batch)
+        with_task(**batch)
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was)
+        with_task.train(was)
     found = [s / max(n, 1) for s, n in zip(sums, counts, strict=True)]
     return mean_over_processes(found, next(iter(batch.values())).device)
 
@@ -74,7 +74,7 @@ class BlockInfluence(Skipping):
     def search(self, session: Session, candidates: list[Block], supernet: Supernet, target: Target
                ) -> tuple[Indices, list[float] | None, int, dict[str, Any]]:  # fmt: skip
         batch = next(session.batches("validation", self.settings.rows))
-        found = block_influence(session.model, session.subject, candidates, batch)
+        found = block_influence(session.with_task, session.plain, candidates, batch)
         for block, value in zip(candidates, found, strict=True):
             if not value == value or value in (float("inf"), float("-inf")):
                 raise SearchError(f"{self.name}: the influence of '{block.path}' is {value}: its stream is not finite")

@@ -141,5 +141,5 @@ class LinearSkip(Searched):
 
     def look(self, losses, target, session, candidates, generator) -> Found:
         batch = validation_batch(session, self.settings.rows, self.name)
-        influence = block_influence(session.model, session.subject, candidates, batch)
+        influence = block_influence(session.with_task, session.plain, candidates, batch)
         return linear(losses, target, generator, self.settings, influence)

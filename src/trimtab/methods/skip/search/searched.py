@@ -67,7 +67,7 @@ class Searched(Skipping):
         batch = validation_batch(session, self.settings.rows, self.name)
         train_evenly(self, session, candidates, supernet, target)
         folder = search_folder(session)
-        losses = PlanLosses(supernet.model, supernet.switches, [batch])
+        losses = PlanLosses(supernet.with_task, supernet.switches, [batch])
         evaluator = Evaluator(losses, [b.path for b in candidates], None if folder is None else folder / "losses.json",
                               _trained(supernet))  # fmt: skip
         found = self.look(evaluator, target, session, candidates, torch.Generator().manual_seed(session.seed))
@@ -102,14 +102,14 @@ def train_evenly(method: Skipping, session: Session, candidates: list[Block], su
             order = torch.randperm(len(candidates), generator=generator).tolist()
             choose(supernet.switches, target.fill(order))
 
-    session.fit(supernet.model, method.settings.search_steps, [Skip()])
+    session.fit(supernet.with_task, method.settings.search_steps, [Skip()])
     if file is not None:
         with replace_file(file) as partial:
             save_file(_learned(supernet), partial, metadata={"key": key})
 
 
 def _learned(supernet: Supernet) -> dict[str, torch.Tensor]:
-    return {n: p.detach().cpu().contiguous() for n, p in supernet.model.named_parameters() if p.requires_grad}
+    return {n: p.detach().cpu().contiguous() for n, p in supernet.with_task.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def _restore(supernet: Supernet, file: Path, key: str) -> bool:
     with safe_open(file, "pt") as opened:
         if (opened.metadata() or {}).get("key") != key:
             return False
-    own = dict(supernet.model.named_parameters())
+    own = dict(supernet.with_task.named_parameters())
     for name, value in load_file(file).items():
         own[name].copy_(value)
     return True
