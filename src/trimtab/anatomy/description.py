@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from trimtab.anatomy.structure import repeated, under
+from trimtab.anatomy.structure import plain_module, plain_modules, repeated, under
 from trimtab.registry import unknown
 
 Modality = Literal["vision", "text", "fusion"]
@@ -159,7 +159,7 @@ class Tower:
 
 
 class Weight(NamedTuple):
-    """A prunable matrix (out, in): the module that holds it, the parameter's name in it, and its modality.
+    """A prunable matrix (out, in): plain path of the module that holds it, the parameter's name in it, and its modality.
 
     Its parameter has the shape (out, in), or (in, out) when `transposed` (transformers' `Conv1D`), or that of a
     convolution, (out, *kernel) with the kernel (in / groups, kh, kw): its matrix is (out, in * kh * kw / groups).
@@ -174,6 +174,10 @@ class Weight(NamedTuple):
     @property
     def path(self) -> str:
         return f"{self.module}.{self.parameter}"
+
+    def of(self, model: nn.Module) -> nn.Parameter:
+        """The parameter itself, behind whatever wraps its layer; AttributeError if the model has no such layer."""
+        return getattr(plain_module(model, self.module), self.parameter)
 
     def matrix(self, stored: Tensor) -> Tensor:
         """A tensor of the parameter's shape as (out, in); a view where that needs no copy."""
@@ -249,7 +253,7 @@ class Anatomy:
         return tower.modality if tower else None
 
     def weights(self, model: nn.Module, convolutions: bool = False) -> list[Weight]:
-        """The prunable matrices in the order of `named_modules`, each tied one once.
+        """The prunable matrices of the plain model in the order of `named_modules`, each tied one once.
 
         Every `nn.Linear` in a tower's scope, transformers' transposed `Conv1D`, and the input projections of every
         `nn.MultiheadAttention`; biases, norms, embeddings and heads are left out (as MULTIFLOW's code does), and
@@ -260,7 +264,7 @@ class Anatomy:
             convolutions: also `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` (never transposed ones) in a tower's scope.
         """
         found, seen = [], set()
-        for path, module in model.named_modules():
+        for path, module in plain_modules(model):
             transposed = type(module).__name__ == "Conv1D"
             convolves = convolutions and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
             names = ["weight"] if isinstance(module, nn.Linear) or transposed or convolves else []
