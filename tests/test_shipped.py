@@ -29,8 +29,8 @@ def shrink(r: recipe.Recipe) -> recipe.Recipe:
 
 
 def _needed(method: dict) -> dict:
-    from trimtab.experiments.recipe import defaults
     from trimtab.methods import METHODS
+    from trimtab.settings import defaults
 
     return {k: v for k, v in FEW.items() if k in defaults(METHODS[method["name"]].Settings)}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,11 @@ class VQA(Task):
     def __init__(self, answers: Sequence[str]):
         self.answers = list(answers)
         self.index = {a: i for i, a in enumerate(self.answers)}
+
+    @classmethod
+    def settings_from(cls, source: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+        """`answers` are the source's, unless they are given."""
+        return dict(given) if "answers" in given else {**given, "answers": list(source.answers())}
 
     def head(self, backbone: Any) -> nn.Module:
         d = backbone.width
