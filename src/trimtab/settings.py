@@ -51,11 +51,3 @@ def build(cls: type, values: Mapping[str, Any], where: str, what: str = "setting
         return cls(**{k: getattr(parsed, k) for k in known if hasattr(parsed, k)})
     except (ArgumentError, TypeError, ValueError) as error:
         raise SettingsError(f"{where}: {' '.join(str(error).split())}") from error
-
-
-def defaults(cls: type) -> dict[str, Any]:
-    """Settings and their defaults, for tables and help; None where there is no default."""
-    out: dict[str, Any] = {}
-    for name, parameter in inspect.signature(cls).parameters.items():
-        out[name] = None if parameter.default is inspect.Parameter.empty else parameter.default
-    return out

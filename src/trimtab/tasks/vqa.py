@@ -22,6 +22,9 @@ class VQA(Task):
     pooled feature: a pooler that was trained to match keeps what tells a match from none and little else. Where the
     pooled feature joins two streams (METER), whose first tokens know half each, it is read as published. An answer
     outside `answers` is never right, and no gradient comes from it.
+
+    Args:
+        answers: the classes; a recipe that leaves them out takes those of its data source.
     """
 
     name = "vqa"
