@@ -7,7 +7,8 @@ import yaml
 
 from trimtab.backbones import BACKBONES
 from trimtab.experiments import recipe, run
-from trimtab.experiments.recipe import RecipeError, TrainingSpec, build, expand, read
+from trimtab.experiments.recipe import build, expand, read
+from trimtab.experiments.schema import RecipeError, TrainingSpec
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_one_seed_on_the_command_line_stands_for_one_run(raw):
         ({"methods": ["multifow"]}, "unknown method 'multifow': did you mean 'multiflow'"),
         (
             {"methods": ["full", {"name": "multiflow", "sparsty": 0.5}]},
-            "methods.1 (multiflow): unknown key 'sparsty': did you mean 'sparsity'",
+            "methods.1: multiflow: unknown setting 'sparsty': did you mean 'sparsity'",
         ),
     ],
 )
@@ -172,9 +173,9 @@ def test_a_wrong_override(override, message, raw):
     [
         ({"training": {"steps": "many"}}, ("training", "steps", "many")),
         ({"training": {"precision": "fp8"}}, ("training", "precision", "fp8", "bf16")),
-        ({"training": {"steps": -1}}, ("training.steps", "at least 0", "-1")),
-        ({"training": {"batch_size": 0}}, ("training.batch_size", "at least 1")),
-        ({"training": {"accumulate": 0}}, ("training.accumulate", "at least 1")),
+        ({"training": {"steps": -1}}, ("training: steps must be at least 0, found -1",)),
+        ({"training": {"batch_size": 0}}, ("training: batch_size must be at least 1",)),
+        ({"training": {"accumulate": 0}}, ("training: accumulate must be at least 1",)),
         ({"backbone": {"pretrained": False}}, ("backbone", "name")),
         ({"backbone": {"name": "tiny-vilt", "attention": "flash"}}, ("backbone", "attention", "flash", "eager")),
         ({"data": {"style": "openmoji"}}, ("'data'", "'name'")),
@@ -248,7 +249,7 @@ def test_read_names_runs_after_the_file(raw, tmp_path):
     ("text", "message"),
     [
         ("backbone: [tiny-vilt\ntask: vqa\n", "not YAML"),
-        ("- a\n- list\n", "expected a mapping with the keys title, backbone"),
+        ("- a\n- list\n", "expected a mapping with the keys backbone, task"),
         ("", "expected a mapping"),
         ("backbone: tiny-vilt\ntsk: vqa\n", "unknown key 'tsk': did you mean 'task'"),
     ],

@@ -29,10 +29,9 @@ def shrink(r: recipe.Recipe) -> recipe.Recipe:
 
 
 def _needed(method: dict) -> dict:
-    from trimtab.experiments.recipe import defaults
     from trimtab.methods import METHODS
 
-    return {k: v for k, v in FEW.items() if k in defaults(METHODS[method["name"]].Settings)}
+    return {k: v for k, v in FEW.items() if k in METHODS[method["name"]].Settings.__dataclass_fields__}
 
 
 def found_masks(r: recipe.Recipe, folder: Path) -> Path:
@@ -79,11 +78,10 @@ def test_commands_in_documents_are_right(page, tmp_path, monkeypatch):
             words = shlex.split(line.removeprefix("$ "), comments=True)
             if words[:1] != ["trimtab"]:
                 continue
-            options = cli._parser().parse_args(words[1:])
-            section = options[options.subcommand]
-            if options.subcommand in ("run", "cost"):
-                for name in recipe.below(section.recipe):
-                    for r in recipe.read(name, section.overrides):
+            options = cli.parse(words[1:])
+            if options.command in ("run", "cost"):
+                for name in recipe.below(options.recipe):
+                    for r in recipe.read(name, options.overrides):
                         run.check(r)
-            elif options.subcommand in ("anatomy", "list"):
+            elif options.command in ("anatomy", "list"):
                 assert cli.main(words[1:]) == 0

@@ -24,7 +24,7 @@ _PUBLIC = {
     "save_pretrained": "trimtab.storage.checkpoints", "from_pretrained": "trimtab.storage.checkpoints",
     "convert": "trimtab.storage.checkpoints",
     "speed_up": "trimtab.speed",
-    "Recipe": "trimtab.experiments.recipe", "RecipeError": "trimtab.experiments.recipe",
+    "Recipe": "trimtab.experiments.schema", "RecipeError": "trimtab.experiments.schema",
     "read_recipe": "trimtab.experiments.recipe:read",
     "run_recipe": "trimtab.experiments.run:run", "load_run": "trimtab.experiments.run:load",
     "RunError": "trimtab.experiments.run",

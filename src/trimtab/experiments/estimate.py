@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy
 from trimtab.counting import count_macs, latency, peak_memory, safetensors_size, saved_bytes, sizes_only, training_peak
-from trimtab.experiments.recipe import Recipe
+from trimtab.experiments.schema import Recipe
 from trimtab.tasks.base import TaskModel
 
 if TYPE_CHECKING:

@@ -39,7 +39,8 @@ from trimtab.data.images import decode, encoded, readable
 from trimtab.data.sources import SOURCES
 from trimtab.experiments import training
 from trimtab.experiments.policy import Resolved, Rule, apply
-from trimtab.experiments.recipe import Recipe, RecipeError, TrainingSpec, build, expand
+from trimtab.experiments.recipe import build, expand
+from trimtab.experiments.schema import Recipe, RecipeError, TrainingSpec
 from trimtab.files import cache_dir, replace_file
 from trimtab.methods import METHODS, Method
 from trimtab.registry import unknown
@@ -145,10 +146,10 @@ def check(recipe: Recipe) -> None:
 
 
 def _method(entry: dict[str, Any], where: str) -> Method:
-    cls = METHODS[entry["name"]]
-    settings = {k: v for k, v in entry.items() if k != "name"}
-    checked = build(cls.Settings, settings, f"{where} ({cls.name})")
-    return cls(**{k: getattr(checked, k) for k in settings})
+    try:
+        return METHODS.make(entry["name"], **{k: v for k, v in entry.items() if k != "name"})
+    except ValueError as error:
+        raise RecipeError(f"{where}: {error}") from error
 
 
 def _check_reading(task: Task, methods: list[Method], backbone: backbones.Backbone, where: str) -> None:
@@ -175,10 +176,7 @@ def _named(registry: Any, entry: dict[str, Any], where: str) -> Any:
 
 def _task(entry: dict[str, Any], source: Any, where: str) -> Task:
     cls = TASKS[entry["name"]]
-    values = {k: v for k, v in entry.items() if k != "name"}
-    if entry["name"] == "vqa":
-        values.setdefault("answers", list(source.answers()))
-    return build(cls, values, where)
+    return build(cls, cls.settings_from(source, {k: v for k, v in entry.items() if k != "name"}), where)
 
 
 def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
@@ -298,8 +296,8 @@ def tables(recipe: Recipe, parts: Assembly) -> tuple[Any, Any, Any]:
     found = []
     for split in ("train", "validation", "test"):
         table = parts.source.load(recipe.task["name"], split)
-        skip = parts.source.skip_bad_images
-        found.append(readable(table, f"{recipe.data['name']} {split}") if skip else table)
+        drop = parts.source.drop_bad_images
+        found.append(readable(table, f"{recipe.data['name']} {split}") if drop else table)
     return found[0], found[1], found[2]
 
 

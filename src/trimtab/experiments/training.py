@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from trimtab.anatomy import Anatomy
 from trimtab.data.augment import Augmentation
 from trimtab.data.images import encoded
-from trimtab.experiments.recipe import TrainingSpec
+from trimtab.experiments.schema import TrainingSpec
 from trimtab.precision import native_bf16
 from trimtab.tasks.base import TaskModel
 

@@ -21,12 +21,37 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy
-from trimtab.registry import Registry
+from trimtab.registry import Registry, unknown
+from trimtab.settings import build
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-METHODS: Registry[Any] = Registry("method")
+_NOUNS = {"prune": "pruner", "skip": "search", "tune": "tuning method"}
+
+
+class MethodRegistry(Registry[Any]):
+    """The methods by name, and the one way to make one from its settings."""
+
+    def make(self, name: str, /, lever: str | None = None, **settings: Any) -> Method:
+        """A method with its settings, as they stand in a recipe.
+
+        Args:
+            name: registered name.
+            lever: `prune`, `skip` or `tune`, if only methods of that lever are meant.
+            settings: checked and converted by the types in the method's `Settings`; lists become tuples.
+
+        Raises:
+            ValueError: if no such method is there, a setting is unknown (with the nearest), or has a wrong value.
+        """
+        names = sorted(n for n, cls in self.items() if lever in (None, cls.lever))
+        if name not in names:
+            raise ValueError(unknown(_NOUNS.get(lever or "", self.kind), name, names))
+        checked = build(self[name].Settings, settings, name)
+        return self[name](**{k: getattr(checked, k) for k in settings})
+
+
+METHODS = MethodRegistry("method")
 
 
 def beside(module: nn.Module, place: Tensor, dtype: torch.dtype | None = None) -> nn.Module:
