@@ -16,7 +16,7 @@ DESCRIPTION = (
     "Fit a pretrained vision-language model to a task under a budget: prune weights, skip blocks, tune beside."
 )
 OVERRIDES = "changes to the recipe, such as training.steps=100 methods.0.sparsity=0.9 seeds=[0,1,2] variants=[full]"
-DEMO = ("demo/retrieval", "demo/vqa", "demo/grounding", "demo/easy-vqa")
+DEMO = ("demo/retrieval", "demo/grounding", "demo/easy-vqa", "demo/vqa")  # the last shows the levers composed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
