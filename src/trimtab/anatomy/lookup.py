@@ -30,6 +30,11 @@ class _Description:
     def fits(self, kind: type) -> bool:
         return not self.packages or _package(kind) in self.packages
 
+    def meets(self, other: _Description) -> bool:
+        """Whether both are for the same classes; one for named packages goes before one for any."""
+        either = {*self.packages, *other.packages}
+        return not either or len(either) < len(self.packages) + len(other.packages)
+
     def __str__(self) -> str:
         of = f" (of {', '.join(self.packages)})" if self.packages else ""
         return f"{self.function.__module__}.{self.function.__qualname__}{of}"
@@ -56,15 +61,14 @@ def describes(*class_names: str, packages: Iterable[str] | None = None) -> Calla
         else:
             chosen = tuple(packages)
         new = _Description(function, chosen)
-        for name in class_names:
-            others = [d for d in _DESCRIPTIONS.get(name, []) if not _same(d.function, function)]
-            for old in others:
-                if bool(old.packages) == bool(chosen) and not (chosen and set(chosen).isdisjoint(old.packages)):
-                    raise AnatomyError(
-                        f"{name!r} is described twice: by {old} and by {new}; name in `packages` from which package "
-                        f"the class comes that each is for, such as @describes({name!r}, packages=['mypackage'])"
-                    )
-            _DESCRIPTIONS[name] = [*others, new]
+        kept = {n: [d for d in _DESCRIPTIONS.get(n, []) if not _same(d.function, function)] for n in class_names}
+        for name, others in kept.items():
+            if old := next((d for d in others if d.meets(new)), None):
+                raise AnatomyError(
+                    f"{name!r} is described twice: by {old} and by {new}; name in `packages` from which package the "
+                    f"class comes that each is for, such as @describes({name!r}, packages=['mypackage'])"
+                )
+        _DESCRIPTIONS.update({name: [*others, new] for name, others in kept.items()})
         return function
 
     return add
@@ -144,8 +148,8 @@ def _by_class(model: nn.Module, path: str) -> Anatomy | None:
     name, package = foreign.__name__, _package(foreign)
     known = "; ".join(map(str, _DESCRIPTIONS[name]))
     raise AnatomyError(
-        f"{_where(path)} is a {foreign.__module__}.{name}, and only classes of that name from elsewhere are described: "
-        f"by {known}. Register a description of yours with @trimtab.describes({name!r}, packages=[{package!r}]), or "
+        f"{_where(path)} is of the class {foreign.__module__}.{name}, and only classes of that name from "
+        f"elsewhere are described: by {known}. Register a description of yours with @trimtab.describes({name!r}, packages=[{package!r}]), or "
         "give the class another name"
     )
 
