@@ -55,10 +55,9 @@ def test_a_class_is_described_once():
     describes("Homemade")(describe)
     with pytest.raises(AnatomyError, match=r"'Homemade' is described twice: by .*describe and by .*other; name in"):
         describes("Homemade")(other)
-    with pytest.raises(
-        AnatomyError, match=r"'ViltModel' is described twice: by trimtab.*transformers.* and by .*other"
-    ):
-        describes("Homemade", "ViltModel", packages=["transformers"])(other)
+    with pytest.raises(AnatomyError, match=r"'ViltModel' is described twice: by trimtab.* and by .*other"):
+        describes("Unheard", "ViltModel", packages=["transformers"])(other)
+    assert "Unheard" not in dict(lookup.described())  # all of the names or none
 
     def describe(model: Any) -> Anatomy:  # the same once more, as a notebook's cell that is run again
         return stack("second")
@@ -98,10 +97,9 @@ def test_a_child_of_the_class_itself_is_described_whatever_its_own_name():
     assert [t.name for t in found.towers] == ["fusion"]
 
 
-def test_one_without_packages_serves_the_classes_that_no_other_is_for():
-    describes("ViltModel")(lambda model: stack())
-    assert [t.name for t in Anatomy.of(make_foreign("ViltModel")()).towers] == ["words"]
-    assert [t.name for t in Anatomy.of(tiny_vilt()).towers] == ["fusion"]
+def test_a_name_that_trimtab_describes_needs_its_package():
+    with pytest.raises(AnatomyError, match=r"by trimtab.* and by .*packages=\['mypackage'\]"):
+        describes("ViltModel")(lambda model: stack())
 
 
 @pytest.mark.parametrize("wrong", [lambda m: m.layers, lambda m: {}["layers"], lambda m: [][0]])
