@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -23,12 +23,14 @@ from trimtab.anatomy import (
     Anatomy,
     AnatomyError,
     Block,
+    Sublayer,
     Tap,
     Tower,
     pick,
     read,
     rewrite,
 )
+from trimtab.anatomy.parts import every_tap
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 CLIP_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
@@ -223,6 +225,21 @@ def test_blocks_and_towers_by_name():
     assert found.tower("text").causal and not found.tower("vision").causal
     with pytest.raises(ValueError, match="unknown tower 'visoin': did you mean 'vision'"):
         list(found.blocks("visoin"))
+
+
+def test_a_prefix_goes_before_every_path():
+    """Whatever fields a description has: a tower is made with a tap in each field that can hold one."""
+    taps = [f.name for f in fields(Tower) if "Tap" in f.type]
+    part = Sublayer("mlp", Tap("b.in", "input"), Tap("b.out"))
+    tower = Tower("t", "text", (Block("b", 8, (part,)),), ("b", "c"), **{n: Tap(n) for n in taps})
+    own = Anatomy((tower,), heads=("h",), ignored=("i",))
+    found = own.prefixed("x.y")
+    before, after = ([tap.path for tap, _ in every_tap(a)] for a in (own, found))
+    assert len(after) == len(taps) + 2 and after == [f"x.y.{path}" for path in before]
+    assert found.towers[0].blocks[0].path == "x.y.b" and found.towers[0].scope == ("x.y.b", "x.y.c")
+    assert (found.heads, found.ignored) == (("x.y.h",), ("x.y.i",))
+    whole = Anatomy((replace(tower, mask=Tap("", "input")),)).prefixed("x")
+    assert whole.towers[0].mask.path == "x"  # the model itself
 
 
 # --- prunable weights of hand-made modules ----------------------------------------------------------------------------
