@@ -33,6 +33,7 @@ from trimtab.anatomy.structure import (
     plain_parameters,
     refuse_wrapper,
     repeated,
+    trained_copies,
     under,
 )
 from trimtab.registry import unknown
@@ -115,7 +116,16 @@ class Anatomy:
         Args:
             model: the model that this describes.
             convolutions: also `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` (never transposed ones) in a tower's scope.
+
+        Raises:
+            AnatomyError: if PEFT trains a copy of a module in a tower (`modules_to_save`), which masks would not reach.
         """
+        for path in trained_copies(model):
+            if self.modality(path) is not None:
+                raise AnatomyError(
+                    f"PEFT trains a copy of '{path}' (`modules_to_save`), and the model's own matrices there are not "
+                    "used: call `merge_and_unload` first, or leave it out of `modules_to_save`"
+                )
         found, seen = [], set()
         for path, module in plain_modules(model):
             transposed = type(module).__name__ == "Conv1D"

@@ -30,6 +30,10 @@ class _Description:
     def fits(self, kind: type) -> bool:
         return not self.packages or _package(kind) in self.packages
 
+    def meets(self, other: _Description) -> bool:
+        """Whether some class could have both."""
+        return not self.packages or not other.packages or not set(self.packages).isdisjoint(other.packages)
+
     def __str__(self) -> str:
         of = f" (of {', '.join(self.packages)})" if self.packages else ""
         return f"{self.function.__module__}.{self.function.__qualname__}{of}"
@@ -47,24 +51,24 @@ def describes(*class_names: str, packages: Iterable[str] | None = None) -> Calla
             not taken for one of them. None: any; for trimtab's own descriptions `transformers` and `trimtab`.
 
     Raises:
-        AnatomyError: if a class is described twice. Defining the same function again replaces it (a notebook's cell).
+        AnatomyError: if a class is described twice, trimtab's own descriptions among them. Defining the same function
+            again replaces it (a notebook's cell).
     """
 
     def add(function: Describe) -> Describe:
-        if packages is None:
-            chosen = ("transformers", "trimtab") if _root(function.__module__) == "trimtab" else ()
-        else:
-            chosen = tuple(packages)
-        new = _Description(function, chosen)
-        for name in class_names:
-            others = [d for d in _DESCRIPTIONS.get(name, []) if not _same(d.function, function)]
-            for old in others:
-                if bool(old.packages) == bool(chosen) and not (chosen and set(chosen).isdisjoint(old.packages)):
-                    raise AnatomyError(
-                        f"{name!r} is described twice: by {old} and by {new}; name in `packages` from which package "
-                        f"the class comes that each is for, such as @describes({name!r}, packages=['mypackage'])"
-                    )
-            _DESCRIPTIONS[name] = [*others, new]
+        own = _root(function.__module__) == "trimtab"
+        if not own:
+            _load_descriptions()  # so that a name that trimtab describes is refused here, not where it is looked up
+        default = ("transformers", "trimtab") if own else ()
+        new = _Description(function, tuple(default if packages is None else packages))
+        kept = {n: [d for d in _DESCRIPTIONS.get(n, []) if not _same(d.function, function)] for n in class_names}
+        for name, others in kept.items():
+            if old := next((d for d in others if d.meets(new)), None):
+                raise AnatomyError(
+                    f"{name!r} is described twice: by {old} and by {new}; name in `packages` from which package the "
+                    f"class comes that each is for, such as @describes({name!r}, packages=['mypackage'])"
+                )
+        _DESCRIPTIONS.update({name: [*others, new] for name, others in kept.items()})
         return function
 
     return add
@@ -133,10 +137,8 @@ def _by_class(model: nn.Module, path: str) -> Anatomy | None:
     foreign: type | None = None
     for kind in type(model).__mro__:
         found = _DESCRIPTIONS.get(kind.__name__, [])
-        # One that names the package goes before one that fits any.
-        for one in sorted(found, key=lambda d: not d.packages):
-            if one.fits(kind):
-                return _described(one, kind, model, path)
+        if one := next((d for d in found if d.fits(kind)), None):
+            return _described(one, kind, model, path)
         if found and foreign is None:
             foreign = kind
     if foreign is None:
@@ -144,9 +146,9 @@ def _by_class(model: nn.Module, path: str) -> Anatomy | None:
     name, package = foreign.__name__, _package(foreign)
     known = "; ".join(map(str, _DESCRIPTIONS[name]))
     raise AnatomyError(
-        f"{_where(path)} is a {foreign.__module__}.{name}, and only classes of that name from elsewhere are described: "
-        f"by {known}. Register a description of yours with @trimtab.describes({name!r}, packages=[{package!r}]), or "
-        "give the class another name"
+        f"{_where(path)} is of the class {foreign.__module__}.{name}, and only classes of that name from "
+        f"elsewhere are described: by {known}. Register a description of yours with "
+        f"@trimtab.describes({name!r}, packages=[{package!r}]), or give the class another name"
     )
 
 
@@ -156,8 +158,8 @@ def _described(one: _Description, kind: type, model: nn.Module, path: str) -> An
     except (AttributeError, KeyError, IndexError) as error:
         what = f"{_where(path)}, a {kind.__module__}.{kind.__name__}"
         raise AnatomyError(
-            f"the description {one} does not fit {what}: {type(error).__name__}: {error}. It was written for another "
-            "version of that class: correct it, or give your class another name and describe it with @trimtab.describes"
+            f"the description {one} does not fit {what}: {type(error).__name__}: {error}. Correct the "
+            "description; if it was written for another class or version, describe this class under a name of its own"
         ) from error
 
 

@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 _ADDED = "_trimtab_added"
-_BASE = "base_layer"  # under which PEFT's layers keep the layer that they wrap
+_WRAPS = "_trimtab_wraps"
+# Under which name PEFT keeps the plain module, and beside which other: in its layers, and where it trains a copy.
+_INNER = {"base_layer": None, "original_module": "modules_to_save"}
 
 
 class AnatomyError(ValueError):
@@ -60,6 +62,15 @@ def added_by(module: nn.Module) -> str | None:
     return getattr(module, _ADDED, None)
 
 
+def mark_wraps(module: nn.Module, child: str) -> nn.Module:
+    """Note that a module stands around one of the plain model, its child of that name, which keeps its plain path.
+
+    Everything else in the module is no part of the plain model.
+    """
+    setattr(module, _WRAPS, child)
+    return module
+
+
 def plain_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """(plain path, module) of everything that belongs to the plain model, in the order of `named_modules`.
 
@@ -72,8 +83,8 @@ def plain_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mo
         if added_by(module) is not None or id(module) in seen:
             return
         seen.add(id(module))
-        if is_wrapped(module):
-            yield from walk(module.get_submodule(_BASE), path)
+        if (inner := _inner(module)) is not None:
+            yield from walk(inner, path)
             return
         yield path, module
         for name, child in module.named_children():
@@ -82,9 +93,24 @@ def plain_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mo
     yield from walk(model, path)
 
 
+def _inner(module: nn.Module) -> nn.Module | None:
+    """What a wrapper (PEFT's, or a marked one) holds of the plain model; None if the module is no wrapper."""
+    if (child := getattr(module, _WRAPS, None)) is not None:
+        return module.get_submodule(child)
+    for name, beside in _INNER.items():
+        if name in module._modules and (beside in module._modules if beside else hasattr(module, "get_base_layer")):
+            return module.get_submodule(name)
+    return None
+
+
 def is_wrapped(module: nn.Module) -> bool:
-    """Whether a module is one of PEFT's layers, which hold the plain layer beside what they add."""
-    return _BASE in module._modules and hasattr(module, "get_base_layer")
+    """Whether a module is a wrapper (PEFT's, or a marked one), which holds the plain module beside what it adds."""
+    return _inner(module) is not None
+
+
+def trained_copies(model: nn.Module) -> list[str]:
+    """Paths of modules of which PEFT trains a copy (`modules_to_save`): the plain module is there, but not used."""
+    return [path for path, m in model.named_modules() if "original_module" in m._modules and is_wrapped(m)]
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
@@ -95,21 +121,23 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     """
     module = model
     for name in path.split(".") if path else ():
-        while is_wrapped(module) and name not in module._modules:
-            module = module.get_submodule(_BASE)
+        while name not in module._modules and (inner := _inner(module)) is not None:
+            module = inner
         module = module.get_submodule(name)
     return module
 
 
 def plain_module(model: nn.Module, path: str) -> nn.Module:
     """The module at a plain path, behind the wrappers around it; AttributeError if there is none."""
-    module = model
+    module = _unwrap(model)
     for name in path.split(".") if path else ():
-        while is_wrapped(module):
-            module = module.get_submodule(_BASE)
-        module = module.get_submodule(name)
-    while is_wrapped(module):
-        module = module.get_submodule(_BASE)
+        module = _unwrap(module.get_submodule(name))
+    return module
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    while (inner := _inner(module)) is not None:
+        module = inner
     return module
 
 
