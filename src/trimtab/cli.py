@@ -202,7 +202,8 @@ def _convert(options: Any) -> None:
     from rich.table import Table
 
     _quiet()
-    from trimtab.storage.checkpoints import convert, convert_official
+    from trimtab.backbones import convert_official
+    from trimtab.storage.checkpoints import convert
 
     if options.folder.is_file():
         settings = {} if options.image_size is None else {"image_size": options.image_size}
@@ -236,8 +237,8 @@ def _speed(options: Any) -> None:
     import torch
 
     from trimtab import speed as semistructured
+    from trimtab.backbones import from_pretrained
     from trimtab.experiments import run
-    from trimtab.storage.checkpoints import from_pretrained
 
     is_run = (options.model / "run.json").is_file()
     model = run.load(options.model).backbone.model if is_run else from_pretrained(options.model)

@@ -10,8 +10,8 @@ from PIL import Image
 
 import trimtab
 from tests.backbones.official_files import converted, file, rows
+from trimtab.backbones import convert_official
 from trimtab.experiments import recipe, run
-from trimtab.storage.checkpoints import convert_official
 
 
 @pytest.mark.parametrize("task", ["caption", "pretrain"])

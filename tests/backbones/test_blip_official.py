@@ -8,6 +8,7 @@ import torch
 import trimtab
 from tests.models import layouts
 from trimtab.anatomy import Anatomy
+from trimtab.backbones.family import FAMILIES
 from trimtab.backbones.official import FORMATS, CheckpointError, Tensors, build_official
 from trimtab.counting import count_macs
 
@@ -158,7 +159,7 @@ def test_anatomy_counts_encoder_and_decoder_to_text():
     # Vision: fused qkv, projection, two of the MLP. Text: 4 + 4 + 2 a layer; the decoder adds its self-attention alone.
     assert len(weights) == 2 * 4 + 2 * 10 + 2 * 4
     assert not any(w.module.startswith(("vision_proj", "text_proj", "itm_head", "text_decoder.cls")) for w in weights)
-    backbone = FORMATS["blip"].backbone("blip.pth", model, None)
+    backbone = FAMILIES["blip"].backbone("blip.pth", model, None)
     assert backbone.match(backbone.pair(**backbone.example(2, 5))).shape == (2,)
     for call in (backbone.pair, model):
         with pytest.raises(ValueError, match="text of 13 tokens: BLIP has positions for 12"):

@@ -9,6 +9,7 @@ import trimtab
 from tests.models import layouts
 from trimtab.anatomy import Anatomy
 from trimtab.backbones import load_model, load_official
+from trimtab.backbones.family import FAMILIES
 from trimtab.backbones.official import FORMATS, CheckpointError, Tensors, build_official
 from trimtab.cli import main
 from trimtab.counting import count_macs
@@ -198,7 +199,7 @@ def test_tasks_read_what_is_as_wide_as_their_heads():
     from trimtab.tasks import TASKS, TaskModel
 
     model, _ = tiny()
-    backbone = FORMATS["meter"].backbone("meter.ckpt", model, None)
+    backbone = FAMILIES["meter"].backbone("meter.ckpt", model, None)
     backbone.limit_text(6)
     for task in (TASKS["vqa"](["a", "b"]), TASKS["grounding"](), TASKS["matching"]()):
         whole = TaskModel(backbone, task)

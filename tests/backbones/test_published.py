@@ -11,9 +11,9 @@ import torch
 import trimtab
 from tests.models.published import PUBLISHED, tensors
 from trimtab.anatomy import Anatomy, Tap, read
+from trimtab.backbones import convert_official
 from trimtab.backbones.official import CheckpointError, build_official, load_official
 from trimtab.methods import METHODS
-from trimtab.storage.checkpoints import convert_official
 
 every = pytest.mark.parametrize("name", PUBLISHED)
 # Without those whose difference lies in the CNN, the patches or a head of no blocks.

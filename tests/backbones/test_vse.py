@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from tests.models.published import PUBLISHED, ids, pixels, tensors
 from trimtab.backbones.official import CheckpointError, build_official
-from trimtab.backbones.resnet import FrozenBatchNorm2d, ResNet, ResNetSizes
 from trimtab.backbones.vse.model import GPO, hinge_loss
+from trimtab.backbones.vse.resnet import FrozenBatchNorm2d, ResNet, ResNetSizes
 
 
 def build(name: str, state=None, extras=None):

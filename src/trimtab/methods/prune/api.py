@@ -51,7 +51,7 @@ def prune(
             weights alone.
         anatomy: the model's description; None: the registered one of its class, or one discovered.
         loss: from the model's output to a scalar, for pruners that need gradients; None: the output's own `loss`.
-        with_task: what is called with the batches in place of the model, which it holds, such as `Pretraining`.
+        with_task: what is called with the batches in place of the model, which it holds, such as `PretrainingLoss`.
         settings: of the method, as in a recipe.
 
     Returns:
