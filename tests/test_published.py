@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.backbones.official_files import file, rows
+from tests.models.official import file, rows
 from trimtab.experiments import recipe, run
 
 NAMES = [n for n in recipe.names() if n.startswith("published/")]

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import trimtab
-from tests.backbones.official_files import converted, file, rows
+from tests.models.official import converted, file, rows
 from trimtab.backbones import convert_official
 from trimtab.experiments import recipe, run
 

@@ -7,16 +7,12 @@ import torch
 
 import trimtab
 from tests.models import layouts
+from tests.models.official import vilt as tiny
 from trimtab.anatomy import Anatomy
 from trimtab.backbones.base import WEIGHTS
 from trimtab.backbones.family import FAMILIES
 from trimtab.backbones.official import FORMATS, CheckpointError, Tensors, build_official
 from trimtab.backbones.vilt.official import pixel_mask
-
-
-def tiny(*tasks: str, **settings):
-    state = layouts.fill(layouts.vilt(tasks or ("mlm", "itm"), 7, **layouts.TINY_VILT))
-    return build_official(state, {}, "vilt.ckpt", heads=2, **settings)
 
 
 def batch(length: int = 6) -> dict[str, torch.Tensor]:

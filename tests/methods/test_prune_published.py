@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import trimtab
-from tests.backbones.official_files import TEXTS, file
+from tests.models.official import TEXTS, file
 from trimtab.anatomy import Anatomy
 from trimtab.backbones import PretrainingLoss
 from trimtab.backbones.examples.inputs import pixels

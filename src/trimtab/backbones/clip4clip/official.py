@@ -1,4 +1,4 @@
-"""CLIP4Clip's checkpoint files as its authors published them, and its sizes without weights."""
+"""CLIP4Clip's checkpoint files as its authors' training writes them, and its sizes without weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""CLIP-ViL's checkpoint files as its authors published them, and its sizes without weights."""
+"""CLIP-ViL's checkpoint files as its authors published them (clip-vil/CLIP-ViL, pretraining and VQA), and its sizes
+without weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""transformers' own classes that no family of ours has: descriptions, one file a family, and tiny examples."""
+"""Descriptions of transformers' own classes, one file a family, and tiny models of those that no family of ours has."""
 
 from __future__ import annotations
 

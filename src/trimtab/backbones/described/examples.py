@@ -1,4 +1,4 @@
-"""Tiny models of what transformers has and no family of ours, with random weights, and what they are called with."""
+"""Tiny models of transformers' classes that no family of ours has, and what they are called with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models of EfficientNet-Lite and MiniLM, with random weights, and what they are called with."""
+"""A tiny dual encoder, with random weights, and what it is called with."""
 
 from __future__ import annotations
 

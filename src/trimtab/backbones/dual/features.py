@@ -1,4 +1,4 @@
-"""the dual encoder for tasks."""
+"""The dual encoder for tasks, with weights from packages."""
 
 from __future__ import annotations
 

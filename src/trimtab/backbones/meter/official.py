@@ -1,4 +1,5 @@
-"""METER's checkpoint files as its authors published them, and its sizes without weights."""
+"""METER's checkpoint files as its authors published them (zdou0830/METER, CLIP ViT-B/16 and RoBERTa), and its sizes
+without weights."""
 
 from __future__ import annotations
 

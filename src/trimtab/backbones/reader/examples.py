@@ -1,4 +1,4 @@
-"""Tiny models of language models that read image tokens, with random weights, and what they are called with."""
+"""Tiny language models that read image tokens, with random weights, and what they are called with."""
 
 from __future__ import annotations
 

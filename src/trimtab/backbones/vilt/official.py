@@ -1,4 +1,5 @@
-"""ViLT's checkpoints as its authors published them (dandelin/ViLT), translated to transformers' classes."""
+"""ViLT's checkpoints as its authors published them (dandelin/ViLT), for transformers' classes and ours, and its sizes
+without weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""X-VLM's checkpoint files as its authors published them, and its sizes without weights."""
+"""X-VLM's checkpoint files as its authors published them (zengyan-97/X-VLM), and its sizes without weights."""
 
 from __future__ import annotations
 
