@@ -22,7 +22,7 @@ _PUBLIC = {
     "DAS": "trimtab.methods.skip.search.das", "LoRA": "trimtab.methods.tune.lora",
     "Multiflow": "trimtab.methods.prune.multiflow", "UniPT": "trimtab.methods.tune.unipt",
     "load": "trimtab.backbones",
-    "save_pretrained": "trimtab.storage.checkpoints", "from_pretrained": "trimtab.storage.checkpoints",
+    "save_pretrained": "trimtab.storage.checkpoints", "from_pretrained": "trimtab.backbones",
     "convert": "trimtab.storage.checkpoints",
     "speed_up": "trimtab.speed",
     "Recipe": "trimtab.experiments.schema", "RecipeError": "trimtab.experiments.schema",

@@ -220,7 +220,8 @@ def _convert(options: Namespace) -> None:
     from rich.table import Table
 
     _quiet()
-    from trimtab.storage.checkpoints import convert, convert_official
+    from trimtab.backbones import convert_official
+    from trimtab.storage.checkpoints import convert
 
     if options.folder.is_file():
         settings = {} if options.image_size is None else {"image_size": options.image_size}
@@ -254,8 +255,8 @@ def _speed(options: Namespace) -> None:
     import torch
 
     from trimtab import speed as semistructured
+    from trimtab.backbones import from_pretrained
     from trimtab.experiments import folder as runs
-    from trimtab.storage.checkpoints import from_pretrained
 
     is_run = (options.model / "run.json").is_file()
     model = runs.load(options.model).backbone.model if is_run else from_pretrained(options.model)

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 import trimtab
-from tests.backbones.official_files import converted, file, rows
 from trimtab.experiments import folder as folder_of_runs
+from tests.models.official import converted, file, rows
+from trimtab.backbones import convert_official
 from trimtab.experiments import recipe, run
-from trimtab.storage.checkpoints import convert_official
 
 
 @pytest.mark.parametrize("task", ["caption", "pretrain"])
