@@ -31,6 +31,8 @@ from trimtab.tasks.base import TaskModel
 class _Trainer(Trainer):
     """Trainer with the recipe's parameter groups. Matrices decay; biases, norms and scalars do not."""
 
+    model: Any
+
     def __init__(self, *args: Any, spec: TrainingSpec, rates: Mapping[str, float], **kwargs: Any):
         self.spec, self.rates = spec, rates
         super().__init__(*args, **kwargs)
@@ -162,7 +164,7 @@ def fit(
             callbacks=[*(callbacks or []), _Progress(title)],
         )
         trainer.remove_callback(PrinterCallback)  # it prints every log; the progress bar shows the last
-        last = saving and any(Path(args.output_dir).glob("checkpoint-*"))
+        last = saving and any(Path(str(args.output_dir)).glob("checkpoint-*"))
         trainer.train(resume_from_checkpoint=bool(last))
     model.zero_grad(set_to_none=True)
     keep = ("step", "loss", "learning_rate", "grad_norm")
@@ -250,7 +252,7 @@ class TrainingSession:
     def plain(self) -> nn.Module:
         return self.plain_in(self.with_task)
 
-    def plain_in(self, model: nn.Module) -> nn.Module:
+    def plain_in(self, model: Any) -> nn.Module:
         return model.backbone.model
 
     def batches(self, split: Literal["train", "validation"], size: int | None = None) -> Iterator[dict[str, Tensor]]:

@@ -21,9 +21,9 @@ from trimtab.report.gates import gates_figure
 from trimtab.report.runs import (
     COSTS,
     Cost,
+    OmittedRun,
     RunRecord,
     Section,
-    OmittedRun,
     find_runs,
     group_runs,
     known,
@@ -45,8 +45,8 @@ from trimtab.report.tables import (
 )
 
 __all__ = [
-    "RunRecord",
     "OmittedRun",
+    "RunRecord",
     "find_runs",
     "load_runs",
     "markdown_table",

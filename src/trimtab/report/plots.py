@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trimtab.report.canvas import DPI, FAINT, INK, Style, new_figure, png, short, tidy
 
@@ -174,7 +174,8 @@ def _place_labels(axes: Axes, points: Sequence[Point], styles: dict[str, Style])
     """Write each label where, near its point, it covers least of what is drawn already."""
     from matplotlib.patheffects import withStroke
 
-    renderer = axes.figure.canvas.get_renderer()
+    canvas: Any = axes.figure.canvas  # of Agg, which measures texts
+    renderer = canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
     taken = [box for point in points for box in _drawn_boxes(axes, point)]
     corners = axes.transData.transform(list(zip(*_front_line(axes, points), strict=True)))
@@ -184,7 +185,7 @@ def _place_labels(axes: Axes, points: Sequence[Point], styles: dict[str, Style])
         text = axes.text(0, 0, short(point.label), fontsize=8.5, color=colour, ha="center", va="center")
         text.set(path_effects=[withStroke(linewidth=2, foreground="white")], zorder=5)
         size = text.get_window_extent(renderer)
-        anchor = axes.transData.transform((point.x, point.y))
+        anchor: Any = axes.transData.transform((point.x, point.y))
         box, distance = _best_spot(anchor, (size.width, size.height), frame, taken)
         taken.append(box)
         text.set(transform=None, position=((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2))
