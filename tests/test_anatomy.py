@@ -405,9 +405,9 @@ def test_a_list_that_is_no_stack_can_be_ignored():
     ("change", "what"),
     [
         ({"blocks": (Block("encoder.layers.0", 16),)}, "block of tower 'text'"),
-        ({"output": Tap("encoder.layers.0")}, "output of tower 'text'"),
-        ({"mask": Tap("encoder.layers.0", "input")}, "mask of tower 'text'"),
-        ({"pooled": Tap("encoder.layers.0")}, "pooled output of tower 'text'"),
+        ({"output": Tap("encoder.layers.0")}, "`output` of tower 'text'"),
+        ({"mask": Tap("encoder.layers.0", "input")}, "`mask` of tower 'text'"),
+        ({"pooled": Tap("encoder.layers.0")}, "`pooled` of tower 'text'"),
     ],
 )
 def test_a_wrong_path_is_named_with_the_nearest(change, what):
@@ -423,7 +423,9 @@ def test_a_wrong_sublayer_path_is_named():
     found = Anatomy.of(model)
     first, *rest = found.towers[0].blocks
     bad = replace(first, sublayers=(replace(first.sublayers[1], write=Tap("encoder.layer.0.outputs")),))
-    with pytest.raises(AnatomyError, match=r"mlp output of block 'encoder\.layer\.0'.*'encoder\.layer\.0\.outputs'"):
+    with pytest.raises(
+        AnatomyError, match=r"`write` of mlp in block 'encoder\.layer\.0'.*'encoder\.layer\.0\.outputs'"
+    ):
         changed(found, blocks=(bad, *rest)).check(model)
 
 

@@ -10,6 +10,7 @@ A saved run stores settings and state, so that loading is `load_state` and `atta
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -156,8 +157,20 @@ class Method(ABC):
         """Names of the towers through which no gradient passes once this is attached."""
         return ()
 
+    def replaces(self) -> tuple[str, ...]:
+        """Paths of modules whose output it takes the place of, once it is attached: they get no gradient."""
+        return ()
+
+    def told(self) -> str:
+        """What it did, in a line for a person."""
+        return self.name
+
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.state, self.tensors = state, tensors
+
+    def plain_settings(self) -> dict[str, Any]:
+        """Its settings as plain JSON."""
+        return json.loads(json.dumps(asdict(self.settings)))
 
     def describe(self) -> dict[str, Any]:
         """Name and settings, as they stand in a recipe."""

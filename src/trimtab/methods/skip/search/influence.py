@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trimtab.anatomy import Block, Tap, argument, pick
+from trimtab.anatomy import Block, pick
 from trimtab.methods.base import METHODS, Session
 from trimtab.methods.skip.base import Skipping, SkipSettings, Supernet
 from trimtab.methods.skip.budget import Indices, Target
@@ -36,9 +36,7 @@ def block_influence(with_task: nn.Module, plain: nn.Module, blocks: Sequence[Blo
     for i, block in enumerate(blocks):
 
         def measure(module: nn.Module, args: tuple, kwargs: dict, out: Any, i: int = i, block: Block = block) -> None:
-            stream = (
-                kwargs[block.stream] if block.stream in kwargs else argument(Tap(block.path, "input"), args, kwargs)
-            )
+            stream = block.stream_of(module, args, kwargs)
             similarity = F.cosine_similarity(stream.float(), pick(out, 0).float(), dim=-1)
             sums[i] += float((1 - similarity).sum())
             counts[i] += similarity.numel()
