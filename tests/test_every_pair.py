@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from trimtab.methods.tune.api import Tuned
 
 import trimtab
 from tests.small_session import SmallSession
@@ -22,7 +23,6 @@ from trimtab.anatomy import Anatomy
 from trimtab.backbones.examples import EXAMPLES, objective, tensors
 from trimtab.methods import METHODS
 from trimtab.methods.prune.masks import Masks
-from trimtab.methods.tune.api import Tuned
 from trimtab.storage.learned import copy_learned, learned_part
 
 ROW, COLUMNS = "clip", ("multiflow", "das", "unipt")

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from trimtab import cli
-from trimtab.experiments import recipe, run
+from trimtab.experiments import assembly, recipe, run
+from trimtab.experiments import folder as folder_of_runs
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -49,7 +50,7 @@ def test_every_variant_of_a_shipped_recipe_runs(name, tmp_path):
     done = set()
     variants = recipe.read(name, ["seeds=[0]"])
     for r in variants:
-        run.check(r)
+        assembly.check(r)
     for r in variants[:: max(1, len(variants) // 3)]:  # of a grid's dozens, a few that differ in everything
         small = shrink(r)
         if any(m["name"] == "masks" for m in r.methods):
@@ -58,7 +59,7 @@ def test_every_variant_of_a_shipped_recipe_runs(name, tmp_path):
         if key not in done:
             done.add(key)
             folder = run.run(small, tmp_path / r.variant, measure_costs=False)
-            assert run.is_finished(folder, small)
+            assert folder_of_runs.is_finished(folder, small)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -82,6 +83,6 @@ def test_commands_in_documents_are_right(page, tmp_path, monkeypatch):
             if options.command in ("run", "cost"):
                 for name in recipe.below(options.recipe):
                     for r in recipe.read(name, options.overrides):
-                        run.check(r)
+                        assembly.check(r)
             elif options.command in ("anatomy", "list"):
                 assert cli.main(words[1:]) == 0

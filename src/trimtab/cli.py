@@ -16,7 +16,7 @@ DESCRIPTION = (
     "Fit a pretrained vision-language model to a task under a budget: prune weights, skip blocks, tune beside."
 )
 OVERRIDES = "changes to the recipe, such as training.steps=100 methods.0.sparsity=0.9 seeds=[0,1,2] variants=[full]"
-DEMO = ("demo/retrieval", "demo/vqa", "demo/grounding", "demo/easy-vqa")
+DEMO = ("demo/retrieval", "demo/grounding", "demo/easy-vqa", "demo/vqa")  # the last shows the levers composed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -176,18 +176,20 @@ def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) 
     todo = [r for name in recipes for r in recipe_module.read(name, overrides)]  # all are checked before the first runs
     with console.status("loading torch and transformers"):
         _quiet()
-        from trimtab.experiments import run as run_module
+        from trimtab.experiments import assembly
+        from trimtab.experiments import folder as runs
+        from trimtab.experiments.run import run as carry_out
         from trimtab.report.page import load_runs, summary_table
 
         for r in todo:
-            run_module.check(r)
+            assembly.check(r)
     done: list[Path] = []
     for number, r in enumerate(todo, 1):
         folder = out / r.name / f"{r.variant}-seed{r.seed}"
         label = f"[{number}/{len(todo)}] {r.name} {r.variant} seed {r.seed}"
-        fresh = redo or not run_module.is_finished(folder, r)
+        fresh = redo or not runs.is_finished(folder, r)
         if fresh:
-            run_module.run(r, folder)
+            carry_out(r, folder)
         done.append(folder)
         result, info = (json.loads((folder / f).read_text()) for f in ("metrics.json", "run.json"))
         score = f"{result['primary']} {100 * result['test'][result['primary']]:.1f} %"
@@ -208,7 +210,7 @@ def _report(options: Namespace) -> None:
 
 def _export(options: Namespace) -> None:
     _quiet()
-    from trimtab.experiments.run import export
+    from trimtab.experiments.folder import export
 
     print(f"wrote {export(options.run, options.folder, options.dtype, options.sparse)}")
 
@@ -252,11 +254,11 @@ def _speed(options: Namespace) -> None:
     import torch
 
     from trimtab import speed as semistructured
-    from trimtab.experiments import run
+    from trimtab.experiments import folder as runs
     from trimtab.storage.checkpoints import from_pretrained
 
     is_run = (options.model / "run.json").is_file()
-    model = run.load(options.model).backbone.model if is_run else from_pretrained(options.model)
+    model = runs.load(options.model).backbone.model if is_run else from_pretrained(options.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     report = semistructured.speed_up(model.to(device, getattr(torch, options.dtype)), options.tokens)
     if options.json:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from trimtab import backbones
+from trimtab.experiments import folder as folder_of_runs
 from trimtab.experiments import recipe, run
 from trimtab.methods.prune.masks import Masks
 
@@ -19,7 +20,7 @@ def masks_of(backbone) -> Masks:
 
 
 def result(folder):
-    return run.load(folder).backbone.model, json.loads((folder / "methods.json").read_text())
+    return folder_of_runs.load(folder).backbone.model, json.loads((folder / "methods.json").read_text())
 
 
 def test_a_run_takes_the_masks_of_another_and_keeps_them(tiny_raw, tmp_path):

@@ -64,7 +64,7 @@ def adapt(model: nn.Module, folder: str | Path | None = None, *, anatomy: Anatom
     anatomy = anatomy or Anatomy.of(plain)
     fit = Adapted(plain, anatomy, with_task or plain)
     if folder is not None:
-        _restore(fit, Path(folder))
+        restore(fit, Path(folder))
     setattr(plain, HANDLE, fit)
     return fit
 
@@ -74,7 +74,8 @@ def handle_of(model: nn.Module) -> Adapted | None:
     return getattr(model, HANDLE, None)
 
 
-def _restore(fit: Adapted, folder: Path) -> None:
+def restore(fit: Adapted, folder: Path) -> None:
+    """Attach what a folder holds to a model to which nothing is attached yet; errors as `adapt`."""
     saved = Saved.read(folder)
     check_base(saved.base, fit.base, folder / CONFIG)
     heads = [k for k in saved.learned if k.startswith("task.")]

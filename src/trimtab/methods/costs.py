@@ -87,7 +87,7 @@ def count(fit: Adapted, batch: dict[str, Any], loss: Callable[[Any], Tensor] | N
                 return found[-1]
 
             kept = saved_bytes(forward, model)
-            idle = _without_gradient(model, found.pop())
+            idle = without_gradient(model, found.pop())
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -99,7 +99,7 @@ def count(fit: Adapted, batch: dict[str, Any], loss: Callable[[Any], Tensor] | N
     return Costs(total, total - pruned, trained, macs, kept, disk_bytes(fit), tuple(idle))
 
 
-def _without_gradient(model: nn.Module, loss: Tensor) -> list[str]:
+def without_gradient(model: nn.Module, loss: Tensor) -> list[str]:
     """Names of trained parameters that a loss does not depend on."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not loss.requires_grad:

@@ -42,8 +42,9 @@ class Train:
 class SavePretrained:
     """`model.save_pretrained` of an adapted model, as a trainer's checkpoints call it.
 
-    It writes every tensor under the name that it has in the adapted model, so that a trainer resumes, and beside them what
-    `fit.save` writes, so that `trimtab.adapt(base, folder)` reads the folder. The class's own `from_pretrained` cannot.
+    It writes every tensor under the name that it has in the adapted model, so that a trainer resumes, and beside them
+    what `fit.save` writes, so that `trimtab.adapt(base, folder)` reads the folder. The class's own
+    `from_pretrained` cannot.
     """
 
     def __init__(self, fit: Stack):
@@ -53,8 +54,10 @@ class SavePretrained:
                  state_dict: dict[str, Tensor] | None = None, max_shard_size: int | str = "50GB",
                  **options: Any) -> None:  # fmt: skip
         if options.get("push_to_hub"):
-            raise ValueError("an adapted model is not pushed as a plain one: `fit.save(folder)` and upload the folder, or "
-                             "`fit.export(folder)` if its methods fold")  # fmt: skip
+            raise ValueError(
+                "an adapted model is not pushed as a plain one: `fit.save(folder)` and upload the folder, or "
+                "`fit.export(folder)` if its methods fold"
+            )
         if not is_main_process:
             return
         from huggingface_hub import save_torch_state_dict

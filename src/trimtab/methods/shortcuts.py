@@ -51,7 +51,8 @@ def prune(
     Args:
         model: called as `model(**batch)`.
         method, batches, loss, settings: see `Adapted.prune`.
-        sparsity: share of the prunable weights that go, in [0, 1); a sequence of such for one calibration of many masks.
+        sparsity: share of the prunable weights that go, in [0, 1); a sequence of such for one calibration of many
+            masks.
         anatomy, with_task: see `adapt`.
 
     Returns:

@@ -2,8 +2,8 @@
 
     plain model  ->  prune  ->  skip  ->  tune        each lever once; pruning may also come later
 
-What may be combined is decided by `refusal`, from the facts that methods declare; recipes, estimates, the matrix and users
-all come through here.
+What may be combined is decided by `refusal`, from the facts that methods declare; recipes, estimates, the matrix and
+users all come through here.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from trimtab.anatomy import Anatomy
 from trimtab.methods.base import Method
 from trimtab.methods.learned import Learned
-from trimtab.methods.patches import HANDLE, release
+from trimtab.methods.patches import HANDLE, SavePretrained, Train, checkpoint_callback, release
 from trimtab.methods.prune.masks import Masks
 from trimtab.methods.saved import Saved, identity, short
 from trimtab.methods.session import Session
@@ -45,8 +45,8 @@ def refusal(before: Sequence[Method], new: Method, anatomy: Anatomy) -> str:
             return f"{new.name}: {TWICE[new.lever].format(old=old.name)}"
         if new.lever == "skip" and old.lever == "tune":
             return (
-                f"{new.name}: the model is tuned already with {old.name}, and what that learned in or beside the blocks "
-                "that go would be lost: skip first, then tune"
+                f"{new.name}: the model is tuned already with {old.name}, and what that learned in or beside the "
+                "blocks that go would be lost: skip first, then tune"
             )
         if old.lever == "skip" and old.trains == "added" and new.detaches(anatomy) and not old.learns:
             return (
@@ -198,6 +198,10 @@ class Stack(Learned):
                 "the training loop did not keep the zeros: give `callbacks=fit.callbacks()` to the trainer, or call "
                 "`fit.keep(optimizer)` before a loop of your own; `fit.masks.enforce(fit.model)` sets them to 0 again"
             )
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors that `save` writes, by their names in the file."""
+        return Saved({}, [], [dict(m.tensors) for m in self.methods], self.tensors()).all_tensors()
 
     def saved(self, name: str | None = None) -> Saved:
         """What `save` writes; errors as there."""
