@@ -51,6 +51,7 @@ def describes(*class_names: str, packages: Iterable[str] | None = None) -> Calla
     """
 
     def add(function: Describe) -> Describe:
+        chosen: tuple[str, ...]
         if packages is None:
             chosen = ("transformers", "trimtab") if _root(function.__module__) == "trimtab" else ()
         else:
