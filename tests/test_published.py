@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.models.official import file, rows
 from trimtab.experiments import assembly, recipe, run
 from trimtab.experiments import folder as folder_of_runs
-from tests.models.official import file, rows
 
 NAMES = [n for n in recipe.names() if n.startswith("published/")]
 FEW = {"search_steps": 4, "turn": 1, "subsets": 2, "batches": 1, "batch_size": 4}  # two blocks give two plans

@@ -285,11 +285,11 @@ def _plan(options: Namespace) -> None:
     Console().print(Plan.read(options.plan).table())
     if options.plot:
         from trimtab.report.gates import gates_figure
+        from trimtab.report.runs import read_plan
 
-        file = options.plan / "plan.json" if options.plan.is_dir() else options.plan
-        picture = gates_figure(json.loads(file.read_text()))
+        picture = gates_figure(read_plan(options.plan))
         if picture is None:
-            raise ValueError(f"{file}: holds no course of a search to draw (its method did not search in steps)")
+            raise ValueError(f"{options.plan}: holds no course of a search to draw: it did not search in steps")
         options.plot.write_bytes(picture)
         print(f"gates: {options.plot}")
 

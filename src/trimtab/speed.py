@@ -117,7 +117,7 @@ def speed_up(model: nn.Module, tokens: int, convert: bool = True, margin: float 
     report = SpeedReport(_device_name(weight.device), tokens)
     measured: dict[tuple, tuple[float, float] | str] = {}
     for path, linear in found:
-        layer = _look(path, linear)
+        layer = _examine(path, linear)
         report.layers.append(layer)
         layer.why = _obstacle(layer, linear)
         if layer.why:
@@ -155,7 +155,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield path, module
 
 
-def _look(path: str, linear: nn.Linear) -> Layer:
+def _examine(path: str, linear: nn.Linear) -> Layer:
     weight = linear.weight
     zeros = 1 - int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
     dtype = str(weight.dtype).removeprefix("torch.")

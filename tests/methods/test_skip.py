@@ -349,11 +349,11 @@ def test_the_course_of_a_search_is_drawn(tmp_path, capsys):
     plan = plan_of(vilt(), 0, 3)
     updates = [{"step": s, "gates": [0.1 * s, -0.1, 0, 0.2 * s]} for s in (1, 2, 3)]
     plan.save(tmp_path / "plan.json", updates=updates)
-    assert cli.main(["plan", str(tmp_path), "--plot", str(tmp_path / "gates.png")]) == 0
+    assert cli.main(["plan", str(tmp_path / "plan.json"), "--plot", str(tmp_path / "gates.png")]) == 0
     assert "encoder.layer.3" in capsys.readouterr().out
     assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
     plan.save(tmp_path / "plan.json")
-    assert cli.main(["plan", str(tmp_path), "--plot", str(tmp_path / "gates.png")]) == 2
+    assert cli.main(["plan", str(tmp_path / "plan.json"), "--plot", str(tmp_path / "gates.png")]) == 2
     assert "no course of a search" in capsys.readouterr().err
 
 

@@ -56,9 +56,9 @@ def adapt(model: nn.Module, folder: str | Path | None = None, *, anatomy: Anatom
         ValueError: if the model is adapted already, or stands in a wrapper that must come after adapting.
     """
     plain = unwrapped(model)
-    if handle_of(plain) is not None:
+    if (there := handle_of(plain)) is not None:
         raise ValueError(
-            f"this {type(plain).__name__} is adapted already ({', '.join(handle_of(plain)) or 'no method yet'}): go on "
+            f"this {type(plain).__name__} is adapted already ({', '.join(there) or 'no method yet'}): go on "
             "with its handle, which `trimtab.adapt` returned, or load the model again"
         )
     anatomy = anatomy or Anatomy.of(plain)

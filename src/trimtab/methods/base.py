@@ -33,8 +33,8 @@ _NOUNS = {"prune": "pruner", "skip": "search", "tune": "tuning method"}
 class MethodRegistry(Registry[Any]):
     """The methods by name, and the one way to make one from its settings."""
 
-    def make(self, name: str, /, lever: str | None = None, **settings: Any) -> Method:
-        """A method with its settings, as they stand in a recipe.
+    def make(self, name: str, /, lever: str | None = None, **settings: Any) -> Any:
+        """A `Method` with its settings, as they stand in a recipe.
 
         Args:
             name: registered name.

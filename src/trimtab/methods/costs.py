@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from trimtab.counting import count_macs, safetensors_size, saved_bytes
 
 if TYPE_CHECKING:
-    from trimtab.methods.stack import Adapted
+    from trimtab.methods.adapted import Adapted
 
 
 @dataclass(frozen=True)

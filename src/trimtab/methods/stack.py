@@ -219,9 +219,9 @@ class Stack(Learned):
             parameter.requires_grad_(False)
         for key in saved.learned:
             kind, _, path = key.partition(".")
-            parameter = {"learned": plain, "task": around}.get(kind, {}).get(path)
-            if parameter is not None:
-                parameter.requires_grad_(True)
+            learned = {"learned": plain, "task": around}.get(kind, {}).get(path)
+            if learned is not None:
+                learned.requires_grad_(True)
         self.copy(saved.learned, where)
         self._take_over()
 
