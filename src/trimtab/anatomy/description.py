@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from trimtab.anatomy.calls import replaced, stream_name
 from trimtab.anatomy.structure import plain_module, plain_modules, repeated, under
 from trimtab.registry import unknown
 
@@ -99,6 +100,15 @@ class Block:
     returns_tuple: bool = False
     also: tuple[str, ...] = ()
     stays: str = ""
+
+    def stream_of(self, module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+        """The stream with which the block was called."""
+        at = stream_name(self.stream, module, args, kwargs)
+        return kwargs[at] if isinstance(at, str) else args[at]
+
+    def with_stream(self, module: nn.Module, args: tuple, kwargs: dict, new: Tensor) -> tuple[tuple, dict]:
+        """The arguments of the call with another stream, passed in the same way."""
+        return replaced(args, kwargs, stream_name(self.stream, module, args, kwargs), new)
 
 
 @dataclass(frozen=True)

@@ -33,20 +33,38 @@ def put(value: Any, key: int | str, new: Any) -> Any:
     return value
 
 
+class _Read:
+    """A hook that gives a tapped value to `then`; copied with the model, it calls the copy's."""
+
+    def __init__(self, tap: Tap, then: Callable[[Tensor], None]):
+        self.tap, self.then = tap, then
+
+    def output(self, module: nn.Module, args: tuple, out: Any) -> None:
+        self._give(pick(out, self.tap.key))
+
+    def input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._give(argument(self.tap, args, kwargs))
+
+    def _give(self, value: Any) -> None:
+        self.then(value.flatten(1) if self.tap.flat and isinstance(value, Tensor) else value)
+
+
+class _Rewrite:
+    """A hook that puts `change(output)` in an output's place; copied with the model, it calls the copy's."""
+
+    def __init__(self, tap: Tap, change: Callable[[Tensor], Tensor]):
+        self.tap, self.change = tap, change
+
+    def __call__(self, module: nn.Module, args: tuple, out: Any) -> Any:
+        return put(out, self.tap.key, self.change(pick(out, self.tap.key)))
+
+
 def read(model: nn.Module, tap: Tap, then: Callable[[Tensor], None]) -> RemovableHandle:
     """Call `then` with the tapped value at every forward pass; returns the handle that takes the hook away."""
-    module = model.get_submodule(tap.path)
-
-    def give(value: Any) -> None:
-        then(value.flatten(1) if tap.flat and isinstance(value, Tensor) else value)
-
+    module, hook = model.get_submodule(tap.path), _Read(tap, then)
     if tap.side == "output":
-        return module.register_forward_hook(lambda m, args, out: give(pick(out, tap.key)))
-
-    def before(m: nn.Module, args: tuple, kwargs: dict) -> None:
-        give(argument(tap, args, kwargs))
-
-    return module.register_forward_pre_hook(before, with_kwargs=True)
+        return module.register_forward_hook(hook.output)
+    return module.register_forward_pre_hook(hook.input, with_kwargs=True)
 
 
 def argument(tap: Tap, args: tuple, kwargs: dict) -> Any:
@@ -66,7 +84,7 @@ def rewrite(model: nn.Module, tap: Tap, change: Callable[[Tensor], Tensor]) -> R
     if tap.side != "output":
         raise AnatomyError(f"only outputs can be rewritten, the tap at '{tap.path}' is an input")
     module = model.get_submodule(tap.path)
-    handle = module.register_forward_hook(lambda m, args, out: put(out, tap.key, change(pick(out, tap.key))))
+    handle = module.register_forward_hook(_Rewrite(tap, change))
     hooks: Any = module._forward_hooks
     for key, hook in list(hooks.items()):
         # transformers notes hidden states with hooks, set when they are first asked for, and models may go on with what

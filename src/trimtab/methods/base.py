@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 METHODS: Registry[Any] = Registry("method")
 
 
-def beside(module: nn.Module, place: Tensor, dtype: torch.dtype | None = None) -> nn.Module:
+def placed(module: nn.Module, place: Tensor, dtype: torch.dtype | None = None) -> nn.Module:
     """A new module moved to the device of a model's parameter, and to a type if one is given.
 
     What is there already is left alone: modules of fake tensors, with which costs are estimated, cannot be moved.
