@@ -54,7 +54,7 @@ class MethodRegistry(Registry[Any]):
 METHODS = MethodRegistry("method")
 
 
-def beside(module: nn.Module, place: Tensor, dtype: torch.dtype | None = None) -> nn.Module:
+def placed(module: nn.Module, place: Tensor, dtype: torch.dtype | None = None) -> nn.Module:
     """A new module moved to the device of a model's parameter, and to a type if one is given.
 
     What is there already is left alone: modules of fake tensors, with which costs are estimated, cannot be moved.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import AnatomyError, Block, Sublayer, Tap, read, rewrite
-from trimtab.methods.base import beside
+from trimtab.methods.base import placed
 
 Form = Literal["parallel", "sequential", "routed", "none"]
 
@@ -165,7 +165,7 @@ def add_adapters(model: nn.Module, block: Block, bottleneck: int, form: Form = "
                 adapter.begin = begins(names, args, kwargs)
 
             owner.register_forward_pre_hook(start, with_kwargs=True)
-        owner.add_module(f"das_{i}", beside(adapter, place, place.dtype))
+        owner.add_module(f"das_{i}", placed(adapter, place, place.dtype))
         if form == "parallel":
             seen: list[Tensor] = []  # the sublayer's input, from its read until its write in the same pass
             read(model, part.read, seen.append)
@@ -203,9 +203,9 @@ class Skipped(nn.Module):
             # A copy: in the search the block stays beside this module, and its adapters change what its norm puts out.
             self.norm = copy.deepcopy(model.get_submodule(own_norm(model, block, block.sublayers[0])))
             self.norm._forward_hooks.clear()
-        self.adapter = beside(self._adapter(block, bottleneck, 0), place, place.dtype)
+        self.adapter = placed(self._adapter(block, bottleneck, 0), place, place.dtype)
         others = [self._adapter(block, bottleneck, i + 1) for i in range(len(block.also))]
-        self.others = beside(nn.ModuleList(others), place, place.dtype)
+        self.others = placed(nn.ModuleList(others), place, place.dtype)
 
     def _adapter(self, block: Block, bottleneck: int, stream: int) -> nn.Module:
         count = sum(part.stream == stream for part in block.sublayers)
