@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from trimtab.anatomy.calls import arguments
 from trimtab.anatomy.structure import plain_module, plain_modules, repeated, under
 from trimtab.registry import unknown
 
@@ -99,6 +100,11 @@ class Block:
     returns_tuple: bool = False
     also: tuple[str, ...] = ()
     stays: str = ""
+
+    def stream_of(self, module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+        """The stream among the arguments of a call, however it was passed."""
+        given = arguments(module, args, kwargs)
+        return given[self.stream] if self.stream in given else next(iter((*args, *given.values())))
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from trimtab.tasks.base import TaskModel
 
 if TYPE_CHECKING:
     from trimtab.experiments.run import Assembly
-    from trimtab.methods.base import Session
+    from trimtab.methods.session import Session
 
 
 def measure(parts: Assembly, dense_macs: int, batch_size: int, weights: Path) -> dict[str, Any]:
@@ -120,6 +120,10 @@ class _Blind:
 
     def plain_in(self, model: Any) -> nn.Module:
         return model.backbone.model
+
+    def example(self) -> dict[str, Tensor]:
+        device = next(self.with_task.parameters()).device
+        return {k: v.to(device) for k, v in self.with_task.example(1).items()}
 
 
 def _estimate(recipe: Recipe) -> dict[str, Any]:

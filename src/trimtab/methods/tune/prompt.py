@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.anatomy import Anatomy, Block, Tap, Tower, rewrite
+from trimtab.anatomy import Anatomy, Block, Tap, Tower, parameter_names, rewrite
 from trimtab.methods.base import METHODS, Method
-from trimtab.methods.skip.adapters import parameter_names
 from trimtab.methods.tune.beside import holds_tokens, token_width
 
 
