@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from trimtab import processes
 from trimtab.anatomy import Anatomy, Weight
-from trimtab.methods.base import Method, Session
+from trimtab.methods.base import Method
 from trimtab.methods.prune.allocations import ALLOCATIONS
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import Evidence, collect, rows_and_columns
 from trimtab.methods.prune.masks import VALUES, Masks, clear_weights, keep_zeros, largest_of_each, smallest
 from trimtab.methods.prune.scores import SCORES, matrix, parameter
+from trimtab.methods.session import Session
 from trimtab.storage.bits import pack
 
 if TYPE_CHECKING:

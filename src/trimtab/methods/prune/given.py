@@ -8,10 +8,11 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from trimtab.methods.base import METHODS, Session
+from trimtab.methods.base import METHODS
 from trimtab.methods.prune.base import Pruner, summary
 from trimtab.methods.prune.masks import Masks
 from trimtab.methods.prune.scores import parameter
+from trimtab.methods.session import Session
 
 
 @dataclass(frozen=True)
