@@ -215,8 +215,8 @@ def show(cells: dict[tuple[str, str], Cell], as_markdown: bool = False) -> None:
 def together() -> tuple[list[str], dict[str, list[str]], list[str]]:
     """Which methods of two levers go together, in either order, and why others do not.
 
-    Columns are groups of methods of the later lever, rows of the earlier one; methods with the same cells share a row or
-    a column. Pruners differ in nothing here, nor do searches with the same facts.
+    Columns are groups of methods of the later lever, rows of the earlier one; methods with the same cells share a row
+    or a column. Pruners differ in nothing here, nor do searches with the same facts.
 
     Returns:
         Heads of the columns, rows by their label, notes.

@@ -144,7 +144,7 @@ class Method(ABC):
 
     def plain_settings(self) -> dict[str, Any]:
         """Its settings as plain JSON."""
-        return json.loads(json.dumps(asdict(self.settings)))
+        return json.loads(json.dumps({k: v for k, v in self.describe().items() if k != "name"}))
 
     def describe(self) -> dict[str, Any]:
         """Name and settings, as they stand in a recipe."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,7 @@ class Skipping(Method):
 
     lever = "skip"
     changes = "tree"
+    teaches: ClassVar[bool] = False  # whether its search trains adapters
     settings: SkipSettings
 
     def __init__(self, **settings: Any):
@@ -95,6 +96,22 @@ class Skipping(Method):
     @property
     def trains(self) -> str:  # type: ignore[override]
         return "nothing" if self.settings.adapters == "none" else "added"
+
+    @property
+    def learns(self) -> bool:
+        """Whether its search trains the adapters that it sets: a plan that is given has taught them nothing."""
+        searched = self.settings.plan is None and (self.settings.budget is not None or self.settings.skip > 0)
+        return self.teaches and searched
+
+    def told(self) -> str:
+        plan = self.plan
+        return (
+            self.name
+            if plan is None
+            else (
+                f"{self.name}: {len(plan.skipped)} of {len(plan.blocks)} blocks are skipped ({', '.join(plan.skipped)})"
+            )
+        )
 
     @property
     def keeps(self) -> str:  # type: ignore[override]
@@ -272,16 +289,13 @@ class Skipping(Method):
                 add_adapters(model, block, bottleneck, self.settings.adapters)
         close_gaps(model, anatomy, skipped)
         train_adapters(model, anatomy.heads)
-        if self.tensors:  # a model that is read again
-            _set_frozen(model, {b.path for b in candidates}, self.tensors, self.name)
         towers = tuple(replace(t, blocks=tuple(b for b in t.blocks if b.path not in skipped)) for t in anatomy.towers)
         return replace(anatomy, towers=towers)
 
     def keep_trained(self, model: nn.Module, towers: Collection[str]) -> None:
         """Give the adapters in some towers what the search has taught them, and freeze them.
 
-        For a side network over these towers, through which no gradient reaches their adapters. What was set is in
-        `tensors` afterwards, from which `attach` sets it again.
+        For a side network over these towers, through which no gradient reaches their adapters.
 
         Args:
             model: to which this is attached.
@@ -299,8 +313,7 @@ class Skipping(Method):
                 f"('{untrained[0]}', ...), and no gradient reaches them there: skip with `adapters: none`, or by a "
                 "search that trains (das, linear-skip, ...)"
             )
-        self.tensors = {**self.tensors, **{name: self.trained[name] for name in wanted}}
-        _set_frozen(model, paths, self.tensors, self.name)
+        _set_frozen(model, paths, {name: self.trained[name] for name in wanted}, self.name)
 
     def fold(self, model: nn.Module) -> None:
         """Take the places of skipped blocks out of the model: fewer layers, an ordinary configuration."""

@@ -55,6 +55,7 @@ class Searched(Skipping):
     """Train while plans drawn evenly are skipped, then compare plans on a fixed batch."""
 
     Settings: type = SearchedSettings
+    teaches = True
 
     def compare(self, losses: Losses, goal: Goal, session: Session, candidates: list[Block],
              generator: torch.Generator) -> Found:  # fmt: skip
