@@ -332,7 +332,7 @@ def write_pruned(root: Path, pruner: str, sparsity: float, seed: int, seconds: f
         "text": {"prunable": 50, "kept": 0 if pruner == "omp" else round(50 * (1 - sparsity))},
     }
     state = {"pruner": pruner, "sparsity": sparsity + 1e-4, "towers": towers, "seconds": seconds}
-    write_json(folder / "methods.json", [{"name": "masks", "state": state}, {"name": "full", "state": {}}])
+    write_json(folder / "methods.json", [{"name": pruner, "state": state}, {"name": "full", "state": {}}])
     target = folder.parent.parent / f"{pruner}-{sparsity}" / f"seed-{seed}"
     target.parent.mkdir(exist_ok=True)
     folder.rename(target)
