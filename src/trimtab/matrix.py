@@ -25,7 +25,7 @@ from trimtab.methods.stack import refusal
 from trimtab.registry import unknown
 
 # Settings for examples of two or three blocks and channels by the dozen; a method takes those that it has.
-SMALL = {"skip": 1, "blocks": 1, "prompts": 2, "path": "masks.safetensors"}
+SMALL = {"skip": 1, "blocks": 1, "prompts": 2}
 LEVERS = ("prune", "skip", "tune")
 
 
