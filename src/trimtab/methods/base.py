@@ -3,7 +3,6 @@
     prepare(session)            what needs data: calibration of a pruner, search of a plan -> fills the method's state
     attach(model, anatomy)      changes the model from outside, from settings and state alone; nothing else does
     callbacks()                 what must happen during training (zeros kept, gates updated)
-    finish(model)               after training: make permanent what training only simulated
 
 A saved run stores settings and state, so that loading is `load_state` and `attach` again: no search, no calibration.
 """
@@ -117,9 +116,6 @@ class Method(ABC):
 
     def callbacks(self) -> list[TrainerCallback]:
         return []
-
-    def finish(self, model: nn.Module) -> None:  # noqa: B027
-        """Make permanent what training only simulated."""
 
     def fold(self, model: nn.Module) -> None:  # noqa: B027 (most methods that fold have changed nothing but weights)
         """Make what the method added part of the plain model's own weights, so that it can be saved without trimtab.
