@@ -29,8 +29,7 @@ def _tower(model: Any, name: str) -> Tower:
     )  # fmt: skip
     return Tower(
         name, "text", blocks, (name,), output=Tap(f"{name}.final_layer_norm"),
-        mask=Tap(name, "input", "attention_mask"), memory="encoder" if decodes else None,
-        causal=decodes,
+        mask=Tap(name, "input", "attention_mask"), memory="encoder" if decodes else None, causal=decodes,
     )  # fmt: skip
 
 
