@@ -46,7 +46,7 @@ from trimtab import Anatomy
 from trimtab.experiments import assembly, recipe, training
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import collect
-from trimtab.methods.prune.masks import kth_smallest
+from trimtab.methods.prune.selection import kth_smallest
 
 WORKS = ("forward", "ours", "bf16", "store")
 SPARSITIES = [0.63, 0.75, 0.9]

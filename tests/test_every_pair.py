@@ -38,7 +38,7 @@ SILENT_IN = {
 
 
 def pairs(lever: str) -> list[Any]:
-    names = [n for n in METHODS if METHODS[n].lever == lever and n != "masks"]  # masks come from another pruner
+    names = [n for n in METHODS if METHODS[n].lever == lever]
     fast = {(b, n) for b in EXAMPLES for n in names if b == ROW or n in COLUMNS}
     return [
         pytest.param(b, n, marks=[] if (b, n) in fast else [pytest.mark.slow], id=f"{b}-{n}")
@@ -154,7 +154,7 @@ def test_pruned(backbone, name, tmp_path):
     pruned = outputs(model, backbone)
     masks.save(tmp_path / "masks.safetensors")
     again = copy.deepcopy(plain(backbone)[0])
-    Masks.load(tmp_path / "masks.safetensors", again).apply(again)
+    Masks.read(tmp_path / "masks.safetensors", again).apply(again)
     assert torch.equal(outputs(again, backbone), pruned)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     masks.keep(model, optimizer)

@@ -40,11 +40,11 @@ def test_there_is_a_recipe_of_every_paper():
 def test_every_published_recipe_runs_from_an_official_file(name, tmp_path):
     small = tiny(recipe.read(name)[0], tmp_path)
     assembly.check(small)
-    if small.methods[0]["name"] == "masks":
+    if "masks" in small.methods[0]:
         find = recipe.read(str(Path(name).parent / f"{Path(name).name.rsplit('_', 1)[0]}_find"))[0]
-        assert small.methods[0]["path"] == f"runs/{find.name}/{find.variant}-seed0"
+        assert small.methods[0]["masks"] == f"runs/{find.name}/{find.variant}-seed0"
         run.run(tiny(find, tmp_path), tmp_path / "found", measure_costs=False)
-        small = replace(small, methods=({"name": "masks", "path": str(tmp_path / "found")}, *small.methods[1:]))
+        small = replace(small, methods=({**small.methods[0], "masks": str(tmp_path / "found")}, *small.methods[1:]))
     folder = run.run(small, tmp_path / "run", measure_costs=False)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert all(torch.isfinite(torch.tensor(float(v))) for v in metrics["test"].values())

@@ -305,7 +305,7 @@ def test_shipped_names_are_paths_below_the_recipe_folder():
 GRID = {
     "backbone": "tiny-vilt", "task": "vqa", "data": "pictograms",
     "grid": {"pruner": ["multiflow", "omp"], "sparsity": [0.63, 0.9]},
-    "methods": [{"name": "{pruner}", "sparsity": "{sparsity}"}, {"name": "masks", "path": "runs/{pruner}-{sparsity}"}],
+    "methods": [{"name": "{pruner}", "sparsity": "{sparsity}", "masks": "runs/{pruner}-{sparsity}"}],
     "variants": {"dense": {"methods": ["full"]}},
     "seeds": {"multiflow-*": [0, 1], "*": [0]},
 }  # fmt: skip
@@ -319,7 +319,7 @@ def test_a_grid_stands_for_every_combination_beside_the_variants():
     ]  # fmt: skip
     assert runs[0].methods == ({"name": "full"},)
     # A value that stands alone keeps its type, within a text it is written out.
-    assert runs[3].methods == ({"name": "multiflow", "sparsity": 0.9}, {"name": "masks", "path": "runs/multiflow-0.9"})
+    assert runs[3].methods == ({"name": "multiflow", "sparsity": 0.9, "masks": "runs/multiflow-0.9"},)
     assert [r.variant for r in recipe.expand(GRID, "g", ["variants=[omp-0.63]", "seeds=[4]"])] == ["omp-0.63"]
 
 

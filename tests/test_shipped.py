@@ -37,9 +37,10 @@ def _needed(method: dict) -> dict:
 
 def found_masks(r: recipe.Recipe, folder: Path) -> Path:
     """A run that pruned the same backbone, in place of the one that the recipe takes its masks from."""
-    found = folder / "found"
-    pruner = replace(shrink(r), methods=({"name": "omp"},), training=replace(r.training, steps=0))
-    return found if found.exists() else run.run(pruner, found, measure_costs=False)
+    pruner = {k: v for k, v in shrink(r).methods[0].items() if k != "masks"}
+    found = folder / f"{pruner['name']}-{pruner['sparsity']}"
+    small = replace(shrink(r), methods=({**pruner, "allow_empty_tower": True},), training=replace(r.training, steps=0))
+    return found if found.exists() else run.run(small, found, measure_costs=False)
 
 
 @pytest.mark.slow
@@ -53,8 +54,9 @@ def test_every_variant_of_a_shipped_recipe_runs(name, tmp_path):
         assembly.check(r)
     for r in variants[:: max(1, len(variants) // 3)]:  # of a grid's dozens, a few that differ in everything
         small = shrink(r)
-        if any(m["name"] == "masks" for m in r.methods):
-            small = replace(small, methods=({"name": "masks", "path": str(found_masks(r, tmp_path))}, *r.methods[1:]))
+        if r.methods and "masks" in r.methods[0]:
+            taken = {**r.methods[0], "masks": str(found_masks(r, tmp_path))}
+            small = replace(small, methods=(taken, *r.methods[1:]))
         key = json.dumps([small.to_dict()[k] for k in ("backbone", "methods", "training")])
         if key not in done:
             done.add(key)

@@ -25,7 +25,7 @@ from trimtab.methods.stack import refusal
 from trimtab.registry import unknown
 
 # Settings for examples of two or three blocks and channels by the dozen; a method takes those that it has.
-SMALL = {"skip": 1, "blocks": 1, "prompts": 2, "path": "masks.safetensors"}
+SMALL = {"skip": 1, "blocks": 1, "prompts": 2}
 LEVERS = ("prune", "skip", "tune")
 
 
@@ -215,8 +215,8 @@ def show(cells: dict[tuple[str, str], Cell], as_markdown: bool = False) -> None:
 def together() -> tuple[list[str], dict[str, list[str]], list[str]]:
     """Which methods of two levers go together, in either order, and why others do not.
 
-    Columns are groups of methods of the later lever, rows of the earlier one; methods with the same cells share a row or
-    a column. Pruners differ in nothing here, nor do searches with the same facts.
+    Columns are groups of methods of the later lever, rows of the earlier one; methods with the same cells share a row
+    or a column. Pruners differ in nothing here, nor do searches with the same facts.
 
     Returns:
         Heads of the columns, rows by their label, notes.

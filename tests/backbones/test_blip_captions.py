@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 import trimtab
-from trimtab.experiments import folder as folder_of_runs
 from tests.models.official import converted, file, rows
 from trimtab.backbones import convert_official
+from trimtab.experiments import folder as folder_of_runs
 from trimtab.experiments import recipe, run
 
 

@@ -17,7 +17,7 @@ from trimtab.methods.skip.search.das import Gates
 from trimtab.storage.bits import pack, unpack
 
 BACKBONES = {"tiny-clip": "retrieval", "tiny-vilt": "vqa", "tiny-blip": "vqa"}
-NAMES = sorted(set(METHODS) - {"masks"})  # masks come from somewhere: see test_given.py
+NAMES = sorted(METHODS)
 SETTINGS = {
     "das": {"skip": 2, "search_steps": 6, "turn": 2},
     "random-skip": {"skip": 2},

@@ -1,7 +1,7 @@
-"""Prune, skip and tune composed on four tiny models: what is called trained is, zeros stay, folders and exports are exact.
+"""Prune, skip and tune composed on four tiny models: trained is what is called so, zeros stay, folders are exact.
 
-The whole cross product of levers is too large to train: every pair of two levers' choices is, each with one choice of the
-third. The rules that refuse a combination are gone over in full.
+The whole cross product of levers is too large to train: every pair of two levers' choices is, each with one choice of
+the third. The rules that refuse a combination are gone over in full.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ def export(tiny: Tiny, fit: trimtab.Adapted, before: torch.Tensor, tmp_path) -> 
 
 
 def test_every_order_of_every_combination_is_decided_by_the_facts():
-    """Prune x skip x tune in all orders: refused are a lever twice, skipping after tuning, and side networks over adapters
-    that nothing has trained; nothing else."""
+    """Prune x skip x tune in all orders: refused are skipping after tuning, and side networks over adapters that
+    nothing has trained; nothing else."""
     anatomy = trimtab.Anatomy.of(SINGLE.make())
     skips = [("das", f) for f in FORMS[1:]] + [("random-skip", f) for f in FORMS[1:]]
     for pruner, (skip, form), tuner in itertools.product(PRUNERS[1:], skips, TUNERS[1:]):

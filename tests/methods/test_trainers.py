@@ -1,4 +1,4 @@
-"""The handle with other people's loops: `transformers.Trainer` (with resuming), TRL, Accelerate, compiled and wrapped models."""
+"""The handle with other people's loops: `transformers.Trainer`, with resuming, TRL, Accelerate, wrappers."""
 
 from __future__ import annotations
 
@@ -45,13 +45,14 @@ def fitted(tune: str | None, levers: tuple[str, ...] = ("prune", "skip")) -> tri
 def trainer(fit: trimtab.Adapted, folder, steps: int = 4, save: int = 2) -> Trainer:
     args = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2, weight_decay=0.1,
-        save_strategy="steps", save_steps=save, report_to="none", disable_tqdm=True, use_cpu=True, seed=0, logging_steps=1,
+        save_strategy="steps", save_steps=save, report_to="none", disable_tqdm=True, use_cpu=True, seed=0,
+        logging_steps=1,
     )  # fmt: skip
     return Trainer(model=fit.model, args=args, train_dataset=Rows(SINGLE.batch), callbacks=fit.callbacks())
 
 
 def tensors(fit: trimtab.Adapted) -> dict:
-    return {k: v for k, v in fit.model.state_dict().items()}
+    return dict(fit.model.state_dict())
 
 
 @pytest.mark.parametrize("tune", TUNERS)

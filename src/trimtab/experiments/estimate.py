@@ -117,6 +117,10 @@ class _Blind:
     def plain_in(self, model: Any) -> nn.Module:
         return model.backbone.model
 
+    def example(self) -> dict[str, Tensor]:
+        device = next(self.with_task.parameters()).device
+        return {k: v.to(device) for k, v in self.with_task.example(1).items()}
+
 
 def _estimate(recipe: Recipe) -> dict[str, Any]:
     dense_macs = dense(recipe)

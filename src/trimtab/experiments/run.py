@@ -106,19 +106,18 @@ def _info(recipe: Recipe, parts: Assembly, started: float) -> dict[str, Any]:
 
 def _from_cache(parts: Assembly, train: Any, spec: TrainingSpec, seed: int) -> tuple[Any, Any]:
     """A model that trains from the activation cache, which is filled; RecipeError if the recipe does not allow it."""
-    from trimtab.experiments import activations
-    from trimtab.methods.tune.unipt import UniPT
+    from trimtab.experiments import cached
 
     method = parts.methods[0] if len(parts.methods) == 1 else None
-    if not isinstance(method, UniPT) or spec.cache is None:
+    if not getattr(method, "cacheable", False) or spec.cache is None:
         raise RecipeError("training.cache: only the side networks of `methods: [unipt]` train from a cache")
     try:
         how = (spec.cache, spec.cache_views, seed, spec.augmentation)
-        key = activations.cache_key(parts.model, method, train, *how)
+        key = cached.cache_key(parts.model, method, train, *how)
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         folder = cache_dir() / "activations" / name
-        cache = activations.ActivationCache(parts.model, method, train, folder, *how)
+        cache = cached.TableCache(parts.model, method, train, folder, *how)
     except ValueError as error:
         raise RecipeError(str(error)) from error
     cache.fill()
-    return activations.CachedModel(parts.model, method), cache
+    return cached.CachedModel(parts.model, method), cache

@@ -260,6 +260,14 @@ class TrainingSession:
     def plain_in(self, model: Any) -> nn.Module:
         return model.backbone.model
 
+    def example(self) -> dict[str, Tensor]:
+        """A batch of one sample of random inputs, on the model's device."""
+        device = next(self.with_task.parameters()).device
+        return {k: v.to(device) for k, v in self.with_task.example(1).items()}
+
+    def loss(self, with_task: TaskModel, batch: dict[str, Tensor]) -> Tensor:
+        return with_task(**batch)["loss"]
+
     def batches(self, split: Literal["train", "validation"], size: int | None = None) -> Iterator[dict[str, Tensor]]:
         """See `Session`. With several processes each gets its part of a larger validation batch, one after another in
         the order of rows: what is averaged over processes is then what one process finds on the whole batch. Training

@@ -129,9 +129,9 @@ class Adapted(Stack):
         pruner = METHODS.make(method, lever="prune", sparsity=sparsity, **settings)
         self.check(pruner)
         if isinstance(given, Masks):
-            pruner.adopt(given, self.model, self.anatomy)
+            pruner.take(given, self.anatomy)
         elif given is not None:
-            pruner.read_masks(self.model, self.anatomy)
+            pruner.take(Masks.read(given, self.model), self.anatomy)
         elif sparsity is None and settings.get("pattern") is None:
             raise ValueError(
                 f"{method}: expected `sparsity`, a number in [0, 1), or `pattern`, such as '2:4'; found none"

@@ -3,7 +3,6 @@
     prepare(session)            what needs data: calibration of a pruner, search of a plan -> fills the method's state
     attach(model, anatomy)      changes the model from outside, from settings and state alone; nothing else does
     callbacks()                 what must happen during training (zeros kept, gates updated)
-    finish(model)               after training: make permanent what training only simulated
 
 A saved run stores settings and state, so that loading is `load_state` and `attach` again: no search, no calibration.
 """
@@ -12,10 +11,8 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +23,8 @@ from trimtab.settings import build
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+    from trimtab.methods.session import Session
 
 _NOUNS = {"prune": "pruner", "skip": "search", "tune": "tuning method"}
 
@@ -62,32 +61,6 @@ def placed(module: nn.Module, place: Tensor, dtype: torch.dtype | None = None) -
     if all(t.device == place.device and dtype in (None, t.dtype) for t in module.parameters()):
         return module
     return module.to(place.device, dtype)
-
-
-class Session(Protocol):
-    """What a method may ask for while it prepares: the model with its task, data, and a way to train.
-
-    `folder` is the run's folder, where a method may keep under `search/` what an interrupted run needs to go on; it is
-    deleted when the run is finished. None keeps nothing.
-    """
-
-    with_task: Any
-    anatomy: Anatomy
-    seed: int
-    folder: Path | None
-
-    @property
-    def plain(self) -> nn.Module:
-        """The plain model inside `with_task`, to which the anatomy's paths belong."""
-
-    def batches(self, split: Literal["train", "validation"], size: int | None = None) -> Iterator[dict[str, Tensor]]:
-        """Endless batches of a split, on the model's device; `size` defaults to the training batch size."""
-
-    def fit(self, model: Any, steps: int, callbacks: list[TrainerCallback]) -> list[dict[str, float]]:
-        """Train a model as the recipe says, for another number of steps; returns the logged history."""
-
-    def plain_in(self, model: Any) -> nn.Module:
-        """The plain model inside a copy of `with_task`."""
 
 
 class Method(ABC):
@@ -144,9 +117,6 @@ class Method(ABC):
     def callbacks(self) -> list[TrainerCallback]:
         return []
 
-    def finish(self, model: nn.Module) -> None:  # noqa: B027
-        """Make permanent what training only simulated."""
-
     def fold(self, model: nn.Module) -> None:  # noqa: B027 (most methods that fold have changed nothing but weights)
         """Make what the method added part of the plain model's own weights, so that it can be saved without trimtab.
 
@@ -170,7 +140,7 @@ class Method(ABC):
 
     def plain_settings(self) -> dict[str, Any]:
         """Its settings as plain JSON."""
-        return json.loads(json.dumps(asdict(self.settings)))
+        return json.loads(json.dumps({k: v for k, v in self.describe().items() if k != "name"}))
 
     def describe(self) -> dict[str, Any]:
         """Name and settings, as they stand in a recipe."""

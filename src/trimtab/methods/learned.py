@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from trimtab.anatomy.structure import plain_parameters
 from trimtab.registry import unknown
+from trimtab.storage.learned import learned_part
 
 
 class Learned:
@@ -72,12 +73,13 @@ class Learned:
 
     def current(self) -> dict[str, Tensor]:
         """What has to be stored of the model beside what its methods found: the tensors themselves, by name."""
-        plain = {id(p) for p in plain_parameters(self.model).values()}
-        found = _stored(self.model, plain)
+        found = {f"learned.{path}": tensor for path, tensor in learned_part(self.model).items()}
+        own = {id(t) for t in (*plain_parameters(self.model).values(), *found.values())}
+        found |= {f"kept.{path}": p for path, p in self.model.named_parameters() if id(p) not in own}
         if self.with_task is not self.model:
             inside = {id(t) for t in (*self.model.parameters(), *self.model.buffers())}
-            around = _stored(self.with_task, {id(p) for p in self.with_task.parameters()})
-            found |= {"task." + k.removeprefix("learned."): v for k, v in around.items() if id(v) not in inside}
+            around = learned_part(self.with_task)
+            found |= {f"task.{path}": tensor for path, tensor in around.items() if id(tensor) not in inside}
         return found
 
     def copy(self, tensors: dict[str, Tensor], where: str) -> None:
@@ -97,28 +99,3 @@ class Learned:
             more = f" (and {len(wrong) - 1} more)" if wrong[1:] else ""
             raise ValueError(f"{where}: the learned weights do not fit the model: {wrong[0]}{more}")
         return own
-
-
-def _stored(model: nn.Module, plain: set[int]) -> dict[str, Tensor]:
-    """Trained parameters (`learned.`) and frozen ones that are not the plain model's (`kept.`), each tied one once,
-    with the buffers of the modules that hold them.
-
-    Args:
-        model: whose paths are used.
-        plain: `id`s of the plain model's parameters.
-    """
-    out: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        trained = {n for n, p in own.items() if p.requires_grad}
-        added = {n for n, p in own.items() if id(p) not in plain}
-        kind = "learned." if trained else "kept."
-        buffers = set(module.state_dict(keep_vars=True)) - own.keys() if trained | added else set()
-        for name, tensor in (*own.items(), *((n, b) for n, b in module.named_buffers(recurse=False) if n in buffers)):
-            if id(tensor) in seen or (name in own and name not in trained | added):
-                continue
-            seen.add(id(tensor))
-            here = "learned." if name in trained else "kept." if name in own else kind
-            out[f"{here}{path}.{name}" if path else f"{here}{name}"] = tensor
-    return out

@@ -168,7 +168,7 @@ class Stack(Learned):
     @property
     def masks(self) -> Masks | None:
         """The masks on the model as it is; None if it was not pruned."""
-        return next((m.found for m in self._of("prune")), None)
+        return next((m.attached for m in self._of("prune")), None)
 
     @property
     def plan(self) -> Plan | None:

@@ -28,8 +28,8 @@ def _tower(model: Any, name: str) -> Tower:
         for i, b in enumerate(stack.block)
     )  # fmt: skip
     return Tower(
-        name, "text", blocks, (name,), output=Tap(f"{name}.final_layer_norm"), mask=Tap(name, "input", "attention_mask"),
-        memory="encoder" if decodes else None, causal=decodes,
+        name, "text", blocks, (name,), output=Tap(f"{name}.final_layer_norm"),
+        mask=Tap(name, "input", "attention_mask"), memory="encoder" if decodes else None, causal=decodes,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""MDETR's checkpoint files as its authors published them (ashkamath/mdetr, ResNet-101), and its sizes without weights."""
+"""MDETR's checkpoint files as its authors published them (ashkamath/mdetr, ResNet-101), and its sizes."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from trimtab.anatomy import Weight
-from trimtab.methods.prune.masks import kth_smallest
+from trimtab.methods.prune.selection import kth_smallest
 from trimtab.registry import Registry
 
 Matrices = dict[Weight, Tensor]

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from trimtab.anatomy import Weight
 from trimtab.methods.base import METHODS
-from trimtab.methods.prune.base import Pruner, PruneSettings, StepSettings, found_masks
+from trimtab.methods.prune.base import Pruner, found_masks
 from trimtab.methods.prune.calibration import Batch, Calibration, gradients
-from trimtab.methods.prune.masks import Masks, largest
+from trimtab.methods.prune.masks import Masks
 from trimtab.methods.prune.scores import borrowed
+from trimtab.methods.prune.selection import largest
+from trimtab.methods.prune.settings import PruneSettings, StepSettings
 
 _HALVINGS, _DOUBLINGS, _EVEN = 100, 10, 1e-10
 

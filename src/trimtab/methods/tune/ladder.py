@@ -103,7 +103,7 @@ def linears(model: nn.Module, block: Block) -> dict[str, nn.Linear]:
     found: dict[str, nn.Linear] = {}
     # A ladder's block attends to itself alone: it has no place for cross-attention.
     inside = plain_modules(model.get_submodule(block.path))
-    names = {n: m for n, m in inside if isinstance(m, nn.Linear) and not re.search("cross|EncDec", n)}
+    names = {n: m for n, m in inside if isinstance(m, nn.Linear) and not re.search("cross|EncDec|encoder_attn", n)}
     for role, pattern in _ROLES.items():
         matching = [m for n, m in names.items() if re.search(pattern, n)]
         if len(matching) != 1:
