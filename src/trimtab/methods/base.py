@@ -135,6 +135,11 @@ class Method(ABC):
         """Paths of modules whose output it takes the place of, once it is attached: they get no gradient."""
         return ()
 
+    @property
+    def learns(self) -> bool:
+        """Whether its preparation trains what it adds."""
+        return False
+
     def told(self) -> str:
         """What it did, in a line for a person."""
         return self.name

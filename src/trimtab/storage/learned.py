@@ -57,7 +57,8 @@ def fingerprint(model: nn.Module) -> str:
             digest.update(f"= {tied}\n".encode())
         elif not isinstance(tensor, FakeTensor) and not tensor.is_meta:
             whole = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(whole.view(torch.uint8).numpy() if whole.numel() else b"")
+            if whole.numel():
+                digest.update(whole.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

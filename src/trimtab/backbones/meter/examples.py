@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import transformers as hf
 from torch import nn
 
@@ -14,7 +16,7 @@ def build() -> nn.Module:
     text = hf.RobertaConfig(**BERT, type_vocab_size=1)
     cross = hf.BertConfig(**BERT, is_decoder=True, add_cross_attention=True)
     vision = hf.CLIPVisionConfig(**VISION, **PICTURE)
-    heads = {"vqa": 3, "itm": 2}
+    heads: dict[str, Any] = {"vqa": 3, "itm": 2}
     return MeterModel(MeterConfig(vision_config=vision, text_config=text, cross_config=cross, tasks=heads))
 
 
