@@ -43,7 +43,7 @@ from transformers import CLIPConfig, CLIPModel
 
 import trimtab
 from trimtab import Anatomy
-from trimtab.experiments import recipe, run, training
+from trimtab.experiments import assembly, recipe, training
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import collect
 from trimtab.methods.prune.selection import kth_smallest
@@ -200,8 +200,8 @@ def agreement(batches: int, size: int) -> dict[str, dict]:
                 "methods": [{"name": pruner, "sparsity": sparsity, "batches": batches, "precision": precision}],
             }  # fmt: skip
             r = recipe.expand(raw, "agreement")[0]
-            parts = run.assemble(r)
-            train, validation, _ = run.tables(r, parts)
+            parts = assembly.assemble(r)
+            train, validation, _ = assembly.tables(r, parts)
             rows = range(batches * size) if name != "other rows" else range(batches * size, 2 * batches * size)
             session = training.TrainingSession(parts.model, train.select(rows), validation, r.training, 0, name)
             calibration = Calibration.of(session, batches, size, precision)

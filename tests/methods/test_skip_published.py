@@ -30,9 +30,6 @@ class Trained(nn.Module):
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         return {"loss": self.loss(self.model(**batch))}
 
-    def example(self, size: int) -> dict[str, Tensor]:
-        return self.batch
-
 
 class Session:
     """One batch for everything: training, and rewards, which LLaVA-DAS takes from the training batch itself."""
@@ -49,6 +46,12 @@ class Session:
 
     def plain_in(self, model: Trained) -> nn.Module:
         return model.model
+
+    def example(self) -> dict[str, Tensor]:
+        return self.with_task.batch
+
+    def loss(self, with_task: Trained, batch: dict[str, Tensor]) -> Tensor:
+        return with_task(**batch)["loss"]
 
     def batches(self, split: str, size: int | None = None) -> Iterator[dict[str, Tensor]]:
         while True:

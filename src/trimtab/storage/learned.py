@@ -15,7 +15,8 @@ from trimtab.anatomy.structure import plain_modules
 
 
 def learned_part(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters and the buffers that change with them, each tied one once, under their names in the model.
+    """Trainable parameters and the buffers that change with them, each tied one once, under their names in the model: the
+    tensors themselves, no copies.
 
     Buffers are those of modules that hold a trainable parameter, and the running statistics of norms that have no
     parameters at all: nothing freezes these while anything is trained. Buffers that a module does not store
@@ -31,7 +32,7 @@ def learned_part(model: nn.Module) -> dict[str, Tensor]:
         for name, tensor in trained + (_stored_buffers(module) if moves else []):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                out[f"{path}.{name}".lstrip(".")] = tensor.detach().cpu().contiguous()
+                out[f"{path}.{name}".lstrip(".")] = tensor
     return out
 
 
@@ -78,25 +79,3 @@ def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in [*module._parameters.items(), *_stored_buffers(module)]:
             if tensor is not None:
                 yield f"{path}.{name}".lstrip("."), tensor
-
-
-def copy_learned(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Copy stored tensors into a model; ValueError unless they are exactly its learned part, shape by shape."""
-    expected = learned_part(model)
-    wrong = [f"'{k}' {tuple(expected[k].shape)}, found {tuple(v.shape)}"
-             for k, v in tensors.items() if k in expected and v.shape != expected[k].shape]  # fmt: skip
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if wrong or missing or extra:
-        problem = (
-            f"expected {wrong[0]}"
-            if wrong
-            else f"'{missing[0]}' is missing"
-            if missing
-            else f"'{extra[0]}' is not in it"
-        )
-        raise ValueError(f"{where}: the weights do not fit the model: {problem} "
-                         f"({len(wrong)} of another shape, {len(missing)} missing, {len(extra)} extra)")  # fmt: skip
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)

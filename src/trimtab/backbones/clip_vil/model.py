@@ -19,7 +19,7 @@ from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
 from transformers.utils import ModelOutput
 
 from trimtab.backbones.base import check_sizes
-from trimtab.backbones.clip.resnet import ClipResNet
+from trimtab.backbones.clip_vil.resnet import ClipResNet
 
 
 class ClipVilConfig(PreTrainedConfig):

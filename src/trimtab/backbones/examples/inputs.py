@@ -18,6 +18,14 @@ DECODER = {
     **SMALL, "num_key_value_heads": 2, "vocab_size": 30, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
+BERT = {**SMALL, "vocab_size": 30, "max_position_embeddings": 14}
+CNN = {"layers": (1, 1, 1, 2), "stem": 4, "inner": 4}
+
+
+def sized(**changed: Any) -> dict[str, Any]:
+    """A decoder's sizes, some of them changed, for a config whose heads have a size of their own."""
+    return {**DECODER, "head_dim": 8, **changed}
+
 
 def pixels(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))

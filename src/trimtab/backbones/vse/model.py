@@ -1,4 +1,4 @@
-"""The modules of VSE-infinity; what they compute is drawn in `trimtab.backbones.vse.features`."""
+"""The modules of VSE-infinity; what they compute is drawn in `trimtab.backbones.vse`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, BertConfig, BertModel, PretrainedConfig, PreTrainedModel
 
 from trimtab.backbones.base import check_sizes
-from trimtab.backbones.resnet import ResNet, ResNetSizes
+from trimtab.backbones.vse.resnet import ResNet, ResNetSizes
 from trimtab.pooling import GPO
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,7 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from trimtab import processes
 from trimtab.anatomy import Anatomy, Weight
-from trimtab.methods.base import Method, Session
+from trimtab.anatomy.structure import under
+from trimtab.methods.base import Method
 from trimtab.methods.prune.allocations import ALLOCATIONS
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import Evidence, collect
@@ -33,6 +34,7 @@ from trimtab.methods.prune.scores import SCORES
 from trimtab.methods.prune.selection import largest_of_each, smallest
 from trimtab.methods.prune.settings import DEFAULT_SPARSITY, PruneSettings
 from trimtab.methods.prune.sums import rows_and_columns
+from trimtab.methods.session import Session
 from trimtab.storage.bits import pack
 
 if TYPE_CHECKING:
@@ -61,6 +63,8 @@ class Pruner(Method):
     changes_weights: ClassVar[bool] = False
     shares: ClassVar[bool] = True
     finds: ClassVar[bool] = True
+
+    assumed = False  # whether the masks stand for those that data would give
 
     @property
     def rounds(self) -> int:
@@ -184,10 +188,14 @@ class Pruner(Method):
             self.take(Masks.read(self.settings.masks, session.plain), session.anatomy)
             self.state["from"] = self.settings.masks
             return
-        calibration = Calibration.of(session, self.settings.batches, self.settings.batch_size, self.settings.precision)
+        s = self.settings
+        self.calibrate(Calibration.of(session, s.batches, s.batch_size, s.precision))
+
+    def calibrate(self, calibration: Calibration) -> None:
+        """Find the masks on a model and its data."""
         started = time.perf_counter()
         masks = next(self.masks(calibration, [self.asked]))
-        self.take(masks, session.anatomy)
+        self.take(masks, calibration.anatomy)
         self.state["seconds"] = round(time.perf_counter() - started, 2)
 
     @property
@@ -232,6 +240,7 @@ class Pruner(Method):
             kept = p.numel() - int(p.numel() * share) if isinstance(p, FakeTensor) else p.numel()
             self.tensors[path + VALUES] = p.detach().flatten()[:kept].clone()
         shapes = {path: list(p.shape) for path, p in found.items()}
+        self.assumed = True
         total = sum(p.numel() for p in found.values())
         self.state = {"pruner": self.name, "prunable": total, "kept": total - int(total * share), "shapes": shapes}
 
@@ -248,11 +257,28 @@ class Pruner(Method):
     def callbacks(self) -> list[TrainerCallback]:
         return [keep_zeros(self.attached)]
 
-    def finish(self, model: nn.Module) -> None:
-        self.attached.enforce(model)
+    def forget(self, paths: Collection[str], anatomy: Anatomy) -> None:
+        """Let the masks of blocks go that were taken out; what is told of the sparsity is of what is left.
+
+        Args:
+            paths: of the blocks.
+            anatomy: of what is left.
+        """
+        share = self.state["kept"] / max(1, self.state["prunable"])
+        held = [p for p in paths if any(under(path, [p]) for path in self.attached)]
+        self.attached = self.attached.without(held)
+        self.tensors = self.attached.packed()
+        shapes = {path: list(shape) for path, shape in self.attached.shapes.items()}
+        self.state |= {**summary(self.attached, anatomy), "shapes": shapes}
+        if self.assumed:  # the masks keep everything, see `assume`
+            self.state["kept"] = round(share * self.state["prunable"])
+
+    def told(self) -> str:
+        share = 1 - self.state["kept"] / max(1, self.state["prunable"])
+        return f"{self.name}: {share:.1%} of {self.state['prunable']:,} prunable weights are zero"
 
     def fold(self, model: nn.Module) -> None:
-        self.finish(model)  # an update that a later method merged is multiplied by the mask
+        self.attached.enforce(model)  # an update that a later method merged is multiplied by the mask
 
 
 def summary(masks: Masks, anatomy: Anatomy) -> dict[str, Any]:
