@@ -84,7 +84,7 @@ class Backbone(nn.Module):
     def __init__(self, name: str, model: nn.Module, tokenizer: Any, pictures: Pictures, width: int, max_text: int = 32):
         super().__init__()
         self.name = name
-        self.model = model
+        self.model: Any = model  # Any: torch types what a module holds as Tensor or Module
         self.tokenizer = tokenizer
         self.pictures = pictures
         self.width = self.token_width = width

@@ -108,7 +108,7 @@ def _from_cache(parts: Assembly, train: Any, spec: TrainingSpec, seed: int) -> t
     """A model that trains from the activation cache, which is filled; RecipeError if the recipe does not allow it."""
     from trimtab.experiments import cached
 
-    method = parts.methods[0] if len(parts.methods) == 1 else None
+    method: Any = parts.methods[0] if len(parts.methods) == 1 else None
     if not getattr(method, "cacheable", False) or spec.cache is None:
         raise RecipeError("training.cache: only the side networks of `methods: [unipt]` train from a cache")
     try:

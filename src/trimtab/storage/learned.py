@@ -15,8 +15,8 @@ from trimtab.anatomy.structure import plain_modules
 
 
 def learned_part(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters and the buffers that change with them, each tied one once, under their names in the model: the
-    tensors themselves, no copies.
+    """Trainable parameters and the buffers that change with them, each tied one once, under their names in the model:
+    the tensors themselves, no copies.
 
     Buffers are those of modules that hold a trainable parameter, and the running statistics of norms that have no
     parameters at all: nothing freezes these while anything is trained. Buffers that a module does not store
@@ -57,7 +57,8 @@ def fingerprint(model: nn.Module) -> str:
             digest.update(f"= {tied}\n".encode())
         elif not isinstance(tensor, FakeTensor) and not tensor.is_meta:
             whole = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(whole.view(torch.uint8).numpy() if whole.numel() else b"")
+            if whole.numel():
+                digest.update(whole.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

@@ -259,13 +259,14 @@ def load(folder: Path, name: str, pretrained: bool = True) -> Backbone:
     tokenizer = find_tokenizer(folder)
     if architecture not in ("BlipForMatchingAndCaptions", "BlipForConditionalGeneration"):
         return BlipOfficialBackbone(name, model, tokenizer)
-    size = model.config.vision_config.image_size
+    config: Any = model.config
+    size = config.vision_config.image_size
     # What was converted from its authors' file says so in its config, and has no preprocessor beside it.
     official = hasattr(model.config, "blip_task") and not (folder / "preprocessor_config.json").is_file()
     pictures = Pictures(size, CLIP_MEAN, CLIP_STD) if official else read_pictures(folder, size)
     return BlipBackbone(name, model, tokenizer, pictures)
 
 
-def tiny_blip(pretrained: bool = True) -> BlipBackbone:
+def tiny_blip(pretrained: bool = True) -> Backbone:
     """8 vision and 4 text blocks, 128 wide, 64 px, patch 8; pretrained by us on Twemoji (docs/pretraining.md)."""
     return load(WEIGHTS / "tiny-blip", "tiny-blip", pretrained)

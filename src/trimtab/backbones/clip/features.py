@@ -72,7 +72,7 @@ def load(folder: Path, name: str, pretrained: bool = True) -> ClipBackbone:
     from transformers import AutoTokenizer, CLIPModel
 
     model = load_pretrained(CLIPModel, folder, pretrained)
-    config = model.config
+    config: Any = model.config
     pictures = read_pictures(folder, config.vision_config.image_size)
     return ClipBackbone(name, model, AutoTokenizer.from_pretrained(folder), pictures, config.projection_dim,
                         config.text_config.max_position_embeddings)  # fmt: skip

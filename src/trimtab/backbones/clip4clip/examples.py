@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import transformers as hf
 from torch import nn
@@ -10,17 +11,12 @@ from torch import nn
 from trimtab.backbones.clip.examples import clip_text
 from trimtab.backbones.clip4clip.model import Clip4Clip, Clip4ClipConfig
 from trimtab.backbones.examples import Example
-from trimtab.backbones.examples.inputs import (
-    FRAMES,
-    PICTURE,
-    SMALL,
-    VISION,
-)
+from trimtab.backbones.examples.inputs import FRAMES, PICTURE, SMALL, VISION
 
 
 def build(head: str) -> nn.Module:
     config = hf.CLIPConfig(text_config=clip_text(), vision_config={**VISION, **PICTURE}, projection_dim=16)
-    cross = {**SMALL, "max_position_embeddings": 8}
+    cross: dict[str, Any] = {**SMALL, "max_position_embeddings": 8}
     return Clip4Clip(Clip4ClipConfig(config.to_dict(), cross, head))
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import transformers as hf
 from torch import nn
 
 from trimtab.backbones.clip_vil.model import ClipVilConfig, ClipVilModel
 from trimtab.backbones.examples import Example
-from trimtab.backbones.examples.inputs import (
-    BERT,
-    BIG_PAIR,
-)
+from trimtab.backbones.examples.inputs import BERT, BIG_PAIR
 
 
 def build() -> nn.Module:
-    sizes = {"vision_width": 4, "vision_layers": (1, 2, 1, 1), "positions": 3, "pretraining_answers": 4}
+    sizes: dict[str, Any] = {"vision_width": 4, "vision_layers": (1, 2, 1, 1), "positions": 3, "pretraining_answers": 4}
     return ClipVilModel(ClipVilConfig(text_config=hf.BertConfig(**BERT), **sizes))
 
 

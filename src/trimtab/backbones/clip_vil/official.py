@@ -6,15 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from trimtab.backbones.official import (
-    CheckpointError,
-    Format,
-    Item,
-    Tensors,
-    choose,
-    head_count,
-    renamed,
-)
+from trimtab.backbones.official import CheckpointError, Format, Item, Tensors, choose, head_count, renamed
 from trimtab.registry import unknown
 
 
@@ -111,6 +103,6 @@ def architecture(vision: str = "RN50x4", task: str = "vqa", answers: int = 3129)
 
     sizes = {"RN50x4": (80, [4, 6, 10, 6]), "RN50": (64, [3, 4, 6, 3])}
     width, layers = choose("vision of CLIP-ViL", vision, sizes)
-    heads = {"pretrain": {"pretraining_answers": 9500}, "vqa": {"answers": answers}}
+    heads: dict[str, dict[str, Any]] = {"pretrain": {"pretraining_answers": 9500}, "vqa": {"answers": answers}}
     head = choose("task of CLIP-ViL", task, heads)
     return ClipVilModel, ClipVilConfig(text_config=BertConfig(), vision_width=width, vision_layers=layers, **head)

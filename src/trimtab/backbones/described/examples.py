@@ -29,8 +29,13 @@ from trimtab.backbones.examples.inputs import (
 
 
 def bridgetower(model: type) -> nn.Module:
-    text = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
-    vision = {"hidden_size": 64, "num_hidden_layers": 3, **PICTURE}
+    text: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    vision: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, **PICTURE}
     config = hf.BridgeTowerConfig(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=2, text_config={**text, "vocab_size": 30},
         vision_config=vision,
@@ -39,7 +44,7 @@ def bridgetower(model: type) -> nn.Module:
 
 
 def t5(model: type, feed_forward: str = "relu") -> nn.Module:
-    sizes = {"num_layers": 3, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "vocab_size": 30}
+    sizes: dict[str, Any] = {"num_layers": 3, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "vocab_size": 30}
     return model(hf.T5Config(**sizes, feed_forward_proj=feed_forward, decoder_start_token_id=0))
 
 
@@ -48,42 +53,71 @@ def decoder(name: str) -> nn.Module:
 
 
 def qwen2_vl() -> nn.Module:
-    sizes = {"embed_dim": 24, "depth": 3, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 16, "patch_size": 4}
+    sizes: dict[str, Any] = {
+        "embed_dim": 24,
+        "depth": 3,
+        "num_heads": 2,
+        "mlp_ratio": 2,
+        "hidden_size": 16,
+        "patch_size": 4,
+    }
     return hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(vision_config=sizes, **_qwen_text()))
 
 
 def qwen25_vl(layers: int = 2) -> nn.Module:
-    sizes = {"hidden_size": 24, "depth": 3, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 16}
+    sizes: dict[str, Any] = {
+        "hidden_size": 24,
+        "depth": 3,
+        "num_heads": 2,
+        "intermediate_size": 48,
+        "out_hidden_size": 16,
+    }
     sizes |= {"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1]}
     return hf.Qwen2_5_VLForConditionalGeneration(hf.Qwen2_5_VLConfig(vision_config=sizes, **_qwen_text(layers)))
 
 
 def _qwen_text(layers: int = 2) -> dict[str, Any]:
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-    tokens = {"image_token_id": 29, "video_token_id": 28, "vision_start_token_id": 27, "vision_end_token_id": 26}
+    rope: dict[str, Any] = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    tokens: dict[str, Any] = {
+        "image_token_id": 29,
+        "video_token_id": 28,
+        "vision_start_token_id": 27,
+        "vision_end_token_id": 26,
+    }
     return {"text_config": {**DECODER, "num_hidden_layers": layers, "rope_parameters": rope}, **tokens}
 
 
-_MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+_MROPE: dict[str, Any] = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
 
 
 def qwen3(layers: int = 3) -> hf.PreTrainedModel:
     """Qwen3-VL; the first two text blocks get features of the vision blocks 0 and 2 (DeepStack)."""
-    sizes = {"hidden_size": 24, "depth": 3, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 16}
+    sizes: dict[str, Any] = {
+        "hidden_size": 24,
+        "depth": 3,
+        "num_heads": 2,
+        "intermediate_size": 48,
+        "out_hidden_size": 16,
+    }
     sizes |= {"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 2]}
-    tokens = {"image_token_id": 29, "video_token_id": 28, "vision_start_token_id": 27, "vision_end_token_id": 26}
+    tokens: dict[str, Any] = {
+        "image_token_id": 29,
+        "video_token_id": 28,
+        "vision_start_token_id": 27,
+        "vision_end_token_id": 26,
+    }
     text = sized(num_hidden_layers=layers, rope_parameters=_MROPE)
     return hf.Qwen3VLForConditionalGeneration(hf.Qwen3VLConfig(vision_config=sizes, text_config=text, **tokens))
 
 
 def florence(layers: int = 2) -> hf.PreTrainedModel:
     """16 px: 4 x 4 patches in the first stage, 2 x 2 in the second, five image tokens with their mean."""
-    vision = {
+    vision: dict[str, Any] = {
         "embed_dim": [8, 16], "depths": [1, 2], "patch_size": [7, 3], "patch_stride": [4, 2], "patch_padding": [3, 1],
         "patch_prenorm": [False, True], "num_heads": [2, 2], "num_groups": [2, 2], "window_size": 4, "mlp_ratio": 2.0,
         "projection_dim": 16, "max_position_embeddings": 4,
     }  # fmt: skip
-    text = {
+    text: dict[str, Any] = {
         "model_type": "bart", "d_model": 16, "encoder_layers": layers, "decoder_layers": layers,
         "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
         "vocab_size": 30, "max_position_embeddings": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -96,7 +130,7 @@ def florence(layers: int = 2) -> hf.PreTrainedModel:
 
 def grounding_dino(model: type = hf.GroundingDinoForObjectDetection) -> hf.PreTrainedModel:
     """32 px: grids of 8 x 8 and 4 x 4 from Swin, and one of 2 x 2 made of the last; three queries."""
-    swin = {
+    swin: dict[str, Any] = {
         "model_type": "swin", "image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2],
         "window_size": 8, "out_indices": [1, 2],
     }  # fmt: skip

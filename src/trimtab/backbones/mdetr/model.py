@@ -191,7 +191,7 @@ class Mdetr(PreTrainedModel):
         width, sizes = config.width, ResNetSizes(**config.cnn)
         self.backbone = ResNet(sizes)
         self.input_proj = nn.Conv2d(sizes.width, width, 1)
-        self.transformer = nn.Module()
+        self.transformer: Any = nn.Module()
         self.transformer.text_encoder = RobertaModel(config.text_config)
         self.transformer.resizer = Resizer(config)
         self.transformer.encoder, self.transformer.decoder = Encoder(config), Decoder(config)

@@ -9,16 +9,7 @@ import transformers as hf
 from torch import nn
 
 from trimtab.backbones.examples import Example
-from trimtab.backbones.examples.inputs import (
-    DECODER,
-    PALIGEMMA,
-    PICTURE,
-    READS,
-    SMOL,
-    VISION,
-    pixels,
-    sized,
-)
+from trimtab.backbones.examples.inputs import DECODER, PALIGEMMA, PICTURE, READS, SMOL, VISION, pixels, sized
 
 
 def llava() -> nn.Module:
@@ -29,15 +20,21 @@ def llava() -> nn.Module:
 
 def idefics(name: str, layers: int = 2, **changed: Any) -> hf.PreTrainedModel:
     """`Idefics3` or `SmolVLM`: 4 x 4 patches a picture, four of them one image token."""
-    vision = {**VISION, "image_size": 16, "patch_size": 4}
-    text = {"model_type": "llama", **sized(num_hidden_layers=layers), **changed}
+    vision: dict[str, Any] = {**VISION, "image_size": 16, "patch_size": 4}
+    text: dict[str, Any] = {"model_type": "llama", **sized(num_hidden_layers=layers), **changed}
     config = getattr(hf, f"{name}Config")(vision_config=vision, text_config=text, image_token_id=29, scale_factor=2,
                                           pad_token_id=0)  # fmt: skip
     return getattr(hf, f"{name}ForConditionalGeneration")(config)
 
 
 def paligemma(text: str = "gemma", layers: int = 2) -> hf.PreTrainedModel:
-    vision = {"model_type": "siglip_vision_model", **VISION, **PICTURE, "vision_use_head": False, "projection_dim": 16}
+    vision: dict[str, Any] = {
+        "model_type": "siglip_vision_model",
+        **VISION,
+        **PICTURE,
+        "vision_use_head": False,
+        "projection_dim": 16,
+    }
     text_config: dict[str, Any] = {"model_type": text, **sized(num_hidden_layers=layers)}
     if text == "gemma2":
         text_config |= {"sliding_window": 4, "query_pre_attn_scalar": 8}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,8 @@ def load(folder: Path, name: str, pretrained: bool = True) -> SiglipBackbone:
 
     kind = Siglip2Model if AutoConfig.from_pretrained(folder).model_type == "siglip2" else SiglipModel
     model = load_pretrained(kind, folder, pretrained)
-    vision, text = model.config.vision_config, model.config.text_config
+    config: Any = model.config
+    vision, text = config.vision_config, config.text_config
     flexible = getattr(vision, "num_patches", None)
     size = vision.patch_size * round(flexible**0.5) if flexible else vision.image_size
     width = getattr(text, "projection_size", None) or text.hidden_size

@@ -84,7 +84,7 @@ class GridEncoder(nn.Module):
 
     def __init__(self, config: VseConfig):
         super().__init__()
-        self.backbone = nn.Module()
+        self.backbone: Any = nn.Module()
         self.backbone.resnet = ResNet(ResNetSizes(**(config.cnn or {})))
         self.image_encoder = FeatureEncoder(config)
 

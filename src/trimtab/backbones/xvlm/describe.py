@@ -44,7 +44,7 @@ def _vision(tower: Any) -> Tower:
 
 def _text(model: Any, path: str, name: str) -> list[Tower]:
     """The layers that see no image as a text tower, the others as a fusion tower (MULTIFLOW's split)."""
-    towers = []
+    towers: list[Tower] = []
     layers, split = len(model.encoder.layer), model.fusion
     kinds: tuple[tuple[Modality, range], ...] = (("text", range(split)), ("fusion", range(split, layers)))
     for modality, numbers in kinds:

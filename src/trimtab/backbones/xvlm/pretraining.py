@@ -17,7 +17,8 @@ def xvlm_loss(model: Any, pixel_values: Tensor, input_ids: Tensor, attention_mas
     """Sum of the three losses of an `Xvlm` for pretraining (`xvlm.py`, `model_pretrain.py`)."""
     images = model.encode_image(pixel_values)
     text = model.encode_text(input_ids, attention_mask)
-    similar, contrastive = contrast(*model.features(images, text), model.temp)
+    image, words = model.features(images, text)
+    similar, contrastive = contrast(image, words, model.temp)
 
     def judge(i: Tensor, t: Tensor) -> Tensor:
         return model.itm_head(model.fuse(text[t], attention_mask[t], images[i])[:, 0])

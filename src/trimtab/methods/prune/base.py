@@ -55,7 +55,7 @@ class Pruner(Method):
     lever = "prune"
     trains = "nothing"
     changes = "values"
-    Settings = PruneSettings
+    Settings: ClassVar[type] = PruneSettings
     settings: PruneSettings
     score: ClassVar[str]
     allocation: ClassVar[str]

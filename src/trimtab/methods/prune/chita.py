@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -191,7 +192,7 @@ class Chita(Pruner):
     allocation = "global"
     changes_weights = True
     shares = False  # the gradients of all batches are held side by side
-    Settings = ChitaSettings
+    Settings: ClassVar[type] = ChitaSettings
     settings: ChitaSettings | ChitaPPSettings
 
     def levels(self, sparsity: float) -> list[float]:

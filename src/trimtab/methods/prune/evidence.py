@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +41,9 @@ class Evidence:
     """
 
     rows: int
-    squares: Tensor | None = None
-    gram: Tensor | None = None
-    gradient: Tensor | None = None
+    squares: Any = None  # Any: a score that asks for a field finds a tensor there
+    gram: Any = None
+    gradient: Any = None
 
 
 def collect(calibration: Calibration, weights: Iterable[Weight], needs: frozenset[Need] | set[Need],

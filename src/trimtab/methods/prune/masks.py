@@ -325,8 +325,8 @@ def _folder(folder: Path) -> Stored:
     methods: list[dict[str, Any]] = json.loads(described.read_text())["methods"]
     pruners = [i for i, method in enumerate(methods) if method["lever"] == "prune"]
     if len(pruners) != 1:
-        names = ", ".join(m["name"] for m in methods) or "none"
-        raise ValueError(f"masks: expected one pruner at '{folder}', its methods are: {names}")
+        found = ", ".join(m["name"] for m in methods) or "none"
+        raise ValueError(f"masks: expected one pruner at '{folder}', its methods are: {found}")
     prefix, state = f"method.{pruners[0]}.", methods[pruners[0]]["state"]
     with open_safetensors(folder / "weights.safetensors") as file:
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a mapping)

@@ -43,8 +43,8 @@ def kth_smallest(scores: Sequence[Tensor], count: int) -> Tensor:
         for key in _keys(scores):
             if shift:
                 key = key[(key >> above) == found]
-            digit = (key >> low) + offset if shift == 0 else (key >> low) & ((1 << width) - 1)
-            counts += torch.bincount(digit, minlength=1 << width)
+            digits = (key >> low) + offset if shift == 0 else (key >> low) & ((1 << width) - 1)
+            counts += torch.bincount(digits, minlength=1 << width)
         ends = counts.cumsum(0)
         digit = int(torch.searchsorted(ends, count))
         count -= int(ends[digit] - counts[digit])

@@ -339,7 +339,7 @@ def _batch_first(x: Tensor, attention: nn.MultiheadAttention) -> Tensor:
 
 @contextmanager
 def _projecting_outside(
-    attention: nn.MultiheadAttention, projection: nn.Linear, then: Callable[[Tensor], None]
+    attention: nn.MultiheadAttention, projection: Any, then: Callable[[Tensor], None]
 ) -> Iterator[None]:
     """Compute an attention with an identity as its output projection, which is applied afterwards: `then` sees its
     input.

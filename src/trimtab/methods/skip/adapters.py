@@ -94,9 +94,10 @@ class RoutedAdapter(nn.Module):
         self.begin = True
         self.weights: Tensor | None = None  # (B, 2) of the sequences that are being generated
         nn.init.xavier_uniform_(self.down.weight)
-        for module in (self.down, *self.experts):
+        experts: list[Any] = list(self.experts)
+        for module in (self.down, *experts):
             nn.init.zeros_(module.bias)
-        for expert in self.experts:
+        for expert in experts:
             nn.init.zeros_(expert.weight)
 
     def called(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -213,7 +214,7 @@ class Skipped(nn.Module):
             self.norm._forward_pre_hooks.clear()
         self.adapter = placed(self._adapter(block, bottleneck, 0), place, place.dtype)
         others = [self._adapter(block, bottleneck, i + 1) for i in range(len(block.also))]
-        self.others = placed(nn.ModuleList(others), place, place.dtype)
+        self.others: Any = placed(nn.ModuleList(others), place, place.dtype)
         mark_added(self, ADDED)
 
     def _adapter(self, block: Block, bottleneck: int, stream: int) -> nn.Module:
@@ -280,6 +281,7 @@ def train_adapters(model: nn.Module, heads: tuple[str, ...]) -> None:
     for name, parameter in model.named_parameters():
         if any(name.startswith(h + ".") for h in heads):
             parameter.requires_grad_(True)
-    words = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find: Any = getattr(model, "get_output_embeddings", None)
+    words = None if find is None else find()
     if words is not None:
         words.requires_grad_(False)

@@ -121,6 +121,7 @@ class DAS(Skipping):
     name = "das"
     teaches = True
     Settings = DASSettings
+    settings: DASSettings
 
     def search(self, session: Session, candidates: list[Block], supernet: Supernet, goal: Goal, journal: Journal
                ) -> tuple[Indices, list[float] | None, int, dict[str, Any]]:  # fmt: skip
