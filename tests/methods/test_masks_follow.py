@@ -193,6 +193,17 @@ def test_masks_follow_blocks_that_get_other_numbers(model):
     check_zeros(fresh, left)
 
 
+def test_masks_without_a_block_still_know_the_others_by_their_old_numbers(model):
+    masks = found(model)
+    masks.apply(model)
+    left = masks.without(["blocks.0"])
+    model.blocks = model.blocks[1:]
+    revive(model)
+    left.enforce(model)
+    check_zeros(model, left.restricted_to(model))
+    assert torch.equal(model.blocks[0].value.weight != 0, masks["blocks.1.value.weight"])
+
+
 def test_numbers_that_cannot_be_told_are_refused(model):
     masks = found(model)
     short = Stack()
