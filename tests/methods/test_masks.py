@@ -129,7 +129,7 @@ def test_what_holds_no_masks_for_this_model_is_refused(model, tmp_path):
     refused("'.*given' is not the folder of a finished run or of an adapted model: it has no fit.json")
     write_folder(tmp_path / "given", METHODS["lora"]())
     refused("expected one pruner at '.*given', its methods are: lora")
-    write_folder(tmp_path / "given", *[pruned(model)[0]] * 2)
+    write_folder(tmp_path / "given", *(pruned(model)[0] for _ in range(2)))
     refused("expected one pruner at '.*given', its methods are: omp, omp")
     wide = Stack(24)
     write_folder(tmp_path / "given", pruned(wide)[0])

@@ -100,8 +100,8 @@ def test_trl(tmp_path):
     from datasets import Dataset
 
     args = trl.SFTConfig(
-        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, report_to="none", use_cpu=True, bf16=False,
-        dataset_kwargs={"skip_prepare_dataset": True}, save_strategy="no", gradient_checkpointing=False,
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, report_to="none", use_cpu=True,
+        bf16=False, dataset_kwargs={"skip_prepare_dataset": True}, save_strategy="no", gradient_checkpointing=False,
     )  # fmt: skip
     trl.SFTTrainer(fit.model, args, train_dataset=Dataset.from_list(rows), callbacks=fit.callbacks(),
                    processing_class=_tokenizer()).train()  # fmt: skip
@@ -112,8 +112,8 @@ def test_trl(tmp_path):
 def _llama() -> nn.Module:
     import transformers as hf
 
-    return hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=30, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-                                              num_attention_heads=4, num_key_value_heads=2, pad_token_id=0))  # fmt: skip
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=30, **sizes, num_key_value_heads=2, pad_token_id=0))
 
 
 def _tokenizer():
@@ -121,8 +121,8 @@ def _tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     words = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz0"])}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="a")), pad_token="<pad>",
-                                   eos_token="</s>")  # fmt: skip
+    made = Tokenizer(models.WordLevel(words, unk_token="a"))
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>")
 
 
 def test_accelerate():

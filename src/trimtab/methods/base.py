@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -126,6 +127,9 @@ class Method(ABC):
     def detaches(self, anatomy: Anatomy) -> tuple[str, ...]:
         """Names of the towers through which no gradient passes once this is attached."""
         return ()
+
+    def follow(self, masks: Mapping[str, Tensor], model: nn.Module) -> None:  # noqa: B027 (few add to weights)
+        """Let what it adds to weights keep the zeros of a pruner's masks, which are named by plain paths."""
 
     def replaces(self) -> tuple[str, ...]:
         """Paths of modules whose output it takes the place of, once it is attached: they get no gradient."""

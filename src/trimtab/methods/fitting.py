@@ -115,6 +115,8 @@ class Loop:
 
 def again(trainer: Any, with_task: Any, steps: int, callbacks: list[TrainerCallback]) -> list[dict[str, float]]:
     """Train another model as a `transformers.Trainer` would train its own; nothing is saved or reported."""
+    from transformers.trainer_callback import PrinterCallback
+
     if not hasattr(trainer, "train_dataset") or not hasattr(trainer, "args"):
         raise ValueError(
             f"trainer: expected a function `trainer(with_task, steps, callbacks)` or a transformers.Trainer, found "
@@ -135,6 +137,7 @@ def again(trainer: Any, with_task: Any, steps: int, callbacks: list[TrainerCallb
                 f"trainer: a {type(trainer).__name__} cannot be made again for another model ({error}); pass a "
                 "function `trainer(with_task, steps, callbacks)` that makes one and trains"
             ) from error
+        other.remove_callback(PrinterCallback)  # it prints every log
         other.train()
     with_task.zero_grad(set_to_none=True)
     keep = ("step", "loss", "learning_rate", "grad_norm")

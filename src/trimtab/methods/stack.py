@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from trimtab.anatomy import Anatomy
+from trimtab.anatomy.structure import is_wrapped
 from trimtab.methods.base import Method
 from trimtab.methods.learned import Learned
 from trimtab.methods.patches import HANDLE, SavePretrained, Train, checkpoint_callback, release
@@ -136,6 +137,9 @@ class Stack(Learned):
         blocks = {b.path for b in self.anatomy.blocks()}
         self.anatomy = method.attach(self.model, self.anatomy)
         self.methods.append(method)
+        if self.masks is not None and method.lever != "skip":
+            for other in self._of("tune"):
+                other.follow(self.masks, self.model)
         if gone := blocks - {b.path for b in self.anatomy.blocks()}:
             for pruner in self._of("prune"):
                 pruner.forget(gone, self.anatomy)
@@ -240,10 +244,15 @@ class Stack(Learned):
         twin = copy.deepcopy(self.model)
         fit: Stack = getattr(twin, HANDLE)
         release(twin)
-        # Merged updates are multiplied by the masks, and masks name blocks as they are numbered before any goes.
+        # Masks name blocks as they are numbered before any goes.
         for lever in ("tune", "prune", "skip"):
             for method in fit._of(lever):
                 method.fold(twin)
+        if wrapped := [path for path, module in twin.named_modules() if is_wrapped(module)]:
+            raise ValueError(
+                f"'{wrapped[0]}' is one of {len(wrapped)} layers that PEFT wrapped before the model was adapted: merge "
+                "them first (`merge_and_unload`), and adapt the merged model; `fit.save` works as it is"
+            )
         return twin
 
 

@@ -15,8 +15,8 @@ from trimtab.anatomy.structure import plain_modules
 
 
 def learned_part(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters and the buffers that change with them, each tied one once, under their names in the model: the
-    tensors themselves, no copies.
+    """Trainable parameters and the buffers that change with them, each tied one once, under their names in the model:
+    the tensors themselves, no copies.
 
     Buffers are those of modules that hold a trainable parameter, and the running statistics of norms that have no
     parameters at all: nothing freezes these while anything is trained. Buffers that a module does not store

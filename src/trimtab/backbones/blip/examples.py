@@ -10,15 +10,7 @@ from torch import nn
 
 from trimtab.backbones.blip.model import BlipForMatchingAndCaptions, BlipForNlvr2, BlipForVqa, BlipPretraining
 from trimtab.backbones.examples import Example
-from trimtab.backbones.examples.inputs import (
-    BERT,
-    PAIR,
-    PICTURE,
-    QUESTION,
-    TEXT,
-    VISION,
-    pixels,
-)
+from trimtab.backbones.examples.inputs import BERT, PAIR, PICTURE, QUESTION, TEXT, VISION, pixels
 
 
 def build(model: type) -> nn.Module:

@@ -9,12 +9,7 @@ import transformers as hf
 from torch import nn
 
 from trimtab.backbones.examples import Example
-from trimtab.backbones.examples.inputs import (
-    PAIR,
-    PICTURE,
-    SMALL,
-    VISION,
-)
+from trimtab.backbones.examples.inputs import PAIR, PICTURE, SMALL, VISION
 
 
 def clip_text(**options: Any) -> dict[str, Any]:

@@ -11,12 +11,7 @@ from torch import nn
 from trimtab.backbones.clip.examples import clip_text
 from trimtab.backbones.clip4clip.model import Clip4Clip, Clip4ClipConfig
 from trimtab.backbones.examples import Example
-from trimtab.backbones.examples.inputs import (
-    FRAMES,
-    PICTURE,
-    SMALL,
-    VISION,
-)
+from trimtab.backbones.examples.inputs import FRAMES, PICTURE, SMALL, VISION
 
 
 def build(head: str) -> nn.Module:

@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from trimtab.backbones.official import (
-    CheckpointError,
-    Format,
-    Item,
-    Tensors,
-    head_count,
-    renamed,
-)
+from trimtab.backbones.official import CheckpointError, Format, Item, Tensors, head_count, renamed
 
 
 def block_rules(old: str, new: str) -> list[tuple[str, Any]]:

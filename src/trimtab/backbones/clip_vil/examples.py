@@ -9,10 +9,7 @@ from torch import nn
 
 from trimtab.backbones.clip_vil.model import ClipVilConfig, ClipVilModel
 from trimtab.backbones.examples import Example
-from trimtab.backbones.examples.inputs import (
-    BERT,
-    BIG_PAIR,
-)
+from trimtab.backbones.examples.inputs import BERT, BIG_PAIR
 
 
 def build() -> nn.Module:

@@ -6,15 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from trimtab.backbones.official import (
-    CheckpointError,
-    Format,
-    Item,
-    Tensors,
-    choose,
-    head_count,
-    renamed,
-)
+from trimtab.backbones.official import CheckpointError, Format, Item, Tensors, choose, head_count, renamed
 from trimtab.registry import unknown
 
 

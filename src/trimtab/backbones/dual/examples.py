@@ -7,10 +7,7 @@ from torch import nn
 
 from trimtab.backbones.dual.model import DualEncoder
 from trimtab.backbones.examples import Example
-from trimtab.backbones.examples.inputs import (
-    BERT,
-    BIG_PAIR,
-)
+from trimtab.backbones.examples.inputs import BERT, BIG_PAIR
 
 
 def lite0_minilm() -> nn.Module:

@@ -8,11 +8,7 @@ import transformers as hf
 from torch import nn
 
 from trimtab.backbones.examples import Example
-from trimtab.backbones.examples.inputs import (
-    BERT,
-    BIG_PAIR,
-    CNN,
-)
+from trimtab.backbones.examples.inputs import BERT, BIG_PAIR, CNN
 from trimtab.backbones.mdetr.model import Mdetr, MdetrConfig
 
 

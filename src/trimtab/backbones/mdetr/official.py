@@ -1,4 +1,5 @@
-"""MDETR's checkpoint files as its authors published them (ashkamath/mdetr, ResNet-101), and its sizes."""
+"""MDETR's checkpoint files as its authors published them (ashkamath/mdetr, ResNet-101), and its sizes without
+weights."""
 
 from __future__ import annotations
 
@@ -8,15 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trimtab.backbones.official import (
-    ROBERTA_BASE,
-    CheckpointError,
-    Format,
-    Item,
-    Tensors,
-    bert_config,
-    renamed,
-)
+from trimtab.backbones.official import ROBERTA_BASE, CheckpointError, Format, Item, Tensors, bert_config, renamed
 from trimtab.backbones.vse.resnet import ResNetSizes
 
 

@@ -8,12 +8,7 @@ import transformers as hf
 from torch import nn
 
 from trimtab.backbones.examples import Example
-from trimtab.backbones.examples.inputs import (
-    BERT,
-    PAIR,
-    PICTURE,
-    VISION,
-)
+from trimtab.backbones.examples.inputs import BERT, PAIR, PICTURE, VISION
 from trimtab.backbones.meter.model import MeterConfig, MeterModel
 
 

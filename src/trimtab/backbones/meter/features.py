@@ -8,15 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.backbones.base import (
-    CLIP_MEAN,
-    CLIP_STD,
-    Backbone,
-    Encoded,
-    Pictures,
-    find_tokenizer,
-    load_pretrained,
-)
+from trimtab.backbones.base import CLIP_MEAN, CLIP_STD, Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
 
 
 class MeterBackbone(Backbone):

@@ -9,16 +9,7 @@ import transformers as hf
 from torch import nn
 
 from trimtab.backbones.examples import Example
-from trimtab.backbones.examples.inputs import (
-    DECODER,
-    PALIGEMMA,
-    PICTURE,
-    READS,
-    SMOL,
-    VISION,
-    pixels,
-    sized,
-)
+from trimtab.backbones.examples.inputs import DECODER, PALIGEMMA, PICTURE, READS, SMOL, VISION, pixels, sized
 
 
 def llava() -> nn.Module:

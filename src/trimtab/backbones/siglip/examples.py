@@ -8,11 +8,7 @@ import transformers as hf
 
 from trimtab.backbones.clip.examples import two_towers
 from trimtab.backbones.examples import Example
-from trimtab.backbones.examples.inputs import (
-    PAIR,
-    PATCHES,
-    TEXT,
-)
+from trimtab.backbones.examples.inputs import PAIR, PATCHES, TEXT
 
 EXAMPLES: dict[str, Example] = {
     "siglip": Example("SigLIP", partial(two_towers, hf.SiglipConfig, hf.SiglipModel), {**PAIR, "return_loss": True}),

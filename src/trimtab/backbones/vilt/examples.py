@@ -6,11 +6,7 @@ import torch
 import transformers as hf
 
 from trimtab.backbones.examples import Example
-from trimtab.backbones.examples.inputs import (
-    PAIR,
-    PICTURE,
-    SMALL,
-)
+from trimtab.backbones.examples.inputs import PAIR, PICTURE, SMALL
 
 EXAMPLES: dict[str, Example] = {
     "vilt": Example(

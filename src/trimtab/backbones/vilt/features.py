@@ -8,15 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.backbones.base import (
-    WEIGHTS,
-    Backbone,
-    Encoded,
-    Pictures,
-    check_sizes,
-    find_tokenizer,
-    load_pretrained,
-)
+from trimtab.backbones.base import WEIGHTS, Backbone, Encoded, Pictures, check_sizes, find_tokenizer, load_pretrained
 from trimtab.backbones.clip.features import without_pre_norm
 
 

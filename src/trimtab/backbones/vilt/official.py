@@ -10,16 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab.backbones.family import model_class
-from trimtab.backbones.official import (
-    CheckpointError,
-    Format,
-    Item,
-    Tensors,
-    choose,
-    grid_side,
-    head_count,
-    renamed,
-)
+from trimtab.backbones.official import CheckpointError, Format, Item, Tensors, choose, grid_side, head_count, renamed
 from trimtab.registry import unknown
 
 # Task -> class of transformers (or ours), the head in the file, and the same in the class.

@@ -9,13 +9,7 @@ import torch
 from torch import nn
 
 from trimtab.backbones.examples import Example
-from trimtab.backbones.examples.inputs import (
-    BERT,
-    BIG_PAIR,
-    CNN,
-    TEXT,
-    pixels,
-)
+from trimtab.backbones.examples.inputs import BERT, BIG_PAIR, CNN, TEXT, pixels
 from trimtab.backbones.vse.model import VseConfig, VseInfinity
 
 

@@ -6,15 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from trimtab.backbones.official import (
-    CheckpointError,
-    Format,
-    Item,
-    Tensors,
-    bert_config,
-    choose,
-    renamed,
-)
+from trimtab.backbones.official import CheckpointError, Format, Item, Tensors, bert_config, choose, renamed
 from trimtab.backbones.vse.resnet import ResNetSizes
 
 

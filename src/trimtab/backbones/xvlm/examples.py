@@ -8,15 +8,7 @@ from typing import Any
 from torch import nn
 
 from trimtab.backbones.examples import Example
-from trimtab.backbones.examples.inputs import (
-    BERT,
-    BIG_PAIR,
-    DECODER_MASK,
-    DECODES,
-    PAIR,
-    PICTURE,
-    VISION,
-)
+from trimtab.backbones.examples.inputs import BERT, BIG_PAIR, DECODER_MASK, DECODES, PAIR, PICTURE, VISION
 from trimtab.backbones.xvlm.model import Xvlm, XvlmConfig
 
 

@@ -7,15 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trimtab.backbones.base import (
-    CLIP_MEAN,
-    CLIP_STD,
-    Backbone,
-    Encoded,
-    Pictures,
-    find_tokenizer,
-    load_pretrained,
-)
+from trimtab.backbones.base import CLIP_MEAN, CLIP_STD, Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
 from trimtab.backbones.xvlm.pretraining import xvlm_loss
 
 

@@ -190,16 +190,16 @@ class Skipping(Method):
     def _search(self, session: Session, candidates: list[Block], journal: Journal) -> None:
         """Search, and put what the blocks cost into the plan."""
         supernet = Supernet(session, candidates, self.settings)
-        macs = supernet.costs("macs")
+        macs = None if session.example() is None else supernet.costs("macs")
         goal = Goal.count(len(candidates), self.settings.skip)
         if self.settings.budget is not None:
             share, unit = parse(self.settings.budget)
-            goal = (macs if unit == "macs" else supernet.costs(unit)).goal(share)
+            goal = (macs if macs and unit == "macs" else supernet.costs(unit)).goal(share)
 
         def plan(chosen: Indices, scores: list[float] | None = None, evaluations: int = 0) -> Plan:
             found = Plan.of(session.plain, session.anatomy, candidates, chosen, scores, method=self.name,
                             target=self.wanted, evaluations=evaluations)  # fmt: skip
-            return with_costs(found, macs)
+            return found if macs is None else with_costs(found, macs)
 
         try:
             chosen, scores, evaluations, more = self.search(session, candidates, supernet, goal, journal)
