@@ -164,7 +164,6 @@ def _step(theta: Tensor, orders: Sequence[Indices], found: Sequence[float], know
 class BanditSkip(Searched):
     """Plans drawn by a Plackett-Luce policy that starts from block influence; stops when its favourite is settled."""
 
-    name = "bandit-skip"
     Settings = BanditSettings
     settings: BanditSettings
 
