@@ -261,16 +261,16 @@ def _plan(options: Any) -> None:
     from rich.console import Console
 
     _quiet()
-    from trimtab.methods.skip.plan import Plan
+    from trimtab.methods.skip.plan import Plan, read_raw
 
-    Console().print(Plan.read(options.plan).table())
+    raw, where = read_raw(options.plan)
+    Console().print(Plan.from_dict(raw, where).table())
     if options.plot:
         from trimtab.report.gates import gates_figure
 
-        file = options.plan / "plan.json" if options.plan.is_dir() else options.plan
-        picture = gates_figure(json.loads(file.read_text()))
+        picture = gates_figure(raw)
         if picture is None:
-            raise ValueError(f"{file}: holds no course of a search to draw (its method did not search in steps)")
+            raise ValueError(f"{where}: holds no course of a search to draw (its method did not search in steps)")
         options.plot.write_bytes(picture)
         print(f"gates: {options.plot}")
 

@@ -62,8 +62,8 @@ def own_loss(output: Any) -> Tensor:
     found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if not isinstance(found, Tensor):
         raise ValueError(
-            f"a loss is needed, but the model's output ({type(output).__name__}) has no 'loss': give batches from which "
-            "the model computes one (labels, return_loss), or pass `loss`, a function of the output"
+            f"a loss is needed, but the model's output ({type(output).__name__}) has no 'loss': give batches from "
+            "which the model computes one (labels, return_loss), or pass `loss`, a function of the output"
         )
     return found
 
