@@ -94,10 +94,9 @@ class RoutedAdapter(nn.Module):
         self.begin = True
         self.weights: Tensor | None = None  # (B, 2) of the sequences that are being generated
         nn.init.xavier_uniform_(self.down.weight)
-        for module in (self.down, *self.experts):
-            nn.init.zeros_(module.bias)
-        for expert in self.experts:
-            nn.init.zeros_(expert.weight)
+        nn.init.zeros_(self.down.bias)
+        for parameter in self.experts.parameters():
+            nn.init.zeros_(parameter)
 
     def called(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before the block's call: it begins a sequence if no position is given, or one of the positions is 0."""
@@ -213,7 +212,8 @@ class Skipped(nn.Module):
             self.norm._forward_pre_hooks.clear()
         self.adapter = beside(self._adapter(block, bottleneck, 0), place, place.dtype)
         others = [self._adapter(block, bottleneck, i + 1) for i in range(len(block.also))]
-        self.others = beside(nn.ModuleList(others), place, place.dtype)
+        self.others = nn.ModuleList(others)
+        beside(self.others, place, place.dtype)
         mark_added(self, ADDED)
 
     def _adapter(self, block: Block, bottleneck: int, stream: int) -> nn.Module:
@@ -280,6 +280,6 @@ def train_adapters(model: nn.Module, heads: tuple[str, ...]) -> None:
     for name, parameter in model.named_parameters():
         if any(name.startswith(h + ".") for h in heads):
             parameter.requires_grad_(True)
-    words = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if words is not None:
+    find: Any = getattr(model, "get_output_embeddings", None)
+    if find is not None and (words := find()) is not None:
         words.requires_grad_(False)

@@ -27,12 +27,13 @@ def renumbered(model: nn.Module, path: str, kept: list[int]) -> list[tuple[Any, 
         ValueError: if it is not known what a setting means, or two numbers would become one.
     """
     found = []
+    blocks: Any = model.get_submodule(path)
     for config in configs_of(model, path):
         for key, value in _values(config):
             if not (isinstance(value, list) and value and key.endswith(("_layers", "_indexes", "_indices"))):
                 continue
             meaning = _NUMBERED.get(key)
-            if meaning is None and len(value) != len(model.get_submodule(path)) and all(type(v) is int for v in value):
+            if meaning is None and len(value) != len(blocks) and all(type(v) is int for v in value):
                 raise ValueError(f"shorten: {type(config).__name__}.{key} names layers by number; not supported")
             if meaning == "kind":
                 found.append((config, key, [new for new, old in enumerate(kept) if old in value]))

@@ -10,6 +10,7 @@ What a list of layers fixes elsewhere is put right:
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -41,9 +42,14 @@ def close_gaps(model: nn.Module, anatomy: Anatomy, skipped: Collection[str]) -> 
         free = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in kinds}
         for path in kept:
             slot = free[kinds[paths.index(path)]].pop(0)
-            for module in model.get_submodule(path).modules():
-                if isinstance(getattr(module, "layer_idx", None), int):
-                    module.layer_idx = slot
+            _set_slot(model.get_submodule(path), slot)
+
+
+def _set_slot(block: Any, slot: int) -> None:
+    """The place of a block's attention in key-value caches."""
+    for module in block.modules():
+        if isinstance(getattr(module, "layer_idx", None), int):
+            module.layer_idx = slot
 
 
 def _kinds(model: nn.Module, paths: list[str]) -> list[str]:
@@ -61,7 +67,7 @@ def hand_on_positions(model: nn.Module, path: str, kept: list[str]) -> None:
         if not getattr(module, "has_relative_attention_bias", False):
             continue
         for other in kept:
-            heir = model.get_submodule(f"{other}.{name}")
+            heir: Any = model.get_submodule(f"{other}.{name}")
             if not heir.has_relative_attention_bias:
                 heir.relative_attention_bias = module.relative_attention_bias
                 heir.has_relative_attention_bias = True
@@ -184,8 +190,6 @@ def _shorten_list(model: nn.Module, path: str, gone: set[int]) -> None:
         if hasattr(holder, key):  # the module has taken it over from its configuration
             setattr(holder, key, numbers)
     for new, block in enumerate(model.get_submodule(path).children()):
-        for module in block.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = new
+        _set_slot(block, new)
     if getattr(model, "config", None) is not None:
         shorten_config(model, path, count, kept)

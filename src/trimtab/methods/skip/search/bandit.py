@@ -126,7 +126,8 @@ def _draw(theta: Tensor, goal: Goal, generator: torch.Generator, settings: Bandi
         fresh = {tuple(sorted(o)) for o in orders} - known.keys()
         if fresh:
             break
-    affordable, paid = [], set()
+    affordable: list[Indices] = []
+    paid: set[Indices] = set()
     for order in orders:
         plan = tuple(sorted(order))
         if plan not in known and plan not in paid and len(paid) >= room:
@@ -156,8 +157,8 @@ def _step(theta: Tensor, orders: Sequence[Indices], found: Sequence[float], know
     advantages = (rewards - others) / spread
     parameter = theta.clone().requires_grad_(True)
     total = sum(a * log_probability_of_set(parameter, o) for a, o in zip(advantages, orders, strict=True)) / count
-    total.backward()
-    return theta + rate * parameter.grad
+    (slope,) = torch.autograd.grad(total, parameter)
+    return theta + rate * slope
 
 
 @METHODS.register("bandit-skip")
@@ -166,6 +167,7 @@ class BanditSkip(Searched):
 
     name = "bandit-skip"
     Settings = BanditSettings
+    settings: BanditSettings
 
     def compare(self, losses, goal, session, candidates, generator) -> Found:
         batch = validation_batch(session, self.settings.rows, self.name)

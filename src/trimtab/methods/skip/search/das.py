@@ -120,6 +120,7 @@ class DAS(Skipping):
 
     name = "das"
     Settings = DASSettings
+    settings: DASSettings
 
     def search(self, session: Session, candidates: list[Block], supernet: Supernet, goal: Goal, journal: Journal
                ) -> tuple[Indices, list[float] | None, int, dict[str, Any]]:  # fmt: skip

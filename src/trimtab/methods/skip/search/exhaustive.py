@@ -50,6 +50,7 @@ class ExhaustiveSkip(Searched):
 
     name = "exhaustive-skip"
     Settings = ExhaustiveSettings
+    settings: ExhaustiveSettings
 
     def compare(self, losses, goal, session, candidates, generator) -> Found:
         return exhaustive(losses, goal, self.settings.limit)

@@ -72,6 +72,7 @@ class BlockInfluence(Skipping):
 
     name = "block-influence"
     Settings = InfluenceSettings
+    settings: InfluenceSettings
 
     def search(self, session: Session, candidates: list[Block], supernet: Supernet, goal: Goal, journal: Journal
                ) -> tuple[Indices, list[float] | None, int, dict[str, Any]]:  # fmt: skip

@@ -138,6 +138,7 @@ class LinearSkip(Searched):
 
     name = "linear-skip"
     Settings = LinearSettings
+    settings: LinearSettings
 
     def compare(self, losses, goal, session, candidates, generator) -> Found:
         batch = validation_batch(session, self.settings.rows, self.name)

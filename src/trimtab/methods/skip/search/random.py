@@ -30,6 +30,7 @@ class RandomSkip(Skipping):
 
     name = "random-skip"
     Settings = RandomSettings
+    settings: RandomSettings
 
     def search(self, session: Session, candidates: list[Block], supernet: Supernet, goal: Goal, journal: Journal
                ) -> tuple[Indices, list[float] | None, int, dict[str, Any]]:  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -54,7 +54,8 @@ class Found:
 class Searched(Skipping):
     """Train while plans drawn evenly are skipped, then compare plans on a fixed batch."""
 
-    Settings: type = SearchedSettings
+    Settings: ClassVar[type] = SearchedSettings
+    settings: SearchedSettings
 
     def compare(self, losses: Losses, goal: Goal, session: Session, candidates: list[Block],
              generator: torch.Generator) -> Found:  # fmt: skip
@@ -81,7 +82,7 @@ def validation_batch(session: Session, rows: int | None, name: str) -> dict[str,
     return next(session.batches("validation", rows))
 
 
-def train_evenly(method: Skipping, session: Session, supernet: Supernet, goal: Goal,
+def train_evenly(method: Searched, session: Session, supernet: Supernet, goal: Goal,
                  journal: Journal | None = None) -> None:  # fmt: skip
     """Train the supernet's adapters and heads while plans drawn evenly are skipped; what they learned is kept."""
     from transformers import TrainerCallback
