@@ -157,7 +157,8 @@ def _step(theta: Tensor, orders: Sequence[Indices], found: Sequence[float], know
     advantages = (rewards - others) / spread
     parameter = theta.clone().requires_grad_(True)
     total = sum(a * log_probability_of_set(parameter, o) for a, o in zip(advantages, orders, strict=True)) / count
-    return theta + rate * torch.autograd.grad(total, parameter)[0]
+    (slope,) = torch.autograd.grad(total, parameter)
+    return theta + rate * slope
 
 
 @METHODS.register("bandit-skip")
