@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from published.sizes import ids, vilt_tokens
 from trimtab import Anatomy
-from trimtab.backbones.architectures import build
+from trimtab.backbones import build
 from trimtab.backbones.clip4clip.model import symmetric_loss
 from trimtab.backbones.vse.model import hinge_loss
 from trimtab.counting import count_macs, saved_bytes, sizes_only, training_peak

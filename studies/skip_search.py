@@ -36,10 +36,9 @@ from pathlib import Path
 
 import torch
 
-from trimtab.experiments import recipe, run, training
+from trimtab.experiments import assembly, recipe, training
 from trimtab.files import replace_file
-from trimtab.methods.skip.base import Supernet
-from trimtab.methods.skip.budget import Target
+from trimtab.methods.skip.budget import Goal
 from trimtab.methods.skip.search.bandit import BanditSettings, bandit
 from trimtab.methods.skip.search.das import Gates
 from trimtab.methods.skip.search.evaluate import PlanLosses
@@ -47,6 +46,7 @@ from trimtab.methods.skip.search.greedy import greedy
 from trimtab.methods.skip.search.influence import block_influence
 from trimtab.methods.skip.search.linear import LinearSettings, linear
 from trimtab.methods.skip.search.searched import train_evenly
+from trimtab.methods.skip.search.supernet import Supernet
 
 BUDGETS = (3, 8, 15, 30, 60)  # evaluations; 60 is what DAS spends with its default settings
 SEARCHES = ("das", "random", "greedy", "influence", "bandit", "linear")
@@ -68,15 +68,15 @@ def table(seed: int, options: argparse.Namespace) -> dict:
         "methods": [{"name": "greedy-skip", "skip": max(options.ks), "search_steps": options.steps}],
     }  # fmt: skip
     r = replace(recipe.expand(raw, "skip-search")[0], seed=seed)
-    parts = run.assemble(r)
+    parts = assembly.assemble(r)
     method = parts.methods[0]
-    train, validation, test = run.tables(r, parts)
+    train, validation, test = assembly.tables(r, parts)
     parts.model.to("cuda" if torch.cuda.is_available() else "cpu")
     parts.model.backbone.requires_grad_(False)
     session = training.TrainingSession(parts.model, train, validation, r.training, seed, f"seed {seed}")
     candidates = method.candidates(session.anatomy)
     supernet = Supernet(session, candidates, method.settings)
-    train_evenly(method, session, candidates, supernet, Target.count(len(candidates), 2))
+    train_evenly(method, session, supernet, Goal.count(len(candidates), 2))
     torch.manual_seed(seed)  # the matching task draws its batches' masks and wrong captions
     drawn = session.batches("validation", options.rows)
     batches = [next(drawn) for _ in range(options.batches)]
@@ -141,7 +141,7 @@ def play(search: str, t: Table, evaluations: int, batches: int, seed: int) -> tu
         asked.update(tuple(sorted(p)) for p in plans)
         return [statistics.fmean(t.smaller[tuple(sorted(p))][b] for b in mine) for p in plans]
 
-    target = Target.count(t.candidates, t.k)
+    target = Goal.count(t.candidates, t.k)
     if search.startswith("das"):
         gates = Gates(t.candidates, target, 1.0, generator)
         for _ in range(evaluations // 3):

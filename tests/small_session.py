@@ -26,9 +26,6 @@ class Called(nn.Module):
         torch.manual_seed(0)  # transformers' ViLT draws an order of the patches
         return {"loss": objective(self.inner(**batch, **self.bound))}
 
-    def example(self, batch: int) -> dict[str, Tensor]:
-        return self.batch
-
 
 class SmallSession:
     seed = 0
@@ -43,6 +40,12 @@ class SmallSession:
 
     def plain_in(self, model: Any) -> nn.Module:
         return model.inner
+
+    def example(self) -> dict[str, Tensor]:
+        return self.with_task.batch
+
+    def loss(self, with_task: Any, batch: dict[str, Tensor]) -> Tensor:
+        return with_task(**batch)["loss"]
 
     def batches(self, split: str, size: int | None = None) -> Iterator[dict[str, Tensor]]:
         while True:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from trimtab.data.augment import Augmentation
+from trimtab.experiments import assembly, recipe, run, training
 from trimtab.experiments import cached as from_table
-from trimtab.experiments import recipe, run, training
+from trimtab.experiments import folder as folder_of_runs
 from trimtab.experiments.cached import CachedModel, TableCache
 from trimtab.methods.tune import cache as stored
 from trimtab.methods.tune.cache import pack, unpack
@@ -25,7 +26,7 @@ def small_shards(monkeypatch):
 
 def assembled(tiny_raw, backbone="tiny-clip", task=None, **settings):
     raw = tiny_raw(backbone, task or TASKS[backbone], [{"name": "unipt", **settings}])
-    parts = run.assemble(recipe.expand(raw, "test")[0])
+    parts = assembly.assemble(recipe.expand(raw, "test")[0])
     parts.attach()
     return parts, parts.source.load(raw["task"] if isinstance(raw["task"], str) else raw["task"]["name"], "train")
 
@@ -173,10 +174,10 @@ def test_a_recipe_trains_from_a_cache(backbone, tiny_raw, tmp_path):
     folder = run.run(r, tmp_path / "run", measure_costs=False)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["history"]
-    parts = run._loaded(folder)
+    parts = folder_of_runs.load_assembly(folder)
     table = parts.source.load(TASKS[backbone], "test")
     assert training.evaluate(parts.model.eval(), table)[0] == metrics["test"]
-    fresh = run.assemble(r)
+    fresh = assembly.assemble(r)
     fresh.attach()
     trained = dict(parts.model.named_parameters())
     changed = {n for n, p in fresh.model.named_parameters() if not torch.equal(p, trained[n])}

@@ -1,6 +1,7 @@
 """What a call costs, counted or measured: any function of any model; nothing here knows methods, tasks or recipes.
 
-macs                  multiply-adds (one is 1 MAC; torch counts 2 FLOPs): matrix products, convolutions, attention
+macs                  multiply-adds (one is 1 MAC; torch counts 2 FLOPs): matrix products, convolutions, attention;
+                      of a whole call, and of single modules within it
 saved bytes           what autograd keeps for backward, each storage once, without parameters and buffers
 training peak         weights, gradients, AdamW's two moments and whatever else lives at the worst moment of one
                       training step, from the sizes of tensors; no kernel's workspace
@@ -15,7 +16,7 @@ import json
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,57 @@ from torch.utils.flop_counter import FlopCounterMode
 
 def count_macs(function: Callable[[], Any]) -> int:
     """Multiply-adds of everything that a call computes (half of what `torch.utils.flop_counter` calls FLOPs)."""
+    return count_inside((), function)[0]
+
+
+def count_inside(modules: Sequence[nn.Module], function: Callable[[], Any]) -> tuple[int, list[int]]:
+    """Multiply-adds of a call, and those inside each of some modules that it runs."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     # The counter knows the matrix products inside the plain attention kernel, but not the CPU's fused one.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        inside = _inside(modules, counter.get_total_flops, function)
+    return counter.get_total_flops() // 2, [int(flops) // 2 for flops in inside]
+
+
+def time_inside(modules: Sequence[nn.Module], function: Callable[[], Any], repeats: int = 15
+                ) -> tuple[float, list[float]]:  # fmt: skip
+    """Milliseconds of a call, and those inside each of some modules: medians, after 3 calls that do not count."""
+
+    def now() -> float:
+        _synchronize()
+        return time.perf_counter() * 1000
+
+    whole, parts = [], []
+    with torch.no_grad():
+        for repeat in range(repeats + 3):
+            start = now()
+            inside = _inside(modules, now, function)
+            if repeat >= 3:
+                whole.append(now() - start)
+                parts.append(inside)
+    return statistics.median(whole), [statistics.median(column) for column in zip(*parts, strict=True)]
+
+
+def _inside(modules: Sequence[nn.Module], clock: Callable[[], float], function: Callable[[], Any]) -> list[float]:
+    """How far a clock moves inside each module during one call."""
+    moved, started = [0.0] * len(modules), [0.0] * len(modules)
+    handles = []
+    for i, module in enumerate(modules):
+
+        def before(*_: Any, i: int = i) -> None:
+            started[i] = clock()
+
+        def after(*_: Any, i: int = i) -> None:
+            moved[i] += clock() - started[i]
+
+        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    try:
         function()
-    return counter.get_total_flops() // 2
+    finally:
+        for handle in handles:
+            handle.remove()
+    return moved
 
 
 def saved_bytes(function: Callable[[], Tensor], model: nn.Module) -> int:

@@ -13,10 +13,10 @@ from tests.models.zoo import ZOO
 from trimtab import Anatomy, Block, Masks, Tap, Tower
 from trimtab.methods import METHODS
 from trimtab.methods.prune import convolutions
-from trimtab.methods.prune.base import PruneSettings
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import collect
 from trimtab.methods.prune.scores import borrowed, matrix
+from trimtab.methods.prune.settings import PruneSettings
 
 
 class OnPatches(nn.Module):
@@ -131,7 +131,7 @@ def test_masks_are_kept_saved_and_loaded_in_the_convolutions_own_shape(tmp_path)
     (masks,) = trimtab.prune(model, "snip", [0.5], batches(), model.anatomy, convolutions=True)
     assert all(torch.equal(layer.weight, was) for layer, was in zip(model.blocks, before, strict=True))
     masks.save(tmp_path / "masks.safetensors")
-    again = Masks.load(tmp_path / "masks.safetensors", model)
+    again = Masks.read(tmp_path / "masks.safetensors", model)
     again.apply(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     again.keep(model, optimizer)
@@ -145,7 +145,7 @@ def test_masks_are_kept_saved_and_loaded_in_the_convolutions_own_shape(tmp_path)
         assert weight.is_contiguous(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match="'blocks.1.weight' has the shape"):
         model.blocks[1] = nn.Conv2d(6, 6, 1)
-        Masks.load(tmp_path / "masks.safetensors", model)
+        Masks.read(tmp_path / "masks.safetensors", model)
 
 
 @pytest.mark.parametrize("name", ["itersnip", "sparsegpt"])
@@ -193,7 +193,7 @@ def test_a_saved_method_knows_that_it_pruned_convolutions():
     method = METHODS["omp"](convolutions=True)
     method.assume(model, model.anatomy)
     assert method.state["prunable"] == masks.prunable
-    method.load_state({}, masks.packed())
+    method.take(masks, model.anatomy)
     method.attach(model, model.anatomy)
     assert all(torch.equal(model.get_parameter(path) != 0, mask) for path, mask in masks.items())
 

@@ -13,11 +13,11 @@ from transformers.pytorch_utils import Conv1D
 import trimtab
 from trimtab import Masks
 from trimtab.methods import METHODS
-from trimtab.methods.prune.masks import largest_of_each
+from trimtab.methods.prune.selection import largest_of_each
 from trimtab.methods.prune.sparsegpt import reconstruct
 
 NO_PATTERN = {"chita", "chita++", "tamt"}
-PRUNERS = sorted(n for n, m in METHODS.items() if m.lever == "prune" and m.finds and n not in NO_PATTERN)
+PRUNERS = sorted(n for n, m in METHODS.items() if m.lever == "prune" and n not in NO_PATTERN)
 
 
 class Model(nn.Module):
@@ -62,7 +62,7 @@ def test_every_group_keeps_exactly_n(name, kept, size, model, tmp_path):
         assert torch.equal(model.get_parameter(path) != 0, mask), path
     assert masks.sparsity == pytest.approx(1 - kept / size)
     masks.save(tmp_path / "masks.safetensors")
-    again = Masks.load(tmp_path / "masks.safetensors", model)
+    again = Masks.read(tmp_path / "masks.safetensors", model)
     assert all(torch.equal(again[path], mask) for path, mask in masks.items())
 
 

@@ -14,12 +14,13 @@ from transformers import ViltConfig, ViltModel
 from tests.comparisons.skip import fusion_block
 from trimtab import Anatomy
 from trimtab.anatomy import Block, Sublayer, Tap, Tower
-from trimtab.counting import count_macs
-from trimtab.experiments import recipe, run, training
+from trimtab.counting import count_inside, count_macs, time_inside
+from trimtab.experiments import assembly, recipe, run, training
+from trimtab.experiments import folder as folder_of_runs
 from trimtab.methods import METHODS
 from trimtab.methods.skip import budget
 from trimtab.methods.skip.adapters import RoutedAdapter, Skipped, Switch, add_adapters
-from trimtab.methods.skip.budget import BlockCosts, Target, parse
+from trimtab.methods.skip.budget import BlockCosts, Goal, parse
 from trimtab.methods.skip.plan import Plan, PlanError
 from trimtab.methods.skip.search.bandit import BanditSettings, bandit, log_probability, log_probability_of_set
 from trimtab.methods.skip.search.das import DAS, Gates
@@ -27,6 +28,7 @@ from trimtab.methods.skip.search.evaluate import Evaluator, PlanLosses, SearchEr
 from trimtab.methods.skip.search.exhaustive import exhaustive
 from trimtab.methods.skip.search.greedy import greedy
 from trimtab.methods.skip.search.influence import block_influence
+from trimtab.methods.skip.search.journal import Journal
 from trimtab.methods.skip.search.linear import LinearSettings, belief, best_plan, linear
 
 COSTS = [0.9, 0.1, 0.5, 0.8, 0.2, 0.7, 0.6, 0.4]  # what skipping each block adds to the loss
@@ -41,29 +43,29 @@ def losses(plans):
 
 
 def test_a_number_of_blocks_is_a_target_whose_plans_are_the_sets_of_that_size():
-    target = Target.count(5, 2)
-    assert list(target.plans()) == list(combinations(range(5), 2)) and target.number() == 10
-    assert target.fill([3, 1, 0]) == (1, 3)
+    goal = Goal.count(5, 2)
+    assert list(goal.plans()) == list(combinations(range(5), 2)) and goal.number() == 10
+    assert goal.fill([3, 1, 0]) == (1, 3)
 
 
 def test_plans_of_a_budget_are_enough_and_hold_no_block_too_many():
-    target = Target((5.0, 1.0, 2.0, 4.0), 6.0, "macs")
-    plans = list(target.plans())
+    goal = Goal((5.0, 1.0, 2.0, 4.0), 6.0, "macs")
+    plans = list(goal.plans())
     assert plans == [(0, 1), (0, 2), (0, 3), (2, 3)]
     for plan in plans:
-        assert target.enough(plan) and not any(target.enough([j for j in plan if j != i]) for i in plan)
-    assert target.fill([1, 0, 3]) == (0, 1)
-    assert target.fill([1, 2, 3]) == (2, 3), "block 1 turned out not to be needed"
+        assert goal.enough(plan) and not any(goal.enough([j for j in plan if j != i]) for i in plan)
+    assert goal.fill([1, 0, 3]) == (0, 1)
+    assert goal.fill([1, 2, 3]) == (2, 3), "block 1 turned out not to be needed"
 
 
 def test_a_budget_is_a_share_of_the_dense_model_adapters_included():
     costs = BlockCosts("macs", dense=100, total=110, blocks=(30,) * 3, kept=(32,) * 3, skipped=(2,) * 3)
-    target = costs.target(0.2)  # 30 of 110 must go to reach 80
-    assert target.needed == 30 and target.fill([0, 1, 2]) == (0,)
+    goal = costs.goal(0.2)  # 30 of 110 must go to reach 80
+    assert goal.needed == 30 and goal.fill([0, 1, 2]) == (0,)
     assert costs.of((0,)) == 80
-    assert costs.target(0.25).fill([2, 1, 0]) == (1, 2)
+    assert costs.goal(0.25).fill([2, 1, 0]) == (1, 2)
     with pytest.raises(ValueError, match=r"60% macs cannot be saved .* it is 50.0%"):
-        costs.target(0.6)
+        costs.goal(0.6)
 
 
 @pytest.mark.parametrize("text", ["30 macs", "130% macs", "30% flops", "0% macs", "-3% params"])
@@ -81,18 +83,18 @@ def test_budgets_as_people_write_them():
 
 
 def test_greedy_and_exhaustive_find_the_best_plan_where_blocks_add_up():
-    target = Target.count(8, 3)
-    assert greedy(losses, target).plan == BEST
-    found = exhaustive(losses, target)
+    goal = Goal.count(8, 3)
+    assert greedy(losses, goal).plan == BEST
+    found = exhaustive(losses, goal)
     assert found.plan == BEST
     assert sorted(range(8), key=lambda i: -found.scores[i]) == sorted(range(8), key=lambda i: COSTS[i])
     with pytest.raises(ValueError, match="56 plans for 8 blocks, the limit is 10"):
-        exhaustive(losses, target, limit=10)
+        exhaustive(losses, goal, limit=10)
 
 
 def test_greedy_asks_for_one_block_after_the_other():
     evaluator = Evaluator(losses, [str(i) for i in range(8)])
-    greedy(evaluator, Target.count(8, 3))
+    greedy(evaluator, Goal.count(8, 3))
     assert evaluator.evaluations == 8 + 7 + 6
 
 
@@ -120,13 +122,13 @@ def test_the_bandit_climbs_the_expected_reward():
     cost = torch.tensor([COSTS[a] + COSTS[b] for a, b in plans], dtype=torch.float64)
     expected = -(torch.stack([log_probability_of_set(theta, p).exp() for p in plans]) * cost).sum()
     (want,) = torch.autograd.grad(expected, theta)
-    generator, target = torch.Generator().manual_seed(0), Target.count(4, 2)
+    generator, goal = torch.Generator().manual_seed(0), Goal.count(4, 2)
     known = {p: float(c) for p, c in zip(plans, cost, strict=True)}
     settings = BanditSettings(draws=4, evaluations=100)
     got = torch.zeros(4, dtype=torch.float64)
     spread = float(torch.tensor(list(known.values()), dtype=torch.float64).std())
     for _ in range(400):
-        orders = _draw(theta.detach(), target, generator, settings, known)
+        orders = _draw(theta.detach(), goal, generator, settings, known)
         found = [known[tuple(sorted(o))] for o in orders]
         got += (_step(theta.detach(), orders, found, list(known.values()), 1.0) - theta.detach()) * spread / 400
     torch.testing.assert_close(got, want, atol=0.04, rtol=0.1)
@@ -137,7 +139,7 @@ def test_the_bandit_finds_the_best_plan_pays_once_and_stops():
     for seed in range(10):
         evaluator = Evaluator(losses, [str(i) for i in range(8)])
         settings = BanditSettings(skip=3, evaluations=40)
-        found = bandit(evaluator, Target.count(8, 3), torch.Generator().manual_seed(seed), settings, COSTS)
+        found = bandit(evaluator, Goal.count(8, 3), torch.Generator().manual_seed(seed), settings, COSTS)
         assert evaluator.evaluations <= 40
         hits += found.plan == BEST
         assert evaluator.known[found.plan] == min(evaluator.known[p] for p in evaluator.asked)
@@ -149,11 +151,11 @@ def test_the_linear_bandit_finds_the_best_plan_pays_once_and_stops():
     for seed in range(5):
         evaluator = Evaluator(losses, [str(i) for i in range(8)])
         settings = LinearSettings(skip=3, evaluations=20)
-        found = linear(evaluator, Target.count(8, 3), torch.Generator().manual_seed(seed), settings)
+        found = linear(evaluator, Goal.count(8, 3), torch.Generator().manual_seed(seed), settings)
         assert found.plan == BEST and evaluator.evaluations <= 20
         assert sorted(range(8), key=lambda i: -found.scores[i])[:3] == [1, 4, 7]
     informed = Evaluator(losses, [str(i) for i in range(8)])
-    linear(informed, Target.count(8, 3), torch.Generator().manual_seed(0), LinearSettings(patience=3), COSTS)
+    linear(informed, Goal.count(8, 3), torch.Generator().manual_seed(0), LinearSettings(patience=3), COSTS)
     assert next(iter(informed.asked)) == BEST, "the prior's own answer is the first question"
     assert informed.evaluations < 20, "it stops when it is sure"
 
@@ -179,11 +181,11 @@ def test_the_linear_bandit_sees_that_two_blocks_do_the_same_work():
     known = {p: redundant([p])[0] for p in plans[::2]}
     for pairs, both in ((0.6, False), (1e-4, True)):
         mean, _ = belief(torch.zeros(8, dtype=torch.float64), known, LinearSettings(skip=3, pairs=pairs))
-        assert ({2, 5} <= set(best_plan(mean, Target.count(8, 3)))) == both
+        assert ({2, 5} <= set(best_plan(mean, Goal.count(8, 3)))) == both
     third = sorted(redundant(plans))[2]
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
-        found = linear(redundant, Target.count(8, 3), generator, LinearSettings(skip=3, evaluations=20))
+        found = linear(redundant, Goal.count(8, 3), generator, LinearSettings(skip=3, evaluations=20))
         assert redundant([found.plan])[0] <= third
 
 
@@ -191,25 +193,25 @@ def test_the_bandit_starts_even_without_influence():
     hits = 0
     for seed in range(10):
         generator = torch.Generator().manual_seed(seed)
-        plan = bandit(losses, Target.count(8, 3), generator, BanditSettings(skip=3, evaluations=40), None).plan
+        plan = bandit(losses, Goal.count(8, 3), generator, BanditSettings(skip=3, evaluations=40), None).plan
         hits += sum(losses([plan])) <= sorted(losses(combinations(range(8), 3)))[2]
     assert hits >= 8
 
 
 def test_searches_take_a_budget():
-    target = Target((3.0, 1.0, 1.0, 3.0, 1.0, 3.0, 3.0, 1.0), 4.0, "macs")
-    best = min(target.plans(), key=lambda p: losses([p])[0])
-    assert best == exhaustive(losses, target).plan
+    goal = Goal((3.0, 1.0, 1.0, 3.0, 1.0, 3.0, 3.0, 1.0), 4.0, "macs")
+    best = min(goal.plans(), key=lambda p: losses([p])[0])
+    assert best == exhaustive(losses, goal).plan
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
-        plan = bandit(losses, target, generator, BanditSettings(evaluations=30), COSTS).plan
-        assert target.enough(plan) and losses([plan])[0] <= losses([best])[0] + 0.3
-        plan = linear(losses, target, generator, LinearSettings(evaluations=30), COSTS).plan
-        assert target.enough(plan) and losses([plan])[0] <= losses([best])[0] + 0.3
-    gates = Gates(8, target, generator=torch.Generator().manual_seed(0))
+        plan = bandit(losses, goal, generator, BanditSettings(evaluations=30), COSTS).plan
+        assert goal.enough(plan) and losses([plan])[0] <= losses([best])[0] + 0.3
+        plan = linear(losses, goal, generator, LinearSettings(evaluations=30), COSTS).plan
+        assert goal.enough(plan) and losses([plan])[0] <= losses([best])[0] + 0.3
+    gates = Gates(8, goal, generator=torch.Generator().manual_seed(0))
     for subset in gates.subsets(5):
-        assert target.enough(subset)
-    assert target.enough(gates.best())
+        assert goal.enough(subset)
+    assert goal.enough(gates.best())
 
 
 def test_gates_draw_from_their_own_generator():
@@ -232,12 +234,14 @@ def test_an_interrupted_search_goes_on_from_its_journal(search, tmp_path):
         paid.extend(plans)
         return losses(plans)
 
+    Journal(tmp_path, "search").begin()
+
     def play(ask):
-        evaluator = Evaluator(ask, [str(i) for i in range(8)], tmp_path / "losses.json", key="model")
+        evaluator = Evaluator(ask, [str(i) for i in range(8)], Journal(tmp_path, "search"), model="model")
         generator = torch.Generator().manual_seed(3)
         kind = BanditSettings if search is bandit else LinearSettings
         settings = kind(skip=3, evaluations=30, patience=30)
-        return search(evaluator, Target.count(8, 3), generator, settings, None), generator
+        return search(evaluator, Goal.count(8, 3), generator, settings, None), generator
 
     with pytest.raises(KeyboardInterrupt):
         play(failing)
@@ -254,19 +258,26 @@ def test_an_interrupted_search_goes_on_from_its_journal(search, tmp_path):
 
 
 def test_a_journal_of_another_model_is_not_used(tmp_path):
-    Evaluator(losses, "abcdefgh", tmp_path / "j.json", key="one")([(1,), (2,)])
-    assert not Evaluator(losses, "abcdefgh", tmp_path / "j.json", key="two").known
+    journal = Journal(tmp_path / "search", "one")
+    journal.begin()
+    Evaluator(losses, "abcdefgh", journal, model="one")([(1,), (2,)])
+    assert len(Evaluator(losses, "abcdefgh", journal, model="one").known) == 2
+    assert not Evaluator(losses, "abcdefgh", journal, model="two").known
+    other = Journal(tmp_path / "search", "two")
+    assert not Evaluator(losses, "abcdefgh", other, model="one").known, "of a search with other settings"
+    other.begin()
+    assert not (tmp_path / "search" / "losses.json").exists()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_names_the_blocks_and_keeps_the_plan_so_far(bad, tmp_path):
     evaluator = Evaluator(lambda plans: [bad if 2 in p else losses([p])[0] for p in plans],
-                          [f"layer.{i}" for i in range(8)], tmp_path / "j.json")  # fmt: skip
+                          [f"layer.{i}" for i in range(8)], Journal(tmp_path))  # fmt: skip
     assert evaluator([(0, 1), (1, 4)]) == losses([(0, 1), (1, 4)])
     with pytest.raises(SearchError, match=rf"layer.2, layer.3 skipped is {bad}") as error:
         evaluator([(3, 4), (2, 3)])
     assert error.value.plan == (1, 4)
-    kept = json.loads((tmp_path / "j.json").read_text())["losses"]
+    kept = json.loads((tmp_path / "losses.json").read_text())["losses"]
     assert [plan for plan, _ in kept] == [[0, 1], [1, 4], [3, 4]]
 
 
@@ -331,6 +342,9 @@ def test_a_plan_is_saved_read_printed_and_used_again(tmp_path):
     model = vilt()
     plan = plan_of(model, 0, 3)
     plan.save(tmp_path / "plan.json", updates=[])
+    state = json.loads((tmp_path / "plan.json").read_text())
+    methods = [{"name": "lora", "lever": "tune", "state": {}}, {"name": "das", "lever": "skip", "state": state}]
+    (tmp_path / "fit.json").write_text(json.dumps({"methods": methods}))
     assert Plan.read(tmp_path / "plan.json") == plan == Plan.read(tmp_path)
     text = str(plan)
     assert "das for ViltModel: 2 of 4 blocks skipped" in text
@@ -348,11 +362,11 @@ def test_the_course_of_a_search_is_drawn(tmp_path, capsys):
     plan = plan_of(vilt(), 0, 3)
     updates = [{"step": s, "gates": [0.1 * s, -0.1, 0, 0.2 * s]} for s in (1, 2, 3)]
     plan.save(tmp_path / "plan.json", updates=updates)
-    assert cli.main(["plan", str(tmp_path), "--plot", str(tmp_path / "gates.png")]) == 0
+    assert cli.main(["plan", str(tmp_path / "plan.json"), "--plot", str(tmp_path / "gates.png")]) == 0
     assert "encoder.layer.3" in capsys.readouterr().out
     assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
     plan.save(tmp_path / "plan.json")
-    assert cli.main(["plan", str(tmp_path), "--plot", str(tmp_path / "gates.png")]) == 2
+    assert cli.main(["plan", str(tmp_path / "plan.json"), "--plot", str(tmp_path / "gates.png")]) == 2
     assert "no course of a search" in capsys.readouterr().err
 
 
@@ -589,7 +603,7 @@ def test_meter_saves_as_many_macs_as_published():
 def session_of(tiny_raw, method: dict, folder=None, **changes) -> tuple:
     raw = tiny_raw("tiny-vilt", "vqa", [method], **changes)
     r = recipe.expand(raw, "test")[0]
-    parts = run.assemble(r)
+    parts = assembly.assemble(r)
     tables = [parts.source.load("vqa", split) for split in ("train", "validation")]
     parts.model.backbone.requires_grad_(False)
     return parts, training.TrainingSession(parts.model, *tables, r.training, r.seed, "test", folder)
@@ -637,13 +651,13 @@ def test_a_budget_finds_how_many_blocks_go(tiny_raw, monkeypatch):
     assert plan.macs <= 0.7 * plan.dense_macs < plan.macs + min(b.saved for b in plan.blocks)
     fewer = Plan.from_dict(prepared(tiny_raw, {"name": "random-skip", "budget": "10% params"}))
     assert 0 < len(fewer.skipped) < len(plan.skipped)
-    monkeypatch.setattr(budget, "_milliseconds", budget._macs)  # time itself decides no test
+    monkeypatch.setattr(budget, "time_inside", count_inside)  # time itself decides no test
     assert prepared(tiny_raw, {"name": "random-skip", "budget": "30% latency"})["skip"] == state["skip"]
 
 
 def test_milliseconds_of_parts_are_within_those_of_the_whole():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-    whole, parts = budget._milliseconds(list(model), lambda: model(torch.ones(8, 64)), repeats=3)
+    whole, parts = time_inside(list(model), lambda: model(torch.ones(8, 64)), repeats=3)
     assert len(parts) == 2 and min(parts) > 0 and whole > 0
 
 
@@ -742,9 +756,9 @@ def test_a_run_without_adapters_is_exported_as_an_ordinary_shorter_model(tiny_ra
     r = recipe.expand(tiny_raw("tiny-vilt", "vqa", methods), "test")[0]
     folder = run.run(r, tmp_path / "run", measure_costs=False)
     assert not (folder / "search").exists()
-    again = load(run.export(folder, tmp_path / "out"))
+    again = load(folder_of_runs.export(folder, tmp_path / "out"))
     assert again.model.config.num_hidden_layers == 5 and len(again.model.vilt.encoder.layer) == 5
-    trained = run.load(folder).eval()
+    trained = folder_of_runs.load(folder).eval()
     batch = {k: v for k, v in trained.example(2).items() if k != "labels"}
     with torch.no_grad():
         torch.testing.assert_close(again.eval().pair(**batch).tokens, trained.backbone.pair(**batch).tokens)

@@ -30,9 +30,6 @@ class Trained(nn.Module):
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         return {"loss": self.loss(self.model(**batch))}
 
-    def example(self, size: int) -> dict[str, Tensor]:
-        return self.batch
-
 
 class Session:
     """One batch for everything: training, and rewards, which LLaVA-DAS takes from the training batch itself."""
@@ -49,6 +46,12 @@ class Session:
 
     def plain_in(self, model: Trained) -> nn.Module:
         return model.model
+
+    def example(self) -> dict[str, Tensor]:
+        return self.with_task.batch
+
+    def loss(self, with_task: Trained, batch: dict[str, Tensor]) -> Tensor:
+        return with_task(**batch)["loss"]
 
     def batches(self, split: str, size: int | None = None) -> Iterator[dict[str, Tensor]]:
         while True:
@@ -145,6 +148,7 @@ def test_llava_is_searched_retrained_and_generates_the_same_with_a_cache():
     assert losses[-1] < losses[0]
     model.eval()
     told = {k: v for k, v in inputs.items() if k != "labels"}
+    told |= {"suppress_tokens": [model.config.image_token_id]}  # a picture in its own words would have no features
     texts = [model.generate(**told, max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False)]
     assert torch.equal(*texts)
 

@@ -3,29 +3,55 @@
     prepare(session)            what needs data: calibration of a pruner, search of a plan -> fills the method's state
     attach(model, anatomy)      changes the model from outside, from settings and state alone; nothing else does
     callbacks()                 what must happen during training (zeros kept, gates updated)
-    finish(model)               after training: make permanent what training only simulated
 
 A saved run stores settings and state, so that loading is `load_state` and `attach` again: no search, no calibration.
 """
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy
-from trimtab.registry import Registry
+from trimtab.registry import Registry, unknown
+from trimtab.settings import build
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-METHODS: Registry[Any] = Registry("method")
+    from trimtab.methods.session import Session
+
+_NOUNS = {"prune": "pruner", "skip": "search", "tune": "tuning method"}
+
+
+class MethodRegistry(Registry[Any]):
+    """The methods by name, and the one way to make one from its settings."""
+
+    def make(self, name: str, /, lever: str | None = None, **settings: Any) -> Any:
+        """A `Method` with its settings, as they stand in a recipe.
+
+        Args:
+            name: registered name.
+            lever: `prune`, `skip` or `tune`, if only methods of that lever are meant.
+            settings: checked and converted by the types in the method's `Settings`; lists become tuples.
+
+        Raises:
+            ValueError: if no such method is there, a setting is unknown (with the nearest), or has a wrong value.
+        """
+        names = sorted(n for n, cls in self.items() if lever in (None, cls.lever))
+        if name not in names:
+            raise ValueError(unknown(_NOUNS.get(lever or "", self.kind), name, names))
+        checked = build(self[name].Settings, settings, name)
+        return self[name](**{k: getattr(checked, k) for k in settings})
+
+
+METHODS = MethodRegistry("method")
 
 
 def placed(module: nn.Module, place: Tensor, dtype: torch.dtype | None = None) -> nn.Module:
@@ -36,32 +62,6 @@ def placed(module: nn.Module, place: Tensor, dtype: torch.dtype | None = None) -
     if all(t.device == place.device and dtype in (None, t.dtype) for t in module.parameters()):
         return module
     return module.to(place.device, dtype)
-
-
-class Session(Protocol):
-    """What a method may ask for while it prepares: the model with its task, data, and a way to train.
-
-    `folder` is the run's folder, where a method may keep under `search/` what an interrupted run needs to go on; it is
-    deleted when the run is finished. None keeps nothing.
-    """
-
-    with_task: Any
-    anatomy: Anatomy
-    seed: int
-    folder: Path | None
-
-    @property
-    def plain(self) -> nn.Module:
-        """The plain model inside `with_task`, to which the anatomy's paths belong."""
-
-    def batches(self, split: Literal["train", "validation"], size: int | None = None) -> Iterator[dict[str, Tensor]]:
-        """Endless batches of a split, on the model's device; `size` defaults to the training batch size."""
-
-    def fit(self, model: Any, steps: int, callbacks: list[TrainerCallback]) -> list[dict[str, float]]:
-        """Train a model as the recipe says, for another number of steps; returns the logged history."""
-
-    def plain_in(self, model: Any) -> nn.Module:
-        """The plain model inside a copy of `with_task`."""
 
 
 class Method(ABC):
@@ -118,9 +118,6 @@ class Method(ABC):
     def callbacks(self) -> list[TrainerCallback]:
         return []
 
-    def finish(self, model: nn.Module) -> None:  # noqa: B027
-        """Make permanent what training only simulated."""
-
     def fold(self, model: nn.Module) -> None:  # noqa: B027 (most methods that fold have changed nothing but weights)
         """Make what the method added part of the plain model's own weights, so that it can be saved without trimtab.
 
@@ -131,8 +128,28 @@ class Method(ABC):
         """Names of the towers through which no gradient passes once this is attached."""
         return ()
 
+    def follow(self, masks: Mapping[str, Tensor], model: nn.Module) -> None:  # noqa: B027 (few add to weights)
+        """Let what it adds to weights keep the zeros of a pruner's masks, which are named by plain paths."""
+
+    def replaces(self) -> tuple[str, ...]:
+        """Paths of modules whose output it takes the place of, once it is attached: they get no gradient."""
+        return ()
+
+    @property
+    def learns(self) -> bool:
+        """Whether its preparation trains what it adds."""
+        return False
+
+    def told(self) -> str:
+        """What it did, in a line for a person."""
+        return self.name
+
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.state, self.tensors = state, tensors
+
+    def plain_settings(self) -> dict[str, Any]:
+        """Its settings as plain JSON."""
+        return json.loads(json.dumps({k: v for k, v in self.describe().items() if k != "name"}))
 
     def describe(self) -> dict[str, Any]:
         """Name and settings, as they stand in a recipe."""

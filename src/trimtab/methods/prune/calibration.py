@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -14,21 +13,11 @@ from torch import Tensor, nn
 
 from trimtab import processes
 from trimtab.anatomy import Anatomy, Weight
-from trimtab.methods.base import Session
+from trimtab.methods.fitting import evaluating
+from trimtab.methods.session import Session, own_loss
 from trimtab.precision import native_bf16
 
 Batch = dict[str, Any]
-
-
-def own_loss(output: Any) -> Tensor:
-    """The loss that a model's output carries, as `output["loss"]` or `output.loss`; ValueError if it has none."""
-    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if not isinstance(found, Tensor):
-        raise ValueError(
-            f"this pruner needs gradients of a loss, but the model's output ({type(output).__name__}) has no 'loss': "
-            "give batches from which the model computes one (labels), or pass `loss`, a function of the output"
-        )
-    return found
 
 
 @dataclass
@@ -104,18 +93,6 @@ class Calibration:
             )
 
 
-@contextmanager
-def evaluating(model: nn.Module, train: bool = False) -> Iterator[None]:
-    """The model in evaluation mode (or training mode), and afterwards every module as it was."""
-    was = {m: m.training for m in model.modules()}
-    model.train(train)
-    try:
-        yield
-    finally:
-        for module, training in was.items():
-            module.training = training
-
-
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
@@ -136,7 +113,7 @@ def gradients(calibration: Calibration, weights: Iterable[Weight], batches: Iter
     Raises:
         ValueError: if the loss or a gradient is not finite, or depends on none of the weights.
     """
-    found = {w: getattr(calibration.plain.get_submodule(w.module), w.parameter) for w in weights}
+    found = {w: w.of(calibration.plain) for w in weights}
     everything = list(calibration.with_task.parameters()) + list(found.values())
     required = [(p, p.requires_grad) for p in everything]
     held = [(p, p.grad) for p in found.values()]

@@ -14,17 +14,18 @@ Sources: `efficientmodules.py` (METER), `adapter.py` (ViLT), `das_adapter.py` (L
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.anatomy import AnatomyError, Block, Sublayer, Tap, read, rewrite
+from trimtab.anatomy import AnatomyError, Block, Sublayer, Tap, arguments, called_like, read, rewrite
+from trimtab.anatomy.structure import added_by, mark_added, plain_module
 from trimtab.methods.base import placed
 
 Form = Literal["parallel", "sequential", "routed", "none"]
+ADDED = "skip"  # who added these modules, see `anatomy.structure.mark_added`
 
 
 class Adapter(nn.Module):
@@ -93,37 +94,25 @@ class RoutedAdapter(nn.Module):
         self.begin = True
         self.weights: Tensor | None = None  # (B, 2) of the sequences that are being generated
         nn.init.xavier_uniform_(self.down.weight)
-        for module in (self.down, *self.experts):
+        experts: list[Any] = list(self.experts)
+        for module in (self.down, *experts):
             nn.init.zeros_(module.bias)
-        for expert in self.experts:
+        for expert in experts:
             nn.init.zeros_(expert.weight)
 
+    def called(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before the block's call: it begins a sequence if no position is given, or one of the positions is 0."""
+        position = arguments(block, args, kwargs).get("position_ids")
+        self.begin = position is None or bool((position == 0).any())
+
     def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
         if self.begin or self.weights is None or len(self.weights) != len(x):
             self.weights = (self.route(x[:, 0]) / self.temperature).softmax(-1)
         hidden = self.dropout(self.down(x)).transpose(1, 2)  # (B, b, L)
         first, second = (expert(hidden).transpose(1, 2) for expert in self.experts)
         out = first * self.weights[:, :1, None] + second * self.weights[:, 1:, None]
         return x + out if self.residual else out
-
-
-def begins(names: list[str], args: tuple, kwargs: dict) -> bool:
-    """Whether a block's call begins a sequence: no position is given, or one of the positions is 0."""
-    position = value_of("position_ids", names, args, kwargs)
-    return position is None or bool((position == 0).any())
-
-
-def value_of(name: str, names: list[str], args: tuple, kwargs: dict) -> Any:
-    """An argument of a call by its name, however it was passed; None if it was not."""
-    if name in kwargs:
-        return kwargs[name]
-    return args[names.index(name)] if name in names[: len(args)] else None
-
-
-def parameter_names(module: nn.Module) -> list[str]:
-    """Names of what a module's forward takes by position, in order."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [n for n, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds]
 
 
 def own_norm(model: nn.Module, block: Block, part: Sublayer) -> str:
@@ -140,6 +129,23 @@ def own_norm(model: nn.Module, block: Block, part: Sublayer) -> str:
             f"{part.kind} reads '{path}', a {kind} and no norm; use parallel adapters"
         )
     return path
+
+
+class Across:
+    """A parallel adapter across a part: the part's input goes in, what comes out is added to the part's output.
+
+    An object and no closure, so that a copied model computes with its own adapters.
+    """
+
+    def __init__(self, adapter: nn.Module):
+        self.adapter = adapter
+        self.seen: list[Tensor] = []  # the part's input, from its read until its write in the same pass
+
+    def read(self, x: Tensor) -> None:
+        self.seen.append(x)
+
+    def write(self, out: Tensor) -> Tensor:
+        return out + self.adapter(self.seen.pop())
 
 
 def add_adapters(model: nn.Module, block: Block, bottleneck: int, form: Form = "parallel") -> None:
@@ -159,19 +165,21 @@ def add_adapters(model: nn.Module, block: Block, bottleneck: int, form: Form = "
             adapter = Adapter(block.width, bottleneck, residual=True, norm="none", init="xavier")
         else:
             adapter = RoutedAdapter(block.width, bottleneck, residual=True)
-            names = parameter_names(owner)
-
-            def start(module, args, kwargs, adapter=adapter, names=names):
-                adapter.begin = begins(names, args, kwargs)
-
-            owner.register_forward_pre_hook(start, with_kwargs=True)
-        owner.add_module(f"das_{i}", placed(adapter, place, place.dtype))
+            owner.register_forward_pre_hook(adapter.called, with_kwargs=True)
+        owner.add_module(f"das_{i}", mark_added(placed(adapter, place, place.dtype), ADDED))
         if form == "parallel":
-            seen: list[Tensor] = []  # the sublayer's input, from its read until its write in the same pass
-            read(model, part.read, seen.append)
-            rewrite(model, part.write, lambda out, adapter=adapter, seen=seen: out + adapter(seen.pop()))
+            across = Across(adapter)
+            read(model, part.read, across.read)
+            rewrite(model, part.write, across.write)
         else:
             rewrite(model, Tap(own_norm(model, block, part)), adapter)
+
+
+def adapters_in(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The adapters that skipping added in a block, or in place of one: (path in the model, module)."""
+    for name, module in plain_module(model, path).named_modules():
+        if added_by(module) == ADDED and not isinstance(module, Skipped):
+            yield f"{path}.{name}", module
 
 
 class Skipped(nn.Module):
@@ -194,8 +202,8 @@ class Skipped(nn.Module):
         self.width = width
         original = model.get_submodule(block.path)
         place = next(original.parameters())
-        self.names = parameter_names(original)
-        self.stream, self.also, self.stays = block.stream, block.also, block.stays
+        called_like(self, original)
+        self.block = block
         self.returns_tuple = block.returns_tuple or bool(block.also)
         self.form = form
         self.norm: nn.Module | None = None
@@ -203,30 +211,35 @@ class Skipped(nn.Module):
             # A copy: in the search the block stays beside this module, and its adapters change what its norm puts out.
             self.norm = copy.deepcopy(model.get_submodule(own_norm(model, block, block.sublayers[0])))
             self.norm._forward_hooks.clear()
+            self.norm._forward_pre_hooks.clear()
         self.adapter = placed(self._adapter(block, bottleneck, 0), place, place.dtype)
         others = [self._adapter(block, bottleneck, i + 1) for i in range(len(block.also))]
-        self.others = placed(nn.ModuleList(others), place, place.dtype)
+        self.others: Any = placed(nn.ModuleList(others), place, place.dtype)
+        mark_added(self, ADDED)
 
     def _adapter(self, block: Block, bottleneck: int, stream: int) -> nn.Module:
         count = sum(part.stream == stream for part in block.sublayers)
         if self.form == "none" or not count:
             return nn.Identity()
+        adapter: nn.Module
         if self.form == "parallel":
-            return Adapter(block.width, self.width or bottleneck * count, residual=True)
-        if self.form == "sequential":
+            adapter = Adapter(block.width, self.width or bottleneck * count, residual=True)
+        elif self.form == "sequential":
             width = self.width or bottleneck * count
-            return Adapter(block.width, width, residual=True, norm="none", init="xavier")
-        # As wide as four of the one adapter in a kept block.
-        return RoutedAdapter(block.width, self.width or bottleneck * 4)
+            adapter = Adapter(block.width, width, residual=True, norm="none", init="xavier")
+        else:  # as wide as four of the one adapter in a kept block
+            adapter = RoutedAdapter(block.width, self.width or bottleneck * 4)
+        return mark_added(adapter, ADDED)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        stream = kwargs[self.stream] if self.stream in kwargs else args[0]
+        stream = self.block.stream_of(self, args, kwargs)
         if isinstance(self.adapter, RoutedAdapter):
-            self.adapter.begin = begins(self.names, args, kwargs)
+            self.adapter.called(self, args, kwargs)
         out = self.adapter(stream) if self.norm is None else stream + self.adapter(self.norm(stream))
         if not self.returns_tuple:
             return out
-        rest = (value_of(name, self.names, args, kwargs) for name in self.also)
+        given = arguments(self, args, kwargs)
+        rest = (given.get(name) for name in self.block.also)
         return (out, *(adapter(value) for adapter, value in zip(self.others, rest, strict=True)))
 
 
@@ -238,6 +251,7 @@ class Switch(nn.Module):
 
     def __init__(self, block: nn.Module, replacement: Skipped):
         super().__init__()
+        called_like(self, block)
         self.block, self.replacement = block, replacement
         self.skip = False
         self.before: Callable[[], Any] | None = None
@@ -262,11 +276,12 @@ def train_adapters(model: nn.Module, heads: tuple[str, ...]) -> None:
     """What DAS trains in the model: adapters, and the heads (pooler and projections), but not the map to a vocabulary,
     which LLaVA-DAS and LaVIN-DAS leave frozen."""
     for module in model.modules():
-        if isinstance(module, (Adapter, RoutedAdapter)):
+        if added_by(module) == ADDED and isinstance(module, (Adapter, RoutedAdapter)):
             module.requires_grad_(True)
     for name, parameter in model.named_parameters():
         if any(name.startswith(h + ".") for h in heads):
             parameter.requires_grad_(True)
-    words = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find: Any = getattr(model, "get_output_embeddings", None)
+    words = None if find is None else find()
     if words is not None:
         words.requires_grad_(False)

@@ -1,33 +1,33 @@
 """The lever that all searches share: which blocks may go, a model without the plan's blocks, and its adapters.
 
-prepare    a search (one file each) finds the plan, or `plan` gives it
-attach     a skipped block is taken out with its weights and a small adapter stands in its place, kept blocks get
-           adapters beside their parts; both are trained from the pretrained weights
-fold       without adapters (`adapters: none`): an ordinary model with fewer layers, see `shorten`
+prepare        a search (one file each) finds the plan, or `plan` gives it
+attach         a skipped block is taken out with its weights and a small adapter stands in its place, kept blocks get
+               adapters beside their parts; both are trained from the pretrained weights
+keep_trained   where no gradient reaches them: the adapters as the search has trained them, frozen
+fold           without adapters (`adapters: none`): an ordinary model with fewer layers, see `shorten`
 """
 
 from __future__ import annotations
 
-import copy
-import json
 import os
-import shutil
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from trimtab.anatomy import Anatomy, Block
-from trimtab.files import replace_file
-from trimtab.methods.base import Method, Session
-from trimtab.methods.skip.adapters import Skipped, Switch, add_adapters, replace_module, train_adapters
-from trimtab.methods.skip.budget import BlockCosts, Indices, Target, Unit, measure, parse
-from trimtab.methods.skip.plan import Plan, with_costs
+from trimtab.methods.base import Method
+from trimtab.methods.session import Session
+from trimtab.methods.skip.adapters import Skipped, adapters_in, add_adapters, replace_module, train_adapters
+from trimtab.methods.skip.budget import Goal, Indices, parse, with_costs
+from trimtab.methods.skip.plan import Plan, PlanError
 from trimtab.methods.skip.search.evaluate import SearchError
-from trimtab.methods.skip.shorten import close_gaps, hand_on_positions, shorten
+from trimtab.methods.skip.search.journal import Journal
+from trimtab.methods.skip.search.supernet import Supernet
+from trimtab.methods.skip.shorten import close_gaps, hand_on_positions, take_out
 from trimtab.registry import unknown
 
 
@@ -48,10 +48,13 @@ class SkipSettings:
     """Form: `parallel` (METER, ViLT), `sequential` (LLaVA-DAS), `routed` (LaVIN), or `none`: only removal."""
     towers: tuple[str, ...] | None = None
     """Towers whose blocks are candidates, in the order of the search's indices; None for all."""
-    plan: tuple[str, ...] | str | None = None
-    """Paths of the blocks to skip, or a plan's JSON file or run folder; given, nothing is searched."""
+    plan: tuple[str, ...] | str | Plan | None = None
+    """Paths of the blocks to skip, or a plan, its JSON file, or the folder of a model in which blocks are skipped;
+    given, nothing is searched."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.plan, os.PathLike):
+            object.__setattr__(self, "plan", os.fspath(self.plan))
         if self.skip_width is not None and self.skip_width < 1:
             raise ValueError(f"skip_width must be at least 1, found {self.skip_width}")
         if self.skip < 0 or self.reduction < 1:
@@ -62,46 +65,53 @@ class SkipSettings:
             parse(self.budget)
 
 
-class Supernet:
-    """A copy of a session's model in which every candidate can be switched to its skip adapter.
+class Skipping(Method):
+    """What every way to skip shares: candidates, and a model without the plan's blocks.
 
     Attributes:
-        with_task: the copy with its task.
-        plain: the plain model in it.
-        switches: one a candidate.
+        trained: what the adapters of the plan have learned in the search, by the parameters' names after `attach`;
+            empty if nothing has trained them. What `keep_trained` has put into a model is in `tensors`.
     """
 
-    def __init__(self, session: Session, candidates: list[Block], settings: SkipSettings):
-        self.with_task = copy.deepcopy(session.with_task)
-        self.plain = session.plain_in(self.with_task)
-        self.switches: list[Switch] = []
-        for block in candidates:
-            bottleneck = max(1, block.width // settings.reduction)
-            other = Skipped(self.plain, block, bottleneck, settings.adapters, settings.skip_width)
-            add_adapters(self.plain, block, bottleneck, settings.adapters)
-            self.switches.append(Switch(self.plain.get_submodule(block.path), other))
-            replace_module(self.plain, block.path, self.switches[-1])
-        train_adapters(self.plain, session.anatomy.heads)
-
-    def costs(self, unit: Unit, session: Session, candidates: list[Block]) -> BlockCosts:
-        """What each candidate costs, kept and skipped, in one forward pass of one sample."""
-        device = next(self.with_task.parameters()).device
-        one = {k: v.to(device) for k, v in session.with_task.example(1).items()}
-        blocks = [session.plain.get_submodule(b.path) for b in candidates]
-        return measure(unit, (session.with_task, blocks, lambda: session.with_task(**one)),
-                       (self.with_task, self.switches, lambda: self.with_task(**one)))  # fmt: skip
-
-
-class Skipping(Method):
-    """What every way to skip shares: candidates, and a model without the plan's blocks."""
-
     lever = "skip"
-
     changes = "tree"
+    teaches: ClassVar[bool] = False  # whether its search trains adapters
+    settings: SkipSettings
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.trained: dict[str, Tensor] = {}
+
+    def describe(self) -> dict[str, Any]:
+        """Name and settings; a plan is told by the paths of its skipped blocks."""
+        plan = self.settings.plan
+        bare = replace(self.settings, plan=tuple(plan.skipped)) if isinstance(plan, Plan) else self.settings
+        return {"name": self.name, **asdict(bare)}
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that was found or given; None before."""
+        return Plan.from_dict(self.state, self.name) if self.state else None
 
     @property
     def trains(self) -> str:  # type: ignore[override]
         return "nothing" if self.settings.adapters == "none" else "added"
+
+    @property
+    def learns(self) -> bool:
+        """Whether its search trains the adapters that it sets: a plan that is given has taught them nothing."""
+        searched = self.settings.plan is None and (self.settings.budget is not None or self.settings.skip > 0)
+        return self.teaches and searched
+
+    def told(self) -> str:
+        plan = self.plan
+        return (
+            self.name
+            if plan is None
+            else (
+                f"{self.name}: {len(plan.skipped)} of {len(plan.blocks)} blocks are skipped ({', '.join(plan.skipped)})"
+            )
+        )
 
     @property
     def keeps(self) -> str:  # type: ignore[override]
@@ -132,7 +142,7 @@ class Skipping(Method):
                 f"{self.name}: none of the {len(blocks)} blocks in {towers} can be skipped: {fixed} change the shape "
                 f"of their stream, or the model needs them by number{rest if fixed < len(blocks) else ''}"
             )
-        if s.budget is None and s.skip >= len(found):
+        if s.plan is None and s.budget is None and s.skip >= len(found):
             raise ValueError(
                 f"{self.name}: {s.skip} of {len(found)} skippable blocks in {towers} cannot be skipped; skip at most "
                 f"{max(0, len(found) - 1)}"
@@ -150,6 +160,13 @@ class Skipping(Method):
         self.state = {**plan.to_dict(), **({"gates": scores} if scores else {}), **more}
 
     def prepare(self, session: Session) -> None:
+        """Find the plan, and what the search's adapters learned on the way; the session's model stays as it is.
+
+        Raises:
+            ValueError: if no block can be skipped, or the session's data do not suffice.
+            PlanError: if a given plan is of another model.
+            SearchError: if a search cannot go on.
+        """
         candidates = self.candidates(session.anatomy)
         model = session.plain
         if self.settings.plan is not None:
@@ -157,40 +174,45 @@ class Skipping(Method):
         elif self.settings.budget is None and self.settings.skip == 0:
             self.set_plan(Plan.of(model, session.anatomy, candidates, (), method=self.name, target=self.wanted))
         else:
-            kept = Keeping(self, session, candidates)
-            if not kept.restore():
-                kept.begin()
-                self._search(session, candidates)
-                kept.store()
+            journal = Journal.of(self, session, candidates)
+            journal.begin()
+            if (found := journal.read("found")) is not None:
+                self.state, self.trained = found, journal.tensors("found") or {}
+            else:
+                torch.manual_seed(session.seed)  # the same search, whatever was drawn before
+                self._search(session, candidates, journal)
+                if self.trained:
+                    journal.keep("found", self.trained)
+                journal.write("found", self.state)
         # However the plan was found, the adapters that `attach` draws are the same.
         torch.manual_seed(session.seed)
 
-    def _search(self, session: Session, candidates: list[Block]) -> None:
+    def _search(self, session: Session, candidates: list[Block], journal: Journal) -> None:
         """Search, and put what the blocks cost into the plan."""
         supernet = Supernet(session, candidates, self.settings)
-        macs = supernet.costs("macs", session, candidates)
-        target = Target.count(len(candidates), self.settings.skip)
+        macs = None if session.example() is None else supernet.costs("macs")
+        goal = Goal.count(len(candidates), self.settings.skip)
         if self.settings.budget is not None:
             share, unit = parse(self.settings.budget)
-            target = (macs if unit == "macs" else supernet.costs(unit, session, candidates)).target(share)
+            goal = (macs if macs and unit == "macs" else supernet.costs(unit)).goal(share)
 
         def plan(chosen: Indices, scores: list[float] | None = None, evaluations: int = 0) -> Plan:
             found = Plan.of(session.plain, session.anatomy, candidates, chosen, scores, method=self.name,
                             target=self.wanted, evaluations=evaluations)  # fmt: skip
-            each = {b.path: (int(macs.blocks[i]), int(macs.savings[i])) for i, b in enumerate(candidates)}
-            return with_costs(found, each, int(macs.dense), int(macs.of(chosen)))
+            return found if macs is None else with_costs(found, macs)
 
         try:
-            chosen, scores, evaluations, more = self.search(session, candidates, supernet, target)
+            chosen, scores, evaluations, more = self.search(session, candidates, supernet, goal, journal)
         except SearchError as error:
-            folder = search_folder(session)
-            if error.plan is None or folder is None:
+            if error.plan is None or journal.folder is None:
                 raise
-            plan(error.plan).save(folder / "so_far.json")
-            raise SearchError(f"{self.name}: {error}; the plan so far is kept: {folder / 'so_far.json'}") from error
+            journal.write("so_far", plan(error.plan).to_dict())
+            file = journal.file("so_far.json")
+            raise SearchError(f"{self.name}: {error}; the plan so far is kept: {file}") from error
         self.set_plan(plan(chosen, scores, evaluations), **more)
+        self.trained = supernet.learned(chosen)
 
-    def search(self, session: Session, candidates: list[Block], supernet: Supernet, target: Target
+    def search(self, session: Session, candidates: list[Block], supernet: Supernet, goal: Goal, journal: Journal
                ) -> tuple[Indices, list[float] | None, int, dict[str, Any]]:  # fmt: skip
         """Find a plan: its indices, a score for each candidate, the number of evaluations, and what else to keep."""
         raise NotImplementedError
@@ -204,11 +226,11 @@ class Skipping(Method):
         """
         wanted = self.settings.plan
         paths = [b.path for b in candidates]
-        if isinstance(wanted, str) and wanted not in paths:
-            plan = Plan.read(wanted)
-            plan.check(candidates, model, wanted)
+        if isinstance(wanted, Plan) or (isinstance(wanted, str) and wanted not in paths):
+            plan = wanted if isinstance(wanted, Plan) else Plan.read(wanted)
+            plan.check(candidates, model, f"{self.name}: plan" if isinstance(wanted, Plan) else wanted)
             return plan
-        wanted = (wanted,) if isinstance(wanted, str) else wanted
+        wanted = (wanted,) if isinstance(wanted, str) else wanted or ()
         for path in wanted:
             if path not in paths:
                 raise ValueError(f"{self.name}: plan: {unknown('block', path, paths)}")
@@ -225,21 +247,39 @@ class Skipping(Method):
         if self.settings.plan is not None:
             self.set_plan(self.given(candidates, model, anatomy))
             return
-        target = Target.count(len(candidates), self.settings.skip)
+        goal = Goal.count(len(candidates), self.settings.skip)
         if self.settings.budget is not None:
             share, unit = parse(self.settings.budget)
             if session is None:
                 raise ValueError(f"{self.name}: budget: '{self.settings.budget}' needs a session to count blocks in")
             if unit == "latency" and isinstance(next(model.parameters()), FakeTensor):
                 raise RuntimeError(f"{self.name}: fake tensors take no time")
-            target = Supernet(session, candidates, self.settings).costs(unit, session, candidates).target(share)
-        chosen = target.fill(range(len(candidates))[::-1])
+            goal = Supernet(session, candidates, self.settings).costs(unit).goal(share)
+        chosen = goal.fill(range(len(candidates))[::-1])
         self.set_plan(Plan.of(model, anatomy, candidates, chosen, method=self.name, target=self.wanted))
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
+        """Take the plan's blocks out, and set new adapters in their places and in the kept blocks.
+
+        Adapters are set to be trained, and with them, as published, everything in the anatomy's heads but the map to a
+        vocabulary. Whether a head gets a gradient depends on what the model is trained for (a task that reads tokens
+        leaves a pooler without): whoever counts what is trained must ask the gradients.
+
+        Raises:
+            ValueError: if there is no plan yet, or it skips a block that is no candidate here.
+        """
+        candidates = self.candidates(anatomy)
+        if not self.state and self.settings.plan is not None:
+            self.set_plan(self.given(candidates, model, anatomy))
+        if not self.state:
+            raise ValueError(
+                f"{self.name}: there is no plan yet: call `prepare(session)`, which searches, give `plan`, or load one"
+            )
         skipped = set(self.state["skip"])
+        if strange := sorted(skipped - {b.path for b in candidates}):
+            raise PlanError(f"{self.name}: the plan skips '{strange[0]}', which is no block that can be skipped here")
         tower_of = {b.path: t.blocks for t in anatomy.towers for b in t.blocks}
-        for block in self.candidates(anatomy):
+        for block in candidates:
             bottleneck = max(1, block.width // self.settings.reduction)
             if block.path in skipped:
                 hand_on_positions(model, block.path, [b.path for b in tower_of[block.path] if b.path not in skipped])
@@ -252,53 +292,50 @@ class Skipping(Method):
         towers = tuple(replace(t, blocks=tuple(b for b in t.blocks if b.path not in skipped)) for t in anatomy.towers)
         return replace(anatomy, towers=towers)
 
+    def keep_trained(self, model: nn.Module, towers: Collection[str]) -> None:
+        """Give the adapters in some towers what the search has taught them, and freeze them.
+
+        For a side network over these towers, through which no gradient reaches their adapters.
+
+        Args:
+            model: to which this is attached.
+            towers: names of the towers.
+
+        Raises:
+            ValueError: if there are adapters in these towers which nothing has trained.
+        """
+        assert self.plan is not None
+        paths = [b.path for b in self.plan.blocks if b.tower in towers]
+        wanted = [f"{path}.{n}" for p in paths for path, m in adapters_in(model, p) for n, _ in m.named_parameters()]
+        if untrained := [name for name in wanted if name not in self.trained]:
+            raise ValueError(
+                f"{self.name}: nothing has trained the adapters in {', '.join(map(repr, sorted(towers)))} "
+                f"('{untrained[0]}', ...), and no gradient reaches them there: skip with `adapters: none`, or by a "
+                "search that trains (das, linear-skip, ...)"
+            )
+        _set_frozen(model, paths, {name: self.trained[name] for name in wanted}, self.name)
+
     def fold(self, model: nn.Module) -> None:
         """Take the places of skipped blocks out of the model: fewer layers, an ordinary configuration."""
-        shorten(model)
+        take_out(model)
 
 
-def search_folder(session: Session) -> Path | None:
-    """Where a search keeps what an interrupted run needs to go on; None if the run has no folder."""
-    folder = getattr(session, "folder", None)
-    return None if folder is None else Path(folder) / "search"
-
-
-class Keeping:
-    """A finished search, kept until its run is finished: what is interrupted in training does not search again."""
-
-    def __init__(self, method: Skipping, session: Session, candidates: list[Block]):
-        folder = search_folder(session)
-        self.file = None if folder is None else folder / "found.json"
-        self.method = method
-        self.key = search_key(method, session, candidates)
-
-    def begin(self) -> None:
-        """Leave nothing of a search with other settings, whose checkpoints the trainer would take for its own."""
-        if self.file is None or int(os.environ.get("RANK", "0")) > 0:
-            return
-        mark = self.file.parent / "settings.json"
-        if self.file.parent.exists() and not (mark.exists() and mark.read_text() == self.key):
-            shutil.rmtree(self.file.parent)
-        with replace_file(mark) as partial:
-            partial.write_text(self.key)
-
-    def restore(self) -> bool:
-        if self.file is None or not self.file.exists():
-            return False
-        raw = json.loads(self.file.read_text())
-        if raw["key"] != self.key:
-            return False
-        self.method.state = raw["state"]
-        return True
-
-    def store(self) -> None:
-        if self.file is not None:
-            with replace_file(self.file) as partial:
-                partial.write_text(json.dumps({"key": self.key, "state": self.method.state}))
-
-
-def search_key(method: Method, session: Session, candidates: list[Block]) -> str:
-    """What a search depends on: its settings, the seed, the training settings and the candidates."""
-    spec = getattr(session, "spec", None)
-    settings = [method.describe(), session.seed, None if spec is None else asdict(spec), [b.path for b in candidates]]
-    return json.dumps(settings)
+@torch.no_grad()
+def _set_frozen(model: nn.Module, paths: Collection[str], values: dict[str, Tensor], who: str) -> None:
+    """Copy values into adapters below some paths, and freeze those that got one."""
+    left = dict(values)
+    for path in paths:
+        for where, adapter in adapters_in(model, path):
+            for name, parameter in adapter.named_parameters():
+                value = left.pop(f"{where}.{name}", None)
+                if value is None:
+                    continue
+                if value.shape != parameter.shape:
+                    raise ValueError(
+                        f"{who}: '{where}.{name}' has the shape {tuple(parameter.shape)}, what was learned "
+                        f"{tuple(value.shape)}: other settings of the adapters (reduction, skip_width)"
+                    )
+                parameter.copy_(value)
+                parameter.requires_grad_(False)
+    if left:
+        raise ValueError(f"{who}: the model has no adapter for '{next(iter(left))}': another plan, or other settings")

@@ -1,37 +1,38 @@
 """How much must go: a number of blocks, or a share of the model's MACs, parameters or latency.
 
-A plan is a set of candidate blocks, named by their indices. It is *enough* if what it saves reaches the target, and
+A plan is a set of candidate blocks, named by their indices. It is *enough* if what it saves reaches the goal, and
 *minimal* if no block of it could stay. Searches look among minimal plans that are enough; with a number k of blocks
 these are the sets of k.
 
-What a block costs is counted in two passes of the model with its adapters: one in which no candidate is skipped and one
-in which all are. A plan's model then costs what the first pass cost, less kept - skipped for each of its blocks: exact
-for MACs and parameters, and for latency as good as times measured inside one pass add up.
+What a block costs is counted on the session's example (one sample in recipes, the first training batch of data of one's
+own), in two passes of the model with its adapters: one in which no candidate is skipped and one in which all are. A
+plan's model then costs what the first pass cost, less kept - skipped for each of its blocks: exact for MACs and
+parameters, and for latency as good as times measured inside one pass add up.
 """
 
 from __future__ import annotations
 
 import re
-import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from math import comb
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
+from trimtab.counting import count_inside, time_inside
+from trimtab.methods.fitting import evaluating
 from trimtab.methods.skip.adapters import Switch
+from trimtab.methods.skip.plan import Plan
 
 Unit = Literal["blocks", "macs", "params", "latency"]
 Indices = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Target:
-    """What a plan must save.
+class Goal:
+    """What a plan must save: so much in all, of what skipping each candidate saves.
 
     Attributes:
         savings: what skipping each candidate saves, in `unit`.
@@ -44,7 +45,7 @@ class Target:
     unit: Unit = "blocks"
 
     @classmethod
-    def count(cls, candidates: int, skip: int) -> Target:
+    def count(cls, candidates: int, skip: int) -> Goal:
         """Any `skip` of the candidates."""
         return cls((1.0,) * candidates, float(skip))
 
@@ -128,7 +129,7 @@ class BlockCosts:
         savings = self.savings
         return self.total - sum(savings[i] for i in plan)
 
-    def target(self, share: float) -> Target:
+    def goal(self, share: float) -> Goal:
         """At least `share` less than the dense model, adapters included.
 
         Raises:
@@ -142,7 +143,7 @@ class BlockCosts:
                 f"budget: {100 * share:g}% {self.unit} cannot be saved by skipping: with all but one of "
                 f"{len(self.kept)} blocks skipped it is {100 * possible:.1f}%"
             )
-        return Target(self.savings, needed, self.unit)
+        return Goal(self.savings, needed, self.unit)
 
 
 def measure(unit: Unit, dense: tuple[nn.Module, list[nn.Module], Callable[[], Any]],
@@ -157,83 +158,46 @@ def measure(unit: Unit, dense: tuple[nn.Module, list[nn.Module], Callable[[], An
     model, blocks, call = dense
     whole, switches, run = supernet
     if unit == "params":
-        size: Callable[[nn.Module], float] = lambda m: float(sum(p.numel() for p in m.parameters()))  # noqa: E731
-        kept = tuple(size(s.block) for s in switches)
-        skipped = tuple(size(s.replacement) for s in switches)
-        return BlockCosts(unit, size(model), size(whole) - sum(skipped), tuple(map(size, blocks)), kept, skipped)
-    count = _macs if unit == "macs" else _milliseconds
+        kept = tuple(_size(s.block) for s in switches)
+        skipped = tuple(_size(s.replacement) for s in switches)
+        return BlockCosts(unit, _size(model), _size(whole) - sum(skipped), tuple(map(_size, blocks)), kept, skipped)
+    count: Any = count_inside if unit == "macs" else time_inside
     found = []
     was = [s.skip for s in switches]
-    training = model.training, whole.training
     # Counting follows gradients through modules; a trained table that is a module's input (MDETR's queries) stops it.
     trained = [p for m in (model, whole) for p in m.parameters() if p.requires_grad]
     for p in trained:
         p.requires_grad_(False)
-    model.eval(), whole.eval()
     try:
-        found.append(count(blocks, call))
-        for skip in (False, True):
-            for s in switches:
-                s.skip = skip
-            found.append(count(switches, run))
+        with evaluating(model), evaluating(whole):
+            found.append(count(blocks, call))
+            for skip in (False, True):
+                for s in switches:
+                    s.skip = skip
+                found.append(count(switches, run))
     finally:
         for s, skip in zip(switches, was, strict=True):
             s.skip = skip
-        model.train(training[0]), whole.train(training[1])
         for p in trained:
             p.requires_grad_(True)
     (total, each), (total_kept, kept), (_, skipped) = found
     return BlockCosts(unit, total, total_kept, tuple(each), tuple(kept), tuple(skipped))
 
 
-def _macs(modules: Sequence[nn.Module], call: Callable[[], Any]) -> tuple[float, list[float]]:
-    """MACs of a call, and those inside each module."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        inside = _inside(modules, counter.get_total_flops, call)
-    return counter.get_total_flops() / 2, [x / 2 for x in inside]
+def _size(module: nn.Module) -> float:
+    return float(sum(p.numel() for p in module.parameters()))
 
 
-def _milliseconds(
-    modules: Sequence[nn.Module], call: Callable[[], Any], repeats: int = 15
-) -> tuple[float, list[float]]:
-    """Milliseconds of a call and of each module in it: medians after 3 calls that do not count."""
+def with_costs(plan: Plan, macs: BlockCosts) -> Plan:
+    """The plan with the MACs of its blocks, what skipping each saves, and those of the whole model before and after.
 
-    def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() * 1000
-
-    whole, parts = [], []
-    with torch.no_grad():
-        for repeat in range(repeats + 3):
-            start = now()
-            inside = _inside(modules, now, call)
-            if repeat >= 3:
-                whole.append(now() - start)
-                parts.append(inside)
-    return statistics.median(whole), [statistics.median(column) for column in zip(*parts, strict=True)]
-
-
-def _inside(modules: Sequence[nn.Module], clock: Callable[[], float], call: Callable[[], Any]) -> list[float]:
-    """How far a clock moves inside each module during one call."""
-    moved = [0.0] * len(modules)
-    started = [0.0] * len(modules)
-    handles = []
-    for i, module in enumerate(modules):
-
-        def before(*_: Any, i: int = i) -> None:
-            started[i] = clock()
-
-        def after(*_: Any, i: int = i) -> None:
-            moved[i] += clock() - started[i]
-
-        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-    try:
-        call()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return moved
+    Args:
+        plan: of the candidates that were measured, in the same order.
+        macs: what they cost, in MACs.
+    """
+    known = tuple(
+        replace(b, macs=int(each), saved=int(saved))
+        for b, each, saved in zip(plan.blocks, macs.blocks, macs.savings, strict=True)
+    )
+    chosen = [i for i, b in enumerate(plan.blocks) if b.skipped]
+    return replace(plan, blocks=known, dense_macs=int(macs.dense), macs=int(macs.of(chosen)))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ class PlanBlock:
         width: channels of its output.
         skipped: whether it is.
         score: what the search thinks of skipping it, larger for more redundant: DAS's gate, say. None if it has none.
-        macs: multiply-adds of the block in one forward pass of one sample, without adapters; None if not counted.
+        macs: multiply-adds of the block in one forward pass of the session's example (one sample in recipes), without
+            adapters; None if not counted.
         saved: what skipping it saves of them, its adapters and the skip adapter counted.
     """
 
@@ -110,18 +111,13 @@ class Plan:
 
     @classmethod
     def read(cls, file: str | Path) -> Plan:
-        """The plan of a JSON file or of a run folder.
+        """The plan of a JSON file, or of a folder with a `fit.json` in which blocks are skipped.
 
         Raises:
             PlanError: if the file is not there or holds no plan.
         """
-        file = Path(file)
-        file = file / "plan.json" if file.is_dir() else file
-        try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise PlanError(f"{file}: cannot be read as a plan: {error}") from error
-        return cls.from_dict(raw, str(file))
+        raw, where = read_raw(file)
+        return cls.from_dict(raw, where)
 
     def check(self, candidates: Sequence[Block], model: nn.Module, where: str = "plan") -> None:
         """Refuse the plan unless it was made for this model.
@@ -178,7 +174,24 @@ class Plan:
         return captured.get()
 
 
-def with_costs(plan: Plan, blocks: Mapping[str, tuple[int, int]], dense: int, macs: int) -> Plan:
-    """The plan with MACs and savings of its blocks, by path, and those of the whole model before and after."""
-    known = tuple(replace(b, macs=blocks[b.path][0], saved=blocks[b.path][1]) for b in plan.blocks)
-    return replace(plan, blocks=known, dense_macs=dense, macs=macs)
+def read_raw(file: str | Path) -> tuple[Any, str]:
+    """A plan as it stands in a file or folder, with what is kept beside it (a search's trace), and where it was found.
+
+    Raises:
+        PlanError: if the file cannot be read, or a folder's `fit.json` tells of no skipped blocks.
+    """
+    file = Path(file)
+    folder = file.is_dir()
+    file = file / "fit.json" if folder else file
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{file}: cannot be read as a plan: {error}") from error
+    if not folder:
+        return raw, str(file)
+    methods = raw.get("methods", ()) if isinstance(raw, dict) else ()
+    for method in methods:
+        if method.get("lever") == "skip":
+            return method.get("state"), f"{file}: {method.get('name')}"
+    names = ", ".join(str(m.get("name")) for m in methods) or "no method"
+    raise PlanError(f"{file}: no blocks are skipped there (found {names}): give a folder of a skipped model, or a plan")

@@ -10,18 +10,16 @@ What a list of layers fixes elsewhere is put right:
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from itertools import product
 from typing import Any
 
-import torch
 from torch import nn
 
 from trimtab.anatomy import Anatomy, AnatomyError
-from trimtab.methods.skip.adapters import Adapter, RoutedAdapter, Skipped
+from trimtab.anatomy.structure import added_by, is_wrapped
+from trimtab.methods.skip.adapters import Skipped
+from trimtab.methods.skip.configs import Proof, configs_of, own_configs, renumbered, shorten_config
 
-# Settings that name blocks by number, and what they say of a block: that it is of another `kind`, or that what it puts
-# out is `read`. One that is skipped puts out what the block before it does.
-_NUMBERED = {"fullatt_block_indexes": "kind", "deepstack_visual_indexes": "read"}
+_HELD = ("_modules", "_parameters", "_buffers")  # of a module: dicts of their own, which are changed in place
 
 
 def close_gaps(model: nn.Module, anatomy: Anatomy, skipped: Collection[str]) -> None:
@@ -46,12 +44,12 @@ def close_gaps(model: nn.Module, anatomy: Anatomy, skipped: Collection[str]) -> 
             slot = free[kinds[paths.index(path)]].pop(0)
             for module in model.get_submodule(path).modules():
                 if isinstance(getattr(module, "layer_idx", None), int):
-                    module.layer_idx = slot
+                    setattr(module, "layer_idx", slot)  # noqa: B010 (torch types what a module holds)
 
 
 def _kinds(model: nn.Module, paths: list[str]) -> list[str]:
     """Kind of attention of each block (`full_attention`, `sliding_attention`), one for all if the model has but one."""
-    for config in _configs(model, paths[0]):
+    for config in configs_of(model, paths[0]):
         kinds = getattr(config, "layer_types", None)
         if kinds is not None and len(kinds) == len(paths):
             return [str(k) for k in kinds]
@@ -64,7 +62,7 @@ def hand_on_positions(model: nn.Module, path: str, kept: list[str]) -> None:
         if not getattr(module, "has_relative_attention_bias", False):
             continue
         for other in kept:
-            heir = model.get_submodule(f"{other}.{name}")
+            heir: Any = model.get_submodule(f"{other}.{name}")
             if not heir.has_relative_attention_bias:
                 heir.relative_attention_bias = module.relative_attention_bias
                 heir.has_relative_attention_bias = True
@@ -74,7 +72,8 @@ def hand_on_positions(model: nn.Module, path: str, kept: list[str]) -> None:
 def shorten(model: nn.Module, skip: Collection[str] = ()) -> nn.Module:
     """Take blocks out of a model for good: their modules, weights, and their share of its configuration.
 
-    The result is an ordinary model of its class, which `save_pretrained` writes and `from_pretrained` reads.
+    The result is an ordinary model of its class, which `save_pretrained` writes and `from_pretrained` reads. Its
+    configuration is its own afterwards: a model that shared it keeps what it had.
 
     Args:
         model: a model whose blocks stand in `nn.ModuleList`s; changed in place. Blocks that were skipped without
@@ -85,20 +84,63 @@ def shorten(model: nn.Module, skip: Collection[str] = ()) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: if adapters are left in the model, which no ordinary class has a place for, if a path is no block
-            in a list or one that cannot go (`Block.stays`), or if no setting of the model's configuration stands for
-            the number of layers.
+        ValueError: if methods are attached to the model in a handle, if adapters are left in it, which no ordinary
+            class has a place for, if a path is no block in a list or one that cannot go (`Block.stays`), or if no
+            configuration of its class stands for the shorter model. The model is as it was then.
     """
-    left = [n for n, m in model.named_modules() if isinstance(m, (Adapter, RoutedAdapter))]
+    if any("_trimtab_fit" in vars(m) for m in model.modules()):
+        raise ValueError(
+            "shorten: methods are attached to this model, whose masks or side networks need its blocks: use "
+            "`fit.skip(...)` of the handle that `trimtab.adapt` gave, with `plan=` these blocks and `adapters='none'`"
+        )
+    return take_out(model, skip)
+
+
+def take_out(model: nn.Module, skip: Collection[str] = ()) -> nn.Module:
+    """`shorten`, for whoever knows what is attached to the model."""
+    _check_ordinary(model)
+    for path, why in _staying(model, skip):
+        raise ValueError(f"shorten: '{path}' cannot be taken out: {why}; skip it with adapters, and keep the run")
+    lists = _lists(model, {*skip, *(n for n, m in model.named_modules() if isinstance(m, Skipped))})
+    if not lists:
+        return model
+    was = [(m, {k: v.copy() if k in _HELD else v for k, v in vars(m).items()}) for m in model.modules()]
+    try:
+        proof = None
+        if getattr(model, "config", None) is not None:
+            proof = Proof(model)
+            own_configs(model)
+        for path, indices in lists.items():
+            _shorten_list(model, path, set(indices))
+        if proof is not None:
+            proof.check()
+    except BaseException:
+        for module, contents in was:
+            vars(module).clear()
+            vars(module).update(contents)
+        raise
+    return model
+
+
+def _check_ordinary(model: nn.Module) -> None:
+    """Raise a ValueError if methods have added modules to the model, or wrapped its layers."""
+    left = [n for n, m in model.named_modules() if added_by(m) is not None and not isinstance(m, Skipped)]
     if left:
         raise ValueError(
             f"{len(left)} adapters are part of the model ('{left[0]}', ...), and no {type(model).__name__} of fewer "
             "layers has a place for them: skip with `adapters: none`, or keep the model as a run of trimtab; "
             "torch.export and ONNX take it as it is"
         )
-    for path, why in _staying(model, skip):
-        raise ValueError(f"shorten: '{path}' cannot be taken out: {why}; skip it with adapters, and keep the run")
-    gone = {*skip, *(n for n, m in model.named_modules() if isinstance(m, Skipped))}
+    wrapped = [n for n, m in model.named_modules() if is_wrapped(m)]
+    if wrapped:
+        raise ValueError(
+            f"shorten: {len(wrapped)} layers are wrapped ('{wrapped[0]}', ...): merge what wraps them first "
+            "(`merge_and_unload` of PEFT)"
+        )
+
+
+def _lists(model: nn.Module, gone: Collection[str]) -> dict[str, list[int]]:
+    """Path of each list -> numbers of the blocks that go; ValueError if a path is no block in a list."""
     lists: dict[str, list[int]] = {}
     for path in gone:
         parent, _, name = path.rpartition(".")
@@ -109,47 +151,18 @@ def shorten(model: nn.Module, skip: Collection[str] = ()) -> nn.Module:
         if not isinstance(holder, nn.ModuleList) or not name.isdigit() or int(name) >= len(holder):
             raise ValueError(f"shorten: '{path}' is no block in a list of {type(model).__name__}")
         lists.setdefault(parent, []).append(int(name))
-    for path, indices in lists.items():
-        _shorten_list(model, path, set(indices))
-    return model
+    return lists
 
 
 def _staying(model: nn.Module, skip: Collection[str]) -> Iterator[tuple[str, str]]:
     """Blocks that would go, but cannot, and why."""
-    skipped = {n: m.stays for n, m in model.named_modules() if isinstance(m, Skipped)}
+    skipped = {n: m.block.stays for n, m in model.named_modules() if isinstance(m, Skipped)}
     try:
         # A skipped block may lack what a description reads; then the others' were read before it was.
         described = {b.path: b.stays for b in Anatomy.of(model).blocks()} if skip and not skipped else {}
     except AnatomyError:
         described = {}
     yield from ((p, why) for p, why in (skipped | {p: described.get(p, "") for p in skip}).items() if why)
-
-
-def _renumbered(model: nn.Module, path: str, kept: list[int]) -> list[tuple[Any, str, list[int]]]:
-    """Settings that name blocks of a list by number, with the numbers that they have when the others are gone.
-
-    Raises:
-        ValueError: if it is not known what a setting means, or two numbers would become one.
-    """
-    found = []
-    for config in _configs(model, path):
-        for key, value in _values(config):
-            if not (isinstance(value, list) and value and key.endswith(("_layers", "_indexes", "_indices"))):
-                continue
-            meaning = _NUMBERED.get(key)
-            if meaning is None and len(value) != len(model.get_submodule(path)) and all(type(v) is int for v in value):
-                raise ValueError(f"shorten: {type(config).__name__}.{key} names layers by number; not supported")
-            if meaning == "kind":
-                found.append((config, key, [new for new, old in enumerate(kept) if old in value]))
-            if meaning == "read":
-                new = [sum(k <= i for k in kept) - 1 for i in value]
-                if min(new) < 0 or len(set(new)) < len(new):
-                    raise ValueError(
-                        f"shorten: {type(config).__name__}.{key} reads the blocks {value} of '{path}': what is left "
-                        f"({kept}) has no block of its own for each"
-                    )
-                found.append((config, key, new))
-    return found
 
 
 def _shorten_list(model: nn.Module, path: str, gone: set[int]) -> None:
@@ -160,7 +173,7 @@ def _shorten_list(model: nn.Module, path: str, gone: set[int]) -> None:
     kept = [i for i in range(count) if i not in gone]
     if not kept:
         raise ValueError(f"shorten: all {count} blocks of '{path}' would be gone; keep one")
-    numbered = _renumbered(model, path, kept) if getattr(model, "config", None) is not None else []
+    numbered = renumbered(model, path, kept) if getattr(model, "config", None) is not None else []
     for i in sorted(gone):
         if not isinstance(blocks[i], Skipped):
             hand_on_positions(model, f"{path}.{i}", [f"{path}.{k}" for k in kept])
@@ -174,94 +187,6 @@ def _shorten_list(model: nn.Module, path: str, gone: set[int]) -> None:
     for new, block in enumerate(model.get_submodule(path).children()):
         for module in block.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = new
+                setattr(module, "layer_idx", new)  # noqa: B010 (torch types what a module holds)
     if getattr(model, "config", None) is not None:
-        _shorten_config(model, path, count, kept)
-
-
-def _shorten_config(model: nn.Module, path: str, count: int, kept: list[int]) -> None:
-    """Set the number of layers, and cut the lists with one entry a layer.
-
-    Which setting it is differs from class to class. The one is right with which the class, built from its
-    configuration, has exactly the parameters in this list that the shortened model has.
-    """
-    configs = list(_configs(model, path))
-    if _shorten_stage(model, configs, path, count, len(kept)):
-        return
-    numbers = [(c, k) for c in configs for k, v in _values(c) if v == count and type(v) is int and _counts_layers(k)]
-    lists = [(c, k, v) for c in configs for k, v in _values(c) if isinstance(v, list) and len(v) == count]
-    for config, key, value in lists:
-        if "layer" in key and key not in _NUMBERED:
-            setattr(config, key, [value[i] for i in kept])
-    for choice in sorted(product((True, False), repeat=len(numbers)), key=lambda c: (abs(sum(c) - 1), c)):
-        for (config, key), take in zip(numbers, choice, strict=True):
-            setattr(config, key, len(kept) if take else count)
-        if any(choice) and (fresh := _fits(model, path)) is not None:
-            _copy_counts(fresh, model)
-            return
-    for config, key in numbers:
-        setattr(config, key, count)
-    tried = ", ".join(f"{type(c).__name__}.{k}" for c, k in numbers) or "none"
-    raise ValueError(
-        f"shorten: no setting of {type(model).__name__}'s configuration gives '{path}' {len(kept)} blocks "
-        f"(tried {tried}); save its weights beside its class instead"
-    )
-
-
-def _shorten_stage(model: nn.Module, configs: list[Any], path: str, count: int, left: int) -> bool:
-    """Set the number of layers in a list of lists, one a stage (DaViT), where `depths` has a number for each stage."""
-    _, _, stage = path.rpartition(".")
-    for config in configs:
-        depths = getattr(config, "depths", None)
-        if not stage.isdigit() or not isinstance(depths, (list, tuple)) or list(depths[int(stage) :][:1]) != [count]:
-            continue
-        config.depths = [left if i == int(stage) else n for i, n in enumerate(depths)]
-        if _fits(model, path) is not None:
-            return True
-        config.depths = depths
-    return False
-
-
-def _counts_layers(key: str) -> bool:
-    return "layer" in key or "depth" in key
-
-
-def _values(config: Any) -> list[tuple[str, Any]]:
-    return [(k, v) for k, v in vars(config).items() if not k.startswith("_")]
-
-
-def _configs(model: nn.Module, path: str) -> Iterator[Any]:
-    """Configurations that may stand for a list of blocks: of the modules around it and of the whole model."""
-    seen: set[int] = set()
-    parts = path.split(".")
-    for end in range(len(parts), -1, -1):
-        try:
-            config = getattr(model.get_submodule(".".join(parts[:end])), "config", None)
-        except AttributeError:
-            continue
-        if config is not None and hasattr(config, "to_dict") and id(config) not in seen:
-            seen.add(id(config))
-            yield config
-
-
-def _fits(model: Any, path: str) -> nn.Module | None:
-    """The class built from the configuration, without data, if its list at `path` has the parameters that ours has."""
-    try:
-        with torch.device("meta"):
-            fresh = type(model)(model.config)
-    except (ValueError, IndexError, TypeError, AttributeError):
-        return None
-    own, built = ({n: p.shape for n, p in m.named_parameters() if n.startswith(f"{path}.")} for m in (model, fresh))
-    return fresh if own == built else None
-
-
-def _copy_counts(fresh: nn.Module, model: nn.Module) -> None:
-    """Put the numbers of layers right in the configurations of parts too, which may be copies (T5's stacks)."""
-    modules = dict(model.named_modules())
-    for name, module in fresh.named_modules():
-        own = getattr(modules.get(name), "config", None)  # None too where another list still holds a skipped block
-        if own is None or getattr(module, "config", None) is None:
-            continue
-        for key, value in _values(module.config):
-            if _counts_layers(key) and type(value) is int and getattr(own, key, None) != value:
-                setattr(own, key, value)
+        shorten_config(model, path, count, kept)

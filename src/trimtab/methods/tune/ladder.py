@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +53,8 @@ class Ladder(nn.Module):
         super().__init__()
         d = width // reduction
         self.causal, self.temperature = causal, temperature
-        self.down = nn.ModuleList(nn.Linear(width, d) for _ in range(blocks + 1))
-        self.blocks = nn.ModuleList(SideBlock(d, hidden) for _ in range(blocks))
+        self.down: Any = nn.ModuleList(nn.Linear(width, d) for _ in range(blocks + 1))
+        self.blocks: Any = nn.ModuleList(SideBlock(d, hidden) for _ in range(blocks))
         self.gates = nn.Parameter(torch.zeros(blocks))
         self.norm, self.up = nn.LayerNorm(d), nn.Linear(d, width)
 
@@ -124,7 +124,7 @@ def start_from_blocks(ladder: Ladder, model: nn.Module, tower: Tower) -> None:
     """
     parts = [linears(model, block) for block in tower.blocks]
     d = ladder.up.in_features
-    stream = sum(
+    stream: Any = sum(
         p[r].weight.abs().sum(dim=0 if r in ("query", "key", "value", "fc1") else 1) for p in parts for r in _ROLES
     )
     channels = _largest(stream, d)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy
-from trimtab.anatomy.structure import plain_modules
+from trimtab.anatomy.structure import module_at, plain_modules
 from trimtab.methods.base import METHODS, Method
 from trimtab.registry import unknown
 
@@ -66,6 +66,7 @@ class LoRA(Method):
 
         s = self.settings
         chosen = self._chosen(model, anatomy)
+        self.wrapped = tuple(chosen)
         places = _places(model, chosen)
         trainable = [n for n, p in model.named_parameters() if p.requires_grad]
         # Whole paths: PEFT takes a list entry as the end of a name, and a full path ends only itself.
@@ -100,6 +101,15 @@ class LoRA(Method):
                     "an update would not be computed; name longer ends of the other paths in `targets`"
                 )
         return chosen
+
+    def follow(self, masks: Mapping[str, Tensor], model: nn.Module) -> None:
+        """Multiply updates of pruned weights by their masks, so that what is trained is what can be merged."""
+        from trimtab.methods.tune.masked_lora import follow
+
+        for path, mask in masks.items():
+            layer, _, name = path.rpartition(".")
+            if layer in self.wrapped and name == "weight":
+                follow(module_at(model, layer), path, mask)
 
     def fold(self, model: nn.Module) -> None:
         """W + (alpha / r) B A in the place of W; the updates are gone as modules of their own."""

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from trimtab.methods.base import METHODS
-from trimtab.methods.skip.budget import Indices, Target
+from trimtab.methods.skip.budget import Goal, Indices
 from trimtab.methods.skip.search.influence import block_influence
 from trimtab.methods.skip.search.searched import Found, Losses, Searched, SearchedSettings, validation_batch
 
@@ -75,25 +75,25 @@ def log_probability_of_set(theta: Tensor, plan: Sequence[int], most: int = 4) ->
     return torch.stack([log_probability(theta, order) for order in permutations(plan)]).logsumexp(0)
 
 
-def bandit(losses: Losses, target: Target, generator: torch.Generator, settings: BanditSettings,
+def bandit(losses: Losses, goal: Goal, generator: torch.Generator, settings: BanditSettings,
            influence: Sequence[float] | None = None) -> Found:  # fmt: skip
     """Search with a Plackett-Luce policy.
 
     Args:
         losses: of plans; asked twice for one, it pays once.
-        target: what a plan must save.
+        goal: what a plan must save.
         generator: of the draws.
         influence: of each candidate, for the prior; None starts even.
     """
-    theta = torch.zeros(len(target), dtype=torch.float64)
-    if influence is not None and settings.prior > 0 and len(target) > 1:
+    theta = torch.zeros(len(goal), dtype=torch.float64)
+    if influence is not None and settings.prior > 0 and len(goal) > 1:
         x = torch.tensor(influence, dtype=torch.float64).clamp(min=1e-9).log()
         theta = -settings.prior * (x - x.mean()) / x.std().clamp(min=1e-9)
     known: dict[Indices, float] = {}
     trace: list[dict[str, Any]] = []
-    favourite, same = target.fill(_descending(theta)), 0
+    favourite, same = goal.fill(_descending(theta)), 0
     while same < settings.patience:
-        orders = _draw(theta, target, generator, settings, known)
+        orders = _draw(theta, goal, generator, settings, known)
         plans = [tuple(sorted(o)) for o in orders]
         if not trace:
             plans[0], orders[0] = favourite, favourite  # the prior's own answer is worth knowing
@@ -101,7 +101,7 @@ def bandit(losses: Losses, target: Target, generator: torch.Generator, settings:
         theta = _step(theta, orders, [known[p] for p in plans], list(known.values()), settings.rate)
         trace.append({"step": len(trace) + 1, "subsets": [list(p) for p in plans], "losses": [known[p] for p in plans],
                       "gates": [round(t, 6) for t in theta.tolist()]})  # fmt: skip
-        now = target.fill(_descending(theta))
+        now = goal.fill(_descending(theta))
         same = same + 1 if now == favourite else 0
         favourite = now
         if len(known) >= settings.evaluations:
@@ -111,7 +111,7 @@ def bandit(losses: Losses, target: Target, generator: torch.Generator, settings:
     return Found(min(known, key=lambda p: (known[p], p)), theta.tolist(), trace)
 
 
-def _draw(theta: Tensor, target: Target, generator: torch.Generator, settings: BanditSettings,
+def _draw(theta: Tensor, goal: Goal, generator: torch.Generator, settings: BanditSettings,
           known: dict[Indices, float]) -> list[Indices]:  # fmt: skip
     """Draws of an update, independent of each other: repeats are right, and cost nothing.
 
@@ -122,11 +122,12 @@ def _draw(theta: Tensor, target: Target, generator: torch.Generator, settings: B
         orders: list[Indices] = []
         while len(orders) < settings.draws:
             noise = -torch.empty_like(theta).exponential_(generator=generator).log()  # Gumbel: argsort is the draw
-            orders.append(_in_order(target, _descending(theta + noise)))
+            orders.append(_in_order(goal, _descending(theta + noise)))
         fresh = {tuple(sorted(o)) for o in orders} - known.keys()
         if fresh:
             break
-    affordable, paid = [], set()
+    affordable: list[Indices] = []
+    paid: set[Indices] = set()
     for order in orders:
         plan = tuple(sorted(order))
         if plan not in known and plan not in paid and len(paid) >= room:
@@ -136,9 +137,9 @@ def _draw(theta: Tensor, target: Target, generator: torch.Generator, settings: B
     return affordable
 
 
-def _in_order(target: Target, order: list[int]) -> Indices:
+def _in_order(goal: Goal, order: list[int]) -> Indices:
     """The plan of an order of preference, in that order."""
-    plan = set(target.fill(order))
+    plan = set(goal.fill(order))
     return tuple(i for i in order if i in plan)
 
 
@@ -156,8 +157,7 @@ def _step(theta: Tensor, orders: Sequence[Indices], found: Sequence[float], know
     advantages = (rewards - others) / spread
     parameter = theta.clone().requires_grad_(True)
     total = sum(a * log_probability_of_set(parameter, o) for a, o in zip(advantages, orders, strict=True)) / count
-    total.backward()
-    return theta + rate * parameter.grad
+    return theta + rate * torch.autograd.grad(total, parameter)[0]
 
 
 @METHODS.register("bandit-skip")
@@ -166,8 +166,9 @@ class BanditSkip(Searched):
 
     name = "bandit-skip"
     Settings = BanditSettings
+    settings: BanditSettings
 
-    def look(self, losses, target, session, candidates, generator) -> Found:
+    def compare(self, losses, goal, session, candidates, generator) -> Found:
         batch = validation_batch(session, self.settings.rows, self.name)
         influence = block_influence(session.with_task, session.plain, candidates, batch)
-        return bandit(losses, target, generator, self.settings, influence)
+        return bandit(losses, goal, generator, self.settings, influence)

@@ -16,7 +16,6 @@ prints the two labels the wrong way round; here a gate carries its block's path.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -26,11 +25,13 @@ import torch
 from torch import Tensor
 
 from trimtab.anatomy import Block
-from trimtab.files import replace_file
-from trimtab.methods.base import METHODS, Session
-from trimtab.methods.skip.base import Skipping, SkipSettings, Supernet, search_folder, search_key
-from trimtab.methods.skip.budget import Indices, Target
+from trimtab.methods.base import METHODS
+from trimtab.methods.session import Session
+from trimtab.methods.skip.base import Skipping, SkipSettings
+from trimtab.methods.skip.budget import Goal, Indices
 from trimtab.methods.skip.search.evaluate import PlanLosses, check_finite, choose
+from trimtab.methods.skip.search.journal import Journal
+from trimtab.methods.skip.search.supernet import Supernet
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,10 @@ class Gates:
         generator: of the draws; None takes torch's global one.
     """
 
-    def __init__(self, candidates: int, skip: int | Target, rate: float = 1.0,
+    def __init__(self, candidates: int, skip: int | Goal, rate: float = 1.0,
                  generator: torch.Generator | None = None):  # fmt: skip
         self.values = torch.zeros(candidates)
-        self.target = Target.count(candidates, skip) if isinstance(skip, int) else skip
+        self.goal = Goal.count(candidates, skip) if isinstance(skip, int) else skip
         self.rate, self.generator = rate, generator
 
     @property
@@ -81,16 +82,16 @@ class Gates:
 
     def draw(self) -> list[int]:
         """Candidates without replacement, in proportion to their probabilities, until they are enough."""
-        most = self.target.sizes()[-1]
+        most = self.goal.sizes()[-1]
         order = torch.multinomial(self.probabilities, most, generator=self.generator).tolist()
-        return order if self.target.unit == "blocks" else list(self.target.fill(order))
+        return order if self.goal.unit == "blocks" else list(self.goal.fill(order))
 
     def subsets(self, count: int) -> list[list[int]]:
         """Distinct draws, each sorted; ValueError if there are not that many."""
-        if len(list(islice(self.target.plans(), count))) < count:
+        if len(list(islice(self.goal.plans(), count))) < count:
             raise ValueError(
-                f"{len(self.values)} blocks have fewer than {count} distinct plans that skip {self.target.needed:g} "
-                f"{self.target.unit}: lower `subsets`"
+                f"{len(self.values)} blocks have fewer than {count} distinct plans that skip {self.goal.needed:g} "
+                f"{self.goal.unit}: lower `subsets`"
             )
         found: list[list[int]] = []
         while len(found) < count:
@@ -110,7 +111,7 @@ class Gates:
     def best(self) -> list[int]:
         """The plan of the largest gates; among equals the last, as a stable ascending sort has them."""
         order = self.values.sort(stable=True).indices.tolist()
-        return list(self.target.fill(order[::-1]))
+        return list(self.goal.fill(order[::-1]))
 
 
 @METHODS.register("das")
@@ -118,19 +119,20 @@ class DAS(Skipping):
     """Searched skipping, retrained with adapters."""
 
     name = "das"
+    teaches = True
     Settings = DASSettings
+    settings: DASSettings
 
-    def search(self, session: Session, candidates: list[Block], supernet: Supernet, target: Target
+    def search(self, session: Session, candidates: list[Block], supernet: Supernet, goal: Goal, journal: Journal
                ) -> tuple[Indices, list[float] | None, int, dict[str, Any]]:  # fmt: skip
         s = self.settings
         generator = torch.Generator().manual_seed(session.seed)
-        gates = Gates(len(candidates), target, s.gate_rate, generator)
+        gates = Gates(len(candidates), goal, s.gate_rate, generator)
         gates.subsets(s.subsets)  # complains now, not after the warm-up
         generator.manual_seed(session.seed)
         if s.search_steps * (1 - s.warmup) < 1:
             raise ValueError(f"das: {s.search_steps} search_steps with a warm-up of {s.warmup:g} never update a gate")
-        search = _Search(supernet, gates, s, session, [b.path for b in candidates])
-        search.key = search_key(self, session, candidates)
+        search = _Search(supernet, gates, s, session, journal)
         session.fit(supernet.with_task, s.search_steps, [search.callback()])
         evaluations = sum(len(u["subsets"]) for u in search.trace)
         return tuple(gates.best()), gates.values.tolist(), evaluations, {"updates": search.trace}
@@ -139,47 +141,42 @@ class DAS(Skipping):
 class _Search:
     """What happens around the training steps: a plan before each, and every `turn` of them an update of the gates."""
 
-    def __init__(self, supernet: Supernet, gates: Gates, settings: DASSettings, session: Session, paths: list[str]):
-        self.supernet, self.gates, self.settings, self.paths = supernet, gates, settings, paths
+    def __init__(self, supernet: Supernet, gates: Gates, settings: DASSettings, session: Session, journal: Journal):
+        self.supernet, self.gates, self.settings, self.journal = supernet, gates, settings, journal
         self.batches = session.batches("validation")
-        self.folder = search_folder(session)
         self.trace: list[dict[str, Any]] = []
         self.count = 0  # training steps since the last update
-        self.key = ""
 
     def update(self, step: int) -> None:
         """Compare plans on the next validation batch."""
-        s, gates = self.settings, self.gates
-        net, batch = self.supernet, next(self.batches)
-        losses_of = PlanLosses(net.with_task, net.switches, [batch], s.dropout_in_rewards, common=False)
+        s, gates, net = self.settings, self.gates, self.supernet
+        losses_of = PlanLosses(net.with_task, net.switches, [next(self.batches)], s.dropout_in_rewards, common=False,
+                               loss=net.loss)  # fmt: skip
         subsets = gates.subsets(s.subsets)
         losses = losses_of([tuple(x) for x in subsets])
-        check_finite(subsets, losses, self.paths, gates.best())
+        check_finite(subsets, losses, [b.path for b in net.candidates], gates.best())
         gates.update(subsets, losses)
         values = [round(g, 6) for g in gates.values.tolist()]
         self.trace.append({"step": step, "subsets": subsets, "losses": losses, "gates": values})
 
     def save(self, step: int) -> None:
         """Beside the checkpoint of that step, and before it is written: what resuming needs of the search."""
-        if self.folder is None:
-            return
         assert self.gates.generator is not None
-        state = {"key": self.key, "gates": self.gates.values.tolist(), "count": self.count, "trace": self.trace,
+        state = {"gates": self.gates.values.tolist(), "count": self.count, "trace": self.trace,
                  "generator": self.gates.generator.get_state().numpy().tobytes().hex()}  # fmt: skip
-        with replace_file(self.folder / f"gates-{step}.json") as partial:
-            partial.write_text(json.dumps(state))
+        self.journal.write(f"gates-{step}", state)
 
     def load(self, step: int) -> None:
-        """Go on from a checkpoint: the same gates, the same draws to come, the next validation batch."""
-        assert self.folder is not None and self.gates.generator is not None
-        file = self.folder / f"gates-{step}.json"
-        try:
-            state = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{file}: the gates of the checkpoint at step {step} cannot be read ({error}); delete "
-                             f"{self.folder} to search from the start") from error  # fmt: skip
-        if state["key"] != self.key:
-            raise ValueError(f"{self.folder}: holds the search of other settings; delete it to search from the start")
+        """Go on from a checkpoint: the same gates, the same draws to come, the next validation batch.
+
+        Raises:
+            ValueError: if the gates of that step were not kept.
+        """
+        assert self.gates.generator is not None
+        state = self.journal.read(f"gates-{step}")
+        if state is None:
+            raise ValueError(f"das: training goes on from step {step}, but the gates of that step were not kept in "
+                             f"{self.journal.folder}: delete the checkpoints to search from the start")  # fmt: skip
         self.gates.values.copy_(torch.tensor(state["gates"]))
         self.count, self.trace[:] = state["count"], state["trace"]
         numbers = torch.frombuffer(bytearray.fromhex(state["generator"]), dtype=torch.uint8)

@@ -12,19 +12,20 @@ back as long as nothing before it has changed (`studies/skip_search.py` measures
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.files import replace_file
+from trimtab.methods.fitting import evaluating
+from trimtab.methods.session import own_loss
 from trimtab.methods.skip.adapters import Switch
 from trimtab.methods.skip.budget import Indices
+from trimtab.methods.skip.search.journal import Journal
 
 
 class SearchError(ValueError):
@@ -62,53 +63,58 @@ class PlanLosses:
     """The losses of plans on fixed batches, computed by a model with switches.
 
     Args:
-        model: `model(**batch)` returns a mapping with a scalar `loss`.
+        model: with switches in it.
         switches: the candidates, in the order of the indices.
         batches: the fixed batches; the loss of a plan is the mean over them.
-        dropout: leave the model in training mode, as METER's and ViLT's code does.
+        dropout: leave the model in the mode in which it trains, as METER's and ViLT's code does; else it evaluates.
         common: with dropout, give every plan the same random numbers, so that only its blocks tell it from another.
         reuse: give back what plans share instead of computing it again; never with dropout.
+        loss: of a batch, a scalar; None takes what the model's output says.
     """
 
     def __init__(self, model: nn.Module, switches: Sequence[Switch], batches: Sequence[dict[str, Tensor]],
-                 dropout: bool = False, common: bool = True, reuse: bool = True):  # fmt: skip
+                 dropout: bool = False, common: bool = True, reuse: bool = True,
+                 loss: Callable[[dict[str, Tensor]], Tensor] | None = None):  # fmt: skip
         self.model, self.switches, self.batches, self.common = model, switches, batches, common
         self.dropout, self.reuse = dropout, reuse and not dropout
+        self.loss = loss or (lambda batch: own_loss(model(**batch)))
         self.order = list(range(len(switches)))  # of computation, once it is known
         self.computed = 0  # block calls that were computed, and not given back
 
     @torch.no_grad()
     def __call__(self, plans: Sequence[Indices]) -> list[float]:
-        was = self.model.training
-        self.model.train(self.dropout)
-        # In the order of computation, so that neighbours share as long a beginning as they can.
-        order = sorted(range(len(plans)), key=lambda p: [i in plans[p] for i in self.order])
-        losses = [0.0] * len(plans)
         try:
-            for batch in self.batches:
-                memory = _Memory(self.switches) if self.reuse else None
-                for p in order:
-                    choose(self.switches, plans[p])
-                    losses[p] += self._loss(batch, memory) / len(self.batches)
-                if memory is not None:
-                    self.order, self.computed = memory.order, self.computed + memory.computed
-                    memory.close()
-                else:
-                    self.computed += len(self.switches) * len(plans)
+            with nullcontext() if self.dropout else evaluating(self.model):
+                losses = self._losses(plans)
         finally:
             for switch in self.switches:
                 switch.before = switch.after = None
-            self.model.train(was)
         return mean_over_processes(losses, next(self.model.parameters()).device)
+
+    def _losses(self, plans: Sequence[Indices]) -> list[float]:
+        # In the order of computation, so that neighbours share as long a beginning as they can.
+        order = sorted(range(len(plans)), key=lambda p: [i in plans[p] for i in self.order])
+        losses = [0.0] * len(plans)
+        for batch in self.batches:
+            memory = _Memory(self.switches) if self.reuse else None
+            for p in order:
+                choose(self.switches, plans[p])
+                losses[p] += self._loss(batch, memory) / len(self.batches)
+            if memory is not None:
+                self.order, self.computed = memory.order, self.computed + memory.computed
+                memory.close()
+            else:
+                self.computed += len(self.switches) * len(plans)
+        return losses
 
     def _loss(self, batch: dict[str, Tensor], memory: _Memory | None) -> float:
         if memory is not None:
             memory.start()
         if not (self.dropout and self.common):
-            return float(self.model(**batch)["loss"])
+            return float(self.loss(batch))
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return float(self.model(**batch)["loss"])
+            return float(self.loss(batch))
 
 
 class _Memory:
@@ -152,19 +158,18 @@ class Evaluator:
     Args:
         losses: computes the losses of plans.
         paths: of the candidates, for messages.
-        journal: JSON file of the losses so far; read if it is there, written after each call. None keeps none.
-        key: what the losses depend on; a journal with another key is not used.
+        journal: where the losses so far are kept, and read if they are there. None keeps none.
+        model: what tells the model that they are of; losses of another one are not used.
     """
 
     def __init__(self, losses: Callable[[Sequence[Indices]], list[float]], paths: Sequence[str],
-                 journal: Path | None = None, key: str = ""):  # fmt: skip
-        self.losses, self.paths, self.journal, self.key = losses, list(paths), journal, key
+                 journal: Journal | None = None, model: str = ""):  # fmt: skip
+        self.losses, self.paths, self.journal, self.model = losses, list(paths), journal or Journal(None), model
         self.known: dict[Indices, float] = {}
         self.asked: dict[Indices, None] = {}  # of this search, in order: with a journal it starts empty again
-        if journal is not None and journal.exists():
-            raw = json.loads(journal.read_text())
-            if raw["key"] == key:
-                self.known = {tuple(plan): loss for plan, loss in raw["losses"]}
+        kept = self.journal.read("losses")
+        if kept is not None and kept["model"] == model:
+            self.known = {tuple(plan): loss for plan, loss in kept["losses"]}
 
     @property
     def evaluations(self) -> int:
@@ -182,9 +187,7 @@ class Evaluator:
         if fresh:
             found = self.losses(fresh)
             self.known |= {p: loss for p, loss in zip(fresh, found, strict=True) if math.isfinite(loss)}
-            if self.journal is not None:
-                with replace_file(self.journal) as partial:
-                    partial.write_text(json.dumps({"key": self.key, "losses": list(self.known.items())}))
+            self.journal.write("losses", {"model": self.model, "losses": list(self.known.items())})
             check_finite(fresh, found, self.paths, self.best())
         self.asked |= dict.fromkeys(wanted)
         return [self.known[p] for p in wanted]
@@ -201,6 +204,6 @@ def check_finite(plans: Sequence[Sequence[int]], losses: Sequence[float], paths:
         if not math.isfinite(loss):
             blocks = ", ".join(paths[i] for i in plan) or "nothing"
             raise SearchError(
-                f"the loss with {blocks} skipped is {loss}: lower training.learning_rate, or train in full precision",
+                f"the loss with {blocks} skipped is {loss}: lower the learning rate, or train in full precision",
                 None if so_far is None else tuple(so_far),
             )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trimtab.methods.base import METHODS
-from trimtab.methods.skip.budget import Indices, Target
+from trimtab.methods.skip.budget import Goal, Indices
 from trimtab.methods.skip.search.searched import Found, Losses, Searched, SearchedSettings
 
 
@@ -18,20 +18,20 @@ class ExhaustiveSettings(SearchedSettings):
     """Most plans to try; with more of them the search refuses."""
 
 
-def exhaustive(losses: Losses, target: Target, limit: int = 1000) -> Found:
+def exhaustive(losses: Losses, goal: Goal, limit: int = 1000) -> Found:
     """The plan with the lowest loss of all. A block's score is how much better plans with it are than those without.
 
     Raises:
         ValueError: if there are more plans than `limit`.
     """
-    if target.number() > limit:
+    if goal.number() > limit:
         raise ValueError(
-            f"exhaustive: there are {target.number():,} plans for {len(target)} blocks, the limit is {limit:,}: raise "
+            f"exhaustive: there are {goal.number():,} plans for {len(goal)} blocks, the limit is {limit:,}: raise "
             "`limit`, skip fewer blocks, or take another search"
         )
-    plans = list(target.plans())
+    plans = list(goal.plans())
     found = losses(plans)
-    return Found(min(zip(found, plans, strict=True))[1], _scores(plans, found, len(target)))
+    return Found(min(zip(found, plans, strict=True))[1], _scores(plans, found, len(goal)))
 
 
 def _scores(plans: Sequence[Indices], losses: Sequence[float], candidates: int) -> list[float]:
@@ -50,6 +50,7 @@ class ExhaustiveSkip(Searched):
 
     name = "exhaustive-skip"
     Settings = ExhaustiveSettings
+    settings: ExhaustiveSettings
 
-    def look(self, losses, target, session, candidates, generator) -> Found:
-        return exhaustive(losses, target, self.settings.limit)
+    def compare(self, losses, goal, session, candidates, generator) -> Found:
+        return exhaustive(losses, goal, self.settings.limit)

@@ -15,11 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trimtab.anatomy import Block, Tap, argument, pick
-from trimtab.methods.base import METHODS, Session
-from trimtab.methods.skip.base import Skipping, SkipSettings, Supernet
-from trimtab.methods.skip.budget import Indices, Target
+from trimtab.anatomy import Block, pick
+from trimtab.methods.base import METHODS
+from trimtab.methods.fitting import evaluating
+from trimtab.methods.session import Session
+from trimtab.methods.skip.base import Skipping, SkipSettings
+from trimtab.methods.skip.budget import Goal, Indices
 from trimtab.methods.skip.search.evaluate import SearchError, mean_over_processes
+from trimtab.methods.skip.search.journal import Journal
+from trimtab.methods.skip.search.supernet import Supernet
 
 
 @torch.no_grad()
@@ -36,24 +40,22 @@ def block_influence(with_task: nn.Module, plain: nn.Module, blocks: Sequence[Blo
     for i, block in enumerate(blocks):
 
         def measure(module: nn.Module, args: tuple, kwargs: dict, out: Any, i: int = i, block: Block = block) -> None:
-            stream = (
-                kwargs[block.stream] if block.stream in kwargs else argument(Tap(block.path, "input"), args, kwargs)
-            )
+            stream = block.stream_of(module, args, kwargs)
             similarity = F.cosine_similarity(stream.float(), pick(out, 0).float(), dim=-1)
             sums[i] += float((1 - similarity).sum())
             counts[i] += similarity.numel()
 
         handles.append(plain.get_submodule(block.path).register_forward_hook(measure, with_kwargs=True))
-    was = with_task.training
-    with_task.eval()
     try:
-        with_task(**batch)
+        with evaluating(with_task):
+            with_task(**batch)
     finally:
         for handle in handles:
             handle.remove()
-        with_task.train(was)
-    found = [s / max(n, 1) for s, n in zip(sums, counts, strict=True)]
-    return mean_over_processes(found, next(iter(batch.values())).device)
+    if missing := [b.path for b, n in zip(blocks, counts, strict=True) if not n]:
+        raise ValueError(f"block '{missing[0]}' did not run on this batch: its influence is not known; check `towers`")
+    found = [s / n for s, n in zip(sums, counts, strict=True)]
+    return mean_over_processes(found, next(with_task.parameters()).device)
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,9 @@ class BlockInfluence(Skipping):
 
     name = "block-influence"
     Settings = InfluenceSettings
+    settings: InfluenceSettings
 
-    def search(self, session: Session, candidates: list[Block], supernet: Supernet, target: Target
+    def search(self, session: Session, candidates: list[Block], supernet: Supernet, goal: Goal, journal: Journal
                ) -> tuple[Indices, list[float] | None, int, dict[str, Any]]:  # fmt: skip
         batch = next(session.batches("validation", self.settings.rows))
         found = block_influence(session.with_task, session.plain, candidates, batch)
@@ -79,4 +82,4 @@ class BlockInfluence(Skipping):
             if not value == value or value in (float("inf"), float("-inf")):
                 raise SearchError(f"{self.name}: the influence of '{block.path}' is {value}: its stream is not finite")
         order = sorted(range(len(candidates)), key=lambda i: (found[i], i))
-        return target.fill(order), [-x for x in found], 0, {}
+        return goal.fill(order), [-x for x in found], 0, {}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trimtab.methods.base import METHODS
-from trimtab.methods.skip.budget import Indices, Target
+from trimtab.methods.skip.budget import Goal, Indices
 from trimtab.methods.skip.search.influence import block_influence
 from trimtab.methods.skip.search.searched import Found, Losses, Searched, SearchedSettings, validation_batch
 
@@ -49,32 +49,32 @@ class LinearSettings(SearchedSettings):
             )
 
 
-def linear(losses: Losses, target: Target, generator: torch.Generator, settings: LinearSettings,
+def linear(losses: Losses, goal: Goal, generator: torch.Generator, settings: LinearSettings,
            influence: Sequence[float] | None = None) -> Found:  # fmt: skip
     """Search by Thompson sampling with a belief about blocks and pairs of them.
 
     Args:
         losses: of plans; asked twice for one, it pays once.
-        target: what a plan must save.
+        goal: what a plan must save.
         generator: of the draws.
         influence: of each candidate, for the prior; None starts even.
     """
-    start = torch.zeros(len(target), dtype=torch.float64)
-    if influence is not None and len(target) > 1:
+    start = torch.zeros(len(goal), dtype=torch.float64)
+    if influence is not None and len(goal) > 1:
         x = torch.tensor(influence, dtype=torch.float64).clamp(min=1e-9).log()
         start = settings.prior * (x - x.mean()) / x.std().clamp(min=1e-9)
     known: dict[Indices, float] = {}
     trace = []
     mean, covariance = belief(start, known, settings)
     while len(known) < settings.evaluations:
-        plan = _next(mean, covariance, target, generator, known, settings.patience)
+        plan = _next(mean, covariance, goal, generator, known, settings.patience)
         if plan is None:
             break
         known[plan] = losses([plan])[0]
         mean, covariance = belief(start, known, settings)
         trace.append({"step": len(known), "subsets": [list(plan)], "losses": [known[plan]],
-                      "gates": [round(-c, 6) for c in mean[: len(target)].tolist()]})  # fmt: skip
-    return Found(min(known, key=lambda p: (known[p], p)), (-mean[: len(target)]).tolist(), trace)
+                      "gates": [round(-c, 6) for c in mean[: len(goal)].tolist()]})  # fmt: skip
+    return Found(min(known, key=lambda p: (known[p], p)), (-mean[: len(goal)]).tolist(), trace)
 
 
 def belief(start: Tensor, known: dict[Indices, float], settings: LinearSettings) -> tuple[Tensor, Tensor]:
@@ -101,32 +101,32 @@ def belief(start: Tensor, known: dict[Indices, float], settings: LinearSettings)
     return mean + covariance @ x.T @ (y - x @ mean) / settings.noise, covariance
 
 
-def best_plan(costs: Tensor, target: Target) -> Indices:
+def best_plan(costs: Tensor, goal: Goal) -> Indices:
     """The plan of lowest cost, block after block: next the one that adds least to those taken before.
 
     Args:
         costs: (f) of blocks and then of pairs.
     """
-    n = len(target)
+    n = len(goal)
     pairs = torch.zeros(n, n, dtype=costs.dtype)
     first, second = torch.triu_indices(n, n, offset=1)
     pairs[first, second] = pairs[second, first] = costs[n:]
     adds = costs[:n].clone()
     order: list[int] = []
-    while not target.enough(order):
+    while not goal.enough(order):
         order.append(int(adds.argmin()))
         adds += pairs[order[-1]]
         adds[order[-1]] = torch.inf
-    return target.fill(order)
+    return goal.fill(order)
 
 
-def _next(mean: Tensor, covariance: Tensor, target: Target, generator: torch.Generator, known: dict[Indices, float],
+def _next(mean: Tensor, covariance: Tensor, goal: Goal, generator: torch.Generator, known: dict[Indices, float],
           patience: int) -> Indices | None:  # fmt: skip
     """The next plan to pay for; None if the belief keeps pointing at plans that are known."""
     root = torch.linalg.cholesky(covariance)
     for attempt in range(patience + 1):
         noise = torch.randn(len(mean), generator=generator, dtype=torch.float64)
-        plan = best_plan(mean if attempt == 0 else mean + root @ noise, target)
+        plan = best_plan(mean if attempt == 0 else mean + root @ noise, goal)
         if plan not in known:
             return plan
     return None
@@ -138,8 +138,9 @@ class LinearSkip(Searched):
 
     name = "linear-skip"
     Settings = LinearSettings
+    settings: LinearSettings
 
-    def look(self, losses, target, session, candidates, generator) -> Found:
+    def compare(self, losses, goal, session, candidates, generator) -> Found:
         batch = validation_batch(session, self.settings.rows, self.name)
         influence = block_influence(session.with_task, session.plain, candidates, batch)
-        return linear(losses, target, generator, self.settings, influence)
+        return linear(losses, goal, generator, self.settings, influence)

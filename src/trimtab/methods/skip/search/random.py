@@ -8,9 +8,12 @@ from typing import Any
 import torch
 
 from trimtab.anatomy import Block
-from trimtab.methods.base import METHODS, Session
-from trimtab.methods.skip.base import Skipping, SkipSettings, Supernet
-from trimtab.methods.skip.budget import Indices, Target
+from trimtab.methods.base import METHODS
+from trimtab.methods.session import Session
+from trimtab.methods.skip.base import Skipping, SkipSettings
+from trimtab.methods.skip.budget import Goal, Indices
+from trimtab.methods.skip.search.journal import Journal
+from trimtab.methods.skip.search.supernet import Supernet
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,10 @@ class RandomSkip(Skipping):
 
     name = "random-skip"
     Settings = RandomSettings
+    settings: RandomSettings
 
-    def search(self, session: Session, candidates: list[Block], supernet: Supernet, target: Target
+    def search(self, session: Session, candidates: list[Block], supernet: Supernet, goal: Goal, journal: Journal
                ) -> tuple[Indices, list[float] | None, int, dict[str, Any]]:  # fmt: skip
         seed = session.seed if self.settings.plan_seed is None else self.settings.plan_seed
         generator = torch.Generator().manual_seed(seed)
-        return target.fill(torch.randperm(len(candidates), generator=generator).tolist()), None, 0, {}
+        return goal.fill(torch.randperm(len(candidates), generator=generator).tolist()), None, 0, {}

@@ -11,18 +11,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from trimtab.anatomy import Block
-from trimtab.files import replace_file
-from trimtab.methods.base import Session
-from trimtab.methods.skip.base import Skipping, SkipSettings, Supernet, search_folder, search_key
-from trimtab.methods.skip.budget import Indices, Target
+from trimtab.methods.session import Session
+from trimtab.methods.skip.base import Skipping, SkipSettings
+from trimtab.methods.skip.budget import Goal, Indices
 from trimtab.methods.skip.search.evaluate import Evaluator, PlanLosses, choose
+from trimtab.methods.skip.search.journal import Journal
+from trimtab.methods.skip.search.supernet import Supernet
 
 Losses = Callable[[Sequence[Indices]], list[float]]
 
@@ -55,22 +54,22 @@ class Found:
 class Searched(Skipping):
     """Train while plans drawn evenly are skipped, then compare plans on a fixed batch."""
 
-    Settings: type = SearchedSettings
+    Settings: ClassVar[type] = SearchedSettings
+    settings: SearchedSettings
+    teaches = True
 
-    def look(self, losses: Losses, target: Target, session: Session, candidates: list[Block],
+    def compare(self, losses: Losses, goal: Goal, session: Session, candidates: list[Block],
              generator: torch.Generator) -> Found:  # fmt: skip
         """The search itself; `losses` pays for each plan once."""
         raise NotImplementedError
 
-    def search(self, session: Session, candidates: list[Block], supernet: Supernet, target: Target
+    def search(self, session: Session, candidates: list[Block], supernet: Supernet, goal: Goal, journal: Journal
                ) -> tuple[Indices, list[float] | None, int, dict[str, Any]]:  # fmt: skip
         batch = validation_batch(session, self.settings.rows, self.name)
-        train_evenly(self, session, candidates, supernet, target)
-        folder = search_folder(session)
-        losses = PlanLosses(supernet.with_task, supernet.switches, [batch])
-        evaluator = Evaluator(losses, [b.path for b in candidates], None if folder is None else folder / "losses.json",
-                              _trained(supernet))  # fmt: skip
-        found = self.look(evaluator, target, session, candidates, torch.Generator().manual_seed(session.seed))
+        train_evenly(self, session, supernet, goal, journal)
+        losses = PlanLosses(supernet.with_task, supernet.switches, [batch], loss=supernet.loss)
+        evaluator = Evaluator(losses, [b.path for b in candidates], journal, _print(supernet))
+        found = self.compare(evaluator, goal, session, candidates, torch.Generator().manual_seed(session.seed))
         compared = [{"plan": list(p), "loss": evaluator.known[p]} for p in evaluator.asked]
         return found.plan, found.scores, evaluator.evaluations, {"updates": found.trace, "compared": compared}
 
@@ -84,28 +83,25 @@ def validation_batch(session: Session, rows: int | None, name: str) -> dict[str,
     return next(session.batches("validation", rows))
 
 
-def train_evenly(method: Skipping, session: Session, candidates: list[Block], supernet: Supernet,
-                 target: Target) -> None:  # fmt: skip
-    """Train the supernet's adapters and head while plans drawn evenly are skipped; kept in the run's search folder."""
+def train_evenly(method: Searched, session: Session, supernet: Supernet, goal: Goal,
+                 journal: Journal | None = None) -> None:  # fmt: skip
+    """Train the supernet's adapters and heads while plans drawn evenly are skipped; what they learned is kept."""
     from transformers import TrainerCallback
 
-    folder = search_folder(session)
-    file = None if folder is None else folder / "supernet.safetensors"
-    key = hashlib.sha256(search_key(method, session, candidates).encode()).hexdigest()
-    if file is not None and _restore(supernet, file, key):
+    journal = journal or Journal(None)
+    if (known := journal.tensors("supernet")) is not None:
+        _restore(supernet, known)
         return
     generator = torch.Generator()
 
     class Skip(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             generator.manual_seed(1_000_003 * session.seed + state.global_step)  # the same after resuming
-            order = torch.randperm(len(candidates), generator=generator).tolist()
-            choose(supernet.switches, target.fill(order))
+            order = torch.randperm(len(supernet.switches), generator=generator).tolist()
+            choose(supernet.switches, goal.fill(order))
 
     session.fit(supernet.with_task, method.settings.search_steps, [Skip()])
-    if file is not None:
-        with replace_file(file) as partial:
-            save_file(_learned(supernet), partial, metadata={"key": key})
+    journal.keep("supernet", _learned(supernet))
 
 
 def _learned(supernet: Supernet) -> dict[str, torch.Tensor]:
@@ -113,22 +109,14 @@ def _learned(supernet: Supernet) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def _restore(supernet: Supernet, file: Path, key: str) -> bool:
-    """Take the trained parameters of an interrupted run, if they are of this search."""
-    from safetensors import safe_open
-
-    if not file.exists():
-        return False
-    with safe_open(file, "pt") as opened:
-        if (opened.metadata() or {}).get("key") != key:
-            return False
+def _restore(supernet: Supernet, known: dict[str, torch.Tensor]) -> None:
+    """Take the trained parameters of an interrupted run."""
     own = dict(supernet.with_task.named_parameters())
-    for name, value in load_file(file).items():
+    for name, value in known.items():
         own[name].copy_(value)
-    return True
 
 
-def _trained(supernet: Supernet) -> str:
+def _print(supernet: Supernet) -> str:
     """A hash of the trained parameters, on which losses depend."""
     digest = hashlib.sha256()
     for name, value in sorted(_learned(supernet).items()):

@@ -16,7 +16,7 @@ CLIP4Clip do in the published code; `initialise` draws them as those of MDETR an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ class TokenUniPT(nn.Module):
         how = self.how = how or Computation()
         d = self.width = out // reduction
         self.layers, self.out = layers, d if how.final == "none" else out
-        self.down = nn.ModuleList(nn.Sequential(nn.Linear(width, d), nn.LayerNorm(d)) for _ in range(layers + 1))
+        self.down: Any = nn.ModuleList(nn.Sequential(nn.Linear(width, d), nn.LayerNorm(d)) for _ in range(layers + 1))
         self.gate = nn.Linear(d, 1)
         self.project = (
             nn.Sequential(nn.Linear(d, width), nn.ReLU(), nn.Linear(width, d), nn.LayerNorm(d))
@@ -159,7 +159,9 @@ class DecoderUniPT(TokenUniPT):
                  levels: bool = False):  # fmt: skip
         super().__init__(width, layers, reduction, how, out)
         d, self.levels = self.width, levels
-        self.cross = nn.ModuleList(nn.Sequential(nn.Linear(d, d), nn.LayerNorm(d)) for _ in range(len(self.down) - 1))
+        self.cross: Any = nn.ModuleList(
+            nn.Sequential(nn.Linear(d, d), nn.LayerNorm(d)) for _ in range(len(self.down) - 1)
+        )
 
     def forward(self, seen: Seen) -> Tensor:
         """Maps (B, L, D), memory (B, M, d), their masks -> (B, L, out), with `levels` (N + 1, B, L, out)."""
@@ -189,7 +191,7 @@ class VectorUniPT(nn.Module):
     def __init__(self, width: int, layers: int, out: int, reduction: int, how: Computation | None = None):
         super().__init__()
         d, self.how, self.layers = out // reduction, how or Computation(), layers + 1  # the last map is attended to too
-        self.down = nn.ModuleList(nn.Linear(width, d) for _ in range(layers + 1))
+        self.down: Any = nn.ModuleList(nn.Linear(width, d) for _ in range(layers + 1))
         self.anchor = nn.Linear(out, d)
         self.gate = nn.Linear(d, 1)
         self.up = nn.Linear(d, out)
@@ -235,8 +237,8 @@ class PyramidUniPT(nn.Module):
     def __init__(self, channels: list[int], out: int, reduction: int, how: Computation = PUBLISHED["vse-image"]):
         super().__init__()
         d, self.how, self.out, self.layers = out // reduction, how, out, len(channels) - 1
-        self.down = nn.ModuleList(nn.Sequential(nn.Conv2d(c, d, 1), nn.BatchNorm2d(d)) for c in channels)
-        self.guide = nn.ModuleList(nn.Conv2d(channels[-1], c, 1) for c in channels[:-1])
+        self.down: Any = nn.ModuleList(nn.Sequential(nn.Conv2d(c, d, 1), nn.BatchNorm2d(d)) for c in channels)
+        self.guide: Any = nn.ModuleList(nn.Conv2d(channels[-1], c, 1) for c in channels[:-1])
         self.gate = nn.Linear(d, 1)
         self.project = nn.Sequential(nn.Conv2d(d, d, 1), nn.BatchNorm2d(d))
         self.up = nn.Conv2d(d, out, 1)

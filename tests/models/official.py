@@ -1,4 +1,5 @@
-"""What a person has who starts from an official file: the file, a tokenizer's folder, pictures with texts; all tiny."""
+"""Tiny models from files in their authors' layout, and what a person has who starts from such a file: the file, a
+tokenizer's folder, pictures with texts."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tests.backbones.test_blip_official import FILES, HEADS, tied
 from tests.models import layouts
 from tests.models.published import PUBLISHED, tensors
+from trimtab.backbones.official import build_official, load_official
 
 TEXTS = ["a red dog", "two cats and a dog", "a cat", "a red apple left of a dog", "an apple", "two red cats"]
 ANSWERS = ["yes", "no", "two"]
@@ -20,6 +21,46 @@ ANSWERS = ["yes", "no", "two"]
 ROBERTA = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4}
 CLIP = {"<|startoftext|>": 1, "<pad>": 0, "<|endoftext|>": 59, "<unk>": 3, "<mask>": 4}  # the end is the largest id
 BERT = {"[CLS]": 1, "[PAD]": 0, "[SEP]": 2, "[UNK]": 3, "[MASK]": 4}
+
+
+BLIP_HEADS = {"vision_heads": 2, "text_heads": 2}
+BLIP_FILES = {
+    "pretrain": ("text_encoder", "text_decoder", "contrast", "itm"), "retrieval": ("text_encoder", "contrast", "itm"),
+    "vqa": ("text_encoder", "text_decoder"), "caption": ("text_decoder",), "nlvr2": ("nlvr2",),
+}  # fmt: skip
+METER_HEADS = {"vision_heads": 2, "text_heads": 2, "fusion_heads": 2}
+
+
+def tied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With the copies of shared weights that the authors' files hold."""
+    if "text_encoder.encoder.layer.0.output.dense.weight" in state and "itm_head.weight" in state:
+        for key in [k for k in state if k.startswith("text_decoder.bert.") and ".attention." not in k]:
+            state[key] = state[key.replace("text_decoder.bert.", "text_encoder.")]
+    head = "text_decoder.cls.predictions"
+    if f"{head}.bias" in state:
+        state[f"{head}.decoder.bias"] = state[f"{head}.bias"]
+        state[f"{head}.decoder.weight"] = state["text_decoder.bert.embeddings.word_embeddings.weight"]
+    return state
+
+
+def blip(file: str = "pretrain", **settings):
+    shapes = layouts.blip(BLIP_FILES[file], momentum=file in ("pretrain", "retrieval"), **layouts.TINY_BLIP)
+    return build_official(tied(layouts.fill(shapes)), {}, "blip.pth", **BLIP_HEADS, **settings)
+
+
+def meter(*tasks: str, **settings):
+    state = layouts.fill(layouts.meter(tasks or ("mlm", "itm"), 7, **layouts.TINY_METER))
+    return build_official(state, {}, "meter.ckpt", **METER_HEADS, **settings)
+
+
+def vilt(*tasks: str, **settings):
+    state = layouts.fill(layouts.vilt(tasks or ("mlm", "itm"), 7, **layouts.TINY_VILT))
+    return build_official(state, {}, "vilt.ckpt", heads=2, **settings)
+
+
+def clip_vil(tmp_path, task: str = "pretrain", **settings):
+    torch.save(layouts.fill(layouts.clip_vil(task, 7, **layouts.TINY_CLIP_VIL)), tmp_path / "LXRT.pth")
+    return load_official(tmp_path / "LXRT.pth", heads=2, **settings)
 
 
 def tokenizer(folder: Path, size: int, special: dict[str, int] = BERT) -> Path:
@@ -61,12 +102,12 @@ def rows(folder: Path, count: int = 12) -> Path:
 def file(folder: Path, family: str) -> tuple[Path, dict[str, Any], Path]:
     """A checkpoint file in its authors' layout, the settings that tiny sizes need, and a tokenizer's folder."""
     if family == "blip":
-        state = {"model": tied(layouts.fill(layouts.blip(FILES["pretrain"], momentum=True, **layouts.TINY_BLIP)))}
+        state = {"model": tied(layouts.fill(layouts.blip(BLIP_FILES["pretrain"], momentum=True, **layouts.TINY_BLIP)))}
         # 38 words and the two that BLIP adds
-        settings, words, special = {**HEADS, "sep_token_id": 2}, layouts.TINY_BLIP["words"] - 2, BERT
+        settings, words, special = {**BLIP_HEADS, "sep_token_id": 2}, layouts.TINY_BLIP["words"] - 2, BERT
     elif family == "meter":
         state = {"state_dict": layouts.fill(layouts.meter(**layouts.TINY_METER))}
-        settings = {"vision_heads": 2, "text_heads": 2, "fusion_heads": 2}
+        settings = dict(METER_HEADS)
         words, special = layouts.TINY_METER["words"], ROBERTA
     elif family == "vilt":
         state = {"state_dict": layouts.fill(layouts.vilt(**layouts.TINY_VILT))}

@@ -1,7 +1,8 @@
+"""Registered descriptions: what they say holds in the model, and a wrong one is named."""
+
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -12,32 +13,24 @@ from transformers import (
     BertModel,
     CLIPConfig,
     CLIPModel,
-    SwinConfig,
-    SwinModel,
-    UMT5Config,
-    UMT5Model,
     ViltConfig,
     ViltForMaskedLM,
     ViltForQuestionAnswering,
     ViltModel,
 )
-from transformers.modeling_outputs import BaseModelOutput
 
 from trimtab.anatomy import (
     Anatomy,
     AnatomyError,
     Block,
+    Sublayer,
     Tap,
     Tower,
-    argument,
-    describes,
-    lookup,
     pick,
-    put,
     read,
     rewrite,
 )
-from trimtab.anatomy.lookup import discover
+from trimtab.anatomy.parts import every_tap
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 CLIP_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
@@ -234,114 +227,19 @@ def test_blocks_and_towers_by_name():
         list(found.blocks("visoin"))
 
 
-def test_describes_registers_a_class_and_its_children(monkeypatch):
-    monkeypatch.setattr(lookup, "_DESCRIPTIONS", dict(lookup._DESCRIPTIONS))
-
-    class Homemade(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stack = nn.ModuleList(Layer(8) for _ in range(2))
-
-    class Child(Homemade):
-        pass
-
-    @describes("Homemade")
-    def describe(model):
-        blocks = tuple(Block(f"stack.{i}", 8) for i in range(2))
-        return Anatomy((Tower("words", "text", blocks, ("stack",), Tap("stack.1")),))
-
-    for model in (Homemade(), Child()):
-        found = Anatomy.of(model)
-        assert [t.name for t in found.towers] == ["words"] and found.source == "registered for Homemade"
-
-
-# --- discovery --------------------------------------------------------------------------------------------------------
-
-
-class Layer(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 32), nn.Linear(32, width)
-
-    def forward(self, x):
-        return x + self.down(self.up(self.norm(x)).relu())
-
-
-class TwoStacks(nn.Module):
-    """Repeated layers under telling names, a head, and lists that are no stacks."""
-
-    def __init__(self):
-        super().__init__()
-        self.image_layers = nn.ModuleList(Layer(8) for _ in range(3))
-        self.text_layers = nn.ModuleList(Layer(12) for _ in range(2))
-        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
-        self.head = nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 4))
-
-
-def test_discovery_finds_repeated_layers():
-    model = TwoStacks()
-    found = Anatomy.of(model)
-    assert {t.name: (t.modality, t.layout, len(t.blocks)) for t in found.towers} == {
-        "image_layers": ("vision", "tokens", 3), "text_layers": ("text", "tokens", 2),
-    }  # fmt: skip
-    assert [b.width for b in found.blocks()] == [8, 8, 8, 12, 12]
-    assert found.tower("text_layers").output == Tap("text_layers.1")
-    assert "discovered" in found.source and "check" in found.source
-    assert {w.modality for w in found.weights(model)} == {"vision", "text"} and len(found.weights(model)) == 10
-    assert found.modality("head.0.weight") is None
-
-
-@pytest.mark.parametrize(
-    ("name", "modality"),
-    [("vision_tower", "vision"), ("bert", "text"), ("decoder", "text"), ("cross", "fusion"), ("stages", "vision")],
-)
-def test_discovery_guesses_the_modality_from_the_path(name, modality):
-    model = nn.Module()
-    model.add_module(name, nn.ModuleList(Layer(8) for _ in range(2)))
-    assert [t.modality for t in Anatomy.of(model).towers] == [modality]
-
-
-def test_discovery_of_a_convolutional_stack():
-    class Stage(nn.Module):
-        def __init__(self, i: int, o: int):
-            super().__init__()
-            self.conv = nn.Conv2d(i, o, 3, padding=1)
-
-        def forward(self, x):
-            return self.conv(x)
-
-    model = nn.Sequential(Stage(3, 8), Stage(8, 16))
-    (tower,) = Anatomy.of(model).towers
-    assert tower.layout == "grid" and [b.width for b in tower.blocks] == [8, 16]
-    assert not any(b.keeps_shape for b in tower.blocks)  # widths differ: no block can be skipped
-
-
-def test_discovery_in_umt5():
-    small = {"num_layers": 2, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "vocab_size": 30}
-    model = UMT5Model(UMT5Config(**small)).eval()
-    found = Anatomy.of(model)
-    assert [b.path for b in found.blocks()] == [f"{t}.block.{i}" for t in ("encoder", "decoder") for i in range(2)]
-    assert {b.width for b in found.blocks()} == {16} and all(b.keeps_shape for b in found.blocks())
-    shapes = []
-    for tower in found.towers:
-        read(model, tower.output, lambda x: shapes.append(tuple(x.shape)))
-    with torch.no_grad():
-        model(input_ids=IDS, attention_mask=MASK, decoder_input_ids=IDS[:, :3])
-    assert shapes == [(2, 5, 16), (2, 3, 16)]
-
-
-def test_discovery_in_swin():
-    small = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4}
-    model = SwinModel(SwinConfig(**small))
-    (tower,) = discover(model).towers
-    assert tower.modality == "vision" and [b.path for b in tower.blocks] == ["encoder.layers.0", "encoder.layers.1"]
-    assert not any(b.keeps_shape for b in tower.blocks)
-
-
-def test_a_model_without_blocks_says_what_to_do():
-    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
-    with pytest.raises(AnatomyError, match=r"Sequential has no list of repeated blocks.*describes\('Sequential'\)"):
-        Anatomy.of(model)
+def test_a_prefix_goes_before_every_path():
+    """Whatever fields a description has: a tower is made with a tap in each field that can hold one."""
+    taps = [f.name for f in fields(Tower) if "Tap" in f.type]
+    part = Sublayer("mlp", Tap("b.in", "input"), Tap("b.out"))
+    tower = Tower("t", "text", (Block("b", 8, (part,)),), ("b", "c"), **{n: Tap(n) for n in taps})
+    own = Anatomy((tower,), heads=("h",), ignored=("i",))
+    found = own.prefixed("x.y")
+    before, after = ([tap.path for tap, _ in every_tap(a)] for a in (own, found))
+    assert len(after) == len(taps) + 2 and after == [f"x.y.{path}" for path in before]
+    assert found.towers[0].blocks[0].path == "x.y.b" and found.towers[0].scope == ("x.y.b", "x.y.c")
+    assert (found.heads, found.ignored) == (("x.y.h",), ("x.y.i",))
+    whole = Anatomy((replace(tower, mask=Tap("", "input")),)).prefixed("x")
+    assert whole.towers[0].mask.path == "x"  # the model itself
 
 
 # --- prunable weights of hand-made modules ----------------------------------------------------------------------------
@@ -391,23 +289,13 @@ def test_a_missed_block_is_named():
     assert "misses vision_model.encoder.layers.2:" in message and "`ignored`" in message
 
 
-def test_a_list_that_is_no_stack_can_be_ignored():
-    model = TwoStacks()
-    found = Anatomy.of(model)
-    alone = replace(found, towers=found.towers[:1])
-    with pytest.raises(AnatomyError, match=r"misses text_layers\.0, text_layers\.1"):
-        alone.check(model)
-    replace(alone, ignored=("text_layers",)).check(model)
-    replace(alone, heads=("text_layers",)).check(model)
-
-
 @pytest.mark.parametrize(
     ("change", "what"),
     [
         ({"blocks": (Block("encoder.layers.0", 16),)}, "block of tower 'text'"),
-        ({"output": Tap("encoder.layers.0")}, "output of tower 'text'"),
-        ({"mask": Tap("encoder.layers.0", "input")}, "mask of tower 'text'"),
-        ({"pooled": Tap("encoder.layers.0")}, "pooled output of tower 'text'"),
+        ({"output": Tap("encoder.layers.0")}, "`output` of tower 'text'"),
+        ({"mask": Tap("encoder.layers.0", "input")}, "`mask` of tower 'text'"),
+        ({"pooled": Tap("encoder.layers.0")}, "`pooled` of tower 'text'"),
     ],
 )
 def test_a_wrong_path_is_named_with_the_nearest(change, what):
@@ -423,65 +311,7 @@ def test_a_wrong_sublayer_path_is_named():
     found = Anatomy.of(model)
     first, *rest = found.towers[0].blocks
     bad = replace(first, sublayers=(replace(first.sublayers[1], write=Tap("encoder.layer.0.outputs")),))
-    with pytest.raises(AnatomyError, match=r"mlp output of block 'encoder\.layer\.0'.*'encoder\.layer\.0\.outputs'"):
+    with pytest.raises(
+        AnatomyError, match=r"`write` of mlp in block 'encoder\.layer\.0'.*'encoder\.layer\.0\.outputs'"
+    ):
         changed(found, blocks=(bad, *rest)).check(model)
-
-
-# --- taps -------------------------------------------------------------------------------------------------------------
-
-
-class Pair(NamedTuple):
-    first: torch.Tensor
-    second: torch.Tensor
-
-
-ONE, TWO, NEW = torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)
-
-
-@pytest.mark.parametrize(
-    ("value", "key"),
-    [
-        ((ONE, TWO), 1),
-        ([ONE, TWO], 1),
-        ({"first": ONE, "second": TWO}, "second"),
-        (BaseModelOutput(last_hidden_state=ONE, hidden_states=TWO), "hidden_states"),
-        (BaseModelOutput(last_hidden_state=ONE, hidden_states=TWO), 1),
-        (Pair(ONE, TWO), 1),
-        (Pair(ONE, TWO), "second"),
-    ],
-)
-def test_pick_and_put_reach_one_element_of_an_output(value, key):
-    assert pick(value, key) is TWO
-    out = put(value, key, NEW)
-    assert type(out) is type(value)
-    assert pick(out, key) is NEW and pick(out, "first" if value.__class__ is dict else 0) is ONE
-
-
-def test_an_output_that_is_one_tensor_ignores_the_key():
-    assert pick(ONE, 3) is ONE and put(ONE, 3, NEW) is NEW
-
-
-def test_arguments_by_place_and_by_keyword():
-    assert argument(Tap("m", "input", 1), (ONE, TWO), {}) is TWO
-    assert argument(Tap("m", "input"), (), {"hidden_states": ONE}) is ONE  # position 0, passed as a keyword
-    assert argument(Tap("m", "input", "mask"), (ONE,), {"mask": TWO}) is TWO
-    assert argument(Tap("m", "input", "mask"), (ONE,), {}) is None
-    with pytest.raises(AnatomyError, match="'m' was called with 1 inputs, the tap asks for number 2"):
-        argument(Tap("m", "input", 2), (ONE,), {})
-
-
-def test_read_sees_inputs_and_goes_away():
-    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
-    seen: list[torch.Tensor] = []
-    handles = [read(model, Tap("1", side), seen.append) for side in ("input", "output")]
-    out = model(torch.ones(1, 2))
-    assert torch.equal(seen[0], model[0](torch.ones(1, 2))) and torch.equal(seen[1], out)
-    for handle in handles:
-        handle.remove()
-    model(torch.ones(1, 2))
-    assert len(seen) == 2
-
-
-def test_inputs_cannot_be_rewritten():
-    with pytest.raises(AnatomyError, match="only outputs can be rewritten, the tap at '0' is an input"):
-        rewrite(nn.Sequential(nn.Linear(2, 2)), Tap("0", "input"), lambda x: x)

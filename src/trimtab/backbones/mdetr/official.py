@@ -1,12 +1,5 @@
-"""MDETR (Kamath et al., ICCV 2021): its description and its published checkpoints (ashkamath/mdetr, ResNet-101).
-
-image (B, 3, H, W) -> ResNet, frozen batch norms -> 1x1 convolution -> tokens (B, H W / 32^2, D) --+
-text (B, L) -> RoBERTa -> linear, norm -> (B, L, D) -----------------------------------------------+-> encoder
-                                                                                                        |
-queries (Q + answers, D) -----------------------> decoder, which reads the encoded image and text <-----+
-                                                     |
-class_embed (which words), bbox_embed (where), contrastive_align_projection_*; answer_*_head of the answers' queries
-"""
+"""MDETR's checkpoint files as its authors published them (ashkamath/mdetr, ResNet-101), and its sizes without
+weights."""
 
 from __future__ import annotations
 
@@ -16,52 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes
-from trimtab.backbones import resnet
-from trimtab.backbones.described import bert
-from trimtab.backbones.official import CheckpointError, Format, Item, Tensors, own_model, reads, renamed
-from trimtab.backbones.resnet import ResNetSizes
-
-_EMBEDDED = "each block is given position or query embeddings token by token"
-
-own_model("Mdetr", "trimtab.backbones.mdetr.model")
+from trimtab.backbones.official import ROBERTA_BASE, CheckpointError, Format, Item, Tensors, bert_config, renamed
+from trimtab.backbones.vse.resnet import ResNetSizes
 
 
-@describes("Mdetr")
-def describe(model: Any) -> Anatomy:
-    text = bert.describe(model.transformer.text_encoder).prefixed("transformer.text_encoder")
-    encoder = [_encoder_block(f"transformer.encoder.layers.{i}", model) for i in range(model.config.encoder_layers)]
-    decoder = [_decoder_block(f"transformer.decoder.layers.{i}", model) for i in range(model.config.decoder_layers)]
-    towers = (
-        resnet.tower(model.backbone, "backbone"), *text.towers,
-        Tower("encoder", "fusion", tuple(encoder), ("transformer.encoder",), output=Tap(encoder[-1].path),
-              mask=Tap("transformer.encoder", "input", "valid"), reads=("vision", "text"), closed=_EMBEDDED),
-        Tower("decoder", "fusion", tuple(decoder), ("transformer.decoder",), output=Tap(decoder[-1].path),
-              memory="encoder", levels=Tap("transformer.decoder"), closed=_EMBEDDED),
-    )  # fmt: skip
-    heads = [*text.heads, "transformer.resizer", "input_proj", "query_embed", "class_embed", "bbox_embed"]
-    heads += [n for n, _ in model.named_children() if n.startswith(("contrastive", "answer", "qa_embed"))]
-    return Anatomy(towers, heads=tuple(heads))
-
-
-def _encoder_block(path: str, model: Any) -> Block:
-    return Block(path, model.config.width, (
-        # The third input of the attention is the stream without positions; as in `bert`, what an adapter gives is
-        # summed before the norm of the attention and after that of the feed-forward part.
-        Sublayer("attention", Tap(f"{path}.self_attn", "input", 2), Tap(f"{path}.self_attn")),
-        Sublayer("mlp", Tap(f"{path}.linear1", "input"), Tap(f"{path}.norm2")),
-    ), stream="x")  # fmt: skip
-
-
-def _decoder_block(path: str, model: Any) -> Block:
-    return Block(path, model.config.width, (
-        Sublayer("attention", Tap(f"{path}.self_attn", "input", 2), Tap(f"{path}.self_attn")),
-        Sublayer("cross-attention", Tap(f"{path}.norm1"), Tap(f"{path}.cross_attn_image")),
-        Sublayer("mlp", Tap(f"{path}.linear1", "input"), Tap(f"{path}.norm4")),
-    ), stream="x")  # fmt: skip
-
-
-@reads("mdetr", "MDETR")
 class MdetrFormat(Format):
     """`pretrained_resnet101_checkpoint.pth` and what is fine-tuned from it, for grounding or GQA.
 
@@ -100,7 +51,7 @@ class MdetrFormat(Format):
         width = state.size("query_embed.weight", 1)
         if width % heads:
             raise CheckpointError(f"{state.where}: {width} channels are no multiple of {heads} heads: set `heads`")
-        text = bert.infer(state, "transformer.text_encoder.", text_heads, RobertaConfig, layer_norm_eps=1e-5)
+        text = bert_config(state, "transformer.text_encoder.", text_heads, RobertaConfig, layer_norm_eps=1e-5)
         config = MdetrConfig(
             text.to_dict(), asdict(cnn), width=width, heads=heads, queries=state.size("query_embed.weight"),
             encoder_layers=state.count("transformer.encoder.layers."),
@@ -137,3 +88,14 @@ def _answers(state: Tensors) -> dict[str, int]:
         found = state.size("qa_embed.weight")
         raise CheckpointError(f"{state.where}: {found} kinds of answers; only GQA's 6, or 1 for all, are known")
     return {kind: state.size(f"{answer_head(kind)}.weight") for kind in kinds}
+
+
+def architecture(answers: dict[str, int] | None = None) -> tuple[type, Any]:
+    """MDETR: ResNet-101, RoBERTa-base, 6 + 6 layers of width 256, 100 queries.
+
+    Args:
+        answers: kinds of answers and their numbers (`GQA` of the model; `{"": 1853}` for one head); None for none.
+    """
+    from trimtab.backbones.mdetr.model import Mdetr, MdetrConfig
+
+    return Mdetr, MdetrConfig(ROBERTA_BASE, answers=answers)
