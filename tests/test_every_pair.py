@@ -28,8 +28,8 @@ from trimtab.storage.learned import copy_learned, learned_part
 ROW, COLUMNS = "clip", ("multiflow", "das", "unipt")
 # A search of two evaluations, where it can have so few.
 SEARCH = {"search_steps": 2, "turn": 2, "subsets": 2, "draws": 2, "evaluations": 2, "steps": 1}
-# Parameters that have no gradient at first: LoRA's A before B has left 0; in MDETR what reads the queries of its decoder,
-# which start as zeros, before a bias ahead of it has left 0.
+# Parameters that have no gradient at first: LoRA's A before B has left 0; in MDETR what reads the queries of its
+# decoder, which start as zeros, before a bias ahead of it has left 0.
 SILENT = ("lora_A",)
 SILENT_IN = {"mdetr": ("transformer.decoder.layers.0.das_0.", "decoder.layers.0.parallel_adapter_0.")}
 
