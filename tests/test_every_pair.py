@@ -25,13 +25,10 @@ from trimtab.methods.prune.masks import Masks
 ROW, COLUMNS = "clip", ("multiflow", "das", "unipt")
 # A search of two evaluations, where it can have so few.
 SEARCH = {"search_steps": 2, "turn": 2, "subsets": 2, "draws": 2, "evaluations": 2, "steps": 1}
-# Parameters that have no gradient at first: LoRA's A before B has left 0, and the bias of a gate behind which a softmax
-# stands; in MDETR what reads the queries of its decoder, which start as zeros.
-SILENT = ("lora_A", "gate.bias")
-SILENT_IN = {
-    "mdetr": ("transformer.decoder.layers.0.das_0.", "decoder.layers.0.parallel_adapter_0.", "unipt.decoder.down.0",
-              "lst.decoder.down.0", "sherl.decoder.down.0", "side_tuning.decoder.down."),
-}  # fmt: skip
+# Parameters that have no gradient at first: LoRA's A before B has left 0; in MDETR what reads the queries of its
+# decoder, which start as zeros, before a bias ahead of it has left 0.
+SILENT = ("lora_A",)
+SILENT_IN = {"mdetr": ("transformer.decoder.layers.0.das_0.", "decoder.layers.0.parallel_adapter_0.")}
 
 
 def pairs(lever: str) -> list[Any]:
