@@ -74,6 +74,9 @@ class Beside(Method):
     def stand(self, model: nn.Module, anatomy: Anatomy, tower: Tower) -> Stand:
         """The side network of a tower and its place; ValueError if the method does not apply to it."""
 
+    def replaces(self) -> tuple[str, ...]:
+        return tuple(x.place.path for x in self.listeners.values() if x.place is not None)
+
     def detaches(self, anatomy: Anatomy) -> tuple[str, ...]:
         return tuple(self.settings.towers or self.towers(anatomy))
 
