@@ -69,9 +69,9 @@ def test_a_convolution_is_pruned_as_the_linear_layer_that_it_equals(name):
     torch.testing.assert_close(conv(**batches()[0])["loss"], linear(**batches()[0])["loss"])
     settings = STEPS.get(name, {})
     torch.manual_seed(2)
-    wanted = trimtab.prune(linear, name, 0.6, batches(), linear.anatomy, **settings)
+    wanted = trimtab.prune(linear, name, 0.6, batches(), linear.anatomy, **settings).masks
     torch.manual_seed(2)
-    found = trimtab.prune(conv, name, 0.6, batches(), conv.anatomy, convolutions=True, **settings)
+    found = trimtab.prune(conv, name, 0.6, batches(), conv.anatomy, convolutions=True, **settings).masks
     for i, layer in enumerate(conv.blocks):
         mask = found[f"blocks.{i}.weight"]
         assert mask.shape == layer.weight.shape
@@ -152,7 +152,7 @@ def test_masks_are_kept_saved_and_loaded_in_the_convolutions_own_shape(tmp_path)
 def test_pruners_that_write_to_weights_meanwhile_put_channels_last_back(name):
     model, plain = stack().to(memory_format=torch.channels_last), stack()
     settings = {"convolutions": True, **STEPS.get(name, {})}
-    masks = [trimtab.prune(m, name, 0.5, batches(), m.anatomy, **settings) for m in (model, plain)]
+    masks = [trimtab.prune(m, name, 0.5, batches(), m.anatomy, **settings).masks for m in (model, plain)]
     assert all(torch.equal(masks[0][path], mask) for path, mask in masks[1].items())
     assert all(layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in model.blocks)
 
@@ -181,7 +181,7 @@ def test_patch_embeddings_are_pruned_only_when_asked(name, path, weights, method
     (whole,) = trimtab.prune(member.model(), method, [0.5], [member.batch], allow_empty_tower=True)
     assert f"{path}.weight" not in whole and whole.prunable == plain
     settings = {"convolutions": True, "allow_empty_tower": True}
-    masks = trimtab.prune(model := member.model(), method, 0.5, [member.batch], **settings)
+    masks = trimtab.prune(model := member.model(), method, 0.5, [member.batch], **settings).masks
     assert masks.prunable == plain + weights and abs(masks.sparsity - 0.5) < 0.01
     parameter = model.get_parameter(f"{path}.weight")
     assert masks[f"{path}.weight"].shape == parameter.shape and not parameter[~masks[f"{path}.weight"]].any()
@@ -189,7 +189,7 @@ def test_patch_embeddings_are_pruned_only_when_asked(name, path, weights, method
 
 def test_a_saved_method_knows_that_it_pruned_convolutions():
     model = stack()
-    masks = trimtab.prune(stack(), "omp", 0.5, anatomy=model.anatomy, convolutions=True)
+    masks = trimtab.prune(stack(), "omp", 0.5, anatomy=model.anatomy, convolutions=True).masks
     method = METHODS["omp"](convolutions=True)
     method.assume(model, model.anatomy)
     assert method.state["prunable"] == masks.prunable

@@ -193,6 +193,17 @@ def test_masks_follow_blocks_that_get_other_numbers(model):
     check_zeros(fresh, left)
 
 
+def test_masks_without_a_block_still_know_the_others_by_their_old_numbers(model):
+    masks = found(model)
+    masks.apply(model)
+    left = masks.without(["blocks.0"])
+    model.blocks = model.blocks[1:]
+    revive(model)
+    left.enforce(model)
+    check_zeros(model, left.restricted_to(model))
+    assert torch.equal(model.blocks[0].value.weight != 0, masks["blocks.1.value.weight"])
+
+
 def test_numbers_that_cannot_be_told_are_refused(model):
     masks = found(model)
     short = Stack()
@@ -207,7 +218,7 @@ def test_a_shortened_model_is_pruned_anew_under_its_own_numbers(model):
     model.blocks = model.blocks[1:]
     with torch.no_grad():
         model.blocks[0].query.weight.mul_(100)
-    masks = trimtab.prune(model, "omp", 0.9, anatomy=model.anatomy())
+    masks = trimtab.prune(model, "omp", 0.9, anatomy=model.anatomy()).masks
     check_zeros(model, masks)
 
 
@@ -220,8 +231,8 @@ def test_a_model_that_lora_wraps_is_pruned_as_the_plain_one(name, model):
     settings = {"loss": lambda out: out.square().mean()}
     wrapped = with_lora(copy.deepcopy(model))
     added = {n: p.clone() for n, p in wrapped.named_parameters() if "lora" in n}
-    masks = trimtab.prune(model, name, 0.5, batches, model.anatomy(), **settings)
-    same = trimtab.prune(wrapped, name, 0.5, batches, model.anatomy(), **settings)
+    masks = trimtab.prune(model, name, 0.5, batches, model.anatomy(), **settings).masks
+    same = trimtab.prune(wrapped, name, 0.5, batches, model.anatomy(), **settings).masks
     assert list(same) == list(masks) and all(torch.equal(same[path], mask) for path, mask in masks.items())
     for path, mask in masks.items():
         torch.testing.assert_close(matrices(wrapped)[path], model.get_parameter(path))
@@ -295,7 +306,7 @@ class Mixture(nn.Module):
 def test_experts_are_pruned_by_scores_of_weights_and_gradients(name, recwarn, tmp_path):
     model = Mixture()
     batches = [{"x": torch.randn(3, 8)} for _ in range(2)]
-    masks = trimtab.prune(model, name, 0.5, batches, model.anatomy(), allow_empty_tower=True)
+    masks = trimtab.prune(model, name, 0.5, batches, model.anatomy(), allow_empty_tower=True).masks
     assert list(masks) == [f"blocks.{i}.{n}" for i in range(2) for n in ("0.weight", "1.up", "1.down")]
     assert masks.sparsity == pytest.approx(0.5, abs=0.01) and not recwarn.list
     assert masks["blocks.0.1.up"].shape == (4, 12, 8) and not model.blocks[0][1].up[~masks["blocks.0.1.up"]].any()
@@ -309,7 +320,7 @@ def test_experts_that_are_left_out_are_said(name, pattern):
     batches = [{"x": torch.randn(3, 8)} for _ in range(2)]
     sparsity = None if pattern else 0.5
     with pytest.warns(UserWarning, match=rf"{name}: 92% of the weights .* first is 'blocks.0.1.up': .*experts of mix"):
-        masks = trimtab.prune(model, name, sparsity, batches, model.anatomy(), pattern=pattern)
+        masks = trimtab.prune(model, name, sparsity, batches, model.anatomy(), pattern=pattern).masks
     assert list(masks) == ["blocks.0.0.weight", "blocks.1.0.weight"]
 
 

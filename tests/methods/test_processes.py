@@ -42,7 +42,7 @@ def masks_of(name: str, count: int, settings: dict[str, Any]) -> Masks:
     made = toy()
     sparsity = None if "pattern" in settings else 0.63
     anatomy = made.model.anatomy()
-    return trimtab.prune(made.model, name, sparsity, made.batches(LOSS)[:count], anatomy, **settings)
+    return trimtab.prune(made.model, name, sparsity, made.batches(LOSS)[:count], anatomy, **settings).masks
 
 
 def refusals(rank: int) -> dict[str, str]:

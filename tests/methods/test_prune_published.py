@@ -107,12 +107,12 @@ def test_pruned_at_the_three_sparsities_from_one_calibration(subject, method):
 
 def test_fine_tuned_on_the_pattern_saved_sparse_and_loaded(subject, tmp_path):
     model = subject.model
-    masks = trimtab.prune(model, "multiflow", 0.75, subject.batches, with_task=subject.with_task)
+    fit = trimtab.prune(model, "multiflow", 0.75, subject.batches, with_task=subject.with_task)
     weights = {w.path: model.get_parameter(w.path) for w in Anatomy.of(model).weights(model)}
     pattern = {n: p != 0 for n, p in weights.items()}
     before = {n: p.clone() for n, p in weights.items()}
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.05)
-    masks.keep(model, optimiser)
+    fit.keep(optimiser)
     called = subject.with_task or model
     for batch in subject.batches:
         out = called(**batch)
@@ -121,7 +121,8 @@ def test_fine_tuned_on_the_pattern_saved_sparse_and_loaded(subject, tmp_path):
         optimiser.zero_grad()
     assert all(torch.equal(p != 0, pattern[n]) for n, p in weights.items())
     assert all(not torch.equal(p, before[n]) for n, p in weights.items())
-    trimtab.save_pretrained(model.eval(), tmp_path / "sparse", sparse=True)
+    model.eval()
+    fit.export(tmp_path / "sparse", sparse=True)
     again = trimtab.from_pretrained(tmp_path / "sparse")
     assert all(torch.equal(p, again.get_parameter(n)) for n, p in weights.items())
     with torch.no_grad():

@@ -24,7 +24,7 @@ from trimtab import Anatomy
 from trimtab.anatomy import Block, Sublayer, Tap, Tower
 from trimtab.methods.skip.adapters import Adapter, RoutedAdapter, Skipped
 from trimtab.methods.skip.search.das import DAS
-from trimtab.methods.skip.shorten import hand_on_positions, shorten
+from trimtab.methods.skip.shorten import hand_on_positions, shorten, take_out
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 WORDS = {"vocab_size": 50, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
@@ -222,6 +222,63 @@ def test_adapters_have_no_place_in_an_ordinary_model():
     skip(model, Anatomy.of(model), 1)
     with pytest.raises(ValueError, match="5 adapters are part of the model"):
         shorten(model)
+
+
+def test_a_model_with_methods_in_a_handle_is_not_shortened_behind_its_back():
+    model = vilt()
+    model._trimtab_fit = object()
+    with pytest.raises(ValueError, match=r"methods are attached to this model.*use `fit.skip"):
+        shorten(model, ["encoder.layer.1"])
+    assert len(take_out(model, ["encoder.layer.1"]).encoder.layer) == 2, "the handle itself knows what it does"
+
+
+def test_lora_is_merged_before_blocks_go():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = inject_adapter_in_model(LoraConfig(target_modules=["query"]), vilt())
+    with pytest.raises(ValueError, match=r"3 layers are wrapped \('encoder.layer.0.*query', ...\): merge"):
+        shorten(model, ["encoder.layer.1"])
+
+
+def test_a_configuration_that_two_models_share_stays_as_it_is():
+    config = llama().config
+    one, other = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    shorten(one, ["model.layers.1", "model.layers.2"])
+    assert one.config.num_hidden_layers == 2 and one.model.config is one.config
+    assert one.model.layers[1].self_attn.config is one.config, "one object within the model"
+    assert config.num_hidden_layers == 4 and other.config is config and len(other.model.layers) == 4
+    pair = [LlavaForConditionalGeneration(llava().config) for _ in range(2)]
+    vision = pair[0].config.vision_config
+    pair[1].config.vision_config = vision
+    shorten(pair[0], ["model.vision_tower.encoder.layers.1"])
+    assert pair[0].config.vision_config.num_hidden_layers == 3 == pair[0].model.vision_tower.config.num_hidden_layers
+    assert vision.num_hidden_layers == 4
+
+
+def gemma3n() -> nn.Module:
+    """A decoder with lists and embeddings for each layer."""
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "head_dim": 8, "vocab_size": 50, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 50,
+             "laurel_rank": 4, "sliding_window": 4, "pad_token_id": 0}  # fmt: skip
+    layers = {"num_hidden_layers": 4, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
+              "layer_types": ["sliding_attention", "full_attention"] * 2}  # fmt: skip
+    return Gemma3nForCausalLM(Gemma3nTextConfig(**sizes, **layers)).eval()
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_what_a_configuration_says_for_each_layer_and_is_not_understood_is_refused(block):
+    model = gemma3n()
+    ids = torch.arange(3, 9)[None]
+    config, parts = model.config, [n for n, _ in model.named_modules()]
+    before, written = config.to_dict(), model(ids).logits
+    with pytest.raises(ValueError, match="something for each layer that is not understood|no setting of Gemma3n"):
+        shorten(model, [f"model.layers.{block}"])
+    assert model.config is config and config.to_dict() == before
+    assert [n for n, _ in model.named_modules()] == parts
+    assert [m.layer_idx for m in model.model.layers] == [0, 1, 2, 3]
+    assert torch.equal(model(ids).logits, written), "the model is as it was"
 
 
 @pytest.mark.parametrize(

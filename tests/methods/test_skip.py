@@ -386,6 +386,48 @@ def test_a_plan_of_another_model_is_refused(other, message, tmp_path):
         DAS(plan=str(tmp_path / "plan.json")).assume(model, Anatomy.of(model))
 
 
+def test_a_plan_itself_is_used_and_told_by_its_paths():
+    model = vilt(2)
+    plan = Plan.of(model, Anatomy.of(model), list(Anatomy.of(model).blocks()), (1,))
+    method = DAS(plan=plan)  # two blocks, as many as the default `skip` would take
+    left = method.attach(model, Anatomy.of(model))
+    assert [b.path for b in left.blocks()] == ["encoder.layer.0"] and method.plan == plan
+    assert method.describe()["plan"] == ("encoder.layer.1",)
+    with pytest.raises(PlanError, match=r"das: plan: skips 'encoder.layer.1', which is no block"):
+        DAS(plan=plan).attach(vilt(1), Anatomy.of(vilt(1)))
+
+
+def test_without_a_plan_nothing_is_attached():
+    model = vilt()
+    with pytest.raises(ValueError, match=r"das: there is no plan yet: call `prepare\(session\)`"):
+        DAS().attach(model, Anatomy.of(model))
+
+
+def test_a_folder_in_which_nothing_is_skipped_holds_no_plan(tmp_path):
+    (tmp_path / "fit.json").write_text(json.dumps({"methods": [{"name": "lora", "lever": "tune", "state": {}}]}))
+    with pytest.raises(PlanError, match=r"fit.json: no blocks are skipped there \(found lora\)"):
+        Plan.read(tmp_path)
+
+
+def test_a_damaged_journal_is_named(tmp_path):
+    journal = Journal(tmp_path / "search")
+    journal.begin()
+    for name, read in (("found.json", journal.read), ("found.safetensors", journal.tensors)):
+        (tmp_path / "search" / name).write_text("{")
+        with pytest.raises(ValueError, match=rf"{name}: cannot be read .*delete .*search to search from the start"):
+            read("found")
+
+
+@pytest.mark.parametrize(("form", "trains"), [("none", False), ("parallel", True)])
+def test_heads_train_beside_adapters_only(form, trains):
+    model = vilt().requires_grad_(False)
+    anatomy = Anatomy.of(model)
+    method = DAS(plan=("encoder.layer.1",), adapters=form)
+    method.attach(model, anatomy)
+    assert any(p.requires_grad for p in model.pooler.parameters()) == trains
+    assert any(p.requires_grad for p in model.parameters()) == (method.trains == "added") == trains
+
+
 @pytest.mark.parametrize(
     "text", ["{", "[]", '{"format": 1}', '{"format": 7}', '{"format": 1, "model": "x", "blocks": [1]}']
 )

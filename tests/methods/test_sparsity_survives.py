@@ -40,7 +40,7 @@ def test_no_step_revives_a_weight(kind, autocast, accumulate):
     model = Stack()
     optimizer = OPTIMIZERS[kind](model.parameters())
     trained(optimizer, model)  # moments of every weight, from before they were pruned
-    masks = trimtab.prune(model, "omp", 0.63, anatomy=model.anatomy())
+    masks = trimtab.prune(model, "omp", 0.63, anatomy=model.anatomy()).masks
     before = {k: v.clone() for k, v in model.state_dict().items()}
     masks.keep(model, optimizer)
     trained(optimizer, model, accumulate, autocast)
@@ -54,7 +54,7 @@ def test_without_being_kept_they_come_back(kind):
     torch.manual_seed(0)
     model = Stack()
     optimizer = OPTIMIZERS[kind](model.parameters())
-    masks = trimtab.prune(model, "omp", 0.63, anatomy=model.anatomy())
+    masks = trimtab.prune(model, "omp", 0.63, anatomy=model.anatomy()).masks
     for handle in masks.keep(model, optimizer):
         handle.remove()
     trained(optimizer, model)
@@ -66,7 +66,7 @@ def test_moments_of_pruned_weights_stay_zero():
     torch.manual_seed(0)
     model = Stack()
     optimizer = torch.optim.AdamW(model.parameters())
-    masks = trimtab.prune(model, "omp", 0.63, anatomy=model.anatomy())
+    masks = trimtab.prune(model, "omp", 0.63, anatomy=model.anatomy()).masks
     masks.keep(model, optimizer)
     trained(optimizer, model)
     parameters = dict(model.named_parameters())
@@ -86,7 +86,7 @@ def test_loras_merge_multiplies_its_update_by_the_mask():
     torch.manual_seed(0)
     model = Stack()
     anatomy = model.anatomy()
-    masks = trimtab.prune(model, "omp", 0.63, anatomy=anatomy)
+    masks = trimtab.prune(model, "omp", 0.63, anatomy=anatomy).masks
     pruned = {k: v.clone() for k, v in model.state_dict().items()}
     lora = LoRA(rank=2, targets=("query",))
     model.requires_grad_(False)

@@ -46,7 +46,7 @@ def trainer(fit: trimtab.Adapted, folder, steps: int = 4, save: int = 2) -> Trai
     args = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2, weight_decay=0.1,
         save_strategy="steps", save_steps=save, report_to="none", disable_tqdm=True, use_cpu=True, seed=0,
-        logging_steps=1,
+        logging_steps=1, remove_unused_columns=False,
     )  # fmt: skip
     return Trainer(model=fit.model, args=args, train_dataset=Rows(SINGLE.batch), callbacks=fit.callbacks())
 

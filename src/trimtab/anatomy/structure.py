@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 _ADDED = "_trimtab_added"
+HANDLE = "_trimtab_fit"  # under which an adapted model holds its handle
 _WRAPS = "_trimtab_wraps"
 # Under which name PEFT keeps the plain module, and beside which other: in its layers, and where it trains a copy.
 _INNER = {"base_layer": None, "original_module": "modules_to_save"}

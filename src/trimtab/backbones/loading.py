@@ -148,6 +148,10 @@ def from_pretrained(folder: str | Path) -> Any:
     import transformers
 
     folder = Path(folder)
+    if (folder / "fit.json").is_file():
+        raise ValueError(
+            f"{folder}: holds an adapted model (fit.json): load its base, then `trimtab.adapt(base, {str(folder)!r})`"
+        )
     _, architecture = _read_config(folder)
     kind = model_class(architecture)
     if kind is None:

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy
-from trimtab.anatomy.structure import under, unwrapped
+from trimtab.anatomy.structure import HANDLE, under, unwrapped
 from trimtab.files import replace_folder
 from trimtab.methods.base import METHODS, Method
 from trimtab.methods.costs import Costs, count, described
-from trimtab.methods.patches import HANDLE
 from trimtab.methods.prune.base import Pruner
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.masks import Masks

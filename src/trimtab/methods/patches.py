@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from trimtab.anatomy.structure import HANDLE
+
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from trimtab.methods.stack import Stack
-
-HANDLE = "_trimtab_fit"  # under which an adapted model holds its handle
 
 
 def release(model: nn.Module) -> None:

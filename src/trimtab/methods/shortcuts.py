@@ -14,6 +14,7 @@ from trimtab.anatomy import Anatomy
 from trimtab.anatomy.structure import unwrapped
 from trimtab.methods.adapted import Adapted, adapt, calibration, handle_of
 from trimtab.methods.base import METHODS
+from trimtab.methods.patches import release
 from trimtab.methods.prune.masks import Masks
 from trimtab.methods.session import Batch
 from trimtab.methods.skip import shorten as shortening
@@ -101,4 +102,7 @@ def shorten(model: nn.Module, skip: Collection[str] = ()) -> Adapted:
     Raises:
         ValueError: see `trimtab.methods.skip.shorten.shorten`.
     """
-    return adapt(shortening.shorten(unwrapped(model), skip))
+    plain = unwrapped(model)
+    if (fit := handle_of(plain)) is not None and not fit.methods:
+        release(plain)
+    return adapt(shortening.shorten(plain, skip))

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from trimtab.anatomy import Anatomy
-from trimtab.anatomy.structure import is_wrapped
+from trimtab.anatomy.structure import HANDLE, is_wrapped
 from trimtab.methods.base import Method
 from trimtab.methods.learned import Learned
-from trimtab.methods.patches import HANDLE, SavePretrained, Train, checkpoint_callback, release
+from trimtab.methods.patches import SavePretrained, Train, checkpoint_callback, release
 from trimtab.methods.prune.masks import Masks
 from trimtab.methods.saved import Saved, identity, short
 from trimtab.methods.session import Session
@@ -161,7 +161,7 @@ class Stack(Learned):
             self.model.train = Train(self.model)  # type: ignore[method-assign]
             if self.model.training:
                 self.model.train()
-        if hasattr(type(self.model), "save_pretrained"):
+        if self.lost() and hasattr(type(self.model), "save_pretrained"):
             self.model.save_pretrained = SavePretrained(self)  # type: ignore[assignment]
 
     # --- what is attached ---
@@ -178,6 +178,10 @@ class Stack(Learned):
     def plan(self) -> Plan | None:
         """Which blocks are skipped; None if the lever was not pulled."""
         return next((Plan.from_dict(m.state) for m in self._of("skip")), None)
+
+    def lost(self) -> list[str]:
+        """Names of the methods that a plain transformers folder of the model as it stands would lose."""
+        return [m.name for m in self.methods if m.lever == "skip" or m.trains == "added"]
 
     # --- training ---
 

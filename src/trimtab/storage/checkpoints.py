@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from trimtab.anatomy.structure import HANDLE
 from trimtab.files import replace_folder
 from trimtab.storage import sparse as layout
 from trimtab.storage.shards import DENSE, SHARD_SIZE, ShardWriter, find, open_safetensors, read_index
@@ -60,6 +61,12 @@ def save_pretrained(
 
 def write_pretrained(model: Any, folder: Path, sparse: bool, max_shard_size: int | str = SHARD_SIZE) -> None:
     """As `save_pretrained`, into a folder that is there, for callers that add files before it is finished."""
+    handle = getattr(model, HANDLE, None)
+    if handle is not None and (lost := handle.lost()):
+        raise ValueError(
+            f"this {type(model).__name__} is adapted, and a plain folder would lose {', '.join(lost)}: "
+            "`fit.save(folder)` keeps it, `fit.export(folder)` makes it part of the weights where that is possible"
+        )
     dense = folder / ".dense" if sparse else folder
     with quiet():
         model.save_pretrained(dense, max_shard_size=max_shard_size)

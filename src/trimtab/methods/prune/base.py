@@ -50,7 +50,6 @@ class Pruner(Method):
         rounds: how often it goes over calibration data for one sparsity; 0 if it needs none.
         changes_weights: whether it gives kept weights new values.
         shares: whether several processes can share its calibration data.
-        finds: whether it finds masks, rather than being given them.
     """
 
     lever = "prune"
@@ -62,7 +61,6 @@ class Pruner(Method):
     allocation: ClassVar[str]
     changes_weights: ClassVar[bool] = False
     shares: ClassVar[bool] = True
-    finds: ClassVar[bool] = True
 
     assumed = False  # whether the masks stand for those that data would give
 

@@ -104,7 +104,9 @@ class Masks(Mapping[str, Tensor]):
                 raise ValueError(
                     f"no mask stands at or below '{prefix}'; the first is that of '{next(iter(self), '')}'"
                 )
-        return self._renamed({path: path for path in self.masks if not under(path, prefixes)})
+        left = self._renamed({path: path for path in self.masks if not under(path, prefixes)})
+        left._mark = self._mark  # what `apply` noted on a model is true of them
+        return left
 
     def restricted_to(self, model: nn.Module) -> Masks:
         """The masks of the weights that a plain model has, under the paths that they have there.

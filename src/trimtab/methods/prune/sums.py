@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab import processes
-from trimtab.anatomy import Anatomy, Tower, Weight, read
+from trimtab.anatomy import Anatomy, Block, Tower, Weight, read
+from trimtab.anatomy.calls import arguments
 from trimtab.anatomy.structure import plain_module
 from trimtab.methods.prune.calibration import Batch
 from trimtab.methods.prune.convolutions import Convolutions, patch_sums
@@ -103,7 +104,7 @@ class InputSums:
             if tower.samples is not None:
                 self._hold(read(self.model, tower.samples, partial(self._count, tower.name)))
             for block in tower.blocks if tower.memory else ():
-                hook = partial(self._memory, tower)
+                hook = partial(self._memory, tower, block)
                 self._hold(self.model.get_submodule(block.path).register_forward_pre_hook(hook, with_kwargs=True))
         convolutions = [w for w in self.weights if w.kernel]
         for weight in self.weights:
@@ -124,12 +125,17 @@ class InputSums:
     def _count(self, tower: str, value: Tensor) -> None:
         self.samples[tower] = len(value)
 
-    def _memory(self, tower: Tower, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Note of which tower is what a block is given beside the stream, its first argument, by where it lies."""
-        named: list[tuple[str, Any]] = [*(("", x) for x in args), *kwargs.items()]
-        given = [(name, x) for name, x in named if isinstance(x, Tensor) and x.ndim == 3]
+    def _memory(self, tower: Tower, block: Block, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Note of which tower is what a block is given beside its stream, by where it lies."""
+        stream = block.stream_of(module, args, kwargs)
+        named = arguments(module, args, kwargs)
+        rest = [("", x) for x in args if not any(x is known for known in named.values())]  # what went into `*args`
         reads, memory = dict(tower.memories), str(tower.memory)
-        self.memories[tower.name] = {(x.data_ptr(), x.shape): reads.get(name, memory) for name, x in given[1:]}
+        self.memories[tower.name] = {
+            (x.data_ptr(), x.shape): reads.get(name, memory)
+            for name, x in (*named.items(), *rest)
+            if isinstance(x, Tensor) and x.ndim == 3 and x is not stream
+        }
 
     def _watch(self, weight: Weight) -> None:
         owner, _, name = weight.module.rpartition(".")

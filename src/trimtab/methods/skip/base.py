@@ -262,8 +262,8 @@ class Skipping(Method):
         """Take the plan's blocks out, and set new adapters in their places and in the kept blocks.
 
         Adapters are set to be trained, and with them, as published, everything in the anatomy's heads but the map to a
-        vocabulary. Whether a head gets a gradient depends on what the model is trained for (a task that reads tokens
-        leaves a pooler without): whoever counts what is trained must ask the gradients.
+        vocabulary; without adapters nothing is. Whether a head gets a gradient depends on what the model is trained for
+        (a task that reads tokens leaves a pooler without): whoever counts what is trained must look at the gradients.
 
         Raises:
             ValueError: if there is no plan yet, or it skips a block that is no candidate here.
@@ -288,7 +288,8 @@ class Skipping(Method):
             else:
                 add_adapters(model, block, bottleneck, self.settings.adapters)
         close_gaps(model, anatomy, skipped)
-        train_adapters(model, anatomy.heads)
+        if self.settings.adapters != "none":
+            train_adapters(model, anatomy.heads)
         towers = tuple(replace(t, blocks=tuple(b for b in t.blocks if b.path not in skipped)) for t in anatomy.towers)
         return replace(anatomy, towers=towers)
 

@@ -27,12 +27,12 @@ def renumbered(model: nn.Module, path: str, kept: list[int]) -> list[tuple[Any, 
         ValueError: if it is not known what a setting means, or two numbers would become one.
     """
     found = []
+    blocks: Any = model.get_submodule(path)
     for config in configs_of(model, path):
         for key, value in _values(config):
             if not (isinstance(value, list) and value and key.endswith(("_layers", "_indexes", "_indices"))):
                 continue
             meaning = _NUMBERED.get(key)
-            blocks = list(model.get_submodule(path).children())
             if meaning is None and len(value) != len(blocks) and all(type(v) is int for v in value):
                 raise ValueError(f"shorten: {type(config).__name__}.{key} names layers by number; not supported")
             if meaning == "kind":

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from trimtab.anatomy import Anatomy, AnatomyError
-from trimtab.anatomy.structure import added_by, is_wrapped
+from trimtab.anatomy.structure import HANDLE, added_by, is_wrapped
 from trimtab.methods.skip.adapters import Skipped
 from trimtab.methods.skip.configs import Proof, configs_of, own_configs, renumbered, shorten_config
 
@@ -42,9 +42,14 @@ def close_gaps(model: nn.Module, anatomy: Anatomy, skipped: Collection[str]) -> 
         free = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in kinds}
         for path in kept:
             slot = free[kinds[paths.index(path)]].pop(0)
-            for module in model.get_submodule(path).modules():
-                if isinstance(getattr(module, "layer_idx", None), int):
-                    setattr(module, "layer_idx", slot)  # noqa: B010 (torch types what a module holds)
+            _set_slot(model.get_submodule(path), slot)
+
+
+def _set_slot(block: Any, slot: int) -> None:
+    """The place of a block's attention in key-value caches."""
+    for module in block.modules():
+        if isinstance(getattr(module, "layer_idx", None), int):
+            module.layer_idx = slot
 
 
 def _kinds(model: nn.Module, paths: list[str]) -> list[str]:
@@ -88,7 +93,7 @@ def shorten(model: nn.Module, skip: Collection[str] = ()) -> nn.Module:
             class has a place for, if a path is no block in a list or one that cannot go (`Block.stays`), or if no
             configuration of its class stands for the shorter model. The model is as it was then.
     """
-    if any("_trimtab_fit" in vars(m) for m in model.modules()):
+    if any(HANDLE in vars(m) for m in model.modules()):
         raise ValueError(
             "shorten: methods are attached to this model, whose masks or side networks need its blocks: use "
             "`fit.skip(...)` of the handle that `trimtab.adapt` gave, with `plan=` these blocks and `adapters='none'`"
@@ -185,8 +190,6 @@ def _shorten_list(model: nn.Module, path: str, gone: set[int]) -> None:
         if hasattr(holder, key):  # the module has taken it over from its configuration
             setattr(holder, key, numbers)
     for new, block in enumerate(model.get_submodule(path).children()):
-        for module in block.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                setattr(module, "layer_idx", new)  # noqa: B010 (torch types what a module holds)
+        _set_slot(block, new)
     if getattr(model, "config", None) is not None:
         shorten_config(model, path, count, kept)

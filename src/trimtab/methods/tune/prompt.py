@@ -159,7 +159,6 @@ def widened(value: Any, count: int, length: int, name: str = "", causal: bool = 
 class ShallowPrompt(_Prompts):
     """Prompts before the tokens that enter the first block."""
 
-    name = "shallow-prompt"
     deep = False
 
 
@@ -167,5 +166,4 @@ class ShallowPrompt(_Prompts):
 class DeepPrompt(_Prompts):
     """Prompts of its own before every block."""
 
-    name = "deep-prompt"
     deep = True

@@ -82,7 +82,6 @@ class MultiTier(nn.Module):
 class SHERL(Beside):
     """Merges the inputs of all blocks and gives the result to the last one."""
 
-    name = "sherl"
     Settings = SHERLSettings
 
     def stand(self, model: nn.Module, anatomy: Anatomy, tower: Tower) -> Stand:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Supernet:
     """A copy of a session's model in which every candidate can be switched to its skip adapter.
 
-    Of the plain model nothing is trained but adapters and heads; what the model with task has beside it (a task's head)
-    is trained if it was.
+    Of the plain model nothing is trained but adapters and, beside them, heads; what the model with task has around it
+    (a task's head) is trained if it was.
 
     Args:
         session: whose model is copied.
@@ -47,7 +47,8 @@ class Supernet:
             add_adapters(self.plain, block, bottleneck, settings.adapters)
             self.switches.append(Switch(self.plain.get_submodule(block.path), other))
             replace_module(self.plain, block.path, self.switches[-1])
-        train_adapters(self.plain, session.anatomy.heads)
+        if settings.adapters != "none":
+            train_adapters(self.plain, session.anatomy.heads)
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """The loss on a batch with the blocks skipped that are chosen now, a scalar."""
