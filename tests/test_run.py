@@ -88,7 +88,7 @@ def test_weights_of_another_model_are_refused(copy):
     save_file(tensors, copy / "weights.safetensors")
     with pytest.raises(
         folder_of_runs.RunError,
-        match=rf"weights.safetensors: .*'{name}' has the shape \(128, 63\), expected \(128, 64\)",
+        match=rf"weights.safetensors: .*'{name}' has the shape \(128, 63\), expected",
     ):
         folder_of_runs.load(copy)
 
@@ -201,9 +201,7 @@ def test_an_exported_run_is_the_same_model_with_every_zero_and_no_lora(tiny_raw,
     assert merged == sum(p.endswith(("q_proj.weight", "v_proj.weight")) for p in masks) > 0
     lora = next(m for m in tuned.modules() if hasattr(m, "get_delta_weight"))
     a, b = lora.lora_A["default"].weight, lora.lora_B["default"].weight
-    assert (b @ a != 0).all() and not (
-        lora.get_delta_weight("default") != 0
-    ).all()  # the mask removes some of the update
+    assert (b @ a != 0).all() and not (lora.get_delta_weight("default") != 0).all()  # masked
 
 
 def test_an_exported_lora_run_computes_what_the_run_computes(tiny_raw, tmp_path):

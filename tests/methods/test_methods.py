@@ -112,9 +112,9 @@ def test_every_pruned_weight_is_exactly_zero_after_training(name, sparsity, tiny
     stored = load_file(folder / "weights.safetensors")
     kept = total = 0
     for key, packed in stored.items():
-        if not key.startswith("methods.0."):
+        if not key.startswith("method.0."):
             continue
-        weight = stored["backbone.model." + key.removeprefix("methods.0.")]
+        weight = stored["learned." + key.removeprefix("method.0.")]
         mask = unpack(packed, weight.shape)
         assert not weight[~mask].any()
         assert weight[mask].count_nonzero() == mask.sum(), "kept weights are trained, none of them lands on zero"

@@ -28,7 +28,6 @@ from trimtab.experiments.recipe import expand
 from trimtab.experiments.schema import Recipe
 from trimtab.files import replace_file
 from trimtab.methods.adapted import restore
-from trimtab.methods.saved import FitError
 from trimtab.tasks import Task, TaskModel
 
 FORMAT = 1
@@ -78,7 +77,7 @@ def load_assembly(folder: str | Path) -> Assembly:
     parts = assemble(load_recipe(folder))
     try:
         restore(parts.fit, folder)
-    except (FitError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:
         raise RunError(str(error)) from error
     parts.methods = parts.fit.methods
     return parts
