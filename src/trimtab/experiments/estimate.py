@@ -1,6 +1,7 @@
 """What a model with its methods costs, before and after paying it.
 
-params, trainable_params       numbers
+params, trainable_params       numbers; what is called trained gets a gradient
+nonzero_params, dense_params   those that no mask makes zero, with the methods; all of them, without
 macs, dense_macs               multiply-adds of one forward pass of one sample, with and without the methods; one
                                multiply-add is 1 MAC (torch counts 2 FLOPs); matrix products, convolutions, attention
 saved_activation_bytes         what autograd keeps for backward in one training batch, each storage once, without
@@ -29,8 +30,15 @@ from trimtab.methods import Session
 from trimtab.tasks.base import TaskModel
 
 
-def measure(parts: Assembly, dense_macs: int, batch_size: int, weights: Path) -> dict[str, Any]:
-    """All costs of an assembled, attached model; `weights` is the file of its learned part."""
+def measure(parts: Assembly, whole: dict[str, int], batch_size: int, weights: Path) -> dict[str, Any]:
+    """All costs of an assembled, attached model.
+
+    Args:
+        parts: attached.
+        whole: what `dense` gives.
+        batch_size: of training.
+        weights: the file of its learned part.
+    """
     model = parts.model
     device = next(model.parameters()).device
     one, batch = ({k: v.to(device) for k, v in model.example(n).items()} for n in (1, batch_size))
@@ -42,9 +50,9 @@ def measure(parts: Assembly, dense_macs: int, batch_size: int, weights: Path) ->
             loss.backward()
         model.zero_grad(set_to_none=True)
 
-    costs = _counts(model, one, batch)
+    costs = _counts(parts, one, batch)
     costs |= {
-        "dense_macs": dense_macs,
+        **whole,
         "checkpoint_bytes": weights.stat().st_size,
         "peak_memory_bytes": peak_memory(step),
     }
@@ -53,13 +61,16 @@ def measure(parts: Assembly, dense_macs: int, batch_size: int, weights: Path) ->
     return costs
 
 
-def _counts(model: TaskModel, one: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Any]:
+def _counts(parts: Assembly, one: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Any]:
+    model = parts.model
     model.eval()
     macs = count_macs(lambda: model(**one))
     model.train()
     parameters = list(model.parameters())
+    total = sum(p.numel() for p in parameters)
     return {
-        "params": sum(p.numel() for p in parameters),
+        "params": total,
+        "nonzero_params": total - sum(m.state["prunable"] - m.state["kept"] for m in parts.fit.levers("prune")),
         "trainable_params": sum(p.numel() for p in parameters if p.requires_grad),
         "macs": macs,
         "saved_activation_bytes": saved_bytes(lambda: model(**batch)["loss"], model),
@@ -67,19 +78,20 @@ def _counts(model: TaskModel, one: dict[str, Tensor], batch: dict[str, Tensor]) 
     }
 
 
-def dense(recipe: Recipe) -> int:
-    """Multiply-adds of a recipe's model before any method changes it."""
+def dense(recipe: Recipe) -> dict[str, int]:
+    """Multiply-adds (`dense_macs`) and parameters (`dense_params`) of a recipe's model before any method changes it."""
     bare = replace(recipe, methods=(), backbone=replace(recipe.backbone, pretrained=False, start_from=None))
     key = json.dumps([asdict(bare.backbone), bare.task, bare.data])
     if key not in _DENSE:  # every variant of a recipe asks for the same figure
         parts = assemble(bare)
         parts.model.eval()
         one = parts.model.example(1)
-        _DENSE[key] = count_macs(lambda: parts.model(**one))
+        macs = count_macs(lambda: parts.model(**one))
+        _DENSE[key] = {"dense_macs": macs, "dense_params": sum(p.numel() for p in parts.model.parameters())}
     return _DENSE[key]
 
 
-_DENSE: dict[str, int] = {}
+_DENSE: dict[str, dict[str, int]] = {}
 
 
 def estimate(recipe: Recipe) -> dict[str, Any]:
@@ -89,8 +101,8 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
     budget takes; a pruner keeps its share.
 
     Returns:
-        `params`, `trainable_params`, `macs`, `dense_macs`, `saved_activation_bytes` and `training_peak_bytes` (for the
-        recipe's batch size, which is in `batch_size`), `checkpoint_bytes`, and `nonzero_params`.
+        `params`, `nonzero_params`, `dense_params`, `trainable_params`, `macs`, `dense_macs`, `checkpoint_bytes`, and for
+        the recipe's batch size, which is in `batch_size`, `saved_activation_bytes` and `training_peak_bytes`.
     """
     blind = replace(recipe, backbone=replace(recipe.backbone, pretrained=False, start_from=None))
     try:
@@ -123,7 +135,7 @@ class _Blind:
 
 
 def _estimate(recipe: Recipe) -> dict[str, Any]:
-    dense_macs = dense(recipe)
+    whole = dense(recipe)
     parts = assemble(recipe)
     parts.model.backbone.requires_grad_(False)
     session = cast("Session", _Blind(parts.model, parts.fit.anatomy, recipe.seed))
@@ -133,12 +145,6 @@ def _estimate(recipe: Recipe) -> dict[str, Any]:
         parts.fit.attach(method, restored=True)
     parts.settle()
     batch = parts.model.example(recipe.training.batch_size)
-    costs = _counts(parts.model, parts.model.example(1), batch)
+    costs = _counts(parts, parts.model.example(1), batch)
     costs["training_peak_bytes"] = training_peak(lambda: parts.model(**batch)["loss"], parts.model)
-    zeros = sum(m.state["prunable"] - m.state["kept"] for m in parts.methods if m.lever == "prune")
-    return {
-        **costs,
-        "dense_macs": dense_macs,
-        "checkpoint_bytes": safetensors_size(parts.fit.stored()),
-        "nonzero_params": costs["params"] - zeros,
-    }
+    return {**costs, **whole, "checkpoint_bytes": safetensors_size(parts.fit.stored())}

@@ -138,16 +138,16 @@ class Stack(Learned):
         self.anatomy = method.attach(self.model, self.anatomy)
         self.methods.append(method)
         if self.masks is not None and method.lever != "skip":
-            for other in self._of("tune"):
+            for other in self.levers("tune"):
                 other.follow(self.masks, self.model)
         if gone := blocks - {b.path for b in self.anatomy.blocks()}:
-            for pruner in self._of("prune"):
+            for pruner in self.levers("prune"):
                 pruner.forget(gone, self.anatomy)
         self._take_over()
 
     def _detach(self, towers: set[str], restored: bool) -> None:
         """Freeze what no gradient reaches any more; adapters of a search keep what they learned in it."""
-        for method in self._of("skip"):
+        for method in self.levers("skip"):
             if method.trains == "added" and not restored:
                 method.keep_trained(self.model, towers)
         for path, parameter in self.model.named_parameters():
@@ -166,18 +166,19 @@ class Stack(Learned):
 
     # --- what is attached ---
 
-    def _of(self, lever: str) -> list[Any]:
+    def levers(self, lever: str) -> list[Any]:
+        """The attached methods of a lever."""
         return [m for m in self.methods if m.lever == lever]
 
     @property
     def masks(self) -> Masks | None:
         """The masks on the model as it is; None if it was not pruned."""
-        return next((m.attached for m in self._of("prune")), None)
+        return next((m.attached for m in self.levers("prune")), None)
 
     @property
     def plan(self) -> Plan | None:
         """Which blocks are skipped; None if the lever was not pulled."""
-        return next((Plan.from_dict(m.state) for m in self._of("skip")), None)
+        return next((Plan.from_dict(m.state) for m in self.levers("skip")), None)
 
     def lost(self) -> list[str]:
         """Names of the methods that a plain transformers folder of the model as it stands would lose."""
@@ -250,7 +251,7 @@ class Stack(Learned):
         release(twin)
         # Masks name blocks as they are numbered before any goes.
         for lever in ("tune", "prune", "skip"):
-            for method in fit._of(lever):
+            for method in fit.levers(lever):
                 method.fold(twin)
         if wrapped := [path for path, module in twin.named_modules() if is_wrapped(module)]:
             raise ValueError(

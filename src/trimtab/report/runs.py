@@ -66,6 +66,7 @@ COSTS = (
     Cost("trained parameters", "trainable_params", COUNTS, log=True),
     Cost("saved activations", "saved_activation_bytes", BYTES),
     Cost("MACs", "macs", COUNTS),
+    Cost("weights kept", "nonzero_params", COUNTS, plotted=False),
     Cost("latency", "latency_ms", MILLISECONDS),
     Cost("on disk", "checkpoint_bytes", BYTES, plotted=False),
 )

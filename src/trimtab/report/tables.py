@@ -152,8 +152,8 @@ def _score_cell(scores: Sequence[float], is_fraction: bool) -> str:
 
 
 def _relative(runs: Sequence[RunRecord], key: str) -> str:
-    """Say how a cost compares with the whole: trained with all parameters, sparse with dense MACs."""
-    whole_key = {"trainable_params": "params", "macs": "dense_macs"}.get(key)
+    """Say how a cost compares with the whole: trained with all parameters, MACs and weights with the dense model's."""
+    whole_key = {"trainable_params": "params", "macs": "dense_macs", "nonzero_params": "dense_params"}.get(key)
     pairs = [(run.cost(key), run.cost(whole_key)) for run in runs] if whole_key else []
     ratios = [part / whole for part, whole in pairs if part is not None and whole]
     if not ratios:
