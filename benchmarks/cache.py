@@ -24,7 +24,7 @@ from trimtab.backbones.base import Backbone, Pictures
 from trimtab.backbones.clip.features import ClipBackbone
 from trimtab.data.pictograms import load as pictograms
 from trimtab.experiments import run, training
-from trimtab.experiments.activations import ActivationCache, CachedModel
+from trimtab.experiments.cached import CachedModel, TableCache
 from trimtab.experiments.recipe import expand
 from trimtab.methods import METHODS
 from trimtab.tasks import TASKS, TaskModel
@@ -77,7 +77,7 @@ def speed(name: str, steps: int) -> dict:
         out[method] = round(rate(model, lambda step, s=stream: next(s)[1], size, steps), 1)
     for precision in ("fp16", "int8"):
         with tempfile.TemporaryDirectory() as folder:
-            cache = ActivationCache(model, made, table, Path(folder) / "cache", precision)
+            cache = TableCache(model, made, table, Path(folder) / "cache", precision)
             start = time.process_time()
             cache.fill()
             filled = time.process_time() - start

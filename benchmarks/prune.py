@@ -43,10 +43,10 @@ from transformers import CLIPConfig, CLIPModel
 
 import trimtab
 from trimtab import Anatomy
-from trimtab.experiments import recipe, run, training
+from trimtab.experiments import assembly, recipe, training
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import collect
-from trimtab.methods.prune.masks import kth_smallest
+from trimtab.methods.prune.selection import kth_smallest
 
 WORKS = ("forward", "ours", "bf16", "store")
 SPARSITIES = [0.63, 0.75, 0.9]
@@ -200,8 +200,8 @@ def agreement(batches: int, size: int) -> dict[str, dict]:
                 "methods": [{"name": pruner, "sparsity": sparsity, "batches": batches, "precision": precision}],
             }  # fmt: skip
             r = recipe.expand(raw, "agreement")[0]
-            parts = run.assemble(r)
-            train, validation, _ = run.tables(r, parts)
+            parts = assembly.assemble(r)
+            train, validation, _ = assembly.tables(r, parts)
             rows = range(batches * size) if name != "other rows" else range(batches * size, 2 * batches * size)
             session = training.TrainingSession(parts.model, train.select(rows), validation, r.training, 0, name)
             calibration = Calibration.of(session, batches, size, precision)

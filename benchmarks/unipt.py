@@ -2,14 +2,15 @@
 
     python benchmarks/unipt.py [--repeats 9] [--only vse] > docs/tune/unipt.json
 
-The literal version makes all attention weights, adds an identity matrix to them, stacks all layers' results and weights
-the stack; it works on the same parameters. Ours makes the scores again in the backward pass where they are many
-(`auto`, the default), keeps them all (`keep`, where the side network has the choice), or keeps the frozen maps for the
-backward pass in bfloat16 (`bf16`). Errors are of ours against the literal version in double precision. Sizes are the
-papers', batches smaller; sums over a setting's parts are per sample, as a step trains all parts on as many samples. A
-step is forward and backward of the side network alone, without the frozen backbone and the optimiser. Times are of the
-processor on one thread, not of the clock, and versions take turns, so that what else the machine does counts little.
-`--repeats 0` leaves out times; multiply-adds do not depend on the machine.
+The literal version (`trimtab.methods.tune.unipt.plain`) makes all attention weights, adds an identity to them, stacks
+all layers' results and weights the stack; it works on the same parameters. Ours makes the scores again in the
+backward pass where they are many (`auto`, the default), keeps them all (`keep`, where the side network has the
+choice), or keeps the frozen maps for the backward pass in bfloat16 (`bf16`). Errors are of ours against the literal
+version in double precision. Sizes are the papers', batches smaller; sums over a setting's parts are per sample, as a
+step trains all parts on as many samples. A step is forward and backward of the side network alone, without the frozen
+backbone and the optimiser. Times are of the processor on one thread, not of the clock, and versions take turns, so
+that what else the machine does counts little. `--repeats 0` leaves out times; multiply-adds do not depend on the
+machine.
 """
 
 from __future__ import annotations
@@ -20,97 +21,17 @@ import statistics
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from trimtab.counting import saved_bytes
 from trimtab.experiments.training import keep_freed_memory
+from trimtab.methods.tune.listener import Seen
 from trimtab.methods.tune.unipt import PUBLISHED, DecoderUniPT, PyramidUniPT, TokenUniPT, VectorUniPT
-
-# --- the published computation ----------------------------------------------------------------------------------------
-
-
-def mean(x: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return x.mean(dim=1)
-    return (x * mask[..., None]).sum(dim=1) / mask[..., None].sum(dim=1).clamp(min=1)
-
-
-def weights(query: Tensor, keys: Tensor, mask: Tensor | None, norm: Callable[[Tensor], Tensor]) -> Tensor:
-    scores = query @ keys.permute(0, 2, 1)
-    if mask is not None:
-        scores = scores * mask[:, None]
-    scores = torch.relu(scores)
-    return scores / norm(scores.abs().sum(dim=-1, keepdim=True))
-
-
-def weighted_sum(merged: list[Tensor], logits: list[Tensor]) -> Tensor:
-    confidence = torch.softmax(torch.cat(logits, dim=1), dim=1)
-    return (torch.stack(merged, dim=1) * confidence[:, :, None, None]).sum(dim=1)
-
-
-def attended(
-    anchor: Tensor, targets: list[Tensor], mask: Tensor | None, pool: Tensor | None, side: nn.Module
-) -> Tensor:
-    merged, logits = [], []
-    for z in targets:
-        s = weights(anchor, z, mask, lambda n: n + side.eps)
-        s = s + torch.eye(s.shape[-1])
-        merged.append(s @ z)
-        logits.append(side.gate(mean(anchor, pool) * mean(z, pool)))
-    return weighted_sum(merged, logits)
-
-
-def tokens(side: TokenUniPT, maps: list[Tensor], mask: Tensor | None) -> Tensor:
-    z = [down(h) for down, h in zip(side.down, maps, strict=True)]
-    return side.up(z[-1] + side.project(attended(z[-1], z[:-1], mask, mask, side)))
-
-
-def decoder(side: DecoderUniPT, maps: list[Tensor], mask: None, memory: Tensor, memory_mask: Tensor) -> Tensor:
-    z = [down(h) for down, h in zip(side.down, maps, strict=True)]
-    anchor, targets = z[-1], z[:-1]
-    norm = lambda n: n + side.eps  # noqa: E731
-    targets = [z + c(weights(z, memory, memory_mask, norm) @ memory) for c, z in zip(side.cross, targets, strict=True)]
-    final = anchor + side.project(attended(anchor, targets, None, None, side))
-    return side.up(torch.stack([*targets, final]))
-
-
-def vectors(side: VectorUniPT, maps: list[Tensor], mask: Tensor | None, vector: Tensor, at: Tensor | None) -> Tensor:
-    anchor = side.anchor(torch.relu(vector))[:, None]
-    merged, logits = [], []
-    for down, h in zip(side.down, maps, strict=True):
-        z = down(torch.relu(h.to(vector.dtype)))
-        m = weights(anchor, z, mask, lambda n: n.clamp(min=side.eps)) @ z
-        merged.append(m + (z[:, 0] if at is None else z[torch.arange(len(z)), at])[:, None])
-        logits.append(side.gate(anchor[:, 0] * mean(z, mask)))
-    return vector + side.up(torch.relu(weighted_sum(merged, logits)))[:, 0]
-
-
-def pyramid(side: PyramidUniPT, grids: list[Tensor]) -> Tensor:
-    flat = lambda g: g.flatten(2).permute(0, 2, 1)  # noqa: E731
-    last = grids[-1]
-    anchor = side.down[-1](last)
-    targets = []
-    for guide, down, grid in zip(side.guide, side.down, grids, strict=False):
-        rate = grid.shape[-1] // last.shape[-1]
-        mixed = F.interpolate(torch.relu(guide(last)), size=grid.shape[2:], mode="nearest") * grid
-        windows = torch.relu(F.unfold(mixed.sum(dim=1, keepdim=True), rate, stride=rate))
-        windows = windows / (windows.abs().sum(dim=1, keepdim=True) + side.eps)
-        w = F.fold(windows, grid.shape[2:], rate, stride=rate) + 1 / rate**2
-        targets.append(flat(down(F.avg_pool2d(w * grid, rate, stride=rate, divisor_override=1))))
-    merged = attended(flat(anchor), targets, None, None, side)
-    grown = anchor + side.project(merged.permute(0, 2, 1).reshape(anchor.shape))
-    return flat(side.up(torch.relu(grown)))
-
-
-LITERAL: dict[type, Callable] = {
-    TokenUniPT: tokens, DecoderUniPT: decoder, VectorUniPT: vectors, PyramidUniPT: pyramid,
-}  # fmt: skip
-
+from trimtab.methods.tune.unipt.plain import plain
 
 # --- the sizes --------------------------------------------------------------------------------------------------------
 
@@ -124,9 +45,19 @@ class Part:
 
     name: str
     side: nn.Module
-    inputs: tuple
+    inputs: Seen
     samples: int
     read: Callable[[Tensor], Tensor] = lambda out: out
+
+    @property
+    def seen(self) -> Seen:
+        """The inputs with a list of maps of their own, which a side network empties."""
+        return replace(self.inputs, maps=list(self.inputs.maps))
+
+
+def shown(maps: list[Tensor], mask: Tensor | None = None, **more: Tensor | None) -> Seen:
+    """What a tower of tokens or grids shows."""
+    return Seen(maps, mask, **{"value": maps[-1], **more})
 
 
 def states(batch: int, length: int, width: int, count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -146,11 +77,14 @@ def valid(mask: Tensor) -> Callable[[Tensor], Tensor]:
 
 def vse() -> list[Part]:
     """BERT-base over 30 words, and ResNeXt-101 over 512 px, both to 1024, reduction 2."""
-    text = TokenUniPT(768, 12, 2, out=1024, **PUBLISHED["vse-text"])
+    text = TokenUniPT(768, 12, 2, PUBLISHED["vse-text"], 1024)
     image = PyramidUniPT([256, 512, 1024, 2048], 1024, 2)
     grids = [torch.randn(4, c, s, s) for c, s in ((256, 128), (512, 64), (1024, 32), (2048, 16))]
     mask = padded(32, 30, 10)
-    return [Part("text", text, (states(32, 30, 768, 13), mask), 32, valid(mask)), Part("image", image, (grids,), 4)]
+    return [
+        Part("text", text, shown(states(32, 30, 768, 13), mask), 32, valid(mask)),
+        Part("image", image, shown(grids), 4),
+    ]
 
 
 def clip4clip(dtype: torch.dtype = torch.float32) -> list[Part]:
@@ -159,8 +93,8 @@ def clip4clip(dtype: torch.dtype = torch.float32) -> list[Part]:
     mask = padded(16, 32, 8)
     at = mask.sum(dim=1).long() - 1
     return [
-        Part("text", text, (states(16, 32, 512, 13, dtype), mask, torch.randn(16, 512), at), 16),
-        Part("frames", frames, (states(8 * 12, 50, 768, 13, dtype), None, torch.randn(8 * 12, 512), None), 8),
+        Part("text", text, Seen(states(16, 32, 512, 13, dtype), mask, torch.randn(16, 512), at), 16),
+        Part("frames", frames, Seen(states(8 * 12, 50, 768, 13, dtype), None, torch.randn(8 * 12, 512)), 8),
     ]
 
 
@@ -172,9 +106,10 @@ def clip4clip_half() -> list[Part]:
 def clip_vil(first: bool = True) -> list[Part]:
     """12 joint layers over 20 words and 12 x 20 cells of a picture of 384 x 640 px, reduction 2. Of what they hand on
     the published head reads the first token alone."""
-    side = TokenUniPT(768, 12, 2, first=first, **PUBLISHED["clip-vil"])
+    side = TokenUniPT(768, 12, 2, replace(PUBLISHED["clip-vil"], first=first))
     mask = torch.cat([padded(8, 20, 6), torch.ones(8, 240)], dim=1)
-    return [Part("joint", side, (states(8, 260, 768, 13), mask), 8, (lambda out: out[:, :1]) if first else valid(mask))]
+    read = (lambda out: out[:, :1]) if first else valid(mask)
+    return [Part("joint", side, shown(states(8, 260, 768, 13), mask), 8, read)]
 
 
 def clip_vil_tokens() -> list[Part]:
@@ -184,13 +119,15 @@ def clip_vil_tokens() -> list[Part]:
 
 def mdetr() -> list[Part]:
     """3 of 6 encoder layers over 25 x 42 cells of a picture of 800 x 1333 px and 20 words; 3 of 6 over 100 queries."""
-    encoder = TokenUniPT(256, 3, 2, **PUBLISHED["mdetr-encoder"])
-    queries = DecoderUniPT(256, 3, 2, levels=True, **PUBLISHED["mdetr-decoder"])
+    encoder = TokenUniPT(256, 3, 2, PUBLISHED["mdetr-encoder"])
+    queries = DecoderUniPT(256, 3, 2, PUBLISHED["mdetr-decoder"], levels=True)
     mask = padded(2, 1070, 800)
     memory = torch.randn(2, 1070, 128, requires_grad=True)
+    maps = states(2, 100, 256, 4)
+    read = Seen(maps, None, maps[-1][None], memory=memory, memory_mask=mask)
     return [
-        Part("encoder", encoder, (states(2, 1070, 256, 4), mask), 2, valid(mask)),
-        Part("decoder", queries, (states(2, 100, 256, 4), None, memory, mask), 2),
+        Part("encoder", encoder, shown(states(2, 1070, 256, 4), mask), 2, valid(mask)),
+        Part("decoder", queries, read, 2),
     ]
 
 
@@ -206,10 +143,10 @@ OURS = ("auto", "keep", "bf16")
 def compare(part: Part, ours: Callable | None = None) -> dict[str, float]:
     """How far outputs and gradients are from the literal version's in double precision, relative to its largest."""
     results, silent = [], without_gradient(part.side)
-    exact = (LITERAL[type(part.side)], deepcopy(part.side).double(), in_double(part.inputs))
-    for function, side, inputs in (exact, (ours or type(part.side).__call__, part.side, part.inputs)):
+    exact = (plain, deepcopy(part.side).double(), in_double(part.inputs))
+    for function, side, seen in (exact, (ours or type(part.side).__call__, part.side, part.seen)):
         side.zero_grad(set_to_none=True)
-        out = part.read(function(side, *inputs))
+        out = part.read(function(side, seen))
         out.square().mean().backward()
         results.append((out.detach(), [p.grad.clone() for n, p in side.named_parameters() if n not in silent]))
     (out, gradients), (found, own) = results
@@ -222,8 +159,10 @@ def compare(part: Part, ours: Callable | None = None) -> dict[str, float]:
 
 def in_double(value):
     """Inputs in double precision, token numbers as they are."""
-    if isinstance(value, (list, tuple)):
-        return type(value)(in_double(v) for v in value)
+    if isinstance(value, Seen):
+        return Seen(**{f.name: in_double(getattr(value, f.name)) for f in fields(value)})
+    if isinstance(value, list):
+        return [in_double(v) for v in value]
     return value.double() if value is not None and value.is_floating_point() else value
 
 
@@ -237,7 +176,7 @@ def without_gradient(side: nn.Module) -> set[str]:
 
 def step(function: Callable, part: Part) -> float:
     start = time.process_time()
-    part.read(function(part.side, *part.inputs)).sum().backward()
+    part.read(function(part.side, part.seen)).sum().backward()
     seconds = time.process_time() - start
     part.side.zero_grad(set_to_none=True)
     return seconds
@@ -246,7 +185,7 @@ def step(function: Callable, part: Part) -> float:
 def products(function: Callable, part: Part) -> int:
     """Multiply-adds of a step's matrix products and convolutions, in millions."""
     with FlopCounterMode(display=False) as counter:
-        part.read(function(part.side, *part.inputs)).sum().backward()
+        part.read(function(part.side, part.seen)).sum().backward()
     part.side.zero_grad(set_to_none=True)
     return counter.get_total_flops() // 2_000_000
 
@@ -255,20 +194,19 @@ def versions(part: Part) -> dict[str, Callable]:
     """The literal version and ours."""
 
     def ours(keep: bool | str, kept: torch.dtype | None = None) -> Callable:
-        def call(side: nn.Module, *inputs) -> Tensor:
-            side.keep, side.kept = keep, kept
-            return side(*inputs)
+        def call(side: nn.Module, seen: Seen) -> Tensor:
+            side.how = replace(side.how, keep=keep, kept=kept)
+            return side(seen)
 
         return call
 
-    literal = LITERAL[type(part.side)]
-    return {"literal": literal, "auto": ours("auto"), "keep": ours(True), "bf16": ours("auto", torch.bfloat16)}
+    return {"literal": plain, "auto": ours("auto"), "keep": ours(True), "bf16": ours("auto", torch.bfloat16)}
 
 
 def measure(part: Part, repeats: int) -> dict:
     """Kilobytes kept for backward, millions of multiply-adds and milliseconds a step of every version, a sample."""
     made = versions(part)
-    kept = {k: saved_bytes(lambda f=f: part.read(f(part.side, *part.inputs)).sum(), part.side) for k, f in made.items()}
+    kept = {k: saved_bytes(lambda f=f: part.read(f(part.side, part.seen)).sum(), part.side) for k, f in made.items()}
     macs = {k: products(f, part) for k, f in made.items()}
     times: dict[str, list[float]] = {k: [] for k in made}
     for repeat in range(repeats + 2 if repeats else 0):

@@ -6,6 +6,7 @@ and the memory that training takes with UniPT, LST and in full. Nothing needs we
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from published.sizes import ids, vilt_tokens
 from trimtab import Anatomy
-from trimtab.backbones.architectures import build
+from trimtab.backbones import build
 from trimtab.backbones.clip4clip.model import symmetric_loss
 from trimtab.backbones.vse.model import hinge_loss
 from trimtab.counting import count_macs, saved_bytes, sizes_only, training_peak
@@ -70,7 +71,7 @@ def das_vilt(k: int | None) -> dict[str, Any]:
 
 def vse_sides() -> nn.ModuleDict:
     return nn.ModuleDict({
-        "text": TokenUniPT(768, 12, 2, out=1024, **PUBLISHED["vse-text"]),
+        "text": TokenUniPT(768, 12, 2, PUBLISHED["vse-text"], 1024),
         "image": PyramidUniPT([256, 512, 1024, 2048], 1024, 2),
     })  # fmt: skip
 
@@ -87,10 +88,10 @@ def unipt_parameters() -> dict[str, dict[str, int]]:
         pools = count(vse.img_enc.image_encoder.gpool, vse.txt_enc.gpool)
         heads = count(mdetr.class_embed, mdetr.bbox_embed, mdetr.contrastive_align_projection_image,
                       mdetr.contrastive_align_projection_text)  # fmt: skip
-        encoder = TokenUniPT(256, 3, 2, **PUBLISHED["mdetr-encoder"])
-        decoder = DecoderUniPT(256, 3, 2, levels=True, **PUBLISHED["mdetr-decoder"])
-        single = TokenUniPT(768, 12, 2, **PUBLISHED["clip-vil"] | {"projection": "single"})
-        double = TokenUniPT(768, 12, 2, **PUBLISHED["clip-vil"])
+        encoder = TokenUniPT(256, 3, 2, PUBLISHED["mdetr-encoder"])
+        decoder = DecoderUniPT(256, 3, 2, PUBLISHED["mdetr-decoder"], levels=True)
+        single = TokenUniPT(768, 12, 2, replace(PUBLISHED["clip-vil"], projection="single"))
+        double = TokenUniPT(768, 12, 2, PUBLISHED["clip-vil"])
         return {
             "VSE-infinity": {"text": count(sides["text"]), "image": count(sides["image"]), "GPO": pools},
             "CLIP4Clip": {"text": count(VectorUniPT(512, 12, 512, 1)), "frames": count(VectorUniPT(768, 12, 512, 1))},

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.backbones.architectures import build
+from trimtab.backbones import build
 from trimtab.counting import count_macs, sizes_only
 
 PUBLISHED: list[dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text())["rows"]

@@ -36,7 +36,7 @@ from pathlib import Path
 
 import torch
 
-from trimtab.experiments import recipe, run, training
+from trimtab.experiments import assembly, recipe, training
 from trimtab.files import replace_file
 from trimtab.methods.skip.budget import Goal
 from trimtab.methods.skip.search.bandit import BanditSettings, bandit
@@ -68,9 +68,9 @@ def table(seed: int, options: argparse.Namespace) -> dict:
         "methods": [{"name": "greedy-skip", "skip": max(options.ks), "search_steps": options.steps}],
     }  # fmt: skip
     r = replace(recipe.expand(raw, "skip-search")[0], seed=seed)
-    parts = run.assemble(r)
+    parts = assembly.assemble(r)
     method = parts.methods[0]
-    train, validation, test = run.tables(r, parts)
+    train, validation, test = assembly.tables(r, parts)
     parts.model.to("cuda" if torch.cuda.is_available() else "cpu")
     parts.model.backbone.requires_grad_(False)
     session = training.TrainingSession(parts.model, train, validation, r.training, seed, f"seed {seed}")

@@ -8,27 +8,31 @@ import pytest
 import torch
 
 from trimtab.data.augment import Augmentation
-from trimtab.experiments import activations, recipe, run, training
-from trimtab.experiments.activations import ActivationCache, CachedModel, pack, unpack
+from trimtab.experiments import assembly, recipe, run, training
+from trimtab.experiments import cached as from_table
+from trimtab.experiments import folder as folder_of_runs
+from trimtab.experiments.cached import CachedModel, TableCache
+from trimtab.methods.tune import cache as stored
+from trimtab.methods.tune.cache import pack, unpack
 
 TASKS = {"tiny-clip": "retrieval", "tiny-vilt": "vqa"}
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(activations, "SHARD_ROWS", 24)
-    monkeypatch.setattr(activations, "RUN_ROWS", 16)
+    monkeypatch.setattr(stored, "SHARD_ROWS", 24)
+    monkeypatch.setattr(from_table, "RUN_ROWS", 16)
 
 
 def assembled(tiny_raw, backbone="tiny-clip", task=None, **settings):
     raw = tiny_raw(backbone, task or TASKS[backbone], [{"name": "unipt", **settings}])
-    parts = run.assemble(recipe.expand(raw, "test")[0])
+    parts = assembly.assemble(recipe.expand(raw, "test")[0])
     parts.attach()
     return parts, parts.source.load(raw["task"] if isinstance(raw["task"], str) else raw["task"]["name"], "train")
 
 
-def cached(parts, table, folder, *args, **kwargs) -> ActivationCache:
-    cache = ActivationCache(parts.model, parts.methods[0], table, folder, *args, **kwargs)
+def cached(parts, table, folder, *args, **kwargs) -> TableCache:
+    cache = TableCache(parts.model, parts.methods[0], table, folder, *args, **kwargs)
     cache.fill()
     return cache
 
@@ -89,7 +93,7 @@ def test_an_interrupted_fill_goes_on(tiny_raw, tmp_path):
     times = {f.name: f.stat().st_mtime_ns for f in files}
     wanted = files[4].read_bytes()
     files[4].unlink()
-    again = ActivationCache(parts.model, parts.methods[0], table, tmp_path / "cache", "fp16", 2)
+    again = TableCache(parts.model, parts.methods[0], table, tmp_path / "cache", "fp16", 2)
     assert again.fill() == 1
     assert files[4].read_bytes() == wanted, "what collation draws is the same again"
     assert all(f.stat().st_mtime_ns == times[f.name] for f in files if f != files[4])
@@ -120,7 +124,7 @@ def test_a_stale_cache_is_refused(tiny_raw, tmp_path):
     cached(parts, table, tmp_path / "cache")
 
     def again(parts, table, *args):
-        ActivationCache(parts.model, parts.methods[0], table, tmp_path / "cache", *args)
+        TableCache(parts.model, parts.methods[0], table, tmp_path / "cache", *args)
 
     again(parts, table)
     for what, args in (("precision", (parts, table, "int8")), ("views", (parts, table, "fp16", 2)),
@@ -142,11 +146,11 @@ def test_what_cannot_be_trained_from_a_cache_says_why(tiny_raw, tmp_path):
     for settings, message in (({"form": "token"}, "use UniPT's vector form"), ({"towers": ["text"]}, "tune them all")):
         parts, table = assembled(tiny_raw, **settings)
         with pytest.raises(ValueError, match=message):
-            ActivationCache(parts.model, parts.methods[0], table, tmp_path / "cache")
+            TableCache(parts.model, parts.methods[0], table, tmp_path / "cache")
     parts, table = assembled(tiny_raw)
     parts.plain.visual_projection.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="'model.visual_projection.weight' of the backbone is trained"):
-        ActivationCache(parts.model, parts.methods[0], table, tmp_path / "cache")
+        TableCache(parts.model, parts.methods[0], table, tmp_path / "cache")
     with pytest.raises(recipe.RecipeError, match="only the side networks of `methods:"):
         run.run(recipe.expand(tiny_raw("tiny-clip", "retrieval", ["lora"], cache="fp16"), "test")[0], tmp_path / "run")
 
@@ -170,10 +174,10 @@ def test_a_recipe_trains_from_a_cache(backbone, tiny_raw, tmp_path):
     folder = run.run(r, tmp_path / "run", measure_costs=False)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["history"]
-    parts = run._loaded(folder)
+    parts = folder_of_runs.load_assembly(folder)
     table = parts.source.load(TASKS[backbone], "test")
     assert training.evaluate(parts.model.eval(), table)[0] == metrics["test"]
-    fresh = run.assemble(r)
+    fresh = assembly.assemble(r)
     fresh.attach()
     trained = dict(parts.model.named_parameters())
     changed = {n for n, p in fresh.model.named_parameters() if not torch.equal(p, trained[n])}

@@ -21,8 +21,9 @@ from transformers import (
 
 import trimtab
 from trimtab import backbones, cli
+from trimtab.backbones import from_pretrained
 from trimtab.storage import sparse
-from trimtab.storage.checkpoints import DenseReader, convert, from_pretrained, save_pretrained
+from trimtab.storage.checkpoints import DenseReader, convert, save_pretrained
 
 FILE = "model.sparse.safetensors"
 
@@ -86,8 +87,14 @@ def test_models_come_back_the_same(make, is_sparse, tmp_path):
     assert others[0] == others[1] and "config.json" in others[0]
 
 
+def test_what_is_saved_is_read_by_transformers_unless_the_sparse_layout_is_asked_for(tmp_path):
+    model = pruned(clip)
+    trimtab.save_pretrained(model, tmp_path / "out")
+    assert_same(model, type(model).from_pretrained(tmp_path / "out"))
+
+
 def test_tied_weights_are_stored_once_and_tied_again(tmp_path):
-    save_pretrained(pruned(t5), tmp_path / "out")
+    save_pretrained(pruned(t5), tmp_path / "out", sparse=True)
     names = sparse.SparseReader(tmp_path / "out").keys()
     assert "shared.weight" in names and "lm_head.weight" not in names
     again = from_pretrained(tmp_path / "out")
@@ -97,7 +104,7 @@ def test_tied_weights_are_stored_once_and_tied_again(tmp_path):
 def test_the_weights_are_those_that_transformers_saves(tmp_path):
     model = pruned(clip)
     model.save_pretrained(tmp_path / "dense")
-    save_pretrained(model, tmp_path / "sparse")
+    save_pretrained(model, tmp_path / "sparse", sparse=True)
     theirs, ours = load_file(tmp_path / "dense" / "model.safetensors"), sparse.load_file(tmp_path / "sparse")
     assert theirs.keys() == ours.keys() and all(torch.equal(ours[n], t) for n, t in theirs.items())
 
@@ -105,7 +112,7 @@ def test_the_weights_are_those_that_transformers_saves(tmp_path):
 def test_every_weight_keeps_its_own_type(tmp_path):
     model = pruned(clip).to(torch.bfloat16)
     model.logit_scale.data = model.logit_scale.data.float()
-    save_pretrained(model, tmp_path / "out")
+    save_pretrained(model, tmp_path / "out", sparse=True)
     assert_same(model, from_pretrained(tmp_path / "out"))
 
 
@@ -114,13 +121,13 @@ def test_how_a_model_generates_is_kept(tmp_path):
     model.generation_config = GenerationConfig(
         max_new_tokens=7, eos_token_id=1, pad_token_id=0, decoder_start_token_id=0
     )
-    save_pretrained(model, tmp_path / "out")
+    save_pretrained(model, tmp_path / "out", sparse=True)
     assert from_pretrained(tmp_path / "out").generation_config.max_new_tokens == 7
 
 
 def test_shards(tmp_path):
     model = pruned(t5)
-    save_pretrained(model, tmp_path / "out", max_shard_size="20KB")
+    save_pretrained(model, tmp_path / "out", sparse=True, max_shard_size="20KB")
     assert (tmp_path / "out" / f"{FILE}.index.json").is_file() and not list((tmp_path / "out").glob(".*"))
     assert_same(model, from_pretrained(tmp_path / "out"))
 
@@ -139,11 +146,11 @@ def test_backbones_are_saved_and_loaded_sparse(name, tmp_path):
 
 
 def test_what_cannot_be_saved_or_loaded_is_refused(tmp_path):
-    save_pretrained(pruned(vilt), tmp_path / "out")
+    save_pretrained(pruned(vilt), tmp_path / "out", sparse=True)
     with pytest.raises(FileExistsError, match="out: is there already"):
-        save_pretrained(pruned(vilt), tmp_path / "out")
+        save_pretrained(pruned(vilt), tmp_path / "out", sparse=True)
     with pytest.raises(ValueError, match="Linear is no transformers model"):
-        save_pretrained(torch.nn.Linear(2, 2), tmp_path / "linear")
+        save_pretrained(torch.nn.Linear(2, 2), tmp_path / "linear", sparse=True)
     with pytest.raises(FileNotFoundError, match="folder with config.json, found none"):
         from_pretrained(tmp_path)
     config = tmp_path / "out" / "config.json"
@@ -157,7 +164,7 @@ def test_what_cannot_be_saved_or_loaded_is_refused(tmp_path):
 
 
 def test_missing_and_misshapen_weights_are_refused(tmp_path):
-    save_pretrained(pruned(vilt), tmp_path / "out")
+    save_pretrained(pruned(vilt), tmp_path / "out", sparse=True)
     tensors = sparse.load_file(tmp_path / "out")
     name = next(n for n in tensors if n.endswith("pooler.dense.weight"))
     for change in ("missing", "do not fit"):
@@ -176,7 +183,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr("trimtab.storage.shards.save_file", full)
     with pytest.raises(OSError, match="out: not written .No space left on device"):
-        save_pretrained(pruned(vilt), tmp_path / "out")
+        save_pretrained(pruned(vilt), tmp_path / "out", sparse=True)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-from trimtab import cli
+from trimtab import cli, listing
 from trimtab.experiments import recipe
 
 
@@ -98,9 +98,42 @@ def test_cost_as_json(order, trimtab, file):
     assert found["batch_size"] == 3 and all(v > 0 for k, v in found.items() if k != "variant")
 
 
-def test_overrides_may_follow_an_option(trimtab, file):
-    status, out, _ = trimtab("cost", file, "--json", "training.batch_size=3")
-    assert status == 0 and json.loads(out)["batch_size"] == 3
+@pytest.mark.parametrize(
+    "line",
+    [
+        "run R a=1 b=2 --out O --redo", "run --out O R --redo a=1 b=2", "run R --out O a=1 --redo b=2",
+        "run --redo --out=O R a=1 b=2",
+    ],
+)  # fmt: skip
+def test_options_and_overrides_stand_in_any_order(line):
+    found = cli.parse(line.split())
+    assert (found.command, found.recipe, found.overrides) == ("run", "R", ["a=1", "b=2"])
+    assert (str(found.out), found.redo) == ("O", True)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("rnu x", "unknown command 'rnu': did you mean 'run'"),
+        ("run", "the following arguments are required: recipe"),
+        ("run x --ot O", "unrecognized arguments: --ot"),
+        ("speed x --tokens many", "invalid int value: 'many'"),
+        ("convert a b --to spars", "invalid choice: 'spars'"),
+    ],
+)
+def test_a_wrong_command_line_exits_2(line, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(line.split())
+    assert left.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_help_of_a_command_shows_all_arguments(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["run", "--help"])
+    out = capsys.readouterr().out
+    assert left.value.code == 0 and "usage: trimtab run " in out
+    assert all(word in out for word in ("recipe", "[overrides ...]", "--out", "(default: runs)", "--redo"))
+    assert "default: False" not in out
 
 
 def test_cost_of_variants(trimtab, file):
@@ -151,7 +184,7 @@ def test_list(kind, names, trimtab):
 
 @pytest.mark.parametrize("kind", ["methods", "backbones", "tasks", "data", "recipes"])
 def test_everything_listed_can_be_asked_about(kind, trimtab):
-    for name in cli._entries(kind):
+    for name in listing.entries(kind):
         status, out, err = trimtab("list", kind, name)
         assert status == 0 and name in out, err
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from trimtab import counting
+from trimtab.experiments import assembly, recipe
 from trimtab.experiments import estimate as cost
-from trimtab.experiments import recipe, run
 from trimtab.methods import METHODS
 
 
@@ -145,7 +145,7 @@ def test_the_estimate_is_what_a_run_measures(backbone, task, methods, tiny_raw, 
     monkeypatch.setattr(cost, "latency", lambda function: {})  # counted are numbers and bytes, not time
     (r,) = recipe.expand(tiny_raw(backbone, task, methods, batch_size=4), "test")
     estimated = cost.estimate(r)
-    parts = run.assemble(r)
+    parts = assembly.assemble(r)
     parts.attach()
     save_file(parts.detach_learned(), tmp_path / "weights")
     measured = cost.measure(parts, cost.dense(r), 4, tmp_path / "weights")
@@ -236,8 +236,8 @@ def test_an_architecture_has_a_price_and_no_weights(tiny_raw):
     found = cost.estimate(r)
     assert found["params"] == 149_620_737 + found["trainable_params"]
     with pytest.raises(recipe.RecipeError, match=r"clip4clip: an architecture, which has no weights: give the path"):
-        run.assemble(replace(r, backbone=replace(r.backbone, pretrained=True)))
+        assembly.assemble(replace(r, backbone=replace(r.backbone, pretrained=True)))
     wrong = replace(r, backbone=replace(r.backbone, settings={"pach": 16}))
     with pytest.raises(recipe.RecipeError, match="architecture 'clip4clip' 'pach': did you mean 'patch'"):
-        run.assemble(wrong)
-    run.check(r)
+        assembly.assemble(wrong)
+    assembly.check(r)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from trimtab.methods.tune.api import Tuned
 
 import trimtab
 from tests.small_session import SmallSession
@@ -22,7 +23,6 @@ from trimtab.anatomy import Anatomy
 from trimtab.backbones.examples import EXAMPLES, objective, tensors
 from trimtab.methods import METHODS
 from trimtab.methods.prune.masks import Masks
-from trimtab.methods.tune.api import Tuned
 from trimtab.storage.learned import copy_learned, learned_part
 
 ROW, COLUMNS = "clip", ("multiflow", "das", "unipt")
@@ -38,7 +38,7 @@ SILENT_IN = {
 
 
 def pairs(lever: str) -> list[Any]:
-    names = [n for n in METHODS if METHODS[n].lever == lever and n != "masks"]  # masks come from another pruner
+    names = [n for n in METHODS if METHODS[n].lever == lever]
     fast = {(b, n) for b in EXAMPLES for n in names if b == ROW or n in COLUMNS}
     return [
         pytest.param(b, n, marks=[] if (b, n) in fast else [pytest.mark.slow], id=f"{b}-{n}")
@@ -154,7 +154,7 @@ def test_pruned(backbone, name, tmp_path):
     pruned = outputs(model, backbone)
     masks.save(tmp_path / "masks.safetensors")
     again = copy.deepcopy(plain(backbone)[0])
-    Masks.load(tmp_path / "masks.safetensors", again).apply(again)
+    Masks.read(tmp_path / "masks.safetensors", again).apply(again)
     assert torch.equal(outputs(again, backbone), pruned)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     masks.keep(model, optimizer)
@@ -166,9 +166,9 @@ def test_pruned(backbone, name, tmp_path):
 
 def test_every_description_has_an_example():
     """A family without a row would be left out of the matrix, and of these tests."""
-    from trimtab.anatomy.lookup import _DESCRIPTIONS
+    from trimtab.anatomy.lookup import described
 
     seen = {kind.__name__ for name in EXAMPLES for module in plain(name)[0].modules() for kind in type(module).__mro__}
-    functions = {f for kind, f in _DESCRIPTIONS.items() if kind in seen}
-    missing = sorted(kind for kind, f in _DESCRIPTIONS.items() if f not in functions)
+    functions = {f for kind, f in described() if kind in seen}
+    missing = sorted(kind for kind, f in described() if f not in functions)
     assert not missing, f"add an `Example` of {missing} to trimtab.backbones.examples"

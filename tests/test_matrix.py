@@ -43,7 +43,8 @@ def test_the_model_of_an_example_is_not_changed_by_its_cells():
 
 
 def test_a_missing_package_is_the_reason_of_a_whole_row(monkeypatch):
-    monkeypatch.setitem(EXAMPLES, "vilt", Example("ViLT", EXAMPLES["vilt"].build, {}, needs=("no_such_package",)))
+    example = Example("ViLT", EXAMPLES["vilt"].build, {}, needs=("no_such_package",))
+    monkeypatch.setattr(matrix, "EXAMPLES", {"vilt": example})
     ((_, _, found),) = matrix.compute(["vilt"], ["full"])
     assert found.towers == () and "needs the package 'no-such-package'" in found.reasons[""]
 

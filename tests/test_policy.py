@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trimtab.experiments import recipe, run, training
+from trimtab.experiments import assembly, recipe, run, training
+from trimtab.experiments import folder as folder_of_runs
 from trimtab.experiments.policy import Rule, apply
 
 
 def assembled(tiny_raw, *methods, backbone="tiny-clip", task="retrieval", policy=()):
     raw = {**tiny_raw(backbone, task, list(methods)), "policy": list(policy)}
-    parts = run.assemble(recipe.expand(raw, "test")[0])
+    parts = assembly.assemble(recipe.expand(raw, "test")[0])
     parts.attach()
     return parts
 
@@ -89,8 +90,8 @@ def test_a_run_prints_and_keeps_the_table_and_comes_back(tiny_raw, tmp_path, cap
     printed = capsys.readouterr().out
     assert "what is trained" in printed and "@text" in printed
     assert not any(".unipt.text." in name for name in load_file(folder / "weights.safetensors"))
-    assert run.is_finished(folder, r)
-    parts = run._loaded(folder)
+    assert folder_of_runs.is_finished(folder, r)
+    parts = folder_of_runs.load_assembly(folder)
     assert parts.resolved is not None and not any(".unipt.text." in n for n in trained(parts))
 
 

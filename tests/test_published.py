@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.backbones.official_files import file, rows
-from trimtab.experiments import recipe, run
+from tests.models.official import file, rows
+from trimtab.experiments import assembly, recipe, run
+from trimtab.experiments import folder as folder_of_runs
 
 NAMES = [n for n in recipe.names() if n.startswith("published/")]
 FEW = {"search_steps": 4, "turn": 1, "subsets": 2, "batches": 1, "batch_size": 4}  # two blocks give two plans
@@ -38,16 +39,16 @@ def test_there_is_a_recipe_of_every_paper():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_published_recipe_runs_from_an_official_file(name, tmp_path):
     small = tiny(recipe.read(name)[0], tmp_path)
-    run.check(small)
-    if small.methods[0]["name"] == "masks":
+    assembly.check(small)
+    if "masks" in small.methods[0]:
         find = recipe.read(str(Path(name).parent / f"{Path(name).name.rsplit('_', 1)[0]}_find"))[0]
-        assert small.methods[0]["path"] == f"runs/{find.name}/{find.variant}-seed0"
+        assert small.methods[0]["masks"] == f"runs/{find.name}/{find.variant}-seed0"
         run.run(tiny(find, tmp_path), tmp_path / "found", measure_costs=False)
-        small = replace(small, methods=({"name": "masks", "path": str(tmp_path / "found")}, *small.methods[1:]))
+        small = replace(small, methods=({**small.methods[0], "masks": str(tmp_path / "found")}, *small.methods[1:]))
     folder = run.run(small, tmp_path / "run", measure_costs=False)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert all(torch.isfinite(torch.tensor(float(v))) for v in metrics["test"].values())
-    model = run.load(folder)
+    model = folder_of_runs.load(folder)
     if "multiflow" in name:
         weights = [
             model.backbone.model.get_parameter(w.path) for w in model.backbone.anatomy.weights(model.backbone.model)

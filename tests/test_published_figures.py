@@ -11,8 +11,8 @@ import torch
 from published import page as published
 from published.sizes import PUBLISHED, measure
 from tests.models import layouts
-from trimtab.backbones.architectures import ARCHITECTURES, build
-from trimtab.backbones.official import FORMATS, Tensors
+from trimtab.backbones import ARCHITECTURES, FORMATS, build
+from trimtab.backbones.official import Tensors
 
 FOUND = json.loads(published.RESULTS.read_text())
 PAGE = Path(__file__).parents[1] / "docs" / "published_figures.md"

@@ -6,8 +6,10 @@ import pytest
 import yaml
 
 from trimtab.backbones import BACKBONES
-from trimtab.experiments import recipe, run
-from trimtab.experiments.recipe import RecipeError, TrainingSpec, build, expand, read
+from trimtab.experiments import assembly, recipe
+from trimtab.experiments import folder as folder_of_runs
+from trimtab.experiments.recipe import build, expand, read
+from trimtab.experiments.schema import RecipeError, TrainingSpec
 
 
 @pytest.fixture
@@ -132,13 +134,13 @@ def test_one_seed_on_the_command_line_stands_for_one_run(raw):
         ({"methods": ["multifow"]}, "unknown method 'multifow': did you mean 'multiflow'"),
         (
             {"methods": ["full", {"name": "multiflow", "sparsty": 0.5}]},
-            "methods.1 (multiflow): unknown key 'sparsty': did you mean 'sparsity'",
+            "methods.1: multiflow: unknown setting 'sparsty': did you mean 'sparsity'",
         ),
     ],
 )
 def test_a_wrong_name_gets_the_nearest(change, message, raw):
     with pytest.raises(RecipeError) as error:
-        run.check(only({**raw, **change}))
+        assembly.check(only({**raw, **change}))
     assert message in str(error.value)
 
 
@@ -172,9 +174,9 @@ def test_a_wrong_override(override, message, raw):
     [
         ({"training": {"steps": "many"}}, ("training", "steps", "many")),
         ({"training": {"precision": "fp8"}}, ("training", "precision", "fp8", "bf16")),
-        ({"training": {"steps": -1}}, ("training.steps", "at least 0", "-1")),
-        ({"training": {"batch_size": 0}}, ("training.batch_size", "at least 1")),
-        ({"training": {"accumulate": 0}}, ("training.accumulate", "at least 1")),
+        ({"training": {"steps": -1}}, ("training: steps must be at least 0, found -1",)),
+        ({"training": {"batch_size": 0}}, ("training: batch_size must be at least 1",)),
+        ({"training": {"accumulate": 0}}, ("training: accumulate must be at least 1",)),
         ({"backbone": {"pretrained": False}}, ("backbone", "name")),
         ({"backbone": {"name": "tiny-vilt", "attention": "flash"}}, ("backbone", "attention", "flash", "eager")),
         ({"data": {"style": "openmoji"}}, ("'data'", "'name'")),
@@ -188,7 +190,7 @@ def test_a_wrong_override(override, message, raw):
 )
 def test_a_wrong_value_names_its_field(change, words, raw):
     with pytest.raises(RecipeError) as error:
-        run.check(only({**raw, **change}))
+        assembly.check(only({**raw, **change}))
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
@@ -248,7 +250,7 @@ def test_read_names_runs_after_the_file(raw, tmp_path):
     ("text", "message"),
     [
         ("backbone: [tiny-vilt\ntask: vqa\n", "not YAML"),
-        ("- a\n- list\n", "expected a mapping with the keys title, backbone"),
+        ("- a\n- list\n", "expected a mapping with the keys backbone, task"),
         ("", "expected a mapping"),
         ("backbone: tiny-vilt\ntsk: vqa\n", "unknown key 'tsk': did you mean 'task'"),
     ],
@@ -278,16 +280,16 @@ def test_every_shipped_recipe_can_be_run_and_written_down(name, tmp_path):
             pytest.skip(f"{r.backbone.name} is not registered")
         if r.data["name"] == "easy-vqa":
             pytest.importorskip("easy_vqa")
-        run.check(r)
+        assembly.check(r)
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(r.to_dict(), sort_keys=False))
-        assert run.load_recipe(tmp_path) == r
+        assert folder_of_runs.load_recipe(tmp_path) == r
 
 
 def test_a_resolved_recipe_survives_its_file(raw, tmp_path):
     raw |= {"title": "T", "seeds": [4], "variants": {"odd: label": {"task": {"name": "vqa", "answers": ["yes", "no"]}}}}
     (first,) = expand(raw, "folder/name")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(first.to_dict(), sort_keys=False))
-    again = run.load_recipe(tmp_path)
+    again = folder_of_runs.load_recipe(tmp_path)
     assert again == first
     assert (again.name, again.variant, again.seed, again.title) == ("folder/name", "odd: label", 4, "T")
 
@@ -303,7 +305,7 @@ def test_shipped_names_are_paths_below_the_recipe_folder():
 GRID = {
     "backbone": "tiny-vilt", "task": "vqa", "data": "pictograms",
     "grid": {"pruner": ["multiflow", "omp"], "sparsity": [0.63, 0.9]},
-    "methods": [{"name": "{pruner}", "sparsity": "{sparsity}"}, {"name": "masks", "path": "runs/{pruner}-{sparsity}"}],
+    "methods": [{"name": "{pruner}", "sparsity": "{sparsity}", "masks": "runs/{pruner}-{sparsity}"}],
     "variants": {"dense": {"methods": ["full"]}},
     "seeds": {"multiflow-*": [0, 1], "*": [0]},
 }  # fmt: skip
@@ -317,7 +319,7 @@ def test_a_grid_stands_for_every_combination_beside_the_variants():
     ]  # fmt: skip
     assert runs[0].methods == ({"name": "full"},)
     # A value that stands alone keeps its type, within a text it is written out.
-    assert runs[3].methods == ({"name": "multiflow", "sparsity": 0.9}, {"name": "masks", "path": "runs/multiflow-0.9"})
+    assert runs[3].methods == ({"name": "multiflow", "sparsity": 0.9, "masks": "runs/multiflow-0.9"},)
     assert [r.variant for r in recipe.expand(GRID, "g", ["variants=[omp-0.63]", "seeds=[4]"])] == ["omp-0.63"]
 
 

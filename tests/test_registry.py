@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import pytest
 
+from trimtab.methods import METHODS
+from trimtab.methods.base import Method
 from trimtab.registry import Registry, unknown
+from trimtab.settings import SettingsError, build
 
 
 @pytest.fixture
@@ -21,7 +24,7 @@ def test_register_keeps_the_decorated_thing():
         pass
 
     assert registry["cat"] is Cat
-    assert Cat.__name__ == "Cat"
+    assert Cat.__name__ == "Cat" and Cat.name == "cat"
 
 
 def test_lookup_membership_and_order(animals):
@@ -54,3 +57,43 @@ def test_unknown_name_suggests_the_nearest_and_lists_all(animals):
 )
 def test_message(name, valid, message):
     assert unknown("animal", name, iter(valid)).endswith(message)
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "message"),
+    [
+        (("lora",), {"rnk": 2}, "lora: unknown setting 'rnk': did you mean 'rank'"),
+        (("lora",), {"rank": "many"}, "lora: .*rank.*many"),
+        (("multiflow",), {"sparsity": 1.5}, "multiflow: sparsity"),
+        (("loar",), {}, "unknown method 'loar': did you mean 'lora'"),
+        (("multifow", "prune"), {}, "unknown pruner 'multifow': did you mean 'multiflow'"),
+        (("lora", "prune"), {}, "unknown pruner 'lora'"),
+        (("dsa", "skip"), {}, "unknown search 'dsa': did you mean 'das'"),
+        (("unitp", "tune"), {}, "unknown tuning method 'unitp': did you mean 'unipt'"),
+    ],
+)
+def test_a_method_that_cannot_be_made_says_why(arguments, settings, message):
+    with pytest.raises(ValueError, match=message):
+        METHODS.make(*arguments, **settings)
+
+
+def test_a_method_is_made_from_plain_values():
+    made = METHODS.make("lora", rank=2, targets=["query", "value"])
+    assert isinstance(made, Method) and (made.name, made.lever) == ("lora", "tune")
+    assert made.settings.rank == 2 and made.settings.targets == ("query", "value")
+    assert made.settings.dropout == METHODS["lora"].Settings().dropout
+
+
+def test_settings_that_are_missing_are_named():
+    class Point:
+        def __init__(self, x: int, y: int = 0):
+            self.x, self.y = x, y
+
+    assert build(Point, {"x": 2}, "here").x == 2
+    with pytest.raises(SettingsError, match="here: .*x"):
+        build(Point, {"y": 1}, "here")
+    with pytest.raises(SettingsError, match="here: unknown key 'z'"):
+        build(Point, {"z": 1}, "here", "key")

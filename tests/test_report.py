@@ -14,8 +14,9 @@ from PIL import Image
 from rich.console import Console
 
 from trimtab.report import page as report
-from trimtab.report.plots import Panel, Point, assign_styles, loss_figure, pareto_figure, pareto_front
-from trimtab.report.runs import BYTES, group_runs
+from trimtab.report.canvas import assign_styles
+from trimtab.report.plots import Panel, Point, loss_figure, pareto_figure, pareto_front
+from trimtab.report.runs import BYTES, group_runs, read_plan
 from trimtab.report.sparsity import sweep
 from trimtab.report.tables import amount
 
@@ -75,6 +76,11 @@ def write_run(root: Path, name: str, variant: str, seed: int, changes: dict[str,
     return folder
 
 
+def write_fit(folder: Path, *methods: tuple[str, str, dict[str, Any]]) -> None:
+    entries = [{"name": name, "lever": lever, "settings": {}, "state": state} for name, lever, state in methods]
+    write_json(folder / "fit.json", {"format": 1, "methods": entries})
+
+
 def write_samples(folder: Path, score: float) -> None:
     samples = []
     for index in range(8):
@@ -106,7 +112,7 @@ def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan = {"skip": ["blocks.3"], "candidates": ["blocks.2", "blocks.3"], "gates": {},
             "updates": [{"step": 1, "gates": [0.0, 0.1]}, {"step": 2, "gates": [0.0, 0.2]}]}  # fmt: skip
     for seed in (0, 1):
-        write_json(root / f"demo/retrieval/unipt/seed-{seed}/plan.json", plan)
+        write_fit(root / f"demo/retrieval/unipt/seed-{seed}", ("das", "skip", plan), ("unipt", "tune", {}))
     return root
 
 
@@ -216,6 +222,7 @@ def test_unusable_runs_are_listed(tmp_path: Path, caplog: pytest.LogCaptureFixtu
                 "run.json cannot",
                 "no finite",
                 "array",
+                "fit.json should",
                 "failed",
             )
         )
@@ -225,6 +232,7 @@ def test_unusable_runs_are_listed(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     (broken["run.json cannot"] / "run.json").write_bytes(b"\xff\xfe")
     not_a_number = {"primary": "recall@1", "test": {"recall@1": float("nan")}}
     write_json(broken["no finite"] / "metrics.json", not_a_number)
+    write_json(broken["fit.json should"] / "fit.json", {"methods": {}})
     write_json(broken["array"] / "samples" / "samples.json", {})
     write_json(broken["failed"] / "run.json", {"format": 1, "status": "failed"})
 
@@ -232,16 +240,16 @@ def test_unusable_runs_are_listed(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     text = report.write_report([runs], tmp_path / "out").read_text(encoding="utf-8")
     for reason, folder in broken.items():
         assert re.search(rf"<code>{re.escape(str(folder))}</code>: [^<]*{reason}", text)
-        assert f"skipped run {folder}" in caplog.text
+        assert f"left out run {folder}" in caplog.text
 
 
 def test_repeated_run_counts_once(tmp_path: Path) -> None:
     older = write_run(tmp_path / "old", "demo/retrieval", "lora", 0)
     newer = write_run(tmp_path / "new", "demo/retrieval", "lora", 0, {"started": "2026-12-01T00:00:00+00:00"})
 
-    runs, skipped = report.find_runs([tmp_path, tmp_path / "old"])
+    runs, omitted = report.find_runs([tmp_path, tmp_path / "old"])
     assert [run.path for run in runs] == [newer]
-    assert [(run.path, str(newer) in run.reason) for run in skipped] == [(older, True)]
+    assert [(run.path, str(newer) in run.reason) for run in omitted] == [(older, True)]
 
 
 def test_no_runs(tmp_path: Path) -> None:
@@ -278,10 +286,25 @@ def test_single_seed_missing_costs_and_odd_names(tmp_path: Path) -> None:
     (folder / "samples" / "0.png").unlink()
     runs = report.load_runs([tmp_path])
 
-    assert report.markdown_table(runs).splitlines()[2] == "| _lo$ra\\| | **12.3** | — | — | — | 3 ms | — |"
+    assert report.markdown_table(runs).splitlines()[2] == "| _lo$ra\\| | **12.3** | 3 ms |"
     text = report.write_report([tmp_path], tmp_path / "out").read_text(encoding="utf-8")
     assert "Test score, 1 seed; the best is bold." in text and "no picture" in text
     assert [file.name for file in (tmp_path / "out").glob("*.png")] == ["demo-bold-x-pareto.png"]
+
+
+def test_a_section_without_costs_has_no_columns_or_panels_for_them(tmp_path: Path) -> None:
+    for variant in VARIANTS:
+        (write_run(tmp_path / "runs", "demo/retrieval", variant, 0) / "costs.json").unlink()
+    page = report.write_report([tmp_path / "runs"], tmp_path / "out")
+    assert read_page(page).rows[0] == ["method", "recall@1 (%)"]
+    assert "—" not in page.read_text(encoding="utf-8").split("<footer>")[0].split("<section")[1]
+    assert [file.name for file in (tmp_path / "out").glob("*.png")] == ["demo-retrieval-loss.png"]
+
+
+def test_the_plan_of_a_run_is_that_of_its_search(runs_folder: Path) -> None:
+    assert read_plan(runs_folder / "demo/retrieval/unipt/seed-0")["skip"] == ["blocks.3"]
+    with pytest.raises(ValueError, match=r"fit\.json: no method here skips blocks"):
+        read_plan(runs_folder / "demo/retrieval/lora/seed-0")
 
 
 def test_missing_extra_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +334,7 @@ def test_figures_cope_with_odd_values() -> None:
     styles = assign_styles(names)
     for xs in ((0, 0), (0, 5), (5, 5), (1, 1e9)):
         points = [Point(name, x, 0.5, x_error=x) for name, x in zip(names, xs, strict=True)]
-        panels = [Panel("cost", points, str, log=log) for log in (True, False)] + [Panel("none", [], str)]
+        panels = [Panel("cost", points, str, log=log) for log in (True, False, True)]
         assert pareto_figure(panels, "score", styles).startswith(b"\x89PNG")
     curves = {names[0]: [{0: 1e3, 1: 0.1}, {1: 0.2}], names[1]: [{}]}
     assert loss_figure(curves, styles).startswith(b"\x89PNG")
@@ -332,7 +355,7 @@ def write_pruned(root: Path, pruner: str, sparsity: float, seed: int, seconds: f
         "text": {"prunable": 50, "kept": 0 if pruner == "omp" else round(50 * (1 - sparsity))},
     }
     state = {"pruner": pruner, "sparsity": sparsity + 1e-4, "towers": towers, "seconds": seconds}
-    write_json(folder / "methods.json", [{"name": "masks", "state": state}, {"name": "full", "state": {}}])
+    write_fit(folder, (pruner, "prune", state), ("full", "tune", {}))
     target = folder.parent.parent / f"{pruner}-{sparsity}" / f"seed-{seed}"
     target.parent.mkdir(exist_ok=True)
     folder.rename(target)
@@ -365,7 +388,7 @@ def test_one_sparsity_is_no_sweep(tmp_path: Path) -> None:
     (section,) = group_runs(report.load_runs([tmp_path / "runs"]))
     assert sweep(section) == {}
     out = report.write_report([tmp_path / "runs"], tmp_path / "out").parent
-    assert (out / "prune-retrieval-pareto.png").exists()
+    assert [file.name for file in out.glob("*.png")] == ["prune-retrieval-loss.png"]  # it has no costs to draw
 
 
 def test_a_report_can_be_written_again_from_its_results(runs_folder: Path, tmp_path: Path) -> None:

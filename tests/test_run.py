@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import trimtab
-from trimtab.experiments import recipe, run
+from trimtab.experiments import assembly, recipe, run
+from trimtab.experiments import folder as folder_of_runs
 from trimtab.storage.bits import unpack
 
 
@@ -37,12 +38,12 @@ def test_a_run_is_plain_files_and_only_the_learned_part(finished):
     assert costs["checkpoint_bytes"] == (folder / "weights.safetensors").stat().st_size
     samples = json.loads((folder / "samples" / "samples.json").read_text())
     assert samples and all((folder / "samples" / s["image"]).is_file() for s in samples)
-    assert run.load_recipe(folder) == r
+    assert folder_of_runs.load_recipe(folder) == r
 
 
 def test_a_run_in_several_processes_is_refused_before_it_writes(tiny_raw, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(run.RunError, match="a run is the work of one process, found WORLD_SIZE=2"):
+    with pytest.raises(folder_of_runs.RunError, match="a run is the work of one process, found WORLD_SIZE=2"):
         run.run(recipe.expand(tiny_raw(), "test")[0], tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -50,7 +51,7 @@ def test_a_run_in_several_processes_is_refused_before_it_writes(tiny_raw, tmp_pa
 def test_one_call_gives_a_model_that_answers(finished):
     from PIL import Image
 
-    model = run.load(finished[0])
+    model = folder_of_runs.load(finished[0])
     answers = model.answer([{"image": Image.new("RGB", (100, 80)), "question": "how many things are there?"}])
     assert answers[0]["answer"] in model.task.answers
 
@@ -68,7 +69,7 @@ def test_no_steps_train_and_store_nothing(tiny_raw, tmp_path):
     costs = json.loads((folder / "costs.json").read_text())
     assert costs["trainable_params"] == costs["saved_activation_bytes"] == 0
     assert not load_file(folder / "weights.safetensors")
-    run.load(folder)
+    folder_of_runs.load(folder)
 
 
 def test_another_seed_gives_another_model(finished, tmp_path, tiny_raw):
@@ -82,37 +83,39 @@ def test_weights_of_another_model_are_refused(copy):
     name = "backbone.model.unipt.fusion.up.weight"
     tensors[name] = tensors[name][:, :-1].contiguous()
     save_file(tensors, copy / "weights.safetensors")
-    with pytest.raises(run.RunError, match=rf"weights.safetensors: .*'{name}' \(128, 64\), found \(128, 63\)"):
-        run.load(copy)
+    with pytest.raises(
+        folder_of_runs.RunError, match=rf"weights.safetensors: .*'{name}' \(128, 64\), found \(128, 63\)"
+    ):
+        folder_of_runs.load(copy)
 
 
 def test_missing_weights_are_named(copy):
     tensors = load_file(copy / "weights.safetensors")
     del tensors["head.3.bias"]
     save_file(tensors, copy / "weights.safetensors")
-    with pytest.raises(run.RunError, match="'head.3.bias' is missing"):
-        run.load(copy)
+    with pytest.raises(folder_of_runs.RunError, match="'head.3.bias' is missing"):
+        folder_of_runs.load(copy)
 
 
 def test_a_truncated_file_is_named(copy):
     file = copy / "weights.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(run.RunError, match=r"weights.safetensors: not a whole safetensors file"):
-        run.load(copy)
+    with pytest.raises(folder_of_runs.RunError, match=r"weights.safetensors: not a whole safetensors file"):
+        folder_of_runs.load(copy)
 
 
 def test_another_backbone_is_refused(copy):
     info = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps({**info, "fingerprint": "0" * 16}))
-    with pytest.raises(run.RunError, match="fingerprint 0000000000000000"):
-        run.load(copy)
+    with pytest.raises(folder_of_runs.RunError, match="fingerprint 0000000000000000"):
+        folder_of_runs.load(copy)
 
 
 def test_an_unfinished_run_is_no_run(copy):
     (copy / "run.json").unlink()
-    assert not run.is_finished(copy)
-    with pytest.raises(run.RunError, match="not a finished run"):
-        run.load(copy)
+    assert not folder_of_runs.is_finished(copy)
+    with pytest.raises(folder_of_runs.RunError, match="not a finished run"):
+        folder_of_runs.load(copy)
 
 
 @pytest.mark.parametrize("broken", ["save_file", "_gallery"])
@@ -125,7 +128,7 @@ def test_an_interrupted_save_leaves_no_finished_run(broken, finished, copy, monk
     monkeypatch.setattr(run, broken, full)
     with pytest.raises(OSError, match="No space left"):
         run.run(finished[1], copy)
-    assert not run.is_finished(copy)
+    assert not folder_of_runs.is_finished(copy)
     assert not list(copy.rglob(".*")), "no temporary files stay behind"
 
 
@@ -152,7 +155,7 @@ def test_an_interrupted_training_resumes_from_its_checkpoint(tiny_raw, tmp_path,
             run.run(r, tmp_path / "stopped", measure_costs=False)
     finally:
         LoRA.callbacks = original
-    assert not run.is_finished(tmp_path / "stopped")
+    assert not folder_of_runs.is_finished(tmp_path / "stopped")
     assert (tmp_path / "stopped" / "checkpoints" / "checkpoint-4").is_dir()
     run.run(r, tmp_path / "stopped", measure_costs=False)
     first, second = (load_file(f / "weights.safetensors") for f in (whole, tmp_path / "stopped"))
@@ -164,8 +167,8 @@ def test_a_side_network_of_one_token_is_refused_where_others_are_read(tiny_raw, 
     method = {"name": "unipt", "tokens": "first"}
     for task in ("grounding", "matching"):
         with pytest.raises(recipe.RecipeError, match=r"methods\.0: 'unipt' hands on the first token alone"):
-            run.assemble(recipe.expand(tiny_raw("tiny-vilt", task, [method]), "test")[0])
-    run.assemble(recipe.expand(tiny_raw("tiny-vilt", "vqa", [method]), "test")[0])
+            assembly.assemble(recipe.expand(tiny_raw("tiny-vilt", task, [method]), "test")[0])
+    assembly.assemble(recipe.expand(tiny_raw("tiny-vilt", "vqa", [method]), "test")[0])
 
 
 def test_a_side_network_that_sees_later_words_is_refused_for_captions(tiny_raw, tmp_path):
@@ -178,8 +181,8 @@ def test_an_exported_run_is_the_same_model_with_every_zero_and_no_lora(tiny_raw,
     methods = [{"name": "multiflow", "sparsity": 0.6, "batches": 1, "batch_size": 4}, "lora"]
     r = recipe.expand(tiny_raw("tiny-clip", "retrieval", methods), "test")[0]
     folder = run.run(r, tmp_path / "run")
-    exported = trimtab.load(run.export(folder, tmp_path / "out", sparse=sparse))
-    tuned = run.load(folder)
+    exported = trimtab.load(folder_of_runs.export(folder, tmp_path / "out", sparse=sparse))
+    tuned = folder_of_runs.load(folder)
     plain = {k.replace(".base_layer", ""): v for k, v in tuned.backbone.model.state_dict().items()}
     masks = {w.path for w in exported.anatomy.weights(exported.model)}
     state = exported.model.state_dict()
@@ -198,7 +201,7 @@ def test_an_exported_run_is_the_same_model_with_every_zero_and_no_lora(tiny_raw,
 def test_an_exported_lora_run_computes_what_the_run_computes(tiny_raw, tmp_path):
     r = recipe.expand(tiny_raw("tiny-clip", "retrieval", ["lora"]), "test")[0]
     folder = run.run(r, tmp_path / "run")
-    exported, tuned = trimtab.load(run.export(folder, tmp_path / "out")), run.load(folder)
+    exported, tuned = trimtab.load(folder_of_runs.export(folder, tmp_path / "out")), folder_of_runs.load(folder)
     pixels = torch.randn(3, 3, 64, 64)
     assert not any("lora" in name for name, _ in exported.named_modules())
     with torch.no_grad():
@@ -211,6 +214,6 @@ def test_an_exported_lora_run_computes_what_the_run_computes(tiny_raw, tmp_path)
 
 
 def test_a_run_whose_methods_added_modules_is_not_exported(finished, tmp_path):
-    with pytest.raises(run.RunError, match="unipt cannot be exported.*stand beside the model"):
-        run.export(finished[0], tmp_path / "out")
+    with pytest.raises(folder_of_runs.RunError, match="unipt cannot be exported.*stand beside the model"):
+        folder_of_runs.export(finished[0], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from trimtab import cli
-from trimtab.experiments import recipe, run
+from trimtab.experiments import assembly, recipe, run
+from trimtab.experiments import folder as folder_of_runs
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,17 +30,17 @@ def shrink(r: recipe.Recipe) -> recipe.Recipe:
 
 
 def _needed(method: dict) -> dict:
-    from trimtab.experiments.recipe import defaults
     from trimtab.methods import METHODS
 
-    return {k: v for k, v in FEW.items() if k in defaults(METHODS[method["name"]].Settings)}
+    return {k: v for k, v in FEW.items() if k in METHODS[method["name"]].Settings.__dataclass_fields__}
 
 
 def found_masks(r: recipe.Recipe, folder: Path) -> Path:
     """A run that pruned the same backbone, in place of the one that the recipe takes its masks from."""
-    found = folder / "found"
-    pruner = replace(shrink(r), methods=({"name": "omp"},), training=replace(r.training, steps=0))
-    return found if found.exists() else run.run(pruner, found, measure_costs=False)
+    pruner = {k: v for k, v in shrink(r).methods[0].items() if k != "masks"}
+    found = folder / f"{pruner['name']}-{pruner['sparsity']}"
+    small = replace(shrink(r), methods=({**pruner, "allow_empty_tower": True},), training=replace(r.training, steps=0))
+    return found if found.exists() else run.run(small, found, measure_costs=False)
 
 
 @pytest.mark.slow
@@ -50,16 +51,17 @@ def test_every_variant_of_a_shipped_recipe_runs(name, tmp_path):
     done = set()
     variants = recipe.read(name, ["seeds=[0]"])
     for r in variants:
-        run.check(r)
+        assembly.check(r)
     for r in variants[:: max(1, len(variants) // 3)]:  # of a grid's dozens, a few that differ in everything
         small = shrink(r)
-        if any(m["name"] == "masks" for m in r.methods):
-            small = replace(small, methods=({"name": "masks", "path": str(found_masks(r, tmp_path))}, *r.methods[1:]))
+        if r.methods and "masks" in r.methods[0]:
+            taken = {**r.methods[0], "masks": str(found_masks(r, tmp_path))}
+            small = replace(small, methods=(taken, *r.methods[1:]))
         key = json.dumps([small.to_dict()[k] for k in ("backbone", "methods", "training")])
         if key not in done:
             done.add(key)
             folder = run.run(small, tmp_path / r.variant, measure_costs=False)
-            assert run.is_finished(folder, small)
+            assert folder_of_runs.is_finished(folder, small)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -79,11 +81,10 @@ def test_commands_in_documents_are_right(page, tmp_path, monkeypatch):
             words = shlex.split(line.removeprefix("$ "), comments=True)
             if words[:1] != ["trimtab"]:
                 continue
-            options = cli._parser().parse_args(words[1:])
-            section = options[options.subcommand]
-            if options.subcommand in ("run", "cost"):
-                for name in recipe.below(section.recipe):
-                    for r in recipe.read(name, section.overrides):
-                        run.check(r)
-            elif options.subcommand in ("anatomy", "list"):
+            options = cli.parse(words[1:])
+            if options.command in ("run", "cost"):
+                for name in recipe.below(options.recipe):
+                    for r in recipe.read(name, options.overrides):
+                        assembly.check(r)
+            elif options.command in ("anatomy", "list"):
                 assert cli.main(words[1:]) == 0

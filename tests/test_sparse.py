@@ -110,9 +110,9 @@ def test_bits_are_those_of_masks_in_runs():
     mask = torch.tensor([1, 0, 0, 0, 0, 0, 0, 1, 0, 1], dtype=torch.bool)
     assert pack(mask).tolist() == [0b10000001, 0b10]
     assert torch.equal(unpack(pack(mask), torch.Size([5, 2])), mask.view(5, 2))
-    from trimtab.methods.prune import base, masks
+    from trimtab.methods.prune import masks
 
-    assert base.pack is pack and masks.pack is pack and masks.unpack is unpack
+    assert masks.pack is pack and masks.unpack is unpack
 
 
 @pytest.mark.parametrize("share", [0.63, 0.75, 0.90])

@@ -5,98 +5,120 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from jsonargparse import ArgumentParser
+from trimtab import listing
+from trimtab.registry import unknown
 
 DESCRIPTION = (
     "Fit a pretrained vision-language model to a task under a budget: prune weights, skip blocks, tune beside."
 )
 OVERRIDES = "changes to the recipe, such as training.steps=100 methods.0.sparsity=0.9 seeds=[0,1,2] variants=[full]"
-DEMO = ("demo/retrieval", "demo/vqa", "demo/grounding", "demo/easy-vqa")
-KINDS = ("methods", "backbones", "architectures", "tasks", "data", "recipes", "training")
+DEMO = ("demo/retrieval", "demo/grounding", "demo/easy-vqa", "demo/vqa")  # the last shows the levers composed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, or 2 after a message about bad input."""
-    parser = _parser()
-    if not (sys.argv[1:] if arguments is None else arguments):
-        parser.print_help()
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if not words:
+        _parser().print_help()
         return 0
-    options = parser.parse_args(_options_first(sys.argv[1:] if arguments is None else arguments))
-    command = options.subcommand
+    options = parse(words)
     try:
-        return globals()[f"_{command}"](options[command]) or 0
+        return options.call(options) or 0
     except (ValueError, ImportError, OSError) as error:
         if os.environ.get("TRIMTAB_DEBUG"):
             raise
-        print(f"trimtab {command}: {error}", file=sys.stderr)
+        print(f"trimtab {options.command}: {error}", file=sys.stderr)
         return 2
 
 
-def _options_first(arguments: Sequence[str]) -> list[str]:
-    """The command, then its options, then the rest: argparse takes no more of a list after an option."""
-    command, options, rest = list(arguments[:1]), [], []
-    words = iter(arguments[1:])
-    for word in words:
-        if word in (
-            "--out",
-            "--dtype",
-            "--to",
-            "--max-shard-size",
-            "--tokens",
-            "--image-size",
-            "--plot",
-            "--backbone",
-            "--method",
-        ):
-            options += [word, *([value] if (value := next(words, None)) is not None else [])]
-        else:
-            (options if word.startswith("-") else rest).append(word)
-    return command + options + rest
+def parse(words: Sequence[str]) -> Namespace:
+    """The options of a command line, in any order; `command` is its name and `call` its function.
+
+    Raises:
+        SystemExit: after a message on standard error, or the help.
+    """
+    commands: dict[str, ArgumentParser] = {}
+    parser = _parser(commands)
+    name, *rest = words
+    if name.startswith("-"):
+        return parser.parse_args(words)
+    if name not in commands:
+        parser.error(unknown("command", name, commands))
+    # Intermixed: positional arguments may stand between options, so that `RECIPE --json key=value` is understood.
+    return commands[name].parse_intermixed_args(rest)
 
 
-def _parser() -> ArgumentParser:
+class _Help(ArgumentDefaultsHelpFormatter):
+    """Help with the defaults of those options that have one."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
+def _parser(commands: dict[str, ArgumentParser] | None = None) -> ArgumentParser:
+    """The parser of the whole line; the parsers of the commands are put into `commands`."""
     parser = ArgumentParser(prog="trimtab", description=DESCRIPTION)
-    commands = parser.add_subcommands(metavar="COMMAND", title="commands")
+    group = parser.add_subparsers(metavar="COMMAND", title="commands")
 
-    def command(name: str, help: str) -> ArgumentParser:
-        sub = ArgumentParser(description=help)
-        commands.add_subcommand(name, sub, help=help.splitlines()[0])
+    def command(name: str, call: Callable[[Namespace], int | None], help: str) -> ArgumentParser:
+        sub = group.add_parser(name, description=help, help=help, formatter_class=_Help, allow_abbrev=False)
+        sub.set_defaults(command=name, call=call)
+        if commands is not None:
+            commands[name] = sub
         return sub
 
-    run = command("run", "Carry out a recipe, one run for each of its variants and seeds; finished runs are kept.")
+    _add_recipe_commands(command)
+    _add_model_commands(command)
+    _add_list(command)
+    return parser
+
+
+def _add_recipe_commands(command: Callable[..., ArgumentParser]) -> None:
+    run = command(
+        "run", _run, "Carry out a recipe, one run for each of its variants and seeds; finished runs are kept."
+    )
     which = "a YAML file, the name of a shipped recipe (`trimtab list recipes`), or a folder of them"
-    run.add_argument("recipe", type=str, help=which)
-    run.add_argument("overrides", nargs="*", type=str, help=OVERRIDES)
+    run.add_argument("recipe", help=which)
+    run.add_argument("overrides", nargs="*", help=OVERRIDES)
     run.add_argument("--out", type=Path, default=Path("runs"), help="folder of run folders")
     run.add_argument("--redo", action="store_true", help="run again what is finished")
 
-    demo = command("demo", "Adapt the built-in models to new tasks with every lever, and write a report.")
-    demo.add_argument("overrides", nargs="*", type=str, help=OVERRIDES)
+    demo = command("demo", _demo, "Adapt the built-in models to new tasks with every lever, and write a report.")
+    demo.add_argument("overrides", nargs="*", help=OVERRIDES)
     demo.add_argument("--out", type=Path, default=Path("runs"), help="folder of run folders and of the report")
     demo.add_argument("--redo", action="store_true", help="run again what is finished")
 
-    report = command("report", "Write one HTML page and pictures about run folders.")
-    report.add_argument(
-        "runs",
-        nargs="+",
-        type=Path,
-        help="run folders, folders that hold them, or a results.jsonl of an earlier report",
-    )
+    report = command("report", _report, "Write one HTML page and pictures about run folders.")
+    where = "run folders, folders that hold them, or a results.jsonl of an earlier report"
+    report.add_argument("runs", nargs="+", type=Path, help=where)
     report.add_argument("--out", type=Path, default=Path("runs/report"), help="folder of the page")
     report.add_argument("--markdown", action="store_true", help="print the tables as Markdown too")
 
-    export = command("export", "Write the backbone of a run as a transformers folder; LoRA is merged, zeros stay.")
+    plan = command("plan", _plan, "Print which blocks a search skips: tower, MACs, gate of each.")
+    plan.add_argument("plan", type=Path, help="a run folder, or a plan's JSON file")
+    plan.add_argument("--plot", type=Path, help="write a picture of the gates over the search (PNG)")
+
+    cost = command("cost", _cost, "What a recipe will cost, without data or weights: parameters, MACs, bytes.")
+    cost.add_argument("recipe", help="a YAML file or the name of a shipped recipe")
+    cost.add_argument("overrides", nargs="*", help=OVERRIDES)
+    cost.add_argument("--json", action="store_true", help="print JSON: an object, or a list if there are several runs")
+
+
+def _add_model_commands(command: Callable[..., ArgumentParser]) -> None:
+    export = command(
+        "export", _export, "Write the backbone of a run as a transformers folder; LoRA is merged, zeros stay."
+    )
     export.add_argument("run", type=Path, help="a run folder")
     export.add_argument("folder", type=Path, help="where to write; must not be there yet")
     export.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of the weights")
     export.add_argument("--sparse", action="store_true", help="in the sparse layout: only non-zeros are stored")
 
     convert = command(
-        "convert", "Write a checkpoint folder in another layout, or from a file as its authors published."
+        "convert", _convert, "Write a checkpoint folder in another layout, or from a file as its authors published."
     )
     source = "a transformers folder (safetensors, pytorch_model.bin, or sparse), or an official checkpoint file"
     convert.add_argument("folder", type=Path, help=source)
@@ -104,46 +126,40 @@ def _parser() -> ArgumentParser:
     layouts = "sparse: bitmasks and packed values, see docs/sparse.md; dense: safetensors as transformers reads them"
     convert.add_argument("--to", choices=["sparse", "dense"], help=f"{layouts} (default for an official file)")
     size = "for an official file: resize its table of positions for square images of so many pixels"
-    convert.add_argument("--image-size", type=int | None, default=None, help=size)
-    convert.add_argument("--max-shard-size", type=str, default="2GB", help="of a weight file, such as 500MB")
+    convert.add_argument("--image-size", type=int, help=size)
+    convert.add_argument("--max-shard-size", default="2GB", help="of a weight file, such as 500MB")
 
-    speed = command("speed", "Which layers of a 2:4-pruned model run faster here with torch's semi-structured kernels.")
+    speed = command(
+        "speed", _speed, "Which layers of a 2:4-pruned model run faster here with torch's semi-structured kernels."
+    )
     speed.add_argument("model", type=Path, help="a run folder or a transformers folder, sparse or dense")
     speed.add_argument("--tokens", type=int, default=4096, help="rows of the inputs: batch times length")
     speed.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float16", help="to compute in")
     speed.add_argument("--json", action="store_true", help="print JSON: an object with a list of layers")
 
-    plan = command("plan", "Print which blocks a search skips: tower, MACs, gate of each.")
-    plan.add_argument("plan", type=Path, help="a run folder, or a plan's JSON file")
-    plan.add_argument("--plot", type=Path, help="write a picture of the gates over the search (PNG)")
-
-    cost = command("cost", "What a recipe will cost, without data or weights: parameters, MACs, bytes.")
-    cost.add_argument("recipe", type=str, help="a YAML file or the name of a shipped recipe")
-    cost.add_argument("overrides", nargs="*", type=str, help=OVERRIDES)
-    cost.add_argument("--json", action="store_true", help="print JSON: an object, or a list if there are several runs")
-
-    anatomy = command("anatomy", "The towers of a model as methods see them: modality, blocks, widths, parameters.")
-    anatomy.add_argument("model", type=str, help="a registered backbone or a transformers folder")
-
-    names = command(
-        "list", "What is there: methods, backbones, architectures, tasks, data, recipes, training settings."
+    anatomy = command(
+        "anatomy", _anatomy, "The towers of a model as methods see them: modality, blocks, widths, parameters."
     )
-    names.add_argument("kind", nargs="?", type=str, help=f"one of {', '.join(KINDS)}; all of them if left out")
-    names.add_argument("name", nargs="?", type=str, help="one of these: its settings, their defaults and meaning")
+    anatomy.add_argument("model", help="a registered backbone or a transformers folder")
+
+
+def _add_list(command: Callable[..., ArgumentParser]) -> None:
+    names = command("list", _list, f"What is there: {', '.join(listing.KINDS)} settings.")
+    names.add_argument("kind", nargs="?", help=f"one of {', '.join(listing.KINDS)}; all of them if left out")
+    names.add_argument("name", nargs="?", help="one of these: its settings, their defaults and meaning")
     names.add_argument("--matrix", action="store_true", help="which method works on which backbone, and why not")
-    names.add_argument("--backbone", type=str | None, default=None, help="of the matrix: only these, such as 'xvlm*'")
-    names.add_argument("--method", type=str | None, default=None, help="of the matrix: only these, such as 'unipt'")
+    names.add_argument("--backbone", help="of the matrix: only these, such as 'xvlm*'")
+    names.add_argument("--method", help="of the matrix: only these, such as 'unipt'")
     names.add_argument("--markdown", action="store_true", help="print the matrix as Markdown")
-    return parser
 
 
-def _run(options: Any) -> None:
+def _run(options: Namespace) -> None:
     from trimtab.experiments import recipe
 
     _carry_out(recipe.below(options.recipe), options.overrides, options.out, options.redo)
 
 
-def _demo(options: Any) -> None:
+def _demo(options: Namespace) -> None:
     folders = _carry_out(list(DEMO), options.overrides, options.out, options.redo)
     from trimtab.report.page import write_report
 
@@ -160,18 +176,20 @@ def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) 
     todo = [r for name in recipes for r in recipe_module.read(name, overrides)]  # all are checked before the first runs
     with console.status("loading torch and transformers"):
         _quiet()
-        from trimtab.experiments import run as run_module
+        from trimtab.experiments import assembly
+        from trimtab.experiments import folder as runs
+        from trimtab.experiments.run import run as carry_out
         from trimtab.report.page import load_runs, summary_table
 
         for r in todo:
-            run_module.check(r)
+            assembly.check(r)
     done: list[Path] = []
     for number, r in enumerate(todo, 1):
         folder = out / r.name / f"{r.variant}-seed{r.seed}"
         label = f"[{number}/{len(todo)}] {r.name} {r.variant} seed {r.seed}"
-        fresh = redo or not run_module.is_finished(folder, r)
+        fresh = redo or not runs.is_finished(folder, r)
         if fresh:
-            run_module.run(r, folder)
+            carry_out(r, folder)
         done.append(folder)
         result, info = (json.loads((folder / f).read_text()) for f in ("metrics.json", "run.json"))
         score = f"{result['primary']} {100 * result['test'][result['primary']]:.1f} %"
@@ -181,7 +199,7 @@ def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) 
     return done
 
 
-def _report(options: Any) -> None:
+def _report(options: Namespace) -> None:
     from trimtab.report.page import load_runs, markdown_table, write_report
 
     page = write_report(options.runs, options.out)
@@ -190,19 +208,20 @@ def _report(options: Any) -> None:
     print(f"report: {page}")
 
 
-def _export(options: Any) -> None:
+def _export(options: Namespace) -> None:
     _quiet()
-    from trimtab.experiments.run import export
+    from trimtab.experiments.folder import export
 
     print(f"wrote {export(options.run, options.folder, options.dtype, options.sparse)}")
 
 
-def _convert(options: Any) -> None:
+def _convert(options: Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
     _quiet()
-    from trimtab.storage.checkpoints import convert, convert_official
+    from trimtab.backbones import convert_official
+    from trimtab.storage.checkpoints import convert
 
     if options.folder.is_file():
         settings = {} if options.image_size is None else {"image_size": options.image_size}
@@ -228,7 +247,7 @@ def _convert(options: Any) -> None:
     Console().print(table)
 
 
-def _speed(options: Any) -> None:
+def _speed(options: Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -236,11 +255,11 @@ def _speed(options: Any) -> None:
     import torch
 
     from trimtab import speed as semistructured
-    from trimtab.experiments import run
-    from trimtab.storage.checkpoints import from_pretrained
+    from trimtab.backbones import from_pretrained
+    from trimtab.experiments import folder as runs
 
     is_run = (options.model / "run.json").is_file()
-    model = run.load(options.model).backbone.model if is_run else from_pretrained(options.model)
+    model = runs.load(options.model).backbone.model if is_run else from_pretrained(options.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     report = semistructured.speed_up(model.to(device, getattr(torch, options.dtype)), options.tokens)
     if options.json:
@@ -257,25 +276,25 @@ def _speed(options: Any) -> None:
     print(f"{len(report.converted)} of {len(report.layers)} linear layers run faster; nothing was written")
 
 
-def _plan(options: Any) -> None:
+def _plan(options: Namespace) -> None:
     from rich.console import Console
 
     _quiet()
-    from trimtab.methods.skip.plan import Plan, read_raw
+    from trimtab.methods.skip.plan import Plan
 
-    raw, where = read_raw(options.plan)
-    Console().print(Plan.from_dict(raw, where).table())
+    Console().print(Plan.read(options.plan).table())
     if options.plot:
         from trimtab.report.gates import gates_figure
+        from trimtab.report.runs import read_plan
 
-        picture = gates_figure(raw)
+        picture = gates_figure(read_plan(options.plan))
         if picture is None:
-            raise ValueError(f"{where}: holds no course of a search to draw (its method did not search in steps)")
+            raise ValueError(f"{options.plan}: holds no course of a search to draw: it did not search in steps")
         options.plot.write_bytes(picture)
         print(f"gates: {options.plot}")
 
 
-def _cost(options: Any) -> None:
+def _cost(options: Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -298,7 +317,7 @@ def _cost(options: Any) -> None:
     print("MACs: one sample, one multiply-add = 1; saved activation bytes: one training batch of `batch size` rows")
 
 
-def _anatomy(options: Any) -> None:
+def _anatomy(options: Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -320,82 +339,18 @@ def _anatomy(options: Any) -> None:
         print(f"{tower.name}: {first} ... {last}, handed on at {tower.output.path}")
 
 
-def _list(options: Any) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from trimtab.registry import unknown
-
-    console = Console()
+def _list(options: Namespace) -> None:
+    if not options.matrix:
+        if given := [f"--{n}" for n in ("backbone", "method", "markdown") if getattr(options, n)]:
+            raise ValueError(f"{given[0]} is for the matrix: trimtab list --matrix {given[0]} ...")
+        listing.check(options.kind)
+    _quiet()
     if options.matrix:
-        _quiet()
         from trimtab import matrix
 
-        return matrix.show(matrix.find(options.backbone, options.method), options.markdown)
-    if given := [f"--{n}" for n in ("backbone", "method", "markdown") if getattr(options, n)]:
-        raise ValueError(f"{given[0]} is for the matrix: trimtab list --matrix {given[0]} ...")
-    if options.kind and options.kind not in KINDS:
-        raise ValueError(unknown("kind", options.kind, KINDS))
-    _quiet()
-    for kind in (options.kind,) if options.kind else KINDS:
-        entries = _entries(kind)
-        if options.name:
-            if options.name not in entries:
-                raise ValueError(unknown(kind.removesuffix("s"), options.name, entries))
-            console.print(_settings(options.name, entries[options.name]))
-            continue
-        if kind == "training":
-            console.print(_settings("training", entries["training"]))
-            continue
-        table = Table(title=kind, title_justify="left", show_header=False)
-        for name, item in entries.items():
-            table.add_row(name, escape(_first_line(item)))
-        console.print(table)
-
-
-def _entries(kind: str) -> dict[str, Any]:
-    """Name -> what is registered under it (for recipes: the first line of the file's text)."""
-    from trimtab.experiments import recipe
-
-    if kind == "recipes":
-        return {name: recipe.title(name) for name in recipe.names()}
-    if kind == "training":
-        return {"training": recipe.TrainingSpec, "backbone": recipe.BackboneSpec}
-    from trimtab import backbones, methods, tasks
-    from trimtab.data.sources import SOURCES
-
-    registries: dict[str, Any] = {
-        "methods": methods.METHODS, "backbones": backbones.BACKBONES, "architectures": backbones.ARCHITECTURES,
-        "tasks": tasks.TASKS, "data": SOURCES,
-    }  # fmt: skip
-    return dict(registries[kind].items())
-
-
-def _first_line(item: Any) -> str:
-    text = item if isinstance(item, str) else (item.__doc__ or "")
-    lever = f"{item.lever}: " if hasattr(item, "lever") else ""
-    return lever + text.strip().split("\n\n")[0].replace("\n    ", " ")
-
-
-def _settings(name: str, item: Any) -> Any:
-    """A table of settings with defaults and meaning, from the dataclass that defines them."""
-    from docstring_parser import parse_from_object
-    from rich.table import Table
-
-    from trimtab.experiments.recipe import defaults
-
-    if isinstance(item, str):
-        return f"{name}: {item}"
-    source = getattr(item, "Settings", item)
-    meaning = {p.arg_name: p.description for kind in reversed(source.__mro__[:-1] if isinstance(source, type) else ())
-               for p in parse_from_object(kind).params}  # fmt: skip
-    table = Table(title=f"{name}: {_first_line(item)}", title_justify="left")
-    for column in ("setting", "default", "meaning"):
-        table.add_column(column)
-    for key, value in defaults(source).items():
-        table.add_row(key, "required" if value is None and key in ("name",) else str(value), meaning.get(key) or "")
-    return table
+        matrix.show(matrix.find(options.backbone, options.method), options.markdown)
+    else:
+        listing.show(options.kind, options.name)
 
 
 def _quiet() -> None:

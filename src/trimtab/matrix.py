@@ -21,10 +21,11 @@ from torch import nn
 from trimtab.anatomy import Anatomy
 from trimtab.backbones.examples import EXAMPLES
 from trimtab.methods import METHODS, Method
+from trimtab.methods.stack import refusal
 from trimtab.registry import unknown
 
 # Settings for examples of two or three blocks and channels by the dozen; a method takes those that it has.
-SMALL = {"skip": 1, "blocks": 1, "prompts": 2, "path": "masks.safetensors"}
+SMALL = {"skip": 1, "blocks": 1, "prompts": 2}
 LEVERS = ("prune", "skip", "tune")
 
 
@@ -206,3 +207,61 @@ def show(cells: dict[tuple[str, str], Cell], as_markdown: bool = False) -> None:
         console.print(table)
     for i, note in enumerate(notes, 1):
         console.print(Text(f"[{i}] {note}"))
+
+
+# --- levers together --------------------------------------------------------------------------------------------------
+
+
+def together() -> tuple[list[str], dict[str, list[str]], list[str]]:
+    """Which methods of two levers go together, in either order, and why others do not.
+
+    Columns are groups of methods of the later lever, rows of the earlier one; methods with the same cells share a row
+    or a column. Pruners differ in nothing here, nor do searches with the same facts.
+
+    Returns:
+        Heads of the columns, rows by their label, notes.
+    """
+    anatomy = Anatomy.of(EXAMPLES["vilt"].model())
+    made: dict[str, Method] = {}
+    for name, cls in METHODS.items():
+        if cls.lever == "skip":
+            made[f"{name} (adapters)"] = METHODS.make(name)
+            made[f"{name} (adapters: none)"] = METHODS.make(name, adapters="none")
+        else:
+            made[name] = METHODS.make(name)
+    notes: dict[str, int] = {}
+    cells: dict[str, tuple[str, ...]] = {}
+    for label, first in made.items():
+        cells[label] = tuple(_together(first, second, anatomy, notes) for second in made.values())
+    rows = _grouped(cells)
+    columns = _grouped(
+        {label: tuple(column) for label, column in zip(made, zip(*cells.values(), strict=True), strict=True)}
+    )
+    picked = [list(made).index(labels[0]) for labels in columns]
+    heads = ["<br>".join(labels) for labels in columns]
+    return heads, {", ".join(labels): [cells[labels[0]][i] for i in picked] for labels in rows}, list(notes)
+
+
+def _together(first: Method, second: Method, anatomy: Anatomy, notes: dict[str, int]) -> str:
+    why = refusal([first], second, anatomy)
+    if not why:
+        return "yes"
+    why = why.removeprefix(f"{second.name}: ").replace(first.name, "the first")
+    return f"no [{notes.setdefault(why, len(notes) + 1)}]"
+
+
+def _grouped(cells: dict[str, tuple[str, ...]]) -> list[list[str]]:
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for label, row in cells.items():
+        groups.setdefault(row, []).append(label)
+    return list(groups.values())
+
+
+def combinations() -> str:
+    """The page of combinations as Markdown."""
+    heads, rows, notes = together()
+    out = ["## Levers together", "", "The row's method first, then the column's.", ""]
+    out += ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    out += [f"| {label} | " + " | ".join(row) + " |" for label, row in rows.items()]
+    out += ["", *(f"{i}. {note}" for i, note in enumerate(notes, 1)), ""]
+    return "\n".join(out)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, ItemsView, Iterable, Iterator
+from typing import Any, Generic, TypeVar, cast
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 def unknown(kind: str, name: str, valid: Iterable[str]) -> str:
@@ -24,13 +25,19 @@ class Registry(Generic[T]):
         self.kind = kind
         self._items: dict[str, T] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
-        """A decorator that adds its argument under `name`; a name can be taken once."""
+    def register(self, name: str) -> Callable[[Item], Item]:
+        """A decorator that adds its argument under `name`; a class gets the name as its attribute `name`.
 
-        def add(item: T) -> T:
+        Raises:
+            ValueError: if the name is taken.
+        """
+
+        def add(item: Item) -> Item:
             if name in self._items:
                 raise ValueError(f"{self.kind} {name!r} is registered twice")
-            self._items[name] = item
+            self._items[name] = cast(T, item)
+            if isinstance(item, type):
+                cast(Any, item).name = name
             return item
 
         return add
@@ -46,5 +53,5 @@ class Registry(Generic[T]):
     def __contains__(self, name: str) -> bool:
         return name in self._items
 
-    def items(self):
+    def items(self) -> ItemsView[str, T]:
         return self._items.items()

@@ -58,7 +58,7 @@ class Layer:
 
 
 @dataclass
-class Report:
+class SpeedReport:
     """What `speed_up` did with every linear layer of a model.
 
     Attributes:
@@ -90,7 +90,7 @@ class Report:
 
 
 @torch.no_grad()
-def speed_up(model: nn.Module, tokens: int, convert: bool = True, margin: float = 0.05) -> Report:
+def speed_up(model: nn.Module, tokens: int, convert: bool = True, margin: float = 0.05) -> SpeedReport:
     """Give the 2:4 linear layers of a model torch's semi-structured kernels, where they are measured to be faster.
 
     For inference: a converted weight has no gradient and cannot be saved; save the model before. Move it to its device,
@@ -114,10 +114,10 @@ def speed_up(model: nn.Module, tokens: int, convert: bool = True, margin: float 
     if not found:
         raise ValueError(f"{type(model).__name__} has no nn.Linear: there is nothing to convert")
     weight = found[0][1].weight
-    report = Report(_device_name(weight.device), tokens)
+    report = SpeedReport(_device_name(weight.device), tokens)
     measured: dict[tuple, tuple[float, float] | str] = {}
     for path, linear in found:
-        layer = _look(path, linear)
+        layer = _examine(path, linear)
         report.layers.append(layer)
         layer.why = _obstacle(layer, linear)
         if layer.why:
@@ -155,7 +155,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield path, module
 
 
-def _look(path: str, linear: nn.Linear) -> Layer:
+def _examine(path: str, linear: nn.Linear) -> Layer:
     weight = linear.weight
     zeros = 1 - int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
     dtype = str(weight.dtype).removeprefix("torch.")

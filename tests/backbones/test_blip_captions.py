@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 import trimtab
-from tests.backbones.official_files import converted, file, rows
+from tests.models.official import converted, file, rows
+from trimtab.backbones import convert_official
+from trimtab.experiments import folder as folder_of_runs
 from trimtab.experiments import recipe, run
-from trimtab.storage.checkpoints import convert_official
 
 
 @pytest.mark.parametrize("task", ["caption", "pretrain"])
@@ -64,7 +65,7 @@ def test_captioning_runs_from_the_file_to_captions(task, tmp_path):
     folder = run.run(recipe.expand(raw, "captions")[0], tmp_path / "run", measure_costs=False)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert {"cider", "bleu@4"} <= metrics["test"].keys()
-    model = run.load(folder)
+    model = folder_of_runs.load(folder)
     weight = model.backbone.model.get_submodule("text_decoder.bert.encoder.layer.0.crossattention.self.query").weight
     assert 0.3 < float((weight == 0).float().mean()) < 1
     captions = model.answer([{"image": Image.new("RGB", (30, 20), "red")}])

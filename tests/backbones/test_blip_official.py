@@ -7,32 +7,14 @@ import torch
 
 import trimtab
 from tests.models import layouts
+from tests.models.official import BLIP_FILES as FILES
+from tests.models.official import BLIP_HEADS as HEADS
+from tests.models.official import blip as tiny
+from tests.models.official import tied
 from trimtab.anatomy import Anatomy
+from trimtab.backbones.family import FAMILIES
 from trimtab.backbones.official import FORMATS, CheckpointError, Tensors, build_official
 from trimtab.counting import count_macs
-
-HEADS = {"vision_heads": 2, "text_heads": 2}
-FILES = {
-    "pretrain": ("text_encoder", "text_decoder", "contrast", "itm"), "retrieval": ("text_encoder", "contrast", "itm"),
-    "vqa": ("text_encoder", "text_decoder"), "caption": ("text_decoder",), "nlvr2": ("nlvr2",),
-}  # fmt: skip
-
-
-def tied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """With the copies of shared weights that the authors' files hold."""
-    if "text_encoder.encoder.layer.0.output.dense.weight" in state and "itm_head.weight" in state:
-        for key in [k for k in state if k.startswith("text_decoder.bert.") and ".attention." not in k]:
-            state[key] = state[key.replace("text_decoder.bert.", "text_encoder.")]
-    head = "text_decoder.cls.predictions"
-    if f"{head}.bias" in state:
-        state[f"{head}.decoder.bias"] = state[f"{head}.bias"]
-        state[f"{head}.decoder.weight"] = state["text_decoder.bert.embeddings.word_embeddings.weight"]
-    return state
-
-
-def tiny(file: str = "pretrain", **settings):
-    shapes = layouts.blip(FILES[file], momentum=file in ("pretrain", "retrieval"), **layouts.TINY_BLIP)
-    return build_official(tied(layouts.fill(shapes)), {}, "blip.pth", **HEADS, **settings)
 
 
 def batch(pixels: int = 16) -> dict[str, torch.Tensor]:
@@ -158,7 +140,7 @@ def test_anatomy_counts_encoder_and_decoder_to_text():
     # Vision: fused qkv, projection, two of the MLP. Text: 4 + 4 + 2 a layer; the decoder adds its self-attention alone.
     assert len(weights) == 2 * 4 + 2 * 10 + 2 * 4
     assert not any(w.module.startswith(("vision_proj", "text_proj", "itm_head", "text_decoder.cls")) for w in weights)
-    backbone = FORMATS["blip"].backbone("blip.pth", model, None)
+    backbone = FAMILIES["blip"].backbone("blip.pth", model, None)
     assert backbone.match(backbone.pair(**backbone.example(2, 5))).shape == (2,)
     for call in (backbone.pair, model):
         with pytest.raises(ValueError, match="text of 13 tokens: BLIP has positions for 12"):

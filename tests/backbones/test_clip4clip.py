@@ -7,14 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.models.published import PUBLISHED, ids, pixels, tensors
+from tests.models.published import PUBLISHED, build, ids, pixels, tensors
 from trimtab.backbones.clip4clip.model import HEADS, symmetric_loss
-from trimtab.backbones.official import CheckpointError, build_official
-
-
-def build(name: str = "clip4clip_meanP", state=None, **settings):
-    state = tensors(name) if state is None else state
-    return build_official(state, {}, f"{name}.bin.0", **(PUBLISHED[name].settings | settings))
+from trimtab.backbones.official import CheckpointError
 
 
 def openai_block(state: dict, prefix: str, heads: int, x: torch.Tensor, mask: torch.Tensor, eps: float) -> torch.Tensor:
@@ -39,7 +34,7 @@ def test_text_vectors_from_the_files_tensors_alone():
         x = openai_block(state, f"clip.transformer.resblocks.{i}.", 3, x, causal, 1e-5)
     x = F.layer_norm(x, (24,), state["clip.ln_final.weight"], state["clip.ln_final.bias"])
     wanted = x[torch.arange(2), text.argmax(dim=1)] @ state["clip.text_projection"]
-    model, _ = build()
+    model, _ = build("clip4clip_meanP")
     torch.testing.assert_close(model.encode_text(text, mask), wanted, rtol=1e-4, atol=1e-5)
     assert torch.equal(model.encode_text(text), model.encode_text(text, mask)), "the mask is where ids are not 0"
 
@@ -73,8 +68,8 @@ def test_frames_that_are_not_there_change_nothing(head):
 
 @torch.no_grad()
 def test_patches_over_three_frames_start_as_those_of_one():
-    flat, _ = build()
-    deep, _ = build(depth=3)
+    flat, _ = build("clip4clip_meanP")
+    deep, _ = build("clip4clip_meanP", depth=3)
     video = pixels(2, 3, 3, 32, 32)
     torch.testing.assert_close(deep.encode_video(video), flat.encode_video(video))
     # Once the neighbours count, a frame's vector depends on them, and on no other.
@@ -86,7 +81,7 @@ def test_patches_over_three_frames_start_as_those_of_one():
 
 @pytest.mark.parametrize("head", HEADS[1:])
 def test_a_new_head_starts_from_the_text_tower(head):
-    model, report = build(head=head, cross_layers=2)
+    model, report = build("clip4clip_meanP", head=head, cross_layers=2)
     state = tensors("clip4clip_meanP")
     table = model.cross.embeddings.position_embeddings if head == "tightTransf" else model.frame_position_embeddings
     assert torch.equal(table.weight, state["clip.positional_embedding"])
@@ -103,9 +98,9 @@ def test_a_file_with_a_head_gets_no_other_and_none_is_deeper_than_clip():
     with pytest.raises(CheckpointError, match="its head is seqLSTM, which does not become seqTransf"):
         build("clip4clip_seqLSTM", head="seqTransf")
     with pytest.raises(CheckpointError, match="9 cross layers, more than CLIP's text tower has"):
-        build(head="seqTransf", cross_layers=9)
+        build("clip4clip_meanP", head="seqTransf", cross_layers=9)
     with pytest.raises(ValueError, match="did you mean 'meanP'"):
-        build(head="meanp")
+        build("clip4clip_meanP", head="meanp")
 
 
 def test_the_loss_by_hand():

@@ -7,15 +7,11 @@ import torch
 
 import trimtab
 from tests.models import layouts
+from tests.models.official import clip_vil as tiny
 from trimtab.anatomy import Anatomy
 from trimtab.backbones.official import FORMATS, CheckpointError, Tensors, load_official
 from trimtab.counting import count_macs
 from trimtab.methods import METHODS
-
-
-def tiny(tmp_path, task: str = "pretrain", **settings):
-    torch.save(layouts.fill(layouts.clip_vil(task, 7, **layouts.TINY_CLIP_VIL)), tmp_path / "LXRT.pth")
-    return load_official(tmp_path / "LXRT.pth", heads=2, **settings)
 
 
 def batch(height: int = 64, width: int = 96, length: int = 5) -> dict[str, torch.Tensor]:

@@ -7,13 +7,14 @@ import torch
 
 from tests.models import layouts
 from trimtab.anatomy import Anatomy
+from trimtab.backbones.family import FAMILIES
 from trimtab.backbones.official import FORMATS, Tensors
 from trimtab.methods import METHODS
 
 
 def build(name: str, shapes: layouts.Shapes, **settings) -> torch.nn.Module:
     state = layouts.fill(shapes, device="meta")
-    kind, config = FORMATS[name].plan(Tensors(state, name, FORMATS[name].title), {}, **settings)
+    kind, config = FORMATS[name].plan(Tensors(state, name, FAMILIES[name].title), {}, **settings)
     torch.manual_seed(0)
     return kind(config).train().requires_grad_(False)
 

@@ -5,13 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.models.published import PUBLISHED, ids, pixels, tensors
-from trimtab.backbones.official import CheckpointError, build_official, load_official
-
-
-def build(state=None, extras=None, **settings):
-    state = tensors("mdetr") if state is None else state
-    return build_official(state, extras or {}, "mdetr.pth", **(PUBLISHED["mdetr"].settings | settings))
+from tests.models.published import PUBLISHED, build, ids, pixels, tensors
+from trimtab.backbones.official import CheckpointError, load_official
 
 
 def gqa(kinds: int) -> dict[str, torch.Tensor]:
@@ -33,11 +28,11 @@ def test_the_average_is_taken_only_when_asked_for(tmp_path):
         torch.testing.assert_close(b, a * 1.01, msg=name)
     for extras in ({}, {"model_ema": None}):  # released files may hold an empty one
         with pytest.raises(CheckpointError, match="holds no average of its weights"):
-            build(extras=extras, ema=True)
+            build("mdetr", extras=extras, ema=True)
 
 
 def test_frozen_norms_are_no_parameters():
-    model, _ = build()
+    model, _ = build("mdetr")
     assert not [n for n, _ in model.backbone.named_parameters() if "bn" in n or "downsample.1" in n]
     assert {n for n, _ in model.backbone.named_buffers() if n.startswith("bn1")} == {
         f"bn1.{n}" for n in ("weight", "bias", "running_mean", "running_var")
@@ -47,7 +42,7 @@ def test_frozen_norms_are_no_parameters():
 @pytest.mark.parametrize("kinds", [1, 6])
 @torch.no_grad()
 def test_answers_are_read_from_the_first_decoder_layer(kinds):
-    model, report = build(gqa(kinds))
+    model, report = build("mdetr", gqa(kinds))
     assert not report.unused
     before = PUBLISHED["mdetr"].run(model)
     answers = {k for k in before if k.startswith("answer")}
@@ -60,7 +55,7 @@ def test_answers_are_read_from_the_first_decoder_layer(kinds):
 
 @torch.no_grad()
 def test_padding_of_images_and_texts_changes_nothing():
-    model, _ = build()
+    model, _ = build("mdetr")
     text, mask = ids()
     image, full = pixels(1, 3, 64, 64), torch.ones(1, 64, 64)
     alone = model(image, text[1:, :4], mask[1:, :4], full)
@@ -77,14 +72,14 @@ def test_padding_of_images_and_texts_changes_nothing():
 
 def test_variants_that_are_not_read():
     with pytest.raises(CheckpointError, match="4 kinds of answers; only GQA's 6, or 1 for all"):
-        build(tensors("mdetr") | {"qa_embed.weight": torch.zeros(4, 24)})
+        build("mdetr", tensors("mdetr") | {"qa_embed.weight": torch.zeros(4, 24)})
     state = {k.replace("body.layer", "body.block"): v for k, v in tensors("mdetr").items()}
     with pytest.raises(
         CheckpointError, match=r"found no 'backbone.0.body.layer1.0.conv2.weight' \(EfficientNet is not"
     ):
-        build(state)
+        build("mdetr", state)
     with pytest.raises(CheckpointError, match="24 channels are no multiple of 5 heads"):
-        build(heads=5)
+        build("mdetr", heads=5)
 
 
 @pytest.mark.slow

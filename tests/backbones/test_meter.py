@@ -7,19 +7,15 @@ import torch
 
 import trimtab
 from tests.models import layouts
+from tests.models.official import METER_HEADS as HEADS
+from tests.models.official import meter as tiny
 from trimtab.anatomy import Anatomy
 from trimtab.backbones import load_model, load_official
+from trimtab.backbones.family import FAMILIES
 from trimtab.backbones.official import FORMATS, CheckpointError, Tensors, build_official
 from trimtab.cli import main
 from trimtab.counting import count_macs
 from trimtab.methods import METHODS
-
-HEADS = {"vision_heads": 2, "text_heads": 2, "fusion_heads": 2}
-
-
-def tiny(*tasks: str, **settings):
-    state = layouts.fill(layouts.meter(tasks or ("mlm", "itm"), 7, **layouts.TINY_METER))
-    return build_official(state, {}, "meter.ckpt", **HEADS, **settings)
 
 
 def real(*tasks: str, **settings) -> torch.nn.Module:
@@ -198,7 +194,7 @@ def test_tasks_read_what_is_as_wide_as_their_heads():
     from trimtab.tasks import TASKS, TaskModel
 
     model, _ = tiny()
-    backbone = FORMATS["meter"].backbone("meter.ckpt", model, None)
+    backbone = FAMILIES["meter"].backbone("meter.ckpt", model, None)
     backbone.limit_text(6)
     for task in (TASKS["vqa"](["a", "b"]), TASKS["grounding"](), TASKS["matching"]()):
         whole = TaskModel(backbone, task)

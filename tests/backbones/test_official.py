@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from trimtab.backbones import official
+from trimtab.backbones.family import FAMILIES, Family, add
 from trimtab.backbones.official import CheckpointError, Format, Item, load_official, renamed, resize_grid
 from trimtab.backbones.reading import read_checkpoint
 
@@ -26,7 +27,6 @@ def toy(monkeypatch):
     """A format of a tiny BERT whose files call a layer a `floor`, and fuse query, key and value."""
     from transformers import BertConfig, BertModel
 
-    @official.reads("toy", "Toy")
     class Toy(Format):
         leftovers = (r"^extra\.",)
         fresh = (r"^pooler\.",)
@@ -58,8 +58,9 @@ def toy(monkeypatch):
         def __init__(self, config):
             super().__init__(config, add_pooling_layer=False)
 
+    add(Family("toy", "Toy", "toy", format=Toy()))
     yield Toy
-    del official.FORMATS["toy"]
+    del FAMILIES["toy"]
 
 
 def toy_state(layers: int = 2) -> dict[str, torch.Tensor]:

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import trimtab
-from tests.models.published import PUBLISHED, tensors
+from tests.models.published import PUBLISHED, build, tensors
 from trimtab.anatomy import Anatomy, Tap, read
+from trimtab.backbones import convert_official
 from trimtab.backbones.official import CheckpointError, build_official, load_official
 from trimtab.methods import METHODS
-from trimtab.storage.checkpoints import convert_official
 
 every = pytest.mark.parametrize("name", PUBLISHED)
 # Without those whose difference lies in the CNN, the patches or a head of no blocks.
@@ -22,11 +22,6 @@ distinct = pytest.mark.parametrize(
     [n for n in PUBLISHED if n not in ("vse_caffe", "clip4clip_meanP", "clip4clip_seqLSTM", "clip4clip_meanP_3d")],
 )
 one_each = pytest.mark.parametrize("name", {p.format: name for name, p in PUBLISHED.items()}.values())
-
-
-def build(name: str, state=None, **settings):
-    state = tensors(name) if state is None else state
-    return build_official(state, {}, f"{name}.pth", **(PUBLISHED[name].settings | settings))
 
 
 @pytest.fixture

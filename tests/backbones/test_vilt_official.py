@@ -7,15 +7,12 @@ import torch
 
 import trimtab
 from tests.models import layouts
+from tests.models.official import vilt as tiny
 from trimtab.anatomy import Anatomy
 from trimtab.backbones.base import WEIGHTS
+from trimtab.backbones.family import FAMILIES
 from trimtab.backbones.official import FORMATS, CheckpointError, Tensors, build_official
 from trimtab.backbones.vilt.official import pixel_mask
-
-
-def tiny(*tasks: str, **settings):
-    state = layouts.fill(layouts.vilt(tasks or ("mlm", "itm"), 7, **layouts.TINY_VILT))
-    return build_official(state, {}, "vilt.ckpt", heads=2, **settings)
 
 
 def batch(length: int = 6) -> dict[str, torch.Tensor]:
@@ -99,7 +96,7 @@ def test_anatomy_and_tasks():
     anatomy = Anatomy.of(model)
     assert [(t.name, t.modality, len(t.blocks)) for t in anatomy.towers] == [("fusion", "fusion", 2)]
     assert set(anatomy.heads) == {"vilt.pooler", "mlm_score", "itm_score"}
-    backbone = FORMATS["vilt"].backbone("vilt.ckpt", model, None)
+    backbone = FAMILIES["vilt"].backbone("vilt.ckpt", model, None)
     example = backbone.example(2, 5)
     assert backbone.match(backbone.pair(**example)).shape == (2,)
     with pytest.raises(ValueError, match="text of 10 tokens: ViLT has positions for 9"):

@@ -6,15 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.models.published import PUBLISHED, ids, pixels, tensors
-from trimtab.backbones.official import CheckpointError, build_official
-from trimtab.backbones.resnet import FrozenBatchNorm2d, ResNet, ResNetSizes
+from tests.models.published import build, ids, pixels, tensors
+from trimtab.backbones.official import CheckpointError
 from trimtab.backbones.vse.model import GPO, hinge_loss
-
-
-def build(name: str, state=None, extras=None):
-    state = tensors(name) if state is None else state
-    return build_official(state, extras or {}, f"{name}.pth", **PUBLISHED[name].settings)
+from trimtab.backbones.vse.resnet import FrozenBatchNorm2d, ResNet, ResNetSizes
 
 
 @torch.no_grad()

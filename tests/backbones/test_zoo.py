@@ -222,7 +222,7 @@ def test_a_model_that_holds_a_described_one_is_described():
     assert found.modality("head.weight") is None and len(found.weights(model)) == 12
     two = Classifier(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
     assert {t.name for t in Anatomy.of(two).towers} == {
-        "reader.encoder.layer",
+        "reader_encoder_layer",
         "others",
     }  # discovered: others has blocks
 

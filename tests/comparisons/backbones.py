@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from tests.conformance import Case
-from trimtab.backbones.official import build_official, read_checkpoint
+from trimtab.backbones.official import build_official
+from trimtab.backbones.reading import read_checkpoint
 
 
 def build(case: Case, *files: str, **settings: Any) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.comparisons.backbones import build
 from tests.conformance import Case, Check, Skipped, compares, stage
-from trimtab.backbones.blip.official import rank_answers
+from trimtab.backbones.blip.features import rank_answers
 
 PRETRAINED = "model_base_14M.pth"
 

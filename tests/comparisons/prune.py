@@ -13,10 +13,11 @@ from tests.conformance import Case, Check, Skipped, close, compares
 from tests.models.toy_vlm import ToyVLM
 from trimtab.anatomy import Weight
 from trimtab.methods import METHODS
-from trimtab.methods.prune.base import Pruner, prunable
+from trimtab.methods.prune.base import Pruner
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import Evidence, collect
 from trimtab.methods.prune.masks import Masks
+from trimtab.methods.prune.prunable import prunable
 from trimtab.methods.prune.scores import SCORES
 
 TEXT = ("text_ids", "text_atts")

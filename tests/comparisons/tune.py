@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from tests.comparisons.modules import copy_parameters, gradient_checks, pairs
 from tests.conformance import Case, Check, Skipped, close, compares
+from trimtab.methods.tune.listener import Seen
 from trimtab.methods.tune.unipt import PUBLISHED, DecoderUniPT, PyramidUniPT, TokenUniPT, VectorUniPT
 
 
@@ -22,16 +24,15 @@ def words(case: Case) -> Iterator[Check | Skipped]:
     """The side network of VSE's texts, on tokens."""
     tensors, info = case.tensors, case.info
     n, factor = info["num_layer"], info["downsample_D_factor"]
-    side = TokenUniPT(
-        info["hidden_size"][0], n - 1, factor, out=info["embed_size"], skip=False, **PUBLISHED["vse-text"]
-    )
+    how = replace(PUBLISHED["vse-text"], skip=False)
+    side = TokenUniPT(info["hidden_size"][0], n - 1, factor, how, info["embed_size"])
     names = numbered("downsample_layers", n)
     names |= pairs(**{f"project.{i}": f"projection_layer.{i}" for i in (0, 1)})
     names |= pairs(**{"up.1": "upsample_layer.1"}, gate="gate_layer")
     copy_parameters(side, tensors, names)
     maps = [tensors[f"input.{i}"] for i in range(n)]
     mask = torch.arange(maps[0].shape[1])[None] < tensors["lengths"][:, None]
-    out = side(maps, mask.float())
+    out = side(Seen(maps, mask.float(), maps[-1]))
     yield close("output", out, tensors["output"])
     out.square().sum().backward()
     yield from gradient_checks(side, tensors, names)
@@ -52,7 +53,8 @@ def grids(case: Case) -> Iterator[Check | Skipped]:
         theirs = names[f"{name}.weight"].removesuffix("weight")
         norm.running_mean.copy_(tensors[f"{theirs}running_mean"])
         norm.running_var.copy_(tensors[f"{theirs}running_var"])
-    out = side([tensors[f"input.{i}"] for i in range(4)])
+    maps = [tensors[f"input.{i}"] for i in range(4)]
+    out = side(Seen(maps, None, maps[-1]))
     yield close("output", out, tensors["output"])
     out.square().sum().backward()
     yield from gradient_checks(side, tensors, names)
@@ -63,7 +65,8 @@ def tokens(case: Case) -> Iterator[Check | Skipped]:
     """The side network of CLIP-ViL, on tokens."""
     tensors, info = case.tensors, case.info
     layers = info["layers"]
-    side = TokenUniPT(info["hidden_size"], layers, info["reduction_factor"], skip=False, **PUBLISHED["clip-vil"])
+    how = replace(PUBLISHED["clip-vil"], skip=False)
+    side = TokenUniPT(info["hidden_size"], layers, info["reduction_factor"], how)
     names = {}
     for i in range(layers + 1):
         theirs = "side_first_downsample_l" if i == 0 else f"side_downsamples_l.{i - 1}"
@@ -72,7 +75,8 @@ def tokens(case: Case) -> Iterator[Check | Skipped]:
     gate = next(k for k in tensors if k.startswith("param.side_gate") and k.endswith("weight"))
     names |= {"gate.weight": gate, "gate.bias": gate.replace("weight", "bias")}
     copy_parameters(side, tensors, names)
-    out = side([tensors[f"joint.{i}"] for i in range(layers + 1)], tensors["side_mask"].float())
+    maps = [tensors[f"joint.{i}"] for i in range(layers + 1)]
+    out = side(Seen(maps, tensors["side_mask"].float(), maps[-1]))
     text = tensors["lang_output"].shape[1]
     yield close("text output", out[:, :text], tensors["lang_output"])
     yield close("vision output", out[:, text:], tensors["visn_output"])
@@ -91,7 +95,7 @@ def vectors(case: Case) -> Iterator[Check | Skipped]:
     copy_parameters(side, tensors, names)
     mask, position = tensors.get("mask"), tensors.get("position")
     maps = [tensors[f"input.{i}"] for i in range(n)]
-    out = side(maps, None if mask is None else mask.float(), tensors["raw_anchor"][:, 0], position)
+    out = side(Seen(maps, None if mask is None else mask.float(), tensors["raw_anchor"][:, 0], position))
     yield close("output", out, tensors["output"])
     out.square().sum().backward()
     yield from gradient_checks(side, tensors, names)
@@ -102,8 +106,8 @@ def queries(case: Case) -> Iterator[Check | Skipped]:
     """The side networks of MDETR's encoder and decoder, on their layers' outputs."""
     tensors, info = case.tensors, case.info
     chosen, width = info["select_layers"], info["d_model"]
-    encoder = TokenUniPT(width, len(chosen), 2, skip=False, **PUBLISHED["mdetr-encoder"])
-    decoder = DecoderUniPT(width, len(chosen), 2, levels=True, skip=False, **PUBLISHED["mdetr-decoder"])
+    encoder = TokenUniPT(width, len(chosen), 2, replace(PUBLISHED["mdetr-encoder"], skip=False))
+    decoder = DecoderUniPT(width, len(chosen), 2, replace(PUBLISHED["mdetr-decoder"], skip=False), levels=True)
     names = {}
     for part, side in (("encoder", encoder), ("decoder", decoder)):
         theirs = [f"side_downsamples_{part}.{i}" for i in range(len(chosen))] + [f"side_downsample0_{part}"]
@@ -123,10 +127,12 @@ def queries(case: Case) -> Iterator[Check | Skipped]:
         return [m.transpose(0, 1) for m in [inputs[i] for i in chosen] + [layers[-1]]]
 
     valid = (~tensors["joint_mask"]).float()
-    memory = encoder(maps(tensors["encoder_input"], tensors["encoder_all"]), valid)
+    read = maps(tensors["encoder_input"], tensors["encoder_all"])
+    memory = encoder(Seen(read, valid, read[-1]))
     yield close("memory", memory, tensors["side_img_memory"])
     first = torch.zeros_like(tensors["decoder_all"][0])
-    out = decoder(maps(first, tensors["decoder_all"]), None, memory, valid)
+    read = maps(first, tensors["decoder_all"])
+    out = decoder(Seen(read, None, read[-1][None], memory=memory, memory_mask=valid))
     yield close("output", out, tensors["output_hs"])
     out.square().sum().backward()
     yield from gradient_checks(encoder, tensors, names["encoder"])

@@ -43,7 +43,7 @@ def test_an_undecodable_image_is_named_by_its_path(damage, tmp_path):
         path.write_bytes(damage)
     with pytest.raises(ImageError) as error:
         decode({"bytes": None, "path": str(path)})
-    assert str(path) in str(error.value) and "skip_bad_images" in str(error.value)
+    assert str(path) in str(error.value) and "drop_bad_images" in str(error.value)
 
 
 def test_without_a_path_it_is_named_by_its_place():

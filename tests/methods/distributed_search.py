@@ -6,7 +6,7 @@ import json
 import os
 import sys
 
-from trimtab.experiments import recipe, run, training
+from trimtab.experiments import assembly, recipe, training
 
 if __name__ == "__main__":
     rows = 8 // int(os.environ.get("WORLD_SIZE", "1"))
@@ -19,7 +19,7 @@ if __name__ == "__main__":
         "training": {"steps": 1, "batch_size": rows},
     }  # fmt: skip
     r = recipe.expand(raw, "distributed")[0]
-    parts = run.assemble(r)
+    parts = assembly.assemble(r)
     tables = [parts.source.load("vqa", split) for split in ("train", "validation")]
     parts.model.backbone.requires_grad_(False)
     parts.methods[0].prepare(training.TrainingSession(parts.model, *tables, r.training, r.seed, "test"))

@@ -13,10 +13,10 @@ from tests.models.zoo import ZOO
 from trimtab import Anatomy, Block, Masks, Tap, Tower
 from trimtab.methods import METHODS
 from trimtab.methods.prune import convolutions
-from trimtab.methods.prune.base import PruneSettings
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import collect
 from trimtab.methods.prune.scores import borrowed, matrix
+from trimtab.methods.prune.settings import PruneSettings
 
 
 class OnPatches(nn.Module):
@@ -69,9 +69,9 @@ def test_a_convolution_is_pruned_as_the_linear_layer_that_it_equals(name):
     torch.testing.assert_close(conv(**batches()[0])["loss"], linear(**batches()[0])["loss"])
     settings = STEPS.get(name, {})
     torch.manual_seed(2)
-    wanted = trimtab.prune(linear, name, 0.6, batches(), linear.anatomy, **settings)
+    wanted = trimtab.prune(linear, name, 0.6, batches(), linear.anatomy, **settings).masks
     torch.manual_seed(2)
-    found = trimtab.prune(conv, name, 0.6, batches(), conv.anatomy, convolutions=True, **settings)
+    found = trimtab.prune(conv, name, 0.6, batches(), conv.anatomy, convolutions=True, **settings).masks
     for i, layer in enumerate(conv.blocks):
         mask = found[f"blocks.{i}.weight"]
         assert mask.shape == layer.weight.shape
@@ -131,7 +131,7 @@ def test_masks_are_kept_saved_and_loaded_in_the_convolutions_own_shape(tmp_path)
     (masks,) = trimtab.prune(model, "snip", [0.5], batches(), model.anatomy, convolutions=True)
     assert all(torch.equal(layer.weight, was) for layer, was in zip(model.blocks, before, strict=True))
     masks.save(tmp_path / "masks.safetensors")
-    again = Masks.load(tmp_path / "masks.safetensors", model)
+    again = Masks.read(tmp_path / "masks.safetensors", model)
     again.apply(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     again.keep(model, optimizer)
@@ -145,14 +145,14 @@ def test_masks_are_kept_saved_and_loaded_in_the_convolutions_own_shape(tmp_path)
         assert weight.is_contiguous(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match="'blocks.1.weight' has the shape"):
         model.blocks[1] = nn.Conv2d(6, 6, 1)
-        Masks.load(tmp_path / "masks.safetensors", model)
+        Masks.read(tmp_path / "masks.safetensors", model)
 
 
 @pytest.mark.parametrize("name", ["itersnip", "sparsegpt"])
 def test_pruners_that_write_to_weights_meanwhile_put_channels_last_back(name):
     model, plain = stack().to(memory_format=torch.channels_last), stack()
     settings = {"convolutions": True, **STEPS.get(name, {})}
-    masks = [trimtab.prune(m, name, 0.5, batches(), m.anatomy, **settings) for m in (model, plain)]
+    masks = [trimtab.prune(m, name, 0.5, batches(), m.anatomy, **settings).masks for m in (model, plain)]
     assert all(torch.equal(masks[0][path], mask) for path, mask in masks[1].items())
     assert all(layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in model.blocks)
 
@@ -181,7 +181,7 @@ def test_patch_embeddings_are_pruned_only_when_asked(name, path, weights, method
     (whole,) = trimtab.prune(member.model(), method, [0.5], [member.batch], allow_empty_tower=True)
     assert f"{path}.weight" not in whole and whole.prunable == plain
     settings = {"convolutions": True, "allow_empty_tower": True}
-    masks = trimtab.prune(model := member.model(), method, 0.5, [member.batch], **settings)
+    masks = trimtab.prune(model := member.model(), method, 0.5, [member.batch], **settings).masks
     assert masks.prunable == plain + weights and abs(masks.sparsity - 0.5) < 0.01
     parameter = model.get_parameter(f"{path}.weight")
     assert masks[f"{path}.weight"].shape == parameter.shape and not parameter[~masks[f"{path}.weight"]].any()
@@ -189,11 +189,11 @@ def test_patch_embeddings_are_pruned_only_when_asked(name, path, weights, method
 
 def test_a_saved_method_knows_that_it_pruned_convolutions():
     model = stack()
-    masks = trimtab.prune(stack(), "omp", 0.5, anatomy=model.anatomy, convolutions=True)
+    masks = trimtab.prune(stack(), "omp", 0.5, anatomy=model.anatomy, convolutions=True).masks
     method = METHODS["omp"](convolutions=True)
     method.assume(model, model.anatomy)
     assert method.state["prunable"] == masks.prunable
-    method.load_state({}, masks.packed())
+    method.take(masks, model.anatomy)
     method.attach(model, model.anatomy)
     assert all(torch.equal(model.get_parameter(path) != 0, mask) for path, mask in masks.items())
 

@@ -10,13 +10,14 @@ from safetensors.torch import load_file
 
 from trimtab import backbones
 from trimtab.counting import saved_bytes
-from trimtab.experiments import recipe, run, training
+from trimtab.experiments import assembly, recipe, run, training
+from trimtab.experiments import folder as folder_of_runs
 from trimtab.methods import METHODS
 from trimtab.methods.skip.search.das import Gates
 from trimtab.storage.bits import pack, unpack
 
 BACKBONES = {"tiny-clip": "retrieval", "tiny-vilt": "vqa", "tiny-blip": "vqa"}
-NAMES = sorted(set(METHODS) - {"masks"})  # masks come from somewhere: see test_given.py
+NAMES = sorted(METHODS)
 SETTINGS = {
     "das": {"skip": 2, "search_steps": 6, "turn": 2},
     "random-skip": {"skip": 2},
@@ -40,9 +41,9 @@ def build(tiny_raw, backbone: str, *methods: dict, **training_settings) -> recip
     return recipe.expand(tiny_raw(backbone, BACKBONES[backbone], list(methods), **training_settings), "test")[0]
 
 
-def attached(tiny_raw, backbone: str, *methods: dict) -> run.Assembly:
+def attached(tiny_raw, backbone: str, *methods: dict) -> assembly.Assembly:
     """An assembly with its methods attached, on assumed plans and masks: no data needed."""
-    parts = run.assemble(build(tiny_raw, backbone, *methods))
+    parts = assembly.assemble(build(tiny_raw, backbone, *methods))
     for method in parts.methods:
         method.assume(parts.plain, parts.model.backbone.anatomy)
     parts.attach()
@@ -55,11 +56,11 @@ def test_trains_saves_and_loads(name, backbone, tiny_raw, tmp_path):
     if METHODS[name].lever == "prune":
         methods.append({"name": "full"})
     folder = run.run(build(tiny_raw, backbone, *methods), tmp_path / "run", measure_costs=False)
-    assert run.is_finished(folder)
+    assert folder_of_runs.is_finished(folder)
     history = json.loads((folder / "metrics.json").read_text())["history"]
     assert history and all(torch.isfinite(torch.tensor(e["loss"])) for e in history)
-    again = run.load(folder)
-    parts = run.assemble(run.load_recipe(folder))
+    again = folder_of_runs.load(folder)
+    parts = assembly.assemble(folder_of_runs.load_recipe(folder))
     table = parts.source.load(BACKBONES[backbone], "test")
     metrics, _ = training.evaluate(again, table)
     assert metrics == json.loads((folder / "metrics.json").read_text())["test"]
@@ -124,7 +125,7 @@ def test_every_pruned_weight_is_exactly_zero_after_training(name, sparsity, tiny
 def test_zeros_survive_under_lora(tiny_raw, tmp_path):
     methods = ({"name": "multiflow", "sparsity": 0.75, "batches": 1}, {"name": "lora"})
     folder = run.run(build(tiny_raw, "tiny-vilt", *methods), tmp_path / "run", measure_costs=False)
-    model = run.load(folder)
+    model = folder_of_runs.load(folder)
     weight = model.backbone.model.vilt.encoder.layer[0].attention.attention.query.base_layer.weight
     assert 0.3 < float((weight == 0).float().mean()) < 1
 
@@ -136,8 +137,8 @@ def test_weights_that_a_pruner_changed_come_back_where_they_are_not_trained(name
     stored = load_file(folder / "weights.safetensors")
     values = {k.removeprefix("methods.0."): v for k, v in stored.items() if k.endswith(".values")}
     assert values
-    model = run.load(folder).backbone.model
-    fresh = run.assemble(run.load_recipe(folder)).plain
+    model = folder_of_runs.load(folder).backbone.model
+    fresh = assembly.assemble(folder_of_runs.load_recipe(folder)).plain
     changed = 0
     for key, kept in values.items():
         path = key.removesuffix(".values")
@@ -190,7 +191,7 @@ def test_the_search_raises_the_gates_of_blocks_that_are_not_missed(tiny_raw, mon
     monkeypatch.setattr(das, "Gates", Judged)
     settings = {"search_steps": 45, "turn": 1, "subsets": 4, "gate_rate": 30.0, "dropout_in_rewards": False}
     r = build(tiny_raw, "tiny-vilt", {"name": "das", "skip": 2, **settings})
-    parts = run.assemble(r)
+    parts = assembly.assemble(r)
     tables = [parts.source.load("vqa", split) for split in ("train", "validation")]
     parts.model.backbone.requires_grad_(False)
     parts.methods[0].prepare(training.TrainingSession(parts.model, *tables, r.training, r.seed, "test"))

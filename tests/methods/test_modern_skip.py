@@ -11,7 +11,7 @@ from torch import nn
 import trimtab
 from tests.models.modern import DEEPER, MEMBERS, deeper, outputs, written
 from trimtab.anatomy import Anatomy
-from trimtab.backbones.examples.today import florence, grounding_dino, qwen3
+from trimtab.backbones.described.examples import florence, grounding_dino, qwen3
 from trimtab.methods.skip.adapters import Adapter, Skipped
 from trimtab.methods.skip.search.das import DAS
 from trimtab.methods.skip.shorten import shorten

@@ -11,7 +11,7 @@ import trimtab
 from tests.models.modern import MEMBERS, deeper, outputs, written
 from tests.models.zoo import Member
 from trimtab.anatomy import Anatomy
-from trimtab.backbones.examples.today import idefics
+from trimtab.backbones.reader.examples import idefics
 
 METHODS: dict[str, dict[str, Any]] = {
     "unipt": {}, "lora": {}, "adapter": {}, "lst": {"initialise": "random"}, "bitfit": {}, "deep-prompt": {},

@@ -42,7 +42,7 @@ def masks_of(name: str, count: int, settings: dict[str, Any]) -> Masks:
     made = toy()
     sparsity = None if "pattern" in settings else 0.63
     anatomy = made.model.anatomy()
-    return trimtab.prune(made.model, name, sparsity, made.batches(LOSS)[:count], anatomy, **settings)
+    return trimtab.prune(made.model, name, sparsity, made.batches(LOSS)[:count], anatomy, **settings).masks
 
 
 def refusals(rank: int) -> dict[str, str]:
@@ -108,14 +108,14 @@ def same(a: Masks, b: Masks) -> bool:
 
 @pytest.mark.parametrize("number", range(len(SCENARIOS)), ids=[f"{n}-{c}" for n, c, _ in SCENARIOS])
 def test_two_processes_find_the_masks_of_one(number, done):
-    alone = Masks.load(done / f"{number}.alone")
+    alone = Masks.read(done / f"{number}.alone")
     assert 0 < alone.kept < alone.prunable
     for rank in range(2):
-        assert same(Masks.load(done / f"{number}.{rank}"), alone), rank
+        assert same(Masks.read(done / f"{number}.{rank}"), alone), rank
 
 
 def test_both_processes_hold_the_same_masks_even_of_chance(done):
-    first, second = (Masks.load(done / f"chance.{rank}") for rank in range(2))
+    first, second = (Masks.read(done / f"chance.{rank}") for rank in range(2))
     assert same(first, second)
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import trimtab
-from tests.backbones.official_files import TEXTS, file
+from tests.models.official import TEXTS, file
 from trimtab.anatomy import Anatomy
-from trimtab.backbones import Pretraining
+from trimtab.backbones import PretrainingLoss
 from trimtab.backbones.examples.inputs import pixels
 
 SPARSITIES = [0.63, 0.75, 0.9]
@@ -43,7 +43,7 @@ def blip(folder) -> Subject:
     backbone = trimtab.load(path, tokenizer=words, **settings)
     batches = pairs(backbone)
     # `text_encoder.cls` and momentum copies are not there; the decoder's word head is `text_decoder.cls`.
-    return Subject(backbone.model, batches, Pretraining(backbone), lambda m: m(**batches[0]),
+    return Subject(backbone.model, batches, PretrainingLoss(backbone), lambda m: m(**batches[0]),
                    ("vision_proj", "text_proj", "itm_head", "text_decoder.cls"), {"vision", "text"})  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def xvlm(folder) -> Subject:
     path, settings, words = file(folder, "xvlm")
     backbone = trimtab.load(path, tokenizer=words, **settings)
     batches = pairs(backbone)
-    return Subject(backbone.model, batches, Pretraining(backbone), lambda m: m(**batches[0])["match"],
+    return Subject(backbone.model, batches, PretrainingLoss(backbone), lambda m: m(**batches[0])["match"],
                    ("vision_proj", "text_proj", "itm_head", "bbox_head", "text_encoder.cls"),
                    {"vision", "text", "fusion"})  # fmt: skip
 
@@ -107,12 +107,12 @@ def test_pruned_at_the_three_sparsities_from_one_calibration(subject, method):
 
 def test_fine_tuned_on_the_pattern_saved_sparse_and_loaded(subject, tmp_path):
     model = subject.model
-    masks = trimtab.prune(model, "multiflow", 0.75, subject.batches, with_task=subject.with_task)
+    fit = trimtab.prune(model, "multiflow", 0.75, subject.batches, with_task=subject.with_task)
     weights = {w.path: model.get_parameter(w.path) for w in Anatomy.of(model).weights(model)}
     pattern = {n: p != 0 for n, p in weights.items()}
     before = {n: p.clone() for n, p in weights.items()}
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.05)
-    masks.keep(model, optimiser)
+    fit.keep(optimiser)
     called = subject.with_task or model
     for batch in subject.batches:
         out = called(**batch)
@@ -121,7 +121,8 @@ def test_fine_tuned_on_the_pattern_saved_sparse_and_loaded(subject, tmp_path):
         optimiser.zero_grad()
     assert all(torch.equal(p != 0, pattern[n]) for n, p in weights.items())
     assert all(not torch.equal(p, before[n]) for n, p in weights.items())
-    trimtab.save_pretrained(model.eval(), tmp_path / "sparse")
+    model.eval()
+    fit.export(tmp_path / "sparse", sparse=True)
     again = trimtab.from_pretrained(tmp_path / "sparse")
     assert all(torch.equal(p, again.get_parameter(n)) for n, p in weights.items())
     with torch.no_grad():
@@ -139,7 +140,7 @@ def test_fine_tuned_models_have_no_pretraining_objective(tmp_path):
     path, settings, words = file(tmp_path, "blip")
     backbone = trimtab.load(path, tokenizer=words, task="retrieval", **settings)
     with pytest.raises(NotImplementedError, match="no pretraining objective: a pretrained BLIP or X-VLM has one"):
-        Pretraining(backbone)(**pairs(backbone)[0])
+        PretrainingLoss(backbone)(**pairs(backbone)[0])
 
 
 def test_xvlm_finds_masked_words_and_leaves_the_ends_of_a_text(tmp_path):

@@ -10,7 +10,8 @@ from trimtab.anatomy import Anatomy, Block, Tap, Tower
 from trimtab.counting import saved_bytes
 from trimtab.methods import METHODS
 from trimtab.methods.tune.ladder import Ladder, linears
-from trimtab.methods.tune.prompt import _widened
+from trimtab.methods.tune.listener import Seen
+from trimtab.methods.tune.prompt import widened
 from trimtab.methods.tune.sherl import MultiTier
 
 IN_BLOCKS = ("adapter", "parallel-adapter", "scaled-parallel-adapter", "shallow-prompt", "deep-prompt")
@@ -143,7 +144,7 @@ def test_a_scaled_adapter_is_a_parallel_one_times_its_scale():
 def test_prompts_are_what_tokens_in_front_would_be(name):
     """With one block: the same as the model on longer embeddings, first tokens taken off."""
     model = with_method(name, bert(1), prompts=3)
-    prompts = getattr(model, name.replace("-", "_"))["text"]
+    prompts = getattr(model, name.replace("-", "_"))["text"].values
     out = model(**words()).last_hidden_state
     plain = bert(1)
     stream = plain.embeddings(words()["input_ids"])
@@ -157,20 +158,20 @@ def test_prompts_are_what_tokens_in_front_would_be(name):
 
 def test_deep_prompts_are_fresh_in_every_block():
     model = with_method("deep-prompt")
-    assert model.deep_prompt["text"].shape == (3, 8, 32)
+    assert model.deep_prompt["text"].values.shape == (3, 8, 32)
     model(**words()).last_hidden_state.square().sum().backward()
-    assert all(g.abs().sum() > 0 for g in model.deep_prompt["text"].grad)
+    assert all(g.abs().sum() > 0 for g in model.deep_prompt["text"].values.grad)
 
 
 def test_masks_are_widened_by_their_kind():
     additive = torch.tensor([[0.0, -9.0], [0.0, 0.0]])[None, None]
-    assert _widened(additive, 1, 2)[0, 0].tolist() == [[0, 0, -9], [0, 0, -9], [0, 0, 0]]
+    assert widened(additive, 1, 2)[0, 0].tolist() == [[0, 0, -9], [0, 0, -9], [0, 0, 0]]
     keys = torch.tensor([[[[True, False]]]])
-    assert _widened(keys, 2, 2).tolist() == [[[[True, True, True, False]]]]
-    assert _widened(torch.tensor([[1, 0]]), 1, 2).tolist() == [[1, 1, 0]]
-    assert _widened(torch.zeros(2, 3), 1, 2).shape == (2, 3)
-    assert _widened(torch.zeros(1, 1, 2, 2), 1, 2, "encoder_attention_mask").shape == (1, 1, 3, 2)  # another's tokens
-    cos, sin = _widened((torch.full((1, 2, 4), 0.6), torch.full((1, 2, 4), 0.8)), 1, 2)
+    assert widened(keys, 2, 2).tolist() == [[[[True, True, True, False]]]]
+    assert widened(torch.tensor([[1, 0]]), 1, 2).tolist() == [[1, 1, 0]]
+    assert widened(torch.zeros(2, 3), 1, 2).shape == (2, 3)
+    assert widened(torch.zeros(1, 1, 2, 2), 1, 2, "encoder_attention_mask").shape == (1, 1, 3, 2)  # another's tokens
+    cos, sin = widened((torch.full((1, 2, 4), 0.6), torch.full((1, 2, 4), 0.8)), 1, 2)
     assert cos[0, :, 0].tolist() == pytest.approx([1, 0.6, 0.6]) and sin[0, :, 0].tolist() == pytest.approx(
         [0, 0.8, 0.8]
     )
@@ -211,9 +212,10 @@ def test_sherl_merges_by_similarity_and_feeds_the_last_block():
         # Equal scores: two shallow maps that are the same share their weight, each gets half.
         z = side.down[0](same)
         merged = side.up(torch.relu(z + side.down[0](other)))
-        assert torch.allclose(side([same, same, other]), merged, atol=1e-4)
+        seen = Seen([same, same, other], None, other)
+        assert torch.allclose(side(seen), merged, atol=1e-4)
         side.gate.fill_(0.05)
-        assert torch.allclose(side([same, same, other]), merged + torch.tanh(torch.tensor(0.5)) * other, atol=1e-4)
+        assert torch.allclose(side(seen), merged + torch.tanh(torch.tensor(0.5)) * other, atol=1e-4)
     model = with_method("sherl")
     fed = []
     model.encoder.layer[2].register_forward_pre_hook(lambda m, args: fed.append(args[0]))

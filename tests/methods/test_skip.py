@@ -15,7 +15,8 @@ from tests.comparisons.skip import fusion_block
 from trimtab import Anatomy
 from trimtab.anatomy import Block, Sublayer, Tap, Tower
 from trimtab.counting import count_inside, count_macs, time_inside
-from trimtab.experiments import recipe, run, training
+from trimtab.experiments import assembly, recipe, run, training
+from trimtab.experiments import folder as folder_of_runs
 from trimtab.methods import METHODS
 from trimtab.methods.skip import budget
 from trimtab.methods.skip.adapters import RoutedAdapter, Skipped, Switch, add_adapters
@@ -644,7 +645,7 @@ def test_meter_saves_as_many_macs_as_published():
 def session_of(tiny_raw, method: dict, folder=None, **changes) -> tuple:
     raw = tiny_raw("tiny-vilt", "vqa", [method], **changes)
     r = recipe.expand(raw, "test")[0]
-    parts = run.assemble(r)
+    parts = assembly.assemble(r)
     tables = [parts.source.load("vqa", split) for split in ("train", "validation")]
     parts.model.backbone.requires_grad_(False)
     return parts, training.TrainingSession(parts.model, *tables, r.training, r.seed, "test", folder)
@@ -797,9 +798,9 @@ def test_a_run_without_adapters_is_exported_as_an_ordinary_shorter_model(tiny_ra
     r = recipe.expand(tiny_raw("tiny-vilt", "vqa", methods), "test")[0]
     folder = run.run(r, tmp_path / "run", measure_costs=False)
     assert not (folder / "search").exists()
-    again = load(run.export(folder, tmp_path / "out"))
+    again = load(folder_of_runs.export(folder, tmp_path / "out"))
     assert again.model.config.num_hidden_layers == 5 and len(again.model.vilt.encoder.layer) == 5
-    trained = run.load(folder).eval()
+    trained = folder_of_runs.load(folder).eval()
     batch = {k: v for k, v in trained.example(2).items() if k != "labels"}
     with torch.no_grad():
         torch.testing.assert_close(again.eval().pair(**batch).tokens, trained.backbone.pair(**batch).tokens)

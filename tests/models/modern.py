@@ -10,7 +10,7 @@ import torch
 
 from tests.models.zoo import BLOCK, WIDE, ZOO, Member
 from trimtab.anatomy import Anatomy
-from trimtab.backbones.examples import papers, today
+from trimtab.backbones.described import examples as described
 from trimtab.backbones.examples.inputs import (
     DECODER_MASK,
     FLORENCE,
@@ -24,6 +24,7 @@ from trimtab.backbones.examples.inputs import (
     SMOL,
     TASK,
 )
+from trimtab.backbones.reader import examples as reader
 
 _GATED = BLOCK + 16 * 32  # gated feed-forward parts have a third matrix
 _DEFORMABLE = 32 * 3 * 4 * 3 * 2 + 2 * 32 * 32  # offsets and weights of 4 heads, 3 grids, 2 points; value, output
@@ -38,24 +39,25 @@ _SEES = {"vision": ("vision", 3, 3 * WIDE)}
 MODERN: dict[str, Member] = {
     **{
         name.lower(): Member(
-            partial(today.idefics, name), SMOL, {**_SEES, "text": ("text", 2, 2 * _GATED)}, {"vision": 16, "text": 9},
+            partial(reader.idefics, name), SMOL, {**_SEES, "text": ("text", 2, 2 * _GATED)}, {"vision": 16, "text": 9},
             {"text": SEEN_MASK, "vision": PATCH_GRID.flatten(1)}, {"input_ids": SEEN_MASK == 0}, generates=True,
         )
         for name in ("Idefics3", "SmolVLM")
     },
     "qwen3-vl": Member(
-        today.qwen3, QWEN, {"vision": ("vision", 3, 3 * (4 * 24 * 24 + 2 * 24 * 48)), "text": ("text", 3, 3 * _GATED)},
+        described.qwen3, QWEN,
+        {"vision": ("vision", 3, 3 * (4 * 24 * 24 + 2 * 24 * 48)), "text": ("text", 3, 3 * _GATED)},
         {"vision": 16, "text": 9}, **_LANGUAGE,
     ),
     **{
         name: Member(
-            partial(today.paligemma, text), PALIGEMMA, {**_SEES, "text": ("text", 2, 2 * _GATED)},
+            partial(reader.paligemma, text), PALIGEMMA, {**_SEES, "text": ("text", 2, 2 * _GATED)},
             {"vision": 4, "text": 9}, **_LANGUAGE,
         )
         for name, text in (("paligemma", "gemma"), ("paligemma2", "gemma2"))
     },
     "florence2": Member(
-        today.florence, FLORENCE,
+        described.florence, FLORENCE,
         {"vision": ("vision", 3, 16 * (8 * 8 + 2 * 16 * 16)), "encoder": ("text", 2, 2 * BLOCK),
          "decoder": ("text", 2, 2 * (BLOCK + 4 * 16 * 16))},
         {"vision": 16, "encoder": 8, "decoder": 4},
@@ -65,7 +67,7 @@ MODERN: dict[str, Member] = {
         generates=True, streams={"vision": [(2, 8, 4, 4), (2, 16, 2, 2), (2, 16, 2, 2)]},
     ),
     "grounding-dino": Member(
-        today.grounding_dino, GROUNDING,
+        described.grounding_dino, GROUNDING,
         {"vision": ("vision", 4, 2 * 12 * (8 * 8 + 16 * 16) + 32 * 16), "text": ("text", 2, 2 * BLOCK),
          "fusion-image": ("fusion", 2, 2 * (_DEFORMABLE + 2 * 32 * 64 + 3 * 32 * 32)),
          "fusion-text": ("fusion", 2, 2 * (4 * 32 * 32 + 2 * 32 * 32 + 3 * 32 * 32)),
@@ -81,13 +83,13 @@ MODERN: dict[str, Member] = {
 MEMBERS = MODERN | {name: ZOO[name] for name in ("siglip", "siglip2", "qwen2.5-vl")}
 # Members that write, with three blocks in their decoder.
 DEEPER: dict[str, tuple[str, Callable[[], Any], str]] = {
-    "smolvlm": ("smolvlm", partial(today.idefics, "SmolVLM", 3), "text"),
-    "idefics3": ("idefics3", partial(today.idefics, "Idefics3", 3), "text"),
-    "qwen2.5-vl": ("qwen2.5-vl", partial(papers.qwen25_vl, 3), "text"),
-    "qwen3-vl": ("qwen3-vl", today.qwen3, "text"),
-    "paligemma": ("paligemma", partial(today.paligemma, "gemma", 3), "text"),
-    "paligemma2": ("paligemma2", partial(today.paligemma, "gemma2", 3), "text"),
-    "florence2": ("florence2", partial(today.florence, 3), "decoder"),
+    "smolvlm": ("smolvlm", partial(reader.idefics, "SmolVLM", 3), "text"),
+    "idefics3": ("idefics3", partial(reader.idefics, "Idefics3", 3), "text"),
+    "qwen2.5-vl": ("qwen2.5-vl", partial(described.qwen25_vl, 3), "text"),
+    "qwen3-vl": ("qwen3-vl", described.qwen3, "text"),
+    "paligemma": ("paligemma", partial(reader.paligemma, "gemma", 3), "text"),
+    "paligemma2": ("paligemma2", partial(reader.paligemma, "gemma2", 3), "text"),
+    "florence2": ("florence2", partial(described.florence, 3), "decoder"),
 }
 
 

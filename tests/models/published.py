@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.backbones.official import LoadReport, build_official
+
 SHAPES: dict[str, dict[str, list[Any]]] = json.loads(Path(__file__).with_name("shapes.json").read_text())
 
 
@@ -45,6 +47,14 @@ def tensors(name: str) -> dict[str, Tensor]:
     """Random tensors of a layout, the same at every call."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return {key: _draw(key, shape, generator) for key, shape in SHAPES[name].items()}
+
+
+def build(
+    name: str, state: dict[str, Tensor] | None = None, extras: dict[str, Any] | None = None, **settings: Any
+) -> tuple[Any, LoadReport]:
+    """The model of a layout, or of other tensors in it, and what came of them."""
+    state = tensors(name) if state is None else state
+    return build_official(state, extras or {}, f"{name}.pth", **(PUBLISHED[name].settings | settings))
 
 
 def _draw(key: str, shape: list[Any], generator: torch.Generator) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from trimtab.backbones.examples import EXAMPLES, inputs, papers
+from trimtab.backbones.described import examples as described
+from trimtab.backbones.examples import EXAMPLES, inputs
 from trimtab.backbones.examples.inputs import IDS, MASK, PICTURE, VISION
 
 BLOCK, WIDE = 4 * 16 * 16 + 2 * 16 * 32, 4 * 24 * 24 + 2 * 24 * 32  # weights of a block of either
@@ -125,7 +126,7 @@ ZOO: dict[str, Member] = {
         *_example("bridgetower"), **_BRIDGETOWER,
     ),
     "bridgetower mlm": Member(
-        lambda: papers.bridgetower(hf.BridgeTowerForMaskedLM), {**_PAIR, "labels": IDS}, **_BRIDGETOWER
+        lambda: described.bridgetower(hf.BridgeTowerForMaskedLM), {**_PAIR, "labels": IDS}, **_BRIDGETOWER
     ),
     "vit": Member(
         *_example("dino"), **_ALONE,
@@ -144,17 +145,17 @@ ZOO: dict[str, Member] = {
         generates=True,
     ),
     "t5 gated": Member(
-        lambda: papers.t5(hf.T5Model, "gated-gelu"), inputs.T5,
+        lambda: described.t5(hf.T5Model, "gated-gelu"), inputs.T5,
         {"encoder": ("text", 3, 3 * (BLOCK + 16 * 32)), "decoder": ("text", 3, 3 * (BLOCK + 4 * 16 * 16 + 16 * 32))},
         **_T5_PARTS, lossless=True,
     ),
     "t5 tokens": Member(
-        lambda: papers.t5(hf.T5ForTokenClassification), {**_TEXT, "labels": MASK},
+        lambda: described.t5(hf.T5ForTokenClassification), {**_TEXT, "labels": MASK},
         {"encoder": ("text", 3, 3 * BLOCK)}, {"encoder": 5}, {"encoder": MASK}, PADDING,
     ),
     **{
         name.lower(): Member(
-            partial(papers.decoder, name), {**_TEXT, "labels": IDS}, _WRITES, {"text": 5}, {"text": MASK}, PADDING
+            partial(described.decoder, name), {**_TEXT, "labels": IDS}, _WRITES, {"text": 5}, {"text": MASK}, PADDING
         )
         for name in ("Llama", "Mistral", "Qwen2", "Qwen3")
     },

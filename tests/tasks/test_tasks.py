@@ -67,6 +67,13 @@ def stub(**further) -> SimpleNamespace:
     )
 
 
+def test_answers_are_those_of_the_source_unless_they_are_given():
+    source = SimpleNamespace(answers=lambda: ("no", "yes"))
+    assert VQA.settings_from(source, {}) == {"answers": ["no", "yes"]}
+    assert VQA.settings_from(None, {"answers": ["cat"]}) == {"answers": ["cat"]}  # the source is not even asked
+    assert Retrieval.settings_from(None, {"pooling": "gpo"}) == {"pooling": "gpo"}
+
+
 # --- every task -------------------------------------------------------------------------------------------------------
 
 

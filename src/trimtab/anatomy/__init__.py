@@ -1,9 +1,12 @@
 """The seam between models and methods: what a method may know about a model."""
 
 from trimtab.anatomy.calls import arguments, called_like, parameter_names
-from trimtab.anatomy.description import Anatomy, AnatomyError, Block, Modality, Sublayer, Tap, Tower, Weight
+from trimtab.anatomy.description import Anatomy
 from trimtab.anatomy.lookup import describes, part_of
-from trimtab.anatomy.taps import argument, pick, put, read, rewrite
+from trimtab.anatomy.parts import Block, Modality, Sublayer, Tap, Tower, Weight
+from trimtab.anatomy.structure import AnatomyError, mark_added, mark_wraps, unwrapped
+from trimtab.anatomy.taps import argument, pick, pre_hook, put, read, read_stream, rewrite
 
 __all__ = ["Anatomy", "AnatomyError", "Block", "Modality", "Sublayer", "Tap", "Tower", "Weight", "argument",
-           "arguments", "called_like", "describes", "parameter_names", "part_of", "pick", "put", "read", "rewrite"]  # fmt: skip
+           "arguments", "called_like", "describes", "mark_added", "mark_wraps", "parameter_names", "part_of", "pick",
+           "pre_hook", "put", "read", "read_stream", "rewrite", "unwrapped"]  # fmt: skip

@@ -3,31 +3,94 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
 from torch import nn
 
-from trimtab.anatomy.description import FINDERS, Anatomy, AnatomyError, Block, Modality, Tap, Tower
-from trimtab.anatomy.structure import repeated
+from trimtab.anatomy.description import FINDERS, Anatomy
+from trimtab.anatomy.parts import Block, Modality, Tap, Tower
+from trimtab.anatomy.structure import AnatomyError, added_by, multiplies, plain_module, plain_modules, repeated
 
 # --- registered descriptions ------------------------------------------------------------------------------------------
 
-_DESCRIPTIONS: dict[str, Callable[[Any], Anatomy]] = {}
+Describe = Callable[[Any], Anatomy]
 
 
-def describes(*class_names: str) -> Callable[[Callable[[Any], Anatomy]], Callable[[Any], Anatomy]]:
-    """Register a function that describes models of these classes, named so that no class need be imported."""
+@dataclass(frozen=True)
+class _Description:
+    """A function that describes models of a class; `packages` that the class may come from, all if empty."""
 
-    def add(function: Callable[[Any], Anatomy]) -> Callable[[Any], Anatomy]:
-        for name in class_names:
-            _DESCRIPTIONS[name] = function
+    function: Describe
+    packages: tuple[str, ...]
+
+    def fits(self, kind: type) -> bool:
+        return not self.packages or _package(kind) in self.packages
+
+    def meets(self, other: _Description) -> bool:
+        """Whether some class could have both."""
+        return not self.packages or not other.packages or not set(self.packages).isdisjoint(other.packages)
+
+    def __str__(self) -> str:
+        of = f" (of {', '.join(self.packages)})" if self.packages else ""
+        return f"{self.function.__module__}.{self.function.__qualname__}{of}"
+
+
+_DESCRIPTIONS: dict[str, list[_Description]] = {}
+
+
+def describes(*class_names: str, packages: Iterable[str] | None = None) -> Callable[[Describe], Describe]:
+    """Register a function that describes models of these classes, named so that no class need be imported.
+
+    Args:
+        class_names: names of classes; models of their subclasses are described too.
+        packages: top-level packages that the classes may come from, so that a class of the same name from elsewhere is
+            not taken for one of them. None: any; for trimtab's own descriptions `transformers` and `trimtab`.
+
+    Raises:
+        AnatomyError: if a class is described twice, trimtab's own descriptions among them. Defining the same function
+            again replaces it (a notebook's cell).
+    """
+
+    def add(function: Describe) -> Describe:
+        own = _root(function.__module__) == "trimtab"
+        if not own:
+            _load_descriptions()  # so that a name that trimtab describes is refused here, not where it is looked up
+        default = ("transformers", "trimtab") if own else ()
+        new = _Description(function, tuple(default if packages is None else packages))
+        kept = {n: [d for d in _DESCRIPTIONS.get(n, []) if not _same(d.function, function)] for n in class_names}
+        for name, others in kept.items():
+            if old := next((d for d in others if d.meets(new)), None):
+                raise AnatomyError(
+                    f"{name!r} is described twice: by {old} and by {new}; name in `packages` from which package the "
+                    f"class comes that each is for, such as @describes({name!r}, packages=['mypackage'])"
+                )
+        _DESCRIPTIONS.update({name: [*others, new] for name, others in kept.items()})
         return function
 
     return add
+
+
+def described() -> Iterator[tuple[str, Describe]]:
+    """(class name, the function that describes it) of everything that is registered."""
+    _load_descriptions()
+    for name, found in _DESCRIPTIONS.items():
+        yield from ((name, d.function) for d in found)
+
+
+def _same(a: Describe, b: Describe) -> bool:
+    return (a.__module__, a.__qualname__) == (b.__module__, b.__qualname__)
+
+
+def _root(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _package(kind: type) -> str:
+    return _root(kind.__module__)
 
 
 @cache
@@ -46,23 +109,62 @@ def _load_descriptions() -> None:
         entry.load()
 
 
-def _registered(model: nn.Module) -> Anatomy | None:
+def _registered(model: nn.Module, path: str = "") -> Anatomy | None:
+    """The description of a model, which stands at `path` of the one that is asked about, or of the base model in it."""
     _load_descriptions()
-    for kind in type(model).__mro__:
-        if kind.__name__ in _DESCRIPTIONS:
-            return replace(_DESCRIPTIONS[kind.__name__](model), source=f"registered for {kind.__name__}")
+    if (found := _by_class(model, path)) is not None:
+        return found
     # A task model of transformers holds its base model under a known name; everything beside it is a head. So it is for
     # any module with one described model in it, if nothing beside that has blocks of its own.
-    children = dict(model.named_children())
+    children = {n: c for n, c in model.named_children() if added_by(c) is None}
     prefix = getattr(model, "base_model_prefix", "")
     bases = [prefix] if prefix in children else list(children)
-    inner = {n: found for n in bases if (found := _registered(children[n]))}
+    inner = {n: found for n in bases if (found := _registered(children[n], f"{path}.{n}".lstrip(".")))}
     others = tuple(n for n in children if n not in inner)
     if len(inner) != 1 or (prefix not in inner and any(list(repeated(children[n])) for n in others)):
         return None
     ((name, found),) = inner.items()
     outer = found.prefixed(name)
     return replace(outer, heads=outer.heads + others)
+
+
+def _by_class(model: nn.Module, path: str) -> Anatomy | None:
+    """The description that is registered for a class of the model, the nearest first.
+
+    Raises:
+        AnatomyError: if only classes of that name from elsewhere are described, or if the description fails.
+    """
+    foreign: type | None = None
+    for kind in type(model).__mro__:
+        found = _DESCRIPTIONS.get(kind.__name__, [])
+        if one := next((d for d in found if d.fits(kind)), None):
+            return _described(one, kind, model, path)
+        if found and foreign is None:
+            foreign = kind
+    if foreign is None:
+        return None
+    name, package = foreign.__name__, _package(foreign)
+    known = "; ".join(map(str, _DESCRIPTIONS[name]))
+    raise AnatomyError(
+        f"{_where(path)} is of the class {foreign.__module__}.{name}, and only classes of that name from "
+        f"elsewhere are described: by {known}. Register a description of yours with "
+        f"@trimtab.describes({name!r}, packages=[{package!r}]), or give the class another name"
+    )
+
+
+def _described(one: _Description, kind: type, model: nn.Module, path: str) -> Anatomy:
+    try:
+        return replace(one.function(model), source=f"registered for {kind.__name__}")
+    except (AttributeError, KeyError, IndexError) as error:
+        what = f"{_where(path)}, a {kind.__module__}.{kind.__name__}"
+        raise AnatomyError(
+            f"the description {one} does not fit {what}: {type(error).__name__}: {error}. Correct the "
+            "description; if it was written for another class or version, describe this class under a name of its own"
+        ) from error
+
+
+def _where(path: str) -> str:
+    return f"'{path}'" if path else "the model"
 
 
 def part_of(model: nn.Module, path: str, name: Modality) -> Anatomy:
@@ -76,7 +178,7 @@ def part_of(model: nn.Module, path: str, name: Modality) -> Anatomy:
     Raises:
         AnatomyError: if the submodule is described, or discovered, as several towers.
     """
-    found = Anatomy.of(model.get_submodule(path))
+    found = Anatomy.of(plain_module(model, path))
     if len(found.towers) != 1:
         towers = ", ".join(t.name for t in found.towers)
         raise AnatomyError(f"'{path}' was expected to be one tower ({name}), found {towers} ({found.source})")
@@ -85,44 +187,83 @@ def part_of(model: nn.Module, path: str, name: Modality) -> Anatomy:
 
 # --- discovery --------------------------------------------------------------------------------------------------------
 
-_VISION = re.compile(r"vis|image|img|patch|pixel|vit|swin|resnet|conv|stage")
-_TEXT = re.compile(r"text|lang|bert|gpt|t5|llama|decoder|word|token|lm")
-_FUSION = re.compile(r"cross|fusion|joint|multi_?modal|lxmert|qformer")
+# Words in the path or class of a list of blocks that tell its modality; the first pattern that is found counts.
+_MODALITIES: dict[Modality, re.Pattern] = {
+    "fusion": re.compile(r"cross|fusion|joint|multi_?modal|lxmert|qformer"),
+    "vision": re.compile(r"vis|image|img|patch|pixel|vit|swin|resnet|conv|stage"),
+    "text": re.compile(r"text|lang|bert|gpt|t5|llama|decoder|word|token|lm"),
+}
 
 
 def discover(model: nn.Module) -> Anatomy | None:
     """Every list of repeated blocks as a tower; None if there is none."""
     towers: list[Tower] = []
     for path, children in repeated(model):
-        lowered = f"{path} {type(model.get_submodule(children[0])).__name__}".lower()
-        modality: Modality = "vision"
-        for name, pattern in (("fusion", _FUSION), ("vision", _VISION), ("text", _TEXT)):
-            if pattern.search(lowered):
-                modality = name  # type: ignore[assignment]
-                break
-        modules = [model.get_submodule(c) for c in children]
+        modules = [plain_module(model, c) for c in children]
+        modality = _modality(f"{path} {type(modules[0]).__name__}".lower())
         widths = [_width(m) for m in modules]
-        grid = any(isinstance(m, nn.Conv2d) for m in modules[0].modules()) and not any(
-            isinstance(m, nn.Linear) for m in modules[0].modules()
-        )
-        blocks = tuple(Block(c, w, keeps_shape=len(set(widths)) == 1) for c, w in zip(children, widths, strict=True))
-        towers.append(Tower(path or modality, modality, blocks, (path,) if path else tuple(children),
+        same = len({*widths, *map(_width_in, modules)}) == 1
+        inner = [m for _, m in plain_modules(modules[0])]
+        grid = any(isinstance(m, nn.Conv2d) for m in inner) and not any(isinstance(m, nn.Linear) for m in inner)
+        blocks = tuple(Block(c, w, keeps_shape=same) for c, w in zip(children, widths, strict=True))
+        towers.append(Tower(_name(path or modality, towers), modality, blocks, (path,) if path else tuple(children),
                             Tap(children[-1]), "grid" if grid else "tokens"))  # fmt: skip
     if not towers:
         return None
     return Anatomy(tuple(towers), source=f"discovered in {type(model).__name__}; check it")
 
 
+def _modality(name: str) -> Modality:
+    for modality, pattern in _MODALITIES.items():
+        if pattern.search(name):
+            return modality
+    return "vision"
+
+
+def _name(path: str, towers: list[Tower]) -> str:
+    """A name under which modules can be stored: the path without its dots, a number behind it if it is taken."""
+    name = stem = path.replace(".", "_")
+    count = 1
+    while hasattr(nn.ModuleDict, name) or any(t.name == name for t in towers):
+        count += 1
+        name = f"{stem}_{count}"
+    return name
+
+
+# Norms of queries and keys, which have the width of a head; most stand in an attention, some directly in the block.
+_HEAD_NORM = re.compile(r"^(q|k|v|query|key|value)(_|norm|layernorm)|norm_?(q|k|query|key)$")
+
+
 def _width(block: nn.Module) -> int:
-    """Channels that a block puts out: those of its first norm if it has one, else of its last linear or convolution."""
+    """Channels that a block puts out: those of the first norm directly in it, else of its last linear or convolution.
+
+    Norms deeper inside may be of a part of the stream (a head), or of what is inside an MLP.
+    """
+    for name, child in block.named_children():
+        if added_by(child) is None and not _HEAD_NORM.search(name) and (width := _norm_width(plain_module(child, ""))):
+            return width
     last = 0
-    for module in block.modules():
-        if isinstance(module, nn.LayerNorm):
-            return module.normalized_shape[-1]
-        if type(module).__name__.endswith("RMSNorm"):
-            return next(module.parameters()).numel()
-        last = getattr(module, "out_features", getattr(module, "out_channels", last))
+    for _, module in plain_modules(block):
+        for field in ("out_features", "out_channels", "nf"):  # the last is the width of transformers' `Conv1D`
+            last = getattr(module, field, last)
     return last
+
+
+def _width_in(block: nn.Module) -> int:
+    """Channels that the first matrix or convolution of a block reads; stages that end with fewer or more differ."""
+    first = next(m for path, m in plain_modules(block) if path and multiplies(m))
+    read = getattr(first, "in_features", None) or getattr(first, "in_channels", None)
+    return read or first.weight.shape[0]  # type: ignore[index, return-value, union-attr]
+
+
+def _norm_width(module: nn.Module) -> int | None:
+    """Channels of a norm; None if the module is no norm, or nothing in it tells."""
+    if "norm" not in type(module).__name__.lower():
+        return None
+    if shape := getattr(module, "normalized_shape", None):
+        return shape[-1]
+    weight = getattr(module, "weight", None)
+    return weight.numel() if isinstance(weight, nn.Parameter) and weight.ndim == 1 else None
 
 
 FINDERS.extend((_registered, discover))

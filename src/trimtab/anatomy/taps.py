@@ -1,4 +1,10 @@
-"""Taps: reading and rewriting values inside a forward pass from outside, with forward hooks."""
+"""Taps: reading and rewriting values inside a forward pass from outside, with forward hooks.
+
+A model with hooks can be copied (`copy.deepcopy`) and pickled: what a hook calls is copied with the model if it is a
+module, a bound method, a `functools.partial` of these or an object with `__call__`. A lambda or a function with
+variables of its own is not copied, nor is a method of a built-in type (`list.append`): the copy's hook would go on with
+the original's. They serve for hooks that are taken away again.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from trimtab.anatomy.description import AnatomyError, Tap
+from trimtab.anatomy.calls import arguments, passed, signature
+from trimtab.anatomy.parts import Block, Tap
+from trimtab.anatomy.structure import AnatomyError, module_at
 
 
 def pick(value: Any, key: int | str) -> Any:
@@ -33,40 +41,134 @@ def put(value: Any, key: int | str, new: Any) -> Any:
     return value
 
 
-def read(model: nn.Module, tap: Tap, then: Callable[[Tensor], None]) -> RemovableHandle:
-    """Call `then` with the tapped value at every forward pass; returns the handle that takes the hook away."""
-    module = model.get_submodule(tap.path)
+def argument(module: nn.Module, tap: Tap, args: tuple, kwargs: dict) -> Any:
+    """The input of a call that a tap names by keyword or by position, however it was passed.
 
-    def give(value: Any) -> None:
-        then(value.flatten(1) if tap.flat and isinstance(value, Tensor) else value)
+    An input that was not passed is its default, None where the forward takes any keyword.
 
-    if tap.side == "output":
-        return module.register_forward_hook(lambda m, args, out: give(pick(out, tap.key)))
-
-    def before(m: nn.Module, args: tuple, kwargs: dict) -> None:
-        give(argument(tap, args, kwargs))
-
-    return module.register_forward_pre_hook(before, with_kwargs=True)
-
-
-def argument(tap: Tap, args: tuple, kwargs: dict) -> Any:
-    """The input that a tap names: by keyword, by position, or the first of all when position 0 came as a keyword."""
-    if isinstance(tap.key, str):
-        return kwargs.get(tap.key)
-    if tap.key < len(args):
+    Raises:
+        AnatomyError: if it was not passed and the forward cannot do without, or has no such parameter.
+    """
+    known = signature(module)
+    if isinstance(tap.key, int) and tap.key < len(args):
         return args[tap.key]
-    values = list(kwargs.values())
-    if tap.key - len(args) < len(values):
-        return values[tap.key - len(args)]
-    raise AnatomyError(f"module '{tap.path}' was called with {len(args)} inputs, the tap asks for number {tap.key}")
+    name = tap.key
+    if isinstance(name, int):
+        name = known.positional[name] if name < len(known.positional) else ""
+    given = arguments(module, args, kwargs)
+    if name in given:
+        return given[name]
+    if name in known.defaults:
+        return known.defaults[name]
+    if isinstance(tap.key, str) and known.open and name not in known.positional:
+        return None
+    raise AnatomyError(
+        f"module '{tap.path}' ({type(module).__name__}): the tap asks for input {tap.key!r}, found "
+        f"{passed(args, kwargs)} of ({', '.join(known.positional)}); correct the tap's `key`"
+    )
+
+
+# --- hooks ------------------------------------------------------------------------------------------------------------
+
+
+class _Hook:
+    """What a module calls; `path` is its own."""
+
+    def __init__(self, path: str, then: Callable[..., Any]):
+        self.path, self.then = path, then
+
+    def check(self, module: nn.Module) -> None:
+        if getattr(module, "_is_replica", False):
+            raise AnatomyError(
+                f"module '{self.path}' runs in a replica of nn.DataParallel, which shares its hooks and what they hold "
+                "with the other replicas: use DistributedDataParallel, one process a GPU (torchrun), or one GPU"
+            )
+
+
+class _Before(_Hook):
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        self.check(module)
+        return self.then(module, args, kwargs)
+
+
+class _ReadInput(_Hook):
+    def __init__(self, tap: Tap, then: Callable[[Any], Any]):
+        super().__init__(tap.path, then)
+        self.tap = tap
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.check(module)
+        self.then(_flat(self.tap, argument(module, self.tap, args, kwargs)))
+
+
+class _ReadStream(_Hook):
+    def __init__(self, block: Block, then: Callable[[Any], Any]):
+        super().__init__(block.path, then)
+        self.block = block
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.check(module)
+        self.then(self.block.stream_of(module, args, kwargs))
+
+
+class _ReadOutput(_Hook):
+    def __init__(self, tap: Tap, then: Callable[[Any], Any]):
+        super().__init__(tap.path, then)
+        self.tap = tap
+
+    def __call__(self, module: nn.Module, args: tuple, out: Any) -> None:
+        self.check(module)
+        self.then(_flat(self.tap, pick(out, self.tap.key)))
+
+
+class _Rewrite(_Hook):
+    def __init__(self, tap: Tap, change: Callable[[Any], Any]):
+        super().__init__(tap.path, change)
+        self.key = tap.key
+
+    def __call__(self, module: nn.Module, args: tuple, out: Any) -> Any:
+        self.check(module)
+        return put(out, self.key, self.then(pick(out, self.key)))
+
+
+def _flat(tap: Tap, value: Any) -> Any:
+    return value.flatten(1) if tap.flat and isinstance(value, Tensor) else value
+
+
+def pre_hook(model: nn.Module, path: str, then: Callable[[nn.Module, tuple, dict], Any]) -> RemovableHandle:
+    """Call `then(module, args, kwargs)` before the module at a plain path runs.
+
+    It returns None, or the pair (args, kwargs) with which the module is to run. For copies of the model see the
+    module's text.
+    """
+    return module_at(model, path).register_forward_pre_hook(_Before(path, then), with_kwargs=True)
+
+
+def read(model: nn.Module, tap: Tap, then: Callable[[Tensor], Any]) -> RemovableHandle:
+    """Call `then` with the tapped value at every forward pass; returns the handle that takes the hook away.
+
+    For copies of the model see the module's text.
+    """
+    module = module_at(model, tap.path)
+    if tap.side == "output":
+        return module.register_forward_hook(_ReadOutput(tap, then))
+    return module.register_forward_pre_hook(_ReadInput(tap, then), with_kwargs=True)
+
+
+def read_stream(model: nn.Module, block: Block, then: Callable[[Tensor], Any]) -> RemovableHandle:
+    """Call `then` with the stream that enters a block at every forward pass (`Block.stream_of`)."""
+    return module_at(model, block.path).register_forward_pre_hook(_ReadStream(block, then), with_kwargs=True)
 
 
 def rewrite(model: nn.Module, tap: Tap, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    """Replace a tapped output by `change(output)` at every forward pass; returns the handle that undoes it."""
+    """Replace a tapped output by `change(output)` at every forward pass; returns the handle that undoes it.
+
+    For copies of the model see the module's text.
+    """
     if tap.side != "output":
         raise AnatomyError(f"only outputs can be rewritten, the tap at '{tap.path}' is an input")
-    module = model.get_submodule(tap.path)
-    handle = module.register_forward_hook(lambda m, args, out: put(out, tap.key, change(pick(out, tap.key))))
+    module = module_at(model, tap.path)
+    handle = module.register_forward_hook(_Rewrite(tap, change))
     hooks: Any = module._forward_hooks
     for key, hook in list(hooks.items()):
         # transformers notes hidden states with hooks, set when they are first asked for, and models may go on with what

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy
 from trimtab.files import replace_folder
-from trimtab.registry import Registry
 from trimtab.storage.checkpoints import load_weights, write_pretrained
 from trimtab.storage.shards import open_safetensors
 
@@ -85,7 +84,7 @@ class Backbone(nn.Module):
     def __init__(self, name: str, model: nn.Module, tokenizer: Any, pictures: Pictures, width: int, max_text: int = 32):
         super().__init__()
         self.name = name
-        self.model = model
+        self.model: Any = model  # Any: torch types what a module holds as Tensor or Module
         self.tokenizer = tokenizer
         self.pictures = pictures
         self.width = self.token_width = width
@@ -143,7 +142,7 @@ class Backbone(nn.Module):
         raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not write")
 
     def pretraining_loss(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The loss of the model's own pretraining on pairs of a picture and a text, a scalar (`Pretraining`)."""
+        """The loss of the model's own pretraining on pairs of a picture and a text, a scalar (`PretrainingLoss`)."""
         raise NotImplementedError(f"{self.name}: no pretraining objective: a pretrained BLIP or X-VLM has one")
 
     @property
@@ -218,7 +217,6 @@ class Backbone(nn.Module):
 # What CLIP's pictures, and those of models built on it, are normalised with.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-BACKBONES: Registry[Any] = Registry("backbone")
 WEIGHTS = Path(__file__).parent / "weights"
 
 

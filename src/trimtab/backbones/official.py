@@ -1,34 +1,33 @@
 """Checkpoint files as their authors published them: read without running what is in them, recognised, translated.
 
     file --read_checkpoint--> tensors by name, and what lies beside them
-         --find_format------> the one registered `Format` that knows these names
+         --find_format------> the one family whose `Format` knows these names
          --Format.plan------> a model class and its config, sizes and options inferred from the tensors
          --Format.weights---> (name in the file, name in the model, tensor), position tables resized
          --load_official----> the filled model, and a `LoadReport` of what was used, left over and missing
 
-A family's format stands in the family's own file and is registered with `@reads`. Its model is a transformers
+A family's format stands in `official.py` of its folder and is named in its `Family`. Its model is a transformers
 `PreTrainedModel`, theirs or ours, so that what is loaded can be saved and read again like any other model.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from trimtab.backbones.family import FAMILIES, Family, View
 from trimtab.backbones.reading import CheckpointError, read_checkpoint
 from trimtab.registry import unknown
+from trimtab.storage.checkpoints import quiet
 
-__all__ = ["FORMATS", "CheckpointError", "Format", "Item", "LoadReport", "Tensors", "build_official", "find_format",
-           "grid_side", "head_count", "load_official", "own_class", "own_model", "read_checkpoint", "reads", "renamed",
-           "resize_grid"]  # fmt: skip
+T = TypeVar("T")
 
 
 class Item(NamedTuple):
@@ -72,15 +71,11 @@ class Format:
     """How one family's files are read.
 
     Attributes:
-        name: registered name, also accepted as the setting `format`.
-        title: the family's name as people write it.
         leftovers: patterns of names in the file that its authors' code does not use either.
         fresh: patterns of parts of the model that a file need not have: heads asked for by a setting, for training. One
             of which the file has only some tensors is missing the others.
     """
 
-    name: ClassVar[str]
-    title: ClassVar[str]
     leftovers: ClassVar[tuple[str, ...]] = ()
     fresh: ClassVar[tuple[str, ...]] = ()
 
@@ -100,37 +95,9 @@ class Format:
         """Every tensor that goes into the model; one in the file may give several, or none."""
         raise NotImplementedError
 
-    def backbone(self, name: str, model: nn.Module, tokenizer: Any) -> Any:
-        """The model as a `Backbone` for tasks, if the family has one."""
-        raise ValueError(
-            f"{name}: {self.title} has no tasks of ours yet; `trimtab.backbones.load_model` gives it plain"
-        )
 
-
-FORMATS: dict[str, Format] = {}
-_OWN: dict[str, str] = {}
-
-
-def reads(name: str, title: str):
-    """Register a `Format`; its class is instantiated once."""
-
-    def add(kind: type[Format]) -> type[Format]:
-        kind.name, kind.title = name, title
-        FORMATS[name] = kind()
-        return kind
-
-    return add
-
-
-def own_model(class_name: str, module: str) -> None:
-    """Say where a model class of ours stands, so that its saved folders can be read before anybody imported it."""
-    _OWN[class_name] = module
-
-
-def own_class(class_name: str) -> type | None:
-    """The model class of ours of that name (importing it also makes its config known to `AutoConfig`), or None."""
-    module = _OWN.get(class_name)
-    return getattr(importlib.import_module(module), class_name) if module else None
+FORMATS: View[Format] = View("format", lambda family: {family.name: family.format} if family.format else {})
+"""Name of a family -> how its authors' files are read."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +106,7 @@ class LoadReport:
 
     Attributes:
         path: the file.
-        format: name of the format.
+        format: name of the family.
         used: names in the file that went into the model.
         leftovers: names in the file that its authors' code does not use either.
         unused: names in the file that nobody expected, and that were passed over.
@@ -156,7 +123,7 @@ class LoadReport:
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {FORMATS[self.format].title}, {len(self.used)} tensors used"]
+        lines = [f"{self.path}: {FAMILIES[self.format].title}, {len(self.used)} tensors used"]
         for what, names in (("left over as in the authors' code", self.leftovers),
                             ("not expected and passed over", self.unused), ("new and random", self.fresh)):  # fmt: skip
             if names:
@@ -165,18 +132,17 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def find_format(keys: Collection[str], where: str) -> Format:
-    """The format whose files have these names.
+def find_format(keys: Collection[str], where: str) -> Family:
+    """The family whose files have these names.
 
     Raises:
         CheckpointError: if there is none, with some of the names and the families that are known.
     """
-    import trimtab.backbones  # noqa: F401  (the formats stand beside the backbones)
-
-    for candidate in FORMATS.values():
-        if candidate.recognises(keys):
-            return candidate
-    known = ", ".join(sorted(f.title for f in FORMATS.values()))
+    with_files = [family for family in FAMILIES.values() if family.format is not None]
+    for family in with_files:
+        if family.format is not None and family.format.recognises(keys):
+            return family
+    known = ", ".join(sorted(family.title for family in with_files))
     shown = ", ".join(f"'{k}'" for k in list(keys)[:3])
     raise CheckpointError(f"{where}: its {len(keys)} tensors ({shown}, ...) are of no backbone that is known: {known}")
 
@@ -204,17 +170,19 @@ def load_official(path: str | Path, format: str | None = None, **settings: Any) 
 def build_official(state: dict[str, Tensor], extras: dict[str, Any], where: str, format: str | None = None,
                    **settings: Any) -> tuple[nn.Module, LoadReport]:  # fmt: skip
     """As `load_official`, from tensors that were read already."""
-    found = find_format(state, where)
-    if format is not None and found.name != format:
-        wanted = FORMATS[format].title if format in FORMATS else unknown("format", format, FORMATS)
-        raise CheckpointError(f"{where}: this looks like {found.title}, not like {wanted}")
-    _check_settings(found, settings)
-    tensors = Tensors(state, where, found.title)
+    family = find_format(state, where)
+    found, title = family.format, family.title
+    assert found is not None
+    if format is not None and family.name != format:
+        wanted = FAMILIES[format].title if format in FORMATS else unknown("format", format, FORMATS)
+        raise CheckpointError(f"{where}: this looks like {title}, not like {wanted}")
+    _check_settings(family, settings)
+    tensors = Tensors(state, where, title)
     model_class, config = found.plan(tensors, extras, **settings)
     with torch.device("meta"):
         shapes = {name: tuple(t.shape) for name, t in model_class(config).state_dict().items()}
     items = list(found.weights(tensors, extras, config))
-    fresh = _check(found, where, shapes, items)
+    fresh = _check(found, tensors, shapes, items)
     model = _fill(model_class, config, {i.name: i.tensor for i in items})
     used = dict.fromkeys(i.key for i in items)
     rest = [k for k in state if k not in used]
@@ -223,34 +191,38 @@ def build_official(state: dict[str, Tensor], extras: dict[str, Any], where: str,
         i.name: (tuple(state[i.key].shape), tuple(i.tensor.shape))
         for i in items if "pos" in i.key and i.key in state and state[i.key].numel() != i.tensor.numel()
     }  # fmt: skip
-    report = LoadReport(where, found.name, tuple(used), tuple(leftovers),
+    report = LoadReport(where, family.name, tuple(used), tuple(leftovers),
                         tuple(k for k in rest if k not in set(leftovers)), fresh, resized)  # fmt: skip
     return model, report
 
 
-def _check_settings(found: Format, settings: dict[str, Any]) -> None:
-    valid = [n for n, p in inspect.signature(found.plan).parameters.items() if p.kind is p.KEYWORD_ONLY]
+def _check_settings(family: Family, settings: dict[str, Any]) -> None:
+    assert family.format is not None
+    valid = [n for n, p in inspect.signature(family.format.plan).parameters.items() if p.kind is p.KEYWORD_ONLY]
     for name in settings:
         if name not in valid:
-            raise ValueError(unknown(f"setting of a {found.title} checkpoint", name, valid))
+            raise ValueError(unknown(f"setting of a {family.title} checkpoint", name, valid))
 
 
-def _check(found: Format, where: str, shapes: dict[str, tuple[int, ...]], items: list[Item]) -> tuple[str, ...]:
+def _check(
+    found: Format, state: Tensors, shapes: dict[str, tuple[int, ...]], items: list[Item]
+) -> tuple[str, ...]:  # fmt: skip
     """Raise unless the items fill the model; returns the names that stay random."""
+    where, title = state.where, state.title
     there = {i.name for i in items}
     if stray := sorted(there - shapes.keys()):
-        raise CheckpointError(f"{where}: {found.title} has no place for {_three(stray)}")
+        raise CheckpointError(f"{where}: {title} has no place for {_three(stray)}")
     wrong = [
         f"'{i.key}' has {tuple(i.tensor.shape)} where {shapes[i.name]} is expected"
         for i in items if tuple(i.tensor.shape) != shapes[i.name]
     ]  # fmt: skip
     if wrong:
-        raise CheckpointError(f"{where}: {len(wrong)} tensors of a wrong shape for {found.title}: {_three(wrong, '')}")
+        raise CheckpointError(f"{where}: {len(wrong)} tensors of a wrong shape for {title}: {_three(wrong, '')}")
     missing = sorted(shapes.keys() - there)
     fresh = [n for n in missing if _is_new(n, found, there)]
     if lost := [n for n in missing if n not in set(fresh)]:
         raise CheckpointError(
-            f"{where}: looks like {found.title}, but {len(lost)} of {len(shapes)} tensors are missing: {_three(lost)}; "
+            f"{where}: looks like {title}, but {len(lost)} of {len(shapes)} tensors are missing: {_three(lost)}; "
             "download the whole file again"
         )
     return tuple(fresh)
@@ -269,8 +241,6 @@ def _three(names: list[str], quote: str = "'") -> str:
 
 def _fill(model_class: Any, config: Any, weights: dict[str, Tensor]) -> nn.Module:
     """The model with these weights in float32; transformers ties what is tied and fills what is not saved."""
-    from trimtab.storage.checkpoints import quiet
-
     with quiet():
         model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
     return model.eval()
@@ -348,3 +318,42 @@ def head_count(width: int, given: int | None, setting: str) -> int:
     if width % heads or (given is None and width % 64):
         raise CheckpointError(f"no tensor tells the number of attention heads of a width of {width}: set `{setting}`")
     return heads
+
+
+def bert_config(state: Tensors, prefix: str, heads: int | None = None, kind: Any = None, **fixed: Any) -> Any:
+    """The config of a BERT or a relative from the tensors under a prefix of a checkpoint file.
+
+    Args:
+        state: of the file.
+        prefix: what stands before `embeddings.` and `encoder.layer.`.
+        heads: attention heads, the setting `text_heads`; None for heads of 64 channels, as all published sizes have.
+        kind: class of the config; None for `BertConfig`.
+        fixed: further fields.
+
+    Raises:
+        CheckpointError: if a tensor from which a size is read is missing, or the width is no multiple of the heads.
+    """
+    from transformers import BertConfig
+
+    width = state.size(f"{prefix}embeddings.word_embeddings.weight", 1)
+    return (kind or BertConfig)(
+        vocab_size=state.size(f"{prefix}embeddings.word_embeddings.weight"), hidden_size=width,
+        num_hidden_layers=state.count(f"{prefix}encoder.layer."),
+        num_attention_heads=head_count(width, heads, "text_heads"),
+        intermediate_size=state.size(f"{prefix}encoder.layer.0.intermediate.dense.weight"),
+        max_position_embeddings=state.size(f"{prefix}embeddings.position_embeddings.weight"),
+        type_vocab_size=state.size(f"{prefix}embeddings.token_type_embeddings.weight"), **fixed,
+    )  # fmt: skip
+
+
+# Of RoBERTa-base, where it is not what `RobertaConfig` has by default.
+ROBERTA_BASE: dict[str, Any] = {
+    "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
+}  # fmt: skip
+
+
+def choose(what: str, value: str, valid: Mapping[str, T]) -> T:
+    """A setting's entry in a table; ValueError with the valid ones if it has none."""
+    if value not in valid:
+        raise ValueError(unknown(what, value, valid))
+    return valid[value]

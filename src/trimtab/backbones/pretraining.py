@@ -17,11 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SMOOTHING = 0.1  # of BLIP's words
-MASKED = 0.4  # share of words that X-VLM's configuration masks
 
-
-class Pretraining(nn.Module):
+class PretrainingLoss(nn.Module):
     """A backbone behind its own pretraining objective: `forward(**batch)` gives `{"loss": scalar}`.
 
     Args:
@@ -64,46 +61,3 @@ def matching(similar: Tensor, judge: Callable[[Tensor, Tensor], Tensor]) -> Tens
         texts, images = torch.multinomial(texts, 1)[:, 0], torch.multinomial(images, 1)[:, 0]
     logits = judge(torch.cat([pairs, pairs, images]), torch.cat([pairs, texts, pairs]))  # (3 B, 2)
     return F.cross_entropy(logits.float(), (torch.arange(3 * size, device=logits.device) < size).long())
-
-
-def blip_loss(model: Any, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Sum of the three losses of a `BlipPretraining` (`blip_pretrain.py`)."""
-    seen = model.look(pixel_values)
-    image, text = model.contrast(seen, input_ids, attention_mask)
-    similar, contrastive = contrast(image, text, model.temp)
-    ids = input_ids.clone()
-    ids[:, 0] = model.config.enc_token_id
-
-    def judge(images: Tensor, texts: Tensor) -> Tensor:
-        return model.itm_head(model.fuse(seen[images], ids[texts], attention_mask[texts])[:, 0])
-
-    match = matching(similar, judge)
-    ids = input_ids.clone()
-    ids[:, 0] = model.config.text_config.bos_token_id
-    hidden = model.text_decoder.bert(input_ids=ids, attention_mask=attention_mask, encoder_hidden_states=seen,
-                                     is_decoder=True, use_cache=False).last_hidden_state  # fmt: skip
-    wanted = ids.masked_fill(attention_mask == 0, -100)[:, 1:]
-    words = model.text_decoder.cls(hidden[:, :-1])
-    written = F.cross_entropy(words.flatten(0, 1).float(), wanted.flatten(), label_smoothing=SMOOTHING)
-    return contrastive + match + written
-
-
-def xvlm_loss(model: Any, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, mask_id: int) -> Tensor:
-    """Sum of the three losses of an `Xvlm` for pretraining (`xvlm.py`, `model_pretrain.py`)."""
-    images = model.encode_image(pixel_values)
-    text = model.encode_text(input_ids, attention_mask)
-    similar, contrastive = contrast(*model.features(images, text), model.temp)
-
-    def judge(i: Tensor, t: Tensor) -> Tensor:
-        return model.itm_head(model.fuse(text[t], attention_mask[t], images[i])[:, 0])
-
-    match = matching(similar, judge)
-    length = attention_mask.sum(dim=1, keepdim=True)
-    place = torch.arange(input_ids.shape[1], device=input_ids.device)
-    words = (place > 0) & (place < length - 1)  # neither the first token nor the one that ends the text
-    masked = words & (torch.rand(input_ids.shape, device=input_ids.device) < MASKED)
-    masked |= words & (place == 1) & ~masked.any(dim=1, keepdim=True)  # one at least
-    text = model.encode_text(input_ids.masked_fill(masked, mask_id), attention_mask)
-    fused = model.fuse(text, attention_mask, images)
-    found = F.cross_entropy(model.text_encoder.scores(fused[masked]).float(), input_ids[masked])
-    return contrastive + match + found

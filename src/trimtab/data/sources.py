@@ -41,7 +41,7 @@ class Pictograms:
     """Concepts in the world."""
     questions: tuple[str, ...] | None = None
     """Kinds of question in a VQA task, such as `is there`; None for all of them."""
-    skip_bad_images: bool = False
+    drop_bad_images: bool = False
     """Leave out images that cannot be decoded instead of stopping."""
 
     tasks = {
@@ -79,7 +79,7 @@ class EasyVQA:
     """Rows taken from the end of the published training split's random order."""
     seed: int = 0
     """Seed of that order."""
-    skip_bad_images: bool = False
+    drop_bad_images: bool = False
     """Leave out images that cannot be decoded instead of stopping."""
 
     def load(self, task: str, split: Literal["train", "validation", "test"]) -> Dataset:
@@ -132,7 +132,7 @@ class Files:
     """JSON lines to evaluate on."""
     validation: Path | None = None
     """JSON lines from which searches draw their rewards; None takes the training rows."""
-    skip_bad_images: bool = False
+    drop_bad_images: bool = False
     """Leave out images that cannot be decoded instead of stopping."""
 
     def load(self, task: str, split: Literal["train", "validation", "test"]) -> Dataset:

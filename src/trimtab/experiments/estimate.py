@@ -17,18 +17,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy
 from trimtab.counting import count_macs, latency, peak_memory, safetensors_size, saved_bytes, sizes_only, training_peak
-from trimtab.experiments.recipe import Recipe
+from trimtab.experiments.assembly import Assembly, assemble
+from trimtab.experiments.schema import Recipe
+from trimtab.methods import Session
 from trimtab.tasks.base import TaskModel
-
-if TYPE_CHECKING:
-    from trimtab.experiments.run import Assembly
-    from trimtab.methods.session import Session
 
 
 def measure(parts: Assembly, dense_macs: int, batch_size: int, weights: Path) -> dict[str, Any]:
@@ -71,8 +69,6 @@ def _counts(model: TaskModel, one: dict[str, Tensor], batch: dict[str, Tensor]) 
 
 def dense(recipe: Recipe) -> int:
     """Multiply-adds of a recipe's model before any method changes it."""
-    from trimtab.experiments.run import assemble
-
     bare = replace(recipe, methods=(), backbone=replace(recipe.backbone, pretrained=False, start_from=None))
     key = json.dumps([asdict(bare.backbone), bare.task, bare.data])
     if key not in _DENSE:  # every variant of a recipe asks for the same figure
@@ -127,23 +123,22 @@ class _Blind:
 
 
 def _estimate(recipe: Recipe) -> dict[str, Any]:
-    from trimtab.experiments.run import assemble
-
     dense_macs = dense(recipe)
     parts = assemble(recipe)
     parts.model.backbone.requires_grad_(False)
-    anatomy = parts.model.backbone.anatomy
+    session = cast("Session", _Blind(parts.model, parts.fit.anatomy, recipe.seed))
     for method in parts.methods:
-        method.assume(parts.plain, anatomy, cast("Session", _Blind(parts.model, anatomy, recipe.seed)))
-        anatomy = method.attach(parts.plain, anatomy)
+        session.anatomy = parts.fit.anatomy
+        method.assume(parts.plain, session.anatomy, session)
+        parts.fit.attach(method, restored=True)
     parts.settle()
     batch = parts.model.example(recipe.training.batch_size)
     costs = _counts(parts.model, parts.model.example(1), batch)
     costs["training_peak_bytes"] = training_peak(lambda: parts.model(**batch)["loss"], parts.model)
-    zeros = sum(m.state.get("prunable", 0) - m.state.get("kept", 0) for m in parts.methods)
+    zeros = sum(m.state["prunable"] - m.state["kept"] for m in parts.methods if m.lever == "prune")
     return {
         **costs,
         "dense_macs": dense_macs,
-        "checkpoint_bytes": safetensors_size(parts.detach_learned()),
+        "checkpoint_bytes": safetensors_size(parts.fit.stored()),
         "nonzero_params": costs["params"] - zeros,
     }

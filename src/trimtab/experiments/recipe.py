@@ -12,183 +12,36 @@ A recipe may hold `variants` (label -> what differs) and `seeds`; it then stands
 `grid` (key -> values) adds a variant for every combination, labelled by its values joined with "-"; `{key}` in
 `methods` stands for the value. `seeds` may differ: a mapping from patterns of labels to lists, the first that fits
 counts. The sections `task`, `data` and each of `methods` are settings of what their `name` registers; their types,
-defaults and help come from the dataclasses there, through jsonargparse. An unknown key or name is an error with the
-nearest ones.
+defaults and help come from the classes there. An unknown key or name is an error with the nearest ones.
+
+`schema.py` has the sections; here files are read and variants, grids, seeds and overrides become one `Recipe` a run.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import fields
 from fnmatch import fnmatchcase
-from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from trimtab.data.augment import Augmentation
+from trimtab import settings
 from trimtab.experiments.policy import Rule
+from trimtab.experiments.schema import BackboneSpec, Recipe, RecipeError, TrainingSpec
 from trimtab.registry import unknown
 
-
-class RecipeError(ValueError):
-    """A recipe that cannot be run; the message names the file or field, what is wrong and what would be right."""
-
-
-@dataclass(frozen=True)
-class BackboneSpec:
-    """The model to start from."""
-
-    name: str
-    """Registered name (`trimtab list`), path of a transformers folder or of an official checkpoint file, or an
-    architecture (`trimtab list architectures`), which has no weights and is there to be counted."""
-    pretrained: bool = True
-    """False: the same model with fresh random weights."""
-    start_from: str | None = None
-    """Another backbone whose weights fill what has the same role (a ViLT can start from a CLIP's vision tower)."""
-    attention: Literal["eager", "sdpa"] | None = None
-    """transformers' attention implementation; None leaves the model's default."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Settings of an official checkpoint file or of an architecture: `{image_size: 384, tasks: [vqa]}`."""
-    tokenizer: str | None = None
-    """Folder of a tokenizer in place of the backbone's own; official checkpoint files have none."""
-    max_text: int | None = None
-    """Tokens at which texts are cut, and of which costs are counted; None cuts where the backbone must, counts 20."""
-
-
-@dataclass(frozen=True)
-class TrainingSpec:
-    """How to train, on `transformers.Trainer` with AdamW."""
-
-    steps: int = 200
-    """Optimiser steps; 0 evaluates the model as it is."""
-    batch_size: int = 32
-    """Rows a step and device, before accumulation."""
-    accumulate: int = 1
-    """Batches whose gradients are summed before a step."""
-    learning_rate: float = 3e-4
-    """Peak learning rate of everything but the head."""
-    head_multiplier: float = 1.0
-    """The head's learning rate as a multiple of `learning_rate`."""
-    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
-    """Course of the learning rate after warm-up."""
-    warmup: float = 0.1
-    """Share of the steps in which the learning rate rises from 0."""
-    weight_decay: float = 0.01
-    """AdamW's decay of matrices; biases, norms and scalars have none."""
-    beta2: float = 0.999
-    """AdamW's second-moment decay."""
-    clip: float = 1.0
-    """Largest norm of the gradient; 0 for none."""
-    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
-    """Mixed precision of the forward pass; `auto` takes bf16 where the device multiplies it natively, else fp32."""
-    log_every: int = 20
-    """Steps between two points of the training curve."""
-    save_every: int | None = None
-    """Steps between checkpoints from which an interrupted run resumes; None keeps none."""
-    evaluation_batch: int = 64
-    """Rows a batch in evaluation."""
-    crop: float = 1.0
-    """Augmentation: smallest share of a training picture's area that a random crop leaves; 1 for none. It may cut off
-    what a question counts or a caption names; a `box` stays whole."""
-    light: float = 0.0
-    """Augmentation: brightness and contrast of training pictures times 1 - light to 1 + light; 0 for none."""
-    cache: Literal["fp32", "fp16", "int8"] | None = None
-    """Write what the frozen backbone computes to disk in this precision and train UniPT's side networks from there."""
-    cache_views: int = 1
-    """How many collations of the training table are cached, each with captions and augmentation drawn anew."""
-
-    def __post_init__(self) -> None:
-        least = {"steps": 0, "batch_size": 1, "accumulate": 1, "log_every": 1, "evaluation_batch": 1,
-                 "cache_views": 1}  # fmt: skip
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                raise RecipeError(f"training.{name} must be at least {smallest}, found {getattr(self, name)}")
-        try:
-            _ = self.augmentation
-        except ValueError as error:
-            raise RecipeError(f"training.{error}") from error
-
-    @property
-    def augmentation(self) -> Augmentation:
-        """How training pictures are changed."""
-        return Augmentation(self.crop, self.light)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One experiment, resolved: no variants left. `task`, `data` and `methods` are names with their settings."""
-
-    backbone: BackboneSpec
-    task: dict[str, Any]
-    data: dict[str, Any]
-    methods: tuple[dict[str, Any], ...] = ()
-    training: TrainingSpec = field(default_factory=TrainingSpec)
-    policy: tuple[dict[str, Any], ...] = ()
-    seed: int = 0
-    costs: bool = True
-    """Measure the costs of each run; a sweep whose runs all cost the same can leave it out."""
-    title: str = ""
-    name: str = "recipe"
-    variant: str = "default"
-
-    def to_dict(self) -> dict[str, Any]:
-        out = dataclasses.asdict(self)
-        out["methods"] = [dict(m) for m in self.methods]
-        out["policy"] = [dict(r) for r in self.policy]
-        return out
-
-
-_TOP = (
-    "title",
-    "backbone",
-    "task",
-    "data",
-    "methods",
-    "training",
-    "policy",
-    "seed",
-    "seeds",
-    "variants",
-    "grid",
-    "costs",
-)
-
-
-@cache
-def _parser(cls: type) -> Any:
-    """jsonargparse's parser of a class; made once, since every run of a study asks for the same few."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, None, as_group=False, fail_untyped=False)
-    return parser
+TOP = (*(f.name for f in fields(Recipe) if f.name not in ("name", "variant")), "seeds", "variants", "grid")
+"""Keys of a recipe file: the fields of `Recipe`, and what stands for several runs."""
 
 
 def build(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    """An instance of `cls` from plain values, converted and checked by its signature.
-
-    Raises:
-        RecipeError: if a key is unknown (with the nearest), one is missing, or a value has the wrong type.
-    """
-    from jsonargparse import ArgumentError
-
-    known = [n for n in inspect.signature(cls).parameters if n != "self"]
-    for key in values:
-        if key not in known:
-            raise RecipeError(f"{where}: {unknown('key', key, known)}")
+    """An instance of `cls` from a section of a recipe; RecipeError if a key or value in it is wrong."""
     try:
-        parsed = _parser(cls).parse_object(dict(values))
-        return cls(**{k: getattr(parsed, k) for k in known if hasattr(parsed, k)})
-    except (ArgumentError, TypeError) as error:
-        raise RecipeError(f"{where}: {' '.join(str(error).split())}") from error
-    except RecipeError:
-        raise
+        return settings.build(cls, values, where, "key")
     except ValueError as error:
-        raise RecipeError(f"{where}: {error}") from error
+        raise RecipeError(str(error)) from error
 
 
 def read(path: str | Path, overrides: Iterable[str] = ()) -> list[Recipe]:
@@ -210,7 +63,7 @@ def read(path: str | Path, overrides: Iterable[str] = ()) -> list[Recipe]:
     except yaml.YAMLError as error:
         raise RecipeError(f"{file}: not YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise RecipeError(f"{file}: expected a mapping with the keys {', '.join(_TOP)}")
+        raise RecipeError(f"{file}: expected a mapping with the keys {', '.join(TOP)}")
     return expand(raw, _short_name(file), overrides, str(file))
 
 
@@ -260,7 +113,7 @@ def _short_name(file: Path) -> str:
 
 
 def expand(raw: dict[str, Any], name: str, overrides: Iterable[str] = (), where: str = "recipe") -> list[Recipe]:
-    """The same from a mapping."""
+    """The runs that a mapping stands for, as `read` gives those of a file; `where` starts the message of an error."""
     raw = _normal(raw, where)
     changes = [_override(o) for o in overrides]
     wanted = {k: v for (k, v) in changes if k in ("variants", "seeds", "seed")}
@@ -300,8 +153,8 @@ def _normal(raw: Any, where: str) -> dict[str, Any]:
         raise RecipeError(f"{where}: expected a mapping, found {raw!r}")
     out = dict(raw)
     for key, value in raw.items():
-        if key not in _TOP:
-            raise RecipeError(f"{where}: {unknown('key', key, _TOP)}")
+        if key not in TOP:
+            raise RecipeError(f"{where}: {unknown('key', key, TOP)}")
         if key in ("backbone", "task", "data") and isinstance(value, str):
             out[key] = {"name": value}
         elif value is None and key in ("training", "variants", "seeds", "grid"):
@@ -417,10 +270,10 @@ def _override(text: str) -> tuple[str, Any]:
 
 def _assign(tree: Any, key: str, value: Any, where: str) -> None:
     *path, last = key.split(".")
-    if path == [] and last not in _TOP:
-        raise RecipeError(f"{where}: {unknown('key', last, _TOP)}")
-    if path and path[0] not in _TOP:
-        raise RecipeError(f"{where}: {unknown('key', path[0], _TOP)}")
+    if path == [] and last not in TOP:
+        raise RecipeError(f"{where}: {unknown('key', last, TOP)}")
+    if path and path[0] not in TOP:
+        raise RecipeError(f"{where}: {unknown('key', path[0], TOP)}")
     try:
         for part in path:
             if isinstance(tree, list):
@@ -435,11 +288,3 @@ def _assign(tree: Any, key: str, value: Any, where: str) -> None:
             tree[last] = value
     except (IndexError, ValueError, AttributeError, TypeError) as error:
         raise RecipeError(f"{where}: '{key}' does not name a field of the recipe ({error})") from error
-
-
-def defaults(cls: type) -> dict[str, Any]:
-    """Settings and their defaults, for tables and help."""
-    out: dict[str, Any] = {}
-    for name, parameter in inspect.signature(cls).parameters.items():
-        out[name] = None if parameter.default is inspect.Parameter.empty else parameter.default
-    return out

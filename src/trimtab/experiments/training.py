@@ -23,13 +23,15 @@ from transformers.trainer_callback import PrinterCallback
 from trimtab.anatomy import Anatomy
 from trimtab.data.augment import Augmentation
 from trimtab.data.images import encoded
-from trimtab.experiments.recipe import TrainingSpec
+from trimtab.experiments.schema import TrainingSpec
 from trimtab.precision import native_bf16
 from trimtab.tasks.base import TaskModel
 
 
 class _Trainer(Trainer):
     """Trainer with the recipe's parameter groups. Matrices decay; biases, norms and scalars do not."""
+
+    model: Any
 
     def __init__(self, *args: Any, spec: TrainingSpec, rates: Mapping[str, float], **kwargs: Any):
         self.spec, self.rates = spec, rates
@@ -127,31 +129,7 @@ def fit(
         return []
     with tempfile.TemporaryDirectory() as scratch:
         saving = bool(spec.save_every and checkpoints)
-        args = TrainingArguments(
-            output_dir=str(checkpoints) if saving else scratch,
-            max_steps=steps,
-            per_device_train_batch_size=spec.batch_size,
-            gradient_accumulation_steps=spec.accumulate,
-            learning_rate=spec.learning_rate,
-            lr_scheduler_type=spec.schedule,
-            warmup_steps=int(spec.warmup * steps),
-            max_grad_norm=spec.clip,
-            bf16=spec.precision == "bf16" or (spec.precision == "auto" and native_bf16()),
-            fp16=spec.precision == "fp16",
-            use_cpu=not torch.cuda.is_available(),
-            logging_steps=min(spec.log_every, max(1, steps // 10)),
-            logging_nan_inf_filter=False,
-            save_strategy="steps" if saving else "no",
-            save_steps=spec.save_every or 1,
-            save_total_limit=1,
-            remove_unused_columns=False,
-            dataloader_drop_last=len(table) >= spec.batch_size,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            disable_tqdm=True,
-            report_to="none",
-            seed=seed,
-            data_seed=seed,
-        )
+        args = _arguments(spec, steps, seed, checkpoints if saving and checkpoints else Path(scratch), saving, table)
         trainer = _Trainer(
             model=model,
             args=args,
@@ -162,11 +140,40 @@ def fit(
             callbacks=[*(callbacks or []), _Progress(title)],
         )
         trainer.remove_callback(PrinterCallback)  # it prints every log; the progress bar shows the last
-        last = saving and any(Path(args.output_dir).glob("checkpoint-*"))
+        last = saving and any(Path(str(args.output_dir)).glob("checkpoint-*"))
         trainer.train(resume_from_checkpoint=bool(last))
     model.zero_grad(set_to_none=True)
     keep = ("step", "loss", "learning_rate", "grad_norm")
     return [{k: float(e[k]) for k in keep if k in e} for e in trainer.state.log_history if "loss" in e]
+
+
+def _arguments(spec: TrainingSpec, steps: int, seed: int, folder: Path, saving: bool, table: Any) -> TrainingArguments:
+    """The recipe's training in transformers' words; with `saving`, checkpoints go to the folder."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=spec.batch_size,
+        gradient_accumulation_steps=spec.accumulate,
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type=spec.schedule,
+        warmup_steps=int(spec.warmup * steps),
+        max_grad_norm=spec.clip,
+        bf16=spec.precision == "bf16" or (spec.precision == "auto" and native_bf16()),
+        fp16=spec.precision == "fp16",
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=min(spec.log_every, max(1, steps // 10)),
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if saving else "no",
+        save_steps=spec.save_every or 1,
+        save_total_limit=1,
+        remove_unused_columns=False,
+        dataloader_drop_last=len(table) >= spec.batch_size,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to="none",
+        seed=seed,
+        data_seed=seed,
+    )
 
 
 def _collate(model: TaskModel, augmentation: Augmentation, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -250,7 +257,7 @@ class TrainingSession:
     def plain(self) -> nn.Module:
         return self.plain_in(self.with_task)
 
-    def plain_in(self, model: nn.Module) -> nn.Module:
+    def plain_in(self, model: Any) -> nn.Module:
         return model.backbone.model
 
     def example(self) -> dict[str, Tensor]:

@@ -3,14 +3,15 @@
     prepare(session)            what needs data: calibration of a pruner, search of a plan -> fills the method's state
     attach(model, anatomy)      changes the model from outside, from settings and state alone; nothing else does
     callbacks()                 what must happen during training (zeros kept, gates updated)
-    finish(model)               after training: make permanent what training only simulated
 
 A saved run stores settings and state, so that loading is `load_state` and `attach` again: no search, no calibration.
 """
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -18,17 +19,42 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy
-from trimtab.registry import Registry
+from trimtab.registry import Registry, unknown
+from trimtab.settings import build
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from trimtab.methods.session import Session
 
-METHODS: Registry[Any] = Registry("method")
+_NOUNS = {"prune": "pruner", "skip": "search", "tune": "tuning method"}
 
 
-def beside(module: nn.Module, place: Tensor, dtype: torch.dtype | None = None) -> nn.Module:
+class MethodRegistry(Registry[Any]):
+    """The methods by name, and the one way to make one from its settings."""
+
+    def make(self, name: str, /, lever: str | None = None, **settings: Any) -> Any:
+        """A `Method` with its settings, as they stand in a recipe.
+
+        Args:
+            name: registered name.
+            lever: `prune`, `skip` or `tune`, if only methods of that lever are meant.
+            settings: checked and converted by the types in the method's `Settings`; lists become tuples.
+
+        Raises:
+            ValueError: if no such method is there, a setting is unknown (with the nearest), or has a wrong value.
+        """
+        names = sorted(n for n, cls in self.items() if lever in (None, cls.lever))
+        if name not in names:
+            raise ValueError(unknown(_NOUNS.get(lever or "", self.kind), name, names))
+        checked = build(self[name].Settings, settings, name)
+        return self[name](**{k: getattr(checked, k) for k in settings})
+
+
+METHODS = MethodRegistry("method")
+
+
+def placed(module: nn.Module, place: Tensor, dtype: torch.dtype | None = None) -> nn.Module:
     """A new module moved to the device of a model's parameter, and to a type if one is given.
 
     What is there already is left alone: modules of fake tensors, with which costs are estimated, cannot be moved.
@@ -92,9 +118,6 @@ class Method(ABC):
     def callbacks(self) -> list[TrainerCallback]:
         return []
 
-    def finish(self, model: nn.Module) -> None:  # noqa: B027
-        """Make permanent what training only simulated."""
-
     def fold(self, model: nn.Module) -> None:  # noqa: B027 (most methods that fold have changed nothing but weights)
         """Make what the method added part of the plain model's own weights, so that it can be saved without trimtab.
 
@@ -105,8 +128,28 @@ class Method(ABC):
         """Names of the towers through which no gradient passes once this is attached."""
         return ()
 
+    def follow(self, masks: Mapping[str, Tensor], model: nn.Module) -> None:  # noqa: B027 (few add to weights)
+        """Let what it adds to weights keep the zeros of a pruner's masks, which are named by plain paths."""
+
+    def replaces(self) -> tuple[str, ...]:
+        """Paths of modules whose output it takes the place of, once it is attached: they get no gradient."""
+        return ()
+
+    @property
+    def learns(self) -> bool:
+        """Whether its preparation trains what it adds."""
+        return False
+
+    def told(self) -> str:
+        """What it did, in a line for a person."""
+        return self.name
+
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.state, self.tensors = state, tensors
+
+    def plain_settings(self) -> dict[str, Any]:
+        """Its settings as plain JSON."""
+        return json.loads(json.dumps({k: v for k, v in self.describe().items() if k != "name"}))
 
     def describe(self) -> dict[str, Any]:
         """Name and settings, as they stand in a recipe."""

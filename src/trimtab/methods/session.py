@@ -44,8 +44,8 @@ class Session(Protocol):
     def batches(self, split: Split, size: int | None = None) -> Iterator[Batch]:
         """Endless batches of a split, on the model's device; `size` defaults to the training batch size."""
 
-    def example(self) -> Batch:
-        """One batch on which costs are counted."""
+    def example(self) -> Batch | None:
+        """One batch on which costs are counted; None if there are no data."""
 
     def loss(self, with_task: Any, batch: Batch) -> Tensor:
         """The loss of `with_task`, or of a copy of it, on a batch; a scalar."""
@@ -154,8 +154,10 @@ class BatchSession:
         """
         return self._checked(split, self._of(split).endless(size))
 
-    def example(self) -> Batch:
-        """The first training batch (of validation, where there are no training data)."""
+    def example(self) -> Batch | None:
+        """The first training batch (of validation, where there are no training data); None without any data."""
+        if not self._data:
+            return None
         split: Split = "train" if "train" in self._data else "validation"
         return next(self._checked(split, iter([self._of(split).first()])))
 

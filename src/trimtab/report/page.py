@@ -1,7 +1,7 @@
 """Compare finished runs: a self-contained HTML page, a terminal table and a Markdown table.
 
 A run folder is any folder that holds ``run.json``, with ``metrics.json`` beside it and optionally ``costs.json``,
-``methods.json``, ``plan.json`` and ``samples/samples.json``. Runs of one name make up one section; inside it, runs
+``fit.json`` and ``samples/samples.json``. Runs of one name make up one section; inside it, runs
 that differ only in their seed are averaged into one row.
 """
 
@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from trimtab.report import plots, sparsity
+from trimtab.report import pictures, plots, sparsity
+from trimtab.report.canvas import Style, assign_styles
 from trimtab.report.gates import gates_figure
 from trimtab.report.runs import (
     COSTS,
+    Cost,
+    OmittedRun,
     RunRecord,
     Section,
-    SkippedRun,
     find_runs,
     group_runs,
     known,
@@ -43,8 +45,8 @@ from trimtab.report.tables import (
 )
 
 __all__ = [
+    "OmittedRun",
     "RunRecord",
-    "SkippedRun",
     "find_runs",
     "load_runs",
     "markdown_table",
@@ -82,14 +84,14 @@ def write_report(paths: Iterable[Path], out: Path, title: str | None = None) -> 
         raise ImportError(message) from error
 
     paths = [Path(path) for path in paths]
-    runs, skipped = find_runs(paths)
+    runs, omitted = find_runs(paths)
     if not runs:
-        reasons = "; ".join(f"{run.path}: {run.reason}" for run in skipped)
+        reasons = "; ".join(f"{run.path}: {run.reason}" for run in omitted)
         raise ValueError(f"no finished run in {', '.join(map(str, paths))} ({reasons})")
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    styles = plots.assign_styles(dict.fromkeys(run.info["variant"] for run in runs))
+    styles = assign_styles(dict.fromkeys(run.info["variant"] for run in runs))
     slugs: set[str] = set()
     views = [_section_view(section, styles, _slug(section.name, slugs)) for section in group_runs(runs)]
     for figure in (figure for view in views for figure in view["figures"]):
@@ -106,7 +108,7 @@ def write_report(paths: Iterable[Path], out: Path, title: str | None = None) -> 
         title=title or "trimtab report",
         sections=views,
         styles=styles,
-        skipped=skipped,
+        omitted=omitted,
         run_count=len(runs),
         origin=_origin(runs),
         command=shlex.join(["trimtab", "report", *map(str, paths)]),
@@ -135,7 +137,7 @@ def _slug(name: str, taken: set[str]) -> str:
     return slug
 
 
-def _section_view(section: Section, styles: dict[str, plots.Style], slug: str) -> dict[str, Any]:
+def _section_view(section: Section, styles: dict[str, Style], slug: str) -> dict[str, Any]:
     """Gather what the template shows of one section."""
     shown = measured([section])
     rows = table_rows(section, shown)
@@ -149,7 +151,7 @@ def _section_view(section: Section, styles: dict[str, plots.Style], slug: str) -
         "rows": rows,
         "best": ", ".join(best),
         "caption": _caption(section),
-        "footnote": (_footnote(section) if shown else "") + (f" {DASH} not measured." if _has_gaps(rows) else ""),
+        "footnote": _footnote(section, shown) + (f" {DASH} not measured." if _has_gaps(rows) else ""),
         "figures": _figures(section, styles, slug),
         "gallery": _gallery(section, best[0]),
         "plans": _plans(section),
@@ -176,7 +178,7 @@ def _caption(section: Section) -> str:
     return f"Test {section.primary}, {seeds}; {f'chance level {chance}; ' if chance else ''}the best is bold."
 
 
-def _footnote(section: Section) -> str:
+def _footnote(section: Section, shown: Sequence[Cost]) -> str:
     """Say what the cost columns count."""
     sizes = {variant: section.costs(variant, "batch_size") for variant in section.methods}
     batches = {variant: f"{values[0]:g}" for variant, values in sizes.items() if values}
@@ -186,24 +188,30 @@ def _footnote(section: Section) -> str:
     elif batches:
         batch = f" (samples: {', '.join(f'{variant} {size}' for variant, size in batches.items())})"
     per = ", ".join(dict.fromkeys(str(run.costs.get("macs_per") or "one sample") for run in section.runs))
-    return (
-        f"Saved activations: what the backward pass of one training batch{batch} keeps in memory. "
-        f"MACs and median latency: for {per}. On disk: the saved checkpoint."
-    )
+    meanings = {
+        "saved_activation_bytes": f"Saved activations: what the backward pass of one training batch{batch} keeps in "
+        "memory.",
+        "macs": f"MACs: for {per}.",
+        "latency_ms": f"Latency: the median for {per}.",
+        "checkpoint_bytes": "On disk: the saved checkpoint.",
+    }
+    return " ".join(meanings[cost.key] for cost in shown if cost.key in meanings)
 
 
-def _figures(section: Section, styles: dict[str, plots.Style], slug: str) -> list[dict[str, Any]]:
+def _figures(section: Section, styles: dict[str, Style], slug: str) -> list[dict[str, Any]]:
     if swept := sparsity.figures(section, slug):  # dozens of variants that cost the same but for their zeros
-        return [{**figure, "uri": plots.data_uri(figure["png"])} for figure in swept]
-    figures: list[dict[str, Any]] = [
-        {
-            "file": f"{slug}-pareto.png",
-            "png": plots.pareto_figure(_panels(section), section.metric_title, styles),
-            "alt": f"{section.metric_title} of each method against its costs",
-            "caption": "Up and to the left is better. The line joins the methods that no other method beats "
-            "on both axes; bars are standard deviations over seeds.",
-        }
-    ]
+        return [{**figure, "uri": pictures.data_uri(figure["png"])} for figure in swept]
+    figures: list[dict[str, Any]] = []
+    if panels := _panels(section):
+        figures.append(
+            {
+                "file": f"{slug}-pareto.png",
+                "png": plots.pareto_figure(panels, section.metric_title, styles),
+                "alt": f"{section.metric_title} of each method against its costs",
+                "caption": "Up and to the left is better. The line joins the methods that no other method beats "
+                "on both axes; bars are standard deviations over seeds.",
+            }
+        )
     curves = {variant: [_losses(run) for run in runs] for variant, runs in section.methods.items()}
     if any(losses for per_seed in curves.values() for losses in per_seed):
         figures.append(
@@ -214,11 +222,11 @@ def _figures(section: Section, styles: dict[str, plots.Style], slug: str) -> lis
                 "caption": "Training loss, mean over seeds: smoothed (strong) and as logged (faint).",
             }
         )
-    return [{**figure, "uri": plots.data_uri(figure["png"])} for figure in figures]
+    return [{**figure, "uri": pictures.data_uri(figure["png"])} for figure in figures]
 
 
 def _panels(section: Section) -> list[plots.Panel]:
-    """Pair each method's score with each plotted cost."""
+    """Pair each method's score with each plotted cost that was measured."""
     panels = []
     for cost in (cost for cost in COSTS if cost.plotted):
         points = []
@@ -227,7 +235,8 @@ def _panels(section: Section) -> list[plots.Panel]:
             if costs and scores:
                 point = plots.Point(variant, fmean(costs), fmean(scores), spread(costs), spread(scores))
                 points.append(point)
-        panels.append(plots.Panel(cost.title, points, partial(_tick_text, units=cost.units), cost.log))
+        if points:
+            panels.append(plots.Panel(cost.title, points, partial(_tick_text, units=cost.units), cost.log))
     return panels
 
 
@@ -280,8 +289,8 @@ def _gallery_cells(run: RunRecord, queries: list[str]) -> list[dict[str, Any]]:
                 "prediction": sample.get("prediction"),
                 "target": sample.get("target"),
                 "correct": sample.get("correct"),
-                "picture": plots.sample_picture(folder, sample),
-                "ranked": plots.thumbnails(folder, ranked if isinstance(ranked, list) else []),
+                "picture": pictures.sample_picture(folder, sample),
+                "ranked": pictures.thumbnails(folder, ranked if isinstance(ranked, list) else []),
             }
         )
     return cells
@@ -308,7 +317,7 @@ def _plans(section: Section) -> list[dict[str, Any]]:
             "seeds": ", ".join(map(str, agreeing)),
             "skipped": key[1],
             "candidates": key[2],
-            "gates": (png := figures[key]) and plots.data_uri(png),
+            "gates": (png := figures[key]) and pictures.data_uri(png),
         }
         for key, agreeing in seeds.items()
     ]

@@ -1,52 +1,21 @@
-"""Figures and pictures of the report, as PNG bytes and data URIs."""
+"""The figures of a section: scores against costs, and training losses, as PNG bytes."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw
+from trimtab.report.canvas import DPI, FAINT, INK, Style, new_figure, png, short, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 
-# Okabe and Ito's palette without its yellow (too pale on white), then three of Paul Tol's.
-PALETTE = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-    "#882255",
-    "#999933",
-    "#332288",
-)
-MARKERS = "os^DvPX"
-TARGET_COLOUR = "#00B37D"
-PREDICTION_COLOUR = "#FF8C00"
-INK, FAINT = "#333333", "#B8B8B8"
-PICTURE_SIDE, THUMBNAIL_SIDE = 160, 74
-DPI = 160
 # Where a label may stand, seen from its point: beside, above or below, and then at the corners.
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
-
-
-@dataclass(frozen=True)
-class Style:
-    """How one method looks in every figure."""
-
-    colour: str
-    marker: str
 
 
 @dataclass(frozen=True)
@@ -70,35 +39,29 @@ class Panel:
     log: bool = False
 
 
-def assign_styles(variants: Iterable[str]) -> dict[str, Style]:
-    """Give each method its colour and marker; the pair repeats only after 70 methods."""
-    return {
-        variant: Style(PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)])
-        for index, variant in enumerate(variants)
-    }
-
-
 def pareto_figure(panels: Sequence[Panel], score_title: str, styles: dict[str, Style]) -> bytes:
     """Draw the score against each cost, two panels a row, with the Pareto front of each.
 
     Args:
-        panels: What to draw; a panel without points says that its cost was not measured.
+        panels: What to draw, each with at least one point.
         score_title: Label of the vertical axes; a higher score is better.
         styles: Look of each method.
 
     Returns:
         A PNG file's content.
     """
-    figure = _new_figure(height=3.4 * ((len(panels) + 1) // 2))
+    figure = new_figure(height=3.4 * ((len(panels) + 1) // 2))
     grid = figure.subplots((len(panels) + 1) // 2, 2, squeeze=False)
     for axes, panel in zip(grid.flat, panels, strict=False):
         _draw_panel(axes, panel, score_title, styles)
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
     # Labels are placed by the pixel, so the layout has to be final before the first of them.
     figure.canvas.draw()
     figure.set_layout_engine("none")
     for axes, panel in zip(grid.flat, panels, strict=False):
         _place_labels(axes, panel.points, styles)
-    return _png(figure)
+    return png(figure)
 
 
 def loss_figure(curves: dict[str, list[dict[float, float]]], styles: dict[str, Style]) -> bytes:
@@ -111,7 +74,7 @@ def loss_figure(curves: dict[str, list[dict[float, float]]], styles: dict[str, S
     Returns:
         A PNG file's content.
     """
-    figure = _new_figure(height=3.6)
+    figure = new_figure(height=3.6)
     axes = figure.subplots()
     lines, highest, lowest = {}, 0.0, float("inf")
     for variant, per_seed in curves.items():
@@ -126,56 +89,21 @@ def loss_figure(curves: dict[str, list[dict[float, float]]], styles: dict[str, S
         highest, lowest = max(highest, *smooth), min(lowest, *smooth)
     if 0 < 30 * lowest < highest:
         axes.set_yscale("log")
-    _tidy(axes, "training step", "training loss")
+    tidy(axes, "training step", "training loss")
     axes.legend(
         lines.values(),
-        [_plain(variant) for variant in lines],
+        [short(variant) for variant in lines],
         loc="upper left",
         bbox_to_anchor=(1.01, 1.02),
         frameon=False,
         labelcolor=INK,
         fontsize=9,
     )
-    return _png(figure)
-
-
-def _new_figure(height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, height), dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _tidy(axes: Axes, x_title: str, y_title: str) -> None:
-    axes.set_xlabel(_plain(x_title), color=INK)
-    axes.set_ylabel(_plain(y_title), color=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(which="both", color=FAINT, labelcolor=INK, labelsize=9)
-    axes.grid(color=FAINT, alpha=0.3, linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
-def _plain(text: str) -> str:
-    """Shorten a label and keep matplotlib from reading it as mathematics."""
-    return (text if len(text) <= 32 else f"{text[:31]}…").replace("$", r"\$")
+    return png(figure)
 
 
 def _draw_panel(axes: Axes, panel: Panel, score_title: str, styles: dict[str, Style]) -> None:
-    _tidy(axes, panel.title, score_title)
-    if not panel.points:
-        axes.text(0.5, 0.5, "not measured", color=FAINT, ha="center", va="center", transform=axes.transAxes)
-        axes.set(xticks=[], yticks=[])
-        return
+    tidy(axes, panel.title, score_title)
     for point in panel.points:
         style = styles[point.label]
         axes.errorbar(
@@ -246,19 +174,18 @@ def _place_labels(axes: Axes, points: Sequence[Point], styles: dict[str, Style])
     """Write each label where, near its point, it covers least of what is drawn already."""
     from matplotlib.patheffects import withStroke
 
-    if not points:
-        return
-    renderer = axes.figure.canvas.get_renderer()
+    canvas: Any = axes.figure.canvas  # of Agg, which measures texts
+    renderer = canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
     taken = [box for point in points for box in _drawn_boxes(axes, point)]
     corners = axes.transData.transform(list(zip(*_front_line(axes, points), strict=True)))
     taken += [_around(start, end, _points(1)) for start, end in pairwise(corners)]
     for point in sorted(points, key=lambda point: (point.x, point.y)):
         colour = _darker(styles[point.label].colour)
-        text = axes.text(0, 0, _plain(point.label), fontsize=8.5, color=colour, ha="center", va="center")
+        text = axes.text(0, 0, short(point.label), fontsize=8.5, color=colour, ha="center", va="center")
         text.set(path_effects=[withStroke(linewidth=2, foreground="white")], zorder=5)
         size = text.get_window_extent(renderer)
-        anchor = axes.transData.transform((point.x, point.y))
+        anchor: Any = axes.transData.transform((point.x, point.y))
         box, distance = _best_spot(anchor, (size.width, size.height), frame, taken)
         taken.append(box)
         text.set(transform=None, position=((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2))
@@ -330,68 +257,3 @@ def _smooth(values: Sequence[float], half: int) -> list[float]:
     last = len(values) - 1
     reach = [min(half, index, last - index) for index in range(len(values))]
     return [fmean(values[index - width : index + width + 1]) for index, width in enumerate(reach)]
-
-
-def sample_picture(folder: Path, sample: dict[str, Any]) -> str | None:
-    """Draw a sample's picture, enlarged, with its boxes.
-
-    Args:
-        folder: Where the pictures of the run lie.
-        sample: An entry of ``samples.json``.
-
-    Returns:
-        A data URI, or None if the sample has no readable picture.
-    """
-    image = _open(folder, sample.get("image"))
-    if image is None:
-        return None
-    picture = _resize(image, PICTURE_SIDE)
-    scale = picture.width / image.width
-    draw = ImageDraw.Draw(picture)
-    # The prediction comes last and thinner, so that a perfect one still leaves its target visible.
-    for key, colour, width in (("box_target", TARGET_COLOUR, 4), ("box_predicted", PREDICTION_COLOUR, 2)):
-        if (box := _box(sample.get(key), scale)) is not None:
-            draw.rectangle(box, outline=colour, width=width)
-    return _picture_uri(picture)
-
-
-def thumbnails(folder: Path, names: Sequence[Any], limit: int = 4) -> list[str]:
-    """Return data URIs of small versions of the first few pictures, leaving out any that cannot be read."""
-    images = [_open(folder, name) for name in names[:limit]]
-    return [_picture_uri(_resize(image, THUMBNAIL_SIDE)) for image in images if image is not None]
-
-
-def data_uri(png: bytes) -> str:
-    """Return a PNG file's content as a data URI."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
-
-
-def _open(folder: Path, name: Any) -> Image.Image | None:
-    """Read a picture on white ground; only files in the folder itself are looked at."""
-    try:
-        with Image.open(folder / Path(str(name)).name) as image:
-            layered = image.convert("RGBA")
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return None
-    ground = Image.new("RGBA", layered.size, "white")
-    return Image.alpha_composite(ground, layered).convert("RGB")
-
-
-def _resize(image: Image.Image, side: int) -> Image.Image:
-    """Bring the longer side to ``side`` pixels, keeping the pixels visible when enlarging."""
-    scale = side / max(image.size)
-    method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-    return image.resize([max(1, round(length * scale)) for length in image.size], method)
-
-
-def _box(corners: Any, scale: float) -> list[float] | None:
-    if not isinstance(corners, list) or [type(corner) in (int, float) for corner in corners] != [True] * 4:
-        return None
-    x0, y0, x1, y1 = (corner * scale for corner in corners)
-    return [min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)]
-
-
-def _picture_uri(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return data_uri(buffer.getvalue())

@@ -44,7 +44,7 @@ class RunRecord:
 
 
 @dataclass(frozen=True)
-class SkippedRun:
+class OmittedRun:
     """A run folder that takes no part in the report, and why."""
 
     path: Path
@@ -111,7 +111,7 @@ class Section:
         return known(run.cost(key) for run in self.methods[variant])
 
 
-def find_runs(paths: Iterable[Path]) -> tuple[list[RunRecord], list[SkippedRun]]:
+def find_runs(paths: Iterable[Path]) -> tuple[list[RunRecord], list[OmittedRun]]:
     """Read every run folder at or below some folders.
 
     A run that was repeated (same name, variant and seed) counts once: the one started last.
@@ -137,20 +137,20 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[RunRecord], list[SkippedRun]]
             f"no run found in {', '.join(map(str, roots)) or 'an empty list of folders'}: a run folder "
             "holds run.json, metrics.json and costs.json, and lies at or below the folder given"
         )
-    skipped = []
+    omitted = []
     for folder in folders.values():
         try:
             found.append(_read_run(folder))
         except ValueError as error:
-            skipped.append(SkippedRun(folder, str(error)))
+            omitted.append(OmittedRun(folder, str(error)))
 
     latest: dict[tuple[str, str, int], RunRecord] = {}
     for run in sorted(found, key=lambda run: str(run.info.get("started", ""))):
         key = (run.info["name"], run.info["variant"], run.info["seed"])
         if key in latest:
-            skipped.append(SkippedRun(latest[key].path, f"repeated later by {run.path}"))
+            omitted.append(OmittedRun(latest[key].path, f"repeated later by {run.path}"))
         latest[key] = run
-    return list(latest.values()), skipped
+    return list(latest.values()), omitted
 
 
 def load_runs(paths: Iterable[Path]) -> list[RunRecord]:
@@ -165,9 +165,9 @@ def load_runs(paths: Iterable[Path]) -> list[RunRecord]:
     Raises:
         ValueError: If one of the folders does not exist, or none of them holds a run.
     """
-    runs, skipped = find_runs(paths)
-    for run in skipped:
-        logger.warning("skipped run %s: %s", run.path, run.reason)
+    runs, omitted = find_runs(paths)
+    for run in omitted:
+        logger.warning("left out run %s: %s", run.path, run.reason)
     return runs
 
 
@@ -192,17 +192,17 @@ def _read_run(folder: Path) -> RunRecord:
     metrics = _read_json(folder / "metrics.json", dict) if info.get("status") == "finished" else {}
     _check(info, metrics)
 
-    samples_file, plan_file = folder / "samples" / "samples.json", folder / "plan.json"
-    costs_file = folder / "costs.json"  # a sweep may leave them out
+    samples_file, costs_file = folder / "samples" / "samples.json", folder / "costs.json"  # a sweep may leave them out
     samples = _read_json(samples_file, list) if samples_file.exists() else []
+    states = _states(folder / "fit.json")
     return RunRecord(
         path=folder,
         info=info,
         metrics=metrics,
         costs=_read_json(costs_file, dict) if costs_file.exists() else {},
         samples=[sample for sample in samples if isinstance(sample, dict)],
-        plan=_read_json(plan_file, dict) if plan_file.exists() else None,
-        pruning=_pruning(folder / "methods.json"),
+        plan=states.get("skip"),
+        pruning=_pruning(states.get("prune", {})),
     )
 
 
@@ -233,11 +233,33 @@ def _read_results(file: Path) -> list[RunRecord]:
     return found
 
 
-def _pruning(file: Path) -> dict[str, Any]:
-    """What a pruner left of the model, as the run's method keeps it; empty if none pruned."""
-    states = [mapping(mapping(m).get("state")) for m in _read_json(file, list)] if file.exists() else []
-    whole = [s for s in states if isinstance(s.get("towers"), dict) and number(s.get("sparsity")) is not None]
-    return whole[0] if whole and "pruner" in whole[0] else {}
+def _states(file: Path) -> dict[str, dict[str, Any]]:
+    """What the methods of a run found, by their lever: the plan of a search, what a pruner left of the model."""
+    methods = _read_json(file, dict).get("methods") if file.exists() else []
+    if not isinstance(methods, list):
+        raise ValueError(f"{file.name} should give a list as 'methods'")
+    entries = [mapping(method) for method in methods]
+    return {str(entry.get("lever")): state for entry in entries if (state := mapping(entry.get("state")))}
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """The plan in a JSON file, or that of the search in a run folder, with the course of the search if it is there.
+
+    Raises:
+        ValueError: If the file cannot be read, or nothing was skipped in the run.
+    """
+    if not path.is_dir():
+        return _read_json(path, dict)
+    plan = _states(path / "fit.json").get("skip")
+    if plan is None:
+        raise ValueError(f"{path / 'fit.json'}: no method here skips blocks")
+    return plan
+
+
+def _pruning(state: dict[str, Any]) -> dict[str, Any]:
+    """A pruner's state if it says which pruner left how much of which tower; else an empty one."""
+    whole = isinstance(state.get("towers"), dict) and number(state.get("sparsity")) is not None and "pruner" in state
+    return state if whole else {}
 
 
 def _read_json(file: Path, kind: type) -> Any:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from trimtab.report.plots import FAINT, INK, MARKERS, PALETTE, _new_figure, _plain, _png, _tidy
-from trimtab.report.runs import RunRecord, Section
+from trimtab.report.canvas import FAINT, INK, MARKERS, PALETTE, new_figure, png, short, tidy
+from trimtab.report.runs import RunRecord, Section, known
 from trimtab.report.tables import spread
 
 Sweep = dict[str, dict[float, list[RunRecord]]]  # pruner -> sparsity asked for -> runs
@@ -52,71 +52,72 @@ def figures(section: Section, slug: str) -> list[dict[str, Any]]:
     return out
 
 
-def _look(found: Sweep) -> dict[str, dict[str, str]]:
+def _styles(found: Sweep) -> dict[str, dict[str, Any]]:
     return {name: {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)]}
             for i, name in enumerate(found)}  # fmt: skip
 
 
 def _scores(section: Section, found: Sweep) -> bytes:
-    figure = _new_figure(height=4.6)
+    figure = new_figure(height=4.6)
     axes = figure.subplots()
     scale = 100 if section.is_fraction else 1
-    for number, (name, look) in enumerate(_look(found).items()):
-        levels = sorted(found[name])
-        values = [[scale * run.score(section.primary) for run in found[name][s]] for s in levels]  # type: ignore[operator]
+    for number, (name, style) in enumerate(_styles(found).items()):
+        scored = {s: [scale * v for v in known(run.score(section.primary) for run in found[name][s])]
+                  for s in sorted(found[name])}  # fmt: skip
+        points = {s: values for s, values in scored.items() if values}
         shift = (number - len(found) / 2) * 0.12  # side by side, so that no bar hides another
-        axes.errorbar([100 * s + shift for s in levels], [fmean(v) for v in values],
-                      yerr=[spread(v) for v in values] if any(len(v) > 1 for v in values) else None,
-                      label=_plain(name), linewidth=1.5, markersize=6, markeredgecolor="white", elinewidth=1,
-                      **look)  # fmt: skip
+        axes.errorbar([100 * s + shift for s in points], [fmean(v) for v in points.values()],
+                      yerr=[spread(v) for v in points.values()] if any(len(v) > 1 for v in points.values()) else None,
+                      label=short(name), linewidth=1.5, markersize=6, markeredgecolor="white", elinewidth=1,
+                      **style)  # fmt: skip
     for variant, runs in section.methods.items():
         if not any(run.pruning for run in runs):
             mean = fmean(section.scores(variant))
             axes.axhline(mean, color=INK, linestyle="--", linewidth=0.9)
-            axes.annotate(_plain(variant), (1, mean), xycoords=("axes fraction", "data"), xytext=(4, 0), color=INK,
+            axes.annotate(short(variant), (1, mean), xycoords=("axes fraction", "data"), xytext=(4, 0), color=INK,
                           textcoords="offset points", fontsize=8.5, va="center")  # fmt: skip
-    _tidy(axes, "weights removed (%)", section.metric_title)
+    tidy(axes, "weights removed (%)", section.metric_title)
     axes.set_xticks([100 * s for s in sorted({s for levels in found.values() for s in levels})])
     _legend(axes)
-    return _png(figure)
+    return png(figure)
 
 
 def _shares(found: Sweep, towers: Sequence[str]) -> bytes:
-    figure = _new_figure(height=3.8)
+    figure = new_figure(height=3.8)
     grid = figure.subplots(1, len(towers), sharey=True, squeeze=False)[0]
     for axes, tower in zip(grid, towers, strict=True):
         every = sorted({s for levels in found.values() for s in levels})
         axes.plot([100 * s for s in every], [100 * (1 - s) for s in every], color=FAINT, linewidth=5, zorder=0)
-        for name, look in _look(found).items():
+        for name, style in _styles(found).items():
             levels = sorted(found[name])
             kept = [found[name][s][0].pruning["towers"].get(tower, {"kept": 0, "prunable": 1}) for s in levels]
-            axes.plot([100 * s for s in levels], [100 * k["kept"] / k["prunable"] for k in kept], label=_plain(name),
-                      linewidth=1.3, markersize=5, markeredgecolor="white", **look)  # fmt: skip
-        _tidy(axes, "weights removed (%)", f"kept of {tower} (%)")
+            axes.plot([100 * s for s in levels], [100 * k["kept"] / k["prunable"] for k in kept], label=short(name),
+                      linewidth=1.3, markersize=5, markeredgecolor="white", **style)  # fmt: skip
+        tidy(axes, "weights removed (%)", f"kept of {tower} (%)")
         axes.set_xticks([100 * s for s in every])
         axes.set_ylim(bottom=0)
     _legend(grid[-1])
-    return _png(figure)
+    return png(figure)
 
 
 def _seconds(found: Sweep) -> bytes:
     times = {
-        name: fmean(known)
+        name: fmean(seconds)
         for name, levels in found.items()
-        if (known := [r[0].pruning["seconds"] for r in levels.values() if r[0].pruning.get("seconds") is not None])
+        if (seconds := [r[0].pruning["seconds"] for r in levels.values() if r[0].pruning.get("seconds") is not None])
     }
     names = sorted(times, key=times.__getitem__, reverse=True)
-    figure = _new_figure(height=1.0 + 0.26 * len(names))
+    figure = new_figure(height=1.0 + 0.26 * len(names))
     axes = figure.subplots()
     axes.barh(names, [times[n] for n in names], color=PALETTE[0], height=0.65)
     for i, name in enumerate(names):
         axes.annotate(f"{times[name]:.3g} s", (times[name], i), xytext=(4, 0), textcoords="offset points",
                       va="center", fontsize=8.5, color=INK)  # fmt: skip
-    _tidy(axes, "seconds", "")
+    tidy(axes, "seconds", "")
     if max(times.values()) > 30 * max(min(times.values()), 1e-3):
         axes.set_xscale("log")
     axes.margins(x=0.12)
-    return _png(figure)
+    return png(figure)
 
 
 def _legend(axes: Any) -> None:

@@ -78,8 +78,9 @@ def markdown_table(runs: Sequence[RunRecord]) -> str:
 
 
 def measured(sections: Sequence[Section]) -> tuple[Cost, ...]:
-    """Return the columns of costs: all of them, or none if no run of some sections measured any, as in a sweep."""
-    return COSTS if any(run.costs for section in sections for run in section.runs) else ()
+    """Return the columns of costs: those that some run of the sections measured; none of them in many a sweep."""
+    runs = [run for section in sections for run in section.runs]
+    return tuple(cost for cost in COSTS if any(run.cost(cost.key) is not None for run in runs))
 
 
 def column_titles(section: Section | None, shown: Sequence[Cost]) -> list[str]:

@@ -1,28 +1,25 @@
-"""Transformers checkpoints, dense or sparse on disk: models saved and loaded, folders converted.
+"""Transformers checkpoints, dense or sparse on disk: models of a given class saved and loaded, folders converted.
 
 The sparse layout is that of `trimtab.storage.sparse`. Config, tokenizer and all other files are the same in both.
 """
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from trimtab.anatomy.structure import HANDLE
 from trimtab.files import replace_folder
 from trimtab.storage import sparse as layout
 from trimtab.storage.shards import DENSE, SHARD_SIZE, ShardWriter, find, open_safetensors, read_index
-
-if TYPE_CHECKING:
-    from trimtab.backbones.official import LoadReport
 
 # Other copies of a model's weights that checkpoints carry; what is converted must not take them along.
 _WEIGHTS = (
@@ -32,17 +29,18 @@ _WEIGHTS = (
 
 
 def save_pretrained(
-    model: Any, folder: str | Path, sparse: bool = True, max_shard_size: int | str = SHARD_SIZE
+    model: Any, folder: str | Path, sparse: bool = False, max_shard_size: int | str = SHARD_SIZE
 ) -> Path:
-    """Write a transformers model as its own `save_pretrained` does, the weights in the sparse layout.
+    """Write a transformers model as its own `save_pretrained` does, or with its weights in the sparse layout.
 
-    The dense checkpoint is written first, inside the unfinished folder, and goes shard by shard: for that moment the
-    disk needs room for it.
+    For the sparse layout the dense checkpoint is written first, inside the unfinished folder, and goes shard by shard:
+    for that moment the disk needs room for it.
 
     Args:
         model: a `PreTrainedModel`.
         folder: a folder that is not there yet.
-        sparse: False leaves the weights dense.
+        sparse: write the sparse layout, which `trimtab.from_pretrained` and `trimtab.load` read and transformers does
+            not; `trimtab convert` makes it dense again.
         max_shard_size: bytes a weight file, such as 10**9 or "500MB" (powers of ten).
 
     Returns:
@@ -53,7 +51,7 @@ def save_pretrained(
         ValueError: if the model is no transformers model.
         OSError: if it cannot be written (the disk is full); nothing is left then.
     """
-    folder = _new(folder)
+    folder = new_folder(folder)
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         raise ValueError(f"{type(model).__name__} is no transformers model: it has no config and save_pretrained")
     with replace_folder(folder) as partial:
@@ -63,6 +61,12 @@ def save_pretrained(
 
 def write_pretrained(model: Any, folder: Path, sparse: bool, max_shard_size: int | str = SHARD_SIZE) -> None:
     """As `save_pretrained`, into a folder that is there, for callers that add files before it is finished."""
+    handle = getattr(model, HANDLE, None)
+    if handle is not None and (lost := handle.lost()):
+        raise ValueError(
+            f"this {type(model).__name__} is adapted, and a plain folder would lose {', '.join(lost)}: "
+            "`fit.save(folder)` keeps it, `fit.export(folder)` makes it part of the weights where that is possible"
+        )
     dense = folder / ".dense" if sparse else folder
     with quiet():
         model.save_pretrained(dense, max_shard_size=max_shard_size)
@@ -72,38 +76,6 @@ def write_pretrained(model: Any, folder: Path, sparse: bool, max_shard_size: int
         shutil.rmtree(dense)
     for file in folder.glob("model*.safetensors"):
         file.chmod(0o644)
-
-
-def from_pretrained(folder: str | Path) -> Any:
-    """The model of a transformers folder, sparse or dense, of the class that its config names; in evaluation mode.
-
-    From a sparse folder every tensor comes back bit for bit in the type in which it was saved.
-
-    Args:
-        folder: config.json and weights.
-
-    Raises:
-        FileNotFoundError: if the folder, its config or its weights are not there.
-        ValueError: if the class is not one of transformers', or weights are damaged, missing or of other shapes.
-    """
-    import transformers
-
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: expected a transformers folder with config.json, found none")
-    try:
-        name = (json.loads((folder / "config.json").read_text()).get("architectures") or [None])[0]
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: no JSON ({error})") from error
-    from trimtab.backbones.official import own_class  # not above: backbones import this module
-
-    model_class = own_class(str(name)) or getattr(transformers, str(name), None)
-    if model_class is None:
-        raise ValueError(
-            f"{folder / 'config.json'}: architectures names {name!r}, which is no class of transformers or trimtab"
-        )
-    config = transformers.AutoConfig.from_pretrained(folder)
-    return load_weights(model_class, folder, config, dtype=None)
 
 
 def load_weights(model_class: Any, folder: Path, config: Any, dtype: torch.dtype | None, **options: Any) -> nn.Module:
@@ -183,41 +155,16 @@ class Conversion:
     bytes_before: int
 
 
-def convert_official(
-    path: str | Path, out: str | Path, sparse: bool = False, max_shard_size: int | str = SHARD_SIZE, **settings: Any
-) -> tuple[Conversion, LoadReport]:
-    """Write a checkpoint file of its authors as a folder that `from_pretrained` and `trimtab.load` read.
-
-    Args:
-        path: the file (see `trimtab.backbones.load_official`).
-        out: a folder that is not there yet.
-        sparse: write the sparse layout.
-        max_shard_size: bytes a weight file, such as 10**9 or "500MB" (powers of ten).
-        settings: of the file's format, such as `image_size`.
-
-    Raises:
-        FileExistsError: if `out` is there.
-        FileNotFoundError, ValueError: as `load_official`.
-        OSError: if it cannot be written (the disk is full); nothing is left then.
-    """
-    from trimtab.backbones.official import load_official
-
-    out = _new(out)
-    model, report = load_official(path, **settings)
-    if report.fresh:
-        raise ValueError(
-            f"{path}: {len(report.fresh)} tensors would be random, such as '{report.fresh[0]}'; train first"
-        )
-    save_pretrained(model, out, sparse, max_shard_size)
+def weight_sizes(folder: Path) -> layout.Sizes:
+    """What the weights in a folder hold, dense or sparse; dense ones are read once, to count what is not zero."""
+    if layout.is_sparse(folder):
+        return layout.sizes(folder)
     sizes = layout.Sizes()
-    if sparse:
-        sizes = layout.sizes(out)
-    else:
-        for _, tensors in DenseReader(out).batches():
-            for tensor in tensors.values():
-                sizes.add(tensor.shape, tensor.element_size(), layout.count_nonzeros(tensor), False)
-        sizes.file_bytes = layout.stored_bytes(out, DENSE)
-    return Conversion(sizes, Path(path).stat().st_size), report
+    for _, tensors in DenseReader(folder).batches():
+        for tensor in tensors.values():
+            sizes.add(tensor.shape, tensor.element_size(), layout.count_nonzeros(tensor), False)
+    sizes.file_bytes = layout.stored_bytes(folder, DENSE)
+    return sizes
 
 
 def convert(folder: str | Path, out: str | Path, to: Literal["sparse", "dense"],
@@ -241,7 +188,7 @@ def convert(folder: str | Path, out: str | Path, to: Literal["sparse", "dense"],
             the folder.
         OSError: if it cannot be written (the disk is full); nothing is left then.
     """
-    folder, out = Path(folder), _new(out)
+    folder, out = Path(folder), new_folder(out)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     if folder.resolve() in out.resolve().parents:
@@ -260,7 +207,8 @@ def convert(folder: str | Path, out: str | Path, to: Literal["sparse", "dense"],
     return Conversion(sizes, sum(file.stat().st_size for file in reader.files))
 
 
-def _new(folder: str | Path) -> Path:
+def new_folder(folder: str | Path) -> Path:
+    """A folder's path; FileExistsError if something of that name is there."""
     folder = Path(folder)
     if folder.exists() or folder.is_symlink():
         raise FileExistsError(f"{folder}: is there already; name a new folder")

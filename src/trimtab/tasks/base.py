@@ -7,7 +7,7 @@ rows --collate--> batch --loss--> scalar                      (training)
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +39,11 @@ class Task(ABC):
     blank: ClassVar[dict[str, Any]] = {}
     causal: ClassVar[bool] = False
     first_token: ClassVar[bool] = False
+
+    @classmethod
+    def settings_from(cls, source: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings `given`, and those that the task takes from its data source where they are left out."""
+        return dict(given)
 
     @abstractmethod
     def head(self, backbone: Any) -> nn.Module:

@@ -47,14 +47,14 @@ class Captioning(Task):
         batch = backbone.example(size)
         return {**batch, "labels": next_words(batch["input_ids"], batch["attention_mask"])}
 
-    def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, backbone: Any, head: Any, batch: Batch) -> Tensor:
         seen = backbone.look(batch["pixel_values"])
         tokens = backbone.write(seen, batch["input_ids"], batch["attention_mask"])
         told = batch["labels"] != IGNORED
         logits = head(tokens[told], backbone.model.get_input_embeddings().weight)
         return F.cross_entropy(logits.float(), batch["labels"][told], label_smoothing=self.smoothing)
 
-    def predict(self, backbone: Any, head: nn.Module, batch: Batch) -> list[dict[str, Any]]:
+    def predict(self, backbone: Any, head: Any, batch: Batch) -> list[dict[str, Any]]:
         tokenizer, pixels = backbone.tokenizer, batch["pixel_values"]
         embeddings = backbone.model.get_input_embeddings().weight
         seen = backbone.look(pixels)
@@ -69,12 +69,12 @@ class Captioning(Task):
                 break
         return [{"caption": text} for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-    def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
+    def score(self, backbone: Any, head: Any, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
         captions, references = [r["caption"] for r in records], rows["captions"]
         exact = sum(c in refs for c, refs in zip(captions, references, strict=True)) / len(captions)
         return {"cider": cider(captions, references), "bleu@4": bleu4(captions, references), "one of them": exact}
 
-    def fold(self, backbone: Any, head: nn.Module) -> None:
+    def fold(self, backbone: Any, head: Any) -> None:
         """The words' head goes where the backbone has one of its own."""
         head.fold(backbone)
 

@@ -78,7 +78,7 @@ class Matching(Task):
         words[:, 1:3] = 5
         return {**batch, "words": words, "matched": torch.ones(size)}
 
-    def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, backbone: Any, head: Any, batch: Batch) -> Tensor:
         words, matched = batch["words"], batch["matched"]
         judged = matched != IGNORED
         if self.words == "next":
@@ -98,18 +98,18 @@ class Matching(Task):
         language = F.cross_entropy(logits.float(), words[hidden]) if hidden.any() else matching.new_zeros(())
         return language + 2 * matching
 
-    def fold(self, backbone: Any, head: nn.Module) -> None:
+    def fold(self, backbone: Any, head: Any) -> None:
         """The words' head goes where the backbone has one of its own."""
         head.fold(backbone)
 
-    def predict(self, backbone: Any, head: nn.Module, batch: Batch) -> list[dict[str, Any]]:
+    def predict(self, backbone: Any, head: Any, batch: Batch) -> list[dict[str, Any]]:
         length = batch["input_ids"].shape[1]
         return [
             {"pixels": p.cpu(), "ids": i.cpu(), "mask": m.cpu(), "length": length}
             for p, i, m in zip(batch["pixel_values"], batch["input_ids"], batch["attention_mask"], strict=True)
         ]
 
-    def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
+    def score(self, backbone: Any, head: Any, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
         captions = [c[0] for c in rows["captions"]]
         blocks = [records[i : i + self.pool] for i in range(0, len(records) - self.pool + 1, self.pool)]
         if not blocks:

@@ -106,7 +106,7 @@ class Retrieval(Task):
         texts = [r["captions"][k] for r, k in zip(rows, pick, strict=True)]
         return {**backbone.images([r["image"] for r in rows]), **backbone.texts(texts)}
 
-    def embed(self, backbone: Any, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    def embed(self, backbone: Any, head: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """Unit vectors of pictures and texts, each (B, D)."""
         seen = backbone.image(batch["pixel_values"])
         read = backbone.text(batch["input_ids"], batch["attention_mask"])
@@ -118,7 +118,7 @@ class Retrieval(Task):
             image, text = head.image(seen.tokens, seen.mask), head.text(read.tokens, read.mask)
         return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
 
-    def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, backbone: Any, head: Any, batch: Batch) -> Tensor:
         image, text = self.embed(backbone, head, batch)
         if self.objective == "triplet":
             return self._triplets(head, image @ text.T)
@@ -138,17 +138,17 @@ class Retrieval(Task):
             head.seen += 1
         return loss
 
-    def predict(self, backbone: Any, head: nn.Module, batch: Batch) -> list[dict[str, Any]]:
+    def predict(self, backbone: Any, head: Any, batch: Batch) -> list[dict[str, Any]]:
         image, text = self.embed(backbone, head, batch)
         return [{"image": i.cpu(), "text": t.cpu()} for i, t in zip(image, text, strict=True)]
 
-    def fold(self, backbone: Any, head: nn.Module) -> None:
+    def fold(self, backbone: Any, head: Any) -> None:
         """A product of two linear maps is one: the head's maps go into the backbone's projections, its scale too."""
         if self.pooling != "own":
             return  # no architecture here has a place for pooled heads: they stay with the task
         backbone.fold_projections(head.image.weight, head.text.weight, head.scale)
 
-    def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
+    def score(self, backbone: Any, head: Any, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
         return recalls(_similarity(records), [c[0] for c in rows["captions"]])
 
     def chance(self, rows: Any) -> float | None:

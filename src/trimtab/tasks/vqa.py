@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ class VQA(Task):
     pooled feature: a pooler that was trained to match keeps what tells a match from none and little else. Where the
     pooled feature joins two streams (METER), whose first tokens know half each, it is read as published. An answer
     outside `answers` is never right, and no gradient comes from it.
+
+    Args:
+        answers: the classes; a recipe that leaves them out takes those of its data source.
     """
 
     name = "vqa"
@@ -34,6 +37,11 @@ class VQA(Task):
     def __init__(self, answers: Sequence[str]):
         self.answers = list(answers)
         self.index = {a: i for i, a in enumerate(self.answers)}
+
+    @classmethod
+    def settings_from(cls, source: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+        """`answers` are the source's, unless they are given."""
+        return dict(given) if "answers" in given else {**given, "answers": list(source.answers())}
 
     def head(self, backbone: Any) -> nn.Module:
         d = backbone.width

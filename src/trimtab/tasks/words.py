@@ -31,8 +31,9 @@ class Words(nn.Module):
         if backbone.word_head is None:
             return []
         dense, norm, bias = backbone.word_head
-        mine, own_norm = self.transform[0], self.transform[2]
-        self.transform[2].eps = norm.eps
+        mine: Any = self.transform[0]
+        own_norm: Any = self.transform[2]
+        own_norm.eps = norm.eps
         return [(mine.weight, dense.weight), (mine.bias, dense.bias), (own_norm.weight, norm.weight),
                 (own_norm.bias, norm.bias), (self.bias, bias)]  # fmt: skip
 

@@ -1,10 +1,4 @@
-"""BLIP (Li et al., ICML 2022): a picture is read by a text tower that understands or writes. transformers' classes, and
-our `tiny-blip`.
-
-    pixel_values -> vision tower -> (B, 1 + P, D) --keys, values--> cross-attention in every block of the text tower
-    input_ids    -> text tower, every token sees every token  -> first token: do they match? what is the answer?
-    input_ids    -> text tower, a token sees those before it  -> the next word
-"""
+"""BLIP for tasks."""
 
 from __future__ import annotations
 
@@ -16,75 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes
 from trimtab.backbones.base import (
-    BACKBONES,
     CLIP_MEAN,
     CLIP_STD,
     WEIGHTS,
     Backbone,
     Encoded,
     Pictures,
+    check_sizes,
     find_tokenizer,
     load_pretrained,
     read_pictures,
 )
+from trimtab.backbones.blip.pretraining import blip_loss
 from trimtab.backbones.clip.features import without_pre_norm
-from trimtab.backbones.official import own_class, own_model
-
-own_model("BlipForMatchingAndCaptions", "trimtab.backbones.blip.model")
-
-_TEXTS = {"text_model": "text", "text_encoder": "text", "text_decoder": "decoder"}  # attribute -> name of the tower
-
-
-@describes("BlipForConditionalGeneration", "BlipForImageTextRetrieval", "BlipForQuestionAnswering", "BlipModel")
-def describe(model: Any) -> Anatomy:
-    layers = model.vision_model.encoder.layers
-    towers = [Tower(
-        "vision", "vision", tuple(vision_block(f"vision_model.encoder.layers.{i}", layer.embed_dim)
-                                  for i, layer in enumerate(layers)),
-        # Not the norm behind it: BLIP calls that twice, on the tokens and again on the first of them.
-        ("vision_model",), output=Tap(f"vision_model.encoder.layers.{len(layers) - 1}"),
-    )]  # fmt: skip
-    for attribute, name in _TEXTS.items():
-        text = getattr(model, attribute, None)
-        if text is None:
-            continue
-        path = f"{attribute}.bert" if hasattr(text, "bert") else attribute
-        blocks = tuple(
-            _text_block(f"{path}.encoder.layer.{i}", model.config.text_config.hidden_size, hasattr(b, "crossattention"))
-            for i, b in enumerate(model.get_submodule(path).encoder.layer)
-        )
-        # MULTIFLOW counts BLIP's encoder and decoder to one modality. A decoder of answers reads the question, which
-        # has read the picture.
-        memory = "text" if name == "decoder" and hasattr(model, "text_encoder") else "vision"
-        towers.append(Tower(name, "text", blocks, (f"{path}.embeddings", f"{path}.encoder"), Tap(blocks[-1].path),
-                            mask=Tap(path, "input", "attention_mask"), memory=memory,
-                            causal=name == "decoder"))  # fmt: skip
-    return Anatomy(tuple(towers), heads=_heads(model))
-
-
-def _heads(model: Any) -> tuple[str, ...]:
-    known = ("visual_projection", "text_projection", "vision_proj", "text_proj", "itm_head", "text_decoder.cls",
-             "text_model.pooler")  # fmt: skip
-    there = {name for name, _ in model.named_modules()}
-    return tuple(name for name in known if name in there)
-
-
-def vision_block(path: str, width: int) -> Block:
-    return Block(path, width, (
-        Sublayer("attention", Tap(f"{path}.layer_norm1", "input"), Tap(f"{path}.self_attn")),
-        Sublayer("mlp", Tap(f"{path}.layer_norm2", "input"), Tap(f"{path}.mlp")),
-    ))  # fmt: skip
-
-
-def _text_block(path: str, width: int, crosses: bool) -> Block:
-    parts = [Sublayer("attention", Tap(f"{path}.attention", "input"), Tap(f"{path}.attention.output.dense"))]
-    if crosses:
-        cross = f"{path}.crossattention"
-        parts.append(Sublayer("cross-attention", Tap(cross, "input"), Tap(f"{cross}.output.dense")))
-    parts.append(Sublayer("mlp", Tap(f"{path}.intermediate", "input"), Tap(f"{path}.output")))
-    return Block(path, width, tuple(parts))
+from trimtab.backbones.family import model_class
 
 
 def add_words(tokenizer: Any, model: Any) -> None:
@@ -213,21 +153,120 @@ class BlipBackbone(Backbone):
             target.copy_(value)
 
 
-def load(folder: Path, name: str, pretrained: bool = True) -> BlipBackbone:
-    """A folder of `BlipForMatchingAndCaptions`, or transformers' `BlipForConditionalGeneration`, which only writes."""
-    import transformers
+def rank_answers(model: Any, questions: Tensor, mask: Tensor, answers: Tensor, answer_mask: Tensor, k: int) -> Tensor:
+    """Which of a list of answers a `BlipForVqa` gives, as the authors rank them.
 
+    The k likeliest by their first word are scored as a whole: by the sum of their words' losses, with the label
+    smoothing of training.
+
+    Args:
+        questions: states of the questions after reading the pictures, (Q, L, D).
+        mask: (Q, L).
+        answers: ids of the answers, (A, M), that start with [DEC].
+        answer_mask: (A, M).
+        k: at most A.
+
+    Returns:
+        (Q,), rows of `answers`.
+    """
+    start = answers[:1, :1].expand(len(questions), 1)
+    first = model.text_decoder(input_ids=start, encoder_hidden_states=questions, encoder_attention_mask=mask)
+    likely = first.logits[:, 0].softmax(dim=-1)[:, answers[:, 1]]  # (Q, A)
+    top = likely.topk(k, dim=1).indices  # (Q, k)
+    ids, atts = answers[top.flatten()], answer_mask[top.flatten()]  # (Q * k, M)
+    loss = model.text_decoder(
+        input_ids=ids, attention_mask=atts, labels=ids.masked_fill(atts == 0, -100), reduction="none",
+        encoder_hidden_states=questions.repeat_interleave(k, 0), encoder_attention_mask=mask.repeat_interleave(k, 0),
+    ).loss  # fmt: skip
+    best = loss.view(len(questions), k).argmin(dim=1)
+    return top[torch.arange(len(top)), best]
+
+
+class BlipOfficialBackbone(Backbone):
+    """A BLIP that understands: its text encoder reads the picture, and its matching head judges. The pretrained has a
+    decoder that reads pictures too, and writes."""
+
+    kind = "joint"
+
+    def __init__(self, name: str, model: Any, tokenizer: Any):
+        if not hasattr(model, "text_encoder") or type(model).__name__ == "BlipForNlvr2":
+            raise ValueError(f"{name}: {type(model).__name__} has no encoder of one picture and a text for our tasks; "
+                             "load it with `trimtab.backbones.load_official`, or with task='retrieval'")  # fmt: skip
+        text, vision = model.config.text_config, model.config.vision_config
+        add_words(tokenizer, model)
+        super().__init__(name, model, tokenizer, Pictures(vision.image_size, CLIP_MEAN, CLIP_STD), text.hidden_size,
+                         min(text.max_position_embeddings, 35))  # fmt: skip
+
+    def look(self, pixel_values: Tensor) -> Tensor:
+        """The vision tower alone, (B, 1+P, D); ValueError if the picture is of another size than the model's."""
+        check_sizes("BLIP", pixel_values=pixel_values, side=self.model.config.vision_config.image_size)
+        return self.model.vision_model(pixel_values=pixel_values).last_hidden_state
+
+    def fuse(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """`pair` of what `look` returned; ValueError if the text is longer than the table of positions."""
+        check_sizes("BLIP", input_ids, self.model.config.text_config.max_position_embeddings)
+        # What reads a picture starts with [ENC] instead of [CLS].
+        ids = input_ids.clone()
+        ids[:, 0] = self.model.config.enc_token_id
+        tokens = self.model.text_encoder(
+            input_ids=ids, attention_mask=attention_mask, encoder_hidden_states=seen
+        ).last_hidden_state
+        return Encoded(tokens[:, 0], tokens, attention_mask)
+
+    def adopt(self, tokenizer: Any) -> None:
+        add_words(tokenizer, self.model)
+        super().adopt(tokenizer)
+
+    def write(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Words of the pretrained model's decoder; the decoder of one for VQA reads questions, and others have none."""
+        if type(self.model).__name__ != "BlipPretraining":
+            raise NotImplementedError(f"{self.name}: {type(self.model).__name__} has no decoder that reads pictures: "
+                                      "task='caption' or task='pretrain' has")  # fmt: skip
+        check_sizes("BLIP", input_ids, self.model.config.text_config.max_position_embeddings)
+        return write(self.model, seen, input_ids, attention_mask)
+
+    def pretraining_loss(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Contrast, matching and captions on a batch of pairs; NotImplementedError for what is fine-tuned."""
+        if type(self.model).__name__ != "BlipPretraining":
+            return super().pretraining_loss(pixel_values, input_ids, attention_mask)
+        return blip_loss(self.model, pixel_values, input_ids, attention_mask)
+
+    @property
+    def word_head(self) -> tuple[nn.Linear, nn.LayerNorm, Tensor] | None:
+        return word_head(self.model) if type(self.model).__name__ == "BlipPretraining" else None
+
+    def match(self, encoded: Encoded) -> Tensor:
+        """Logit that text and image belong together, (B,); ValueError if the model has no head for it."""
+        if not hasattr(self.model, "itm_head"):
+            raise ValueError(f"{self.name}: {type(self.model).__name__} has no head for matching: task='retrieval' has")
+        no, yes = self.model.itm_head(encoded.pooled).unbind(dim=-1)
+        return yes - no
+
+
+def backbone(name: str, model: Any, tokenizer: Any) -> Backbone:
+    """The model of an official file for tasks."""
+    if type(model).__name__ == "BlipForConditionalGeneration":
+        return BlipBackbone(
+            name, model, tokenizer, Pictures(model.config.vision_config.image_size, CLIP_MEAN, CLIP_STD)
+        )
+    return BlipOfficialBackbone(name, model, tokenizer)
+
+
+def load(folder: Path, name: str, pretrained: bool = True) -> Backbone:
+    """A folder of one of transformers' classes or ours; with a tokenizer if there is one in it."""
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    model_class = own_class(architecture) or getattr(transformers, architecture)
-    model = load_pretrained(model_class, folder, pretrained)
-    size = model.config.vision_config.image_size
+    model = load_pretrained(model_class(architecture), folder, pretrained)
+    tokenizer = find_tokenizer(folder)
+    if architecture not in ("BlipForMatchingAndCaptions", "BlipForConditionalGeneration"):
+        return BlipOfficialBackbone(name, model, tokenizer)
+    config: Any = model.config
+    size = config.vision_config.image_size
     # What was converted from its authors' file says so in its config, and has no preprocessor beside it.
     official = hasattr(model.config, "blip_task") and not (folder / "preprocessor_config.json").is_file()
     pictures = Pictures(size, CLIP_MEAN, CLIP_STD) if official else read_pictures(folder, size)
-    return BlipBackbone(name, model, find_tokenizer(folder), pictures)
+    return BlipBackbone(name, model, tokenizer, pictures)
 
 
-@BACKBONES.register("tiny-blip")
-def tiny_blip(pretrained: bool = True) -> BlipBackbone:
+def tiny_blip(pretrained: bool = True) -> Backbone:
     """8 vision and 4 text blocks, 128 wide, 64 px, patch 8; pretrained by us on Twemoji (docs/pretraining.md)."""
     return load(WEIGHTS / "tiny-blip", "tiny-blip", pretrained)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
-    BlipConfig,
     BlipForConditionalGeneration,
     BlipForQuestionAnswering,
     BlipTextModel,
@@ -27,7 +26,7 @@ class BlipForMatchingAndCaptions(BlipForConditionalGeneration):
     The published encoder and decoder share all but their self-attention; here they share that too.
     """
 
-    def __init__(self, config: BlipConfig):
+    def __init__(self, config: Any):
         super().__init__(config)
         self.itm_head = nn.Linear(config.text_config.hidden_size, 2)
         self.post_init()
@@ -41,7 +40,7 @@ class BlipPretraining(BlipPreTrainedModel):
     to one (a mask, an adapter) is done to both.
     """
 
-    def __init__(self, config: BlipConfig):
+    def __init__(self, config: Any):
         super().__init__(config)
         width = config.text_config.hidden_size
         self.vision_model = BlipVisionModel(config.vision_config)
@@ -118,7 +117,7 @@ class CrossAttention(BlipTextAttention):
 class BlipForVqa(BlipForQuestionAnswering):
     """transformers' class with a decoder that leaves out the padding of questions."""
 
-    def __init__(self, config: BlipConfig):
+    def __init__(self, config: Any):
         super().__init__(config)
         for i, layer in enumerate(self.text_decoder.bert.encoder.layer):
             layer.crossattention = CrossAttention(config.text_config, is_cross_attention=True, layer_idx=i)
@@ -167,7 +166,7 @@ class BlipForNlvr2(BlipPreTrainedModel):
 
     MERGE_FROM = 6  # the first layer of text with a map that joins the two
 
-    def __init__(self, config: BlipConfig):
+    def __init__(self, config: Any):
         super().__init__(config)
         width = config.text_config.hidden_size
         self.vision_model = BlipVisionModel(config.vision_config)
@@ -195,6 +194,6 @@ class BlipForNlvr2(BlipPreTrainedModel):
         return self.cls_head(text.last_hidden_state[:, 0])
 
 
-def _check(config: BlipConfig, input_ids: Tensor, pixel_values: Tensor) -> None:
+def _check(config: Any, input_ids: Tensor, pixel_values: Tensor) -> None:
     check_sizes("BLIP", input_ids, config.text_config.max_position_embeddings, pixel_values,
                 config.vision_config.image_size)  # fmt: skip

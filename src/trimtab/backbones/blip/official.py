@@ -1,47 +1,24 @@
-"""BLIP's checkpoints as its authors published them (salesforce/BLIP), for transformers' classes and ours."""
+"""BLIP's checkpoints as its authors published them (salesforce/BLIP), for transformers' classes and ours, and its sizes
+without weights."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes
-from trimtab.backbones.base import (
-    CLIP_MEAN,
-    CLIP_STD,
-    Backbone,
-    Encoded,
-    Pictures,
-    check_sizes,
-    find_tokenizer,
-    load_pretrained,
-)
-from trimtab.backbones.blip import features as blip
-from trimtab.backbones.blip.features import vision_block
+from trimtab.backbones.family import model_class
 from trimtab.backbones.official import (
     CheckpointError,
     Format,
     Item,
     Tensors,
+    choose,
     grid_side,
     head_count,
-    own_class,
-    own_model,
-    reads,
     renamed,
     resize_grid,
 )
-from trimtab.backbones.pretraining import blip_loss
 from trimtab.registry import unknown
-
-own_model("BlipPretraining", "trimtab.backbones.blip.model")
-own_model("BlipForNlvr2", "trimtab.backbones.blip.model")
-own_model("BlipForVqa", "trimtab.backbones.blip.model")
 
 # Task -> class, and what of the file it takes.
 _TASKS = {
@@ -51,49 +28,8 @@ _TASKS = {
     "vqa": ("BlipForVqa", ("text_encoder", "text_decoder")),
     "caption": ("BlipForConditionalGeneration", ("text_decoder",)),
 }
-CLASSES = tuple(name for name, _ in _TASKS.values())
 
 
-@describes("BlipPretraining", "BlipForNlvr2")
-def describe(model: Any) -> Anatomy:
-    """Vision; and text, to which MULTIFLOW counts encoder and decoder together.
-
-    The shared parts of the decoder are the encoder's own modules, so that its blocks are described without adapters:
-    what is done to the encoder is done there too.
-    """
-    vision = tuple(vision_block(f"vision_model.encoder.layers.{i}", layer.embed_dim)
-                   for i, layer in enumerate(model.vision_model.encoder.layers))  # fmt: skip
-    # Not the norm behind it: BLIP calls that on the tokens and once more on the first of them.
-    towers = [Tower("vision", "vision", vision, ("vision_model",), output=Tap(vision[-1].path))]
-    for name, path in (("text", "text_encoder"), ("decoder", "text_decoder.bert")):
-        if name == "decoder" and not hasattr(model, "text_decoder"):
-            continue
-        layers = model.get_submodule(path).encoder.layer
-        width = model.config.text_config.hidden_size
-        twin = hasattr(layers[0].crossattention, "self0")
-        blocks = tuple(
-            _text_block(f"{path}.encoder.layer.{i}", width, twin, name == "text") for i in range(len(layers))
-        )
-        scope = (f"{path}.embeddings", f"{path}.encoder")
-        towers.append(Tower(name, "text", blocks, scope, output=Tap(blocks[-1].path), memory="vision",
-                            mask=Tap(path, "input", "attention_mask"), causal=name == "decoder"))  # fmt: skip
-    heads = ("vision_proj", "text_proj", "itm_head", "text_decoder.cls", "cls_head")
-    return Anatomy(tuple(towers), heads=tuple(h for h in heads if hasattr(model, h.split(".")[0])))
-
-
-def _text_block(path: str, width: int, twin: bool, own: bool) -> Block:
-    cross = f"{path}.crossattention"
-    # With two pictures the value before the norm is the sum of two maps: an adapter is added to the first of them.
-    write = Tap(f"{cross}.output.dense0") if twin else Tap(f"{cross}.output.dense")
-    parts = (
-        Sublayer("attention", Tap(f"{path}.attention", "input"), Tap(f"{path}.attention.output.dense")),
-        Sublayer("cross-attention", Tap(cross, "input"), write),
-        Sublayer("mlp", Tap(f"{path}.intermediate", "input"), Tap(f"{path}.output")),
-    )
-    return Block(path, width, parts if own else parts[:1])
-
-
-@reads("blip", "BLIP")
 class BlipFormat(Format):
     """`model_base*.pth` and `model_large*.pth`, from pretraining or fine-tuned."""
 
@@ -149,7 +85,7 @@ class BlipFormat(Format):
         )  # fmt: skip
         config.enc_token_id, config.blip_task = words - 1, found
         name = _TASKS[found][0]
-        return own_class(name) or getattr(transformers, name), config
+        return model_class(name), config
 
     def weights(self, state: Tensors, extras: dict[str, Any], config: Any) -> Iterator[Item]:
         block, layer = r"visual_encoder\.blocks\.(\d+)\.", r"vision_model.encoder.layers.\1."
@@ -178,12 +114,6 @@ class BlipFormat(Format):
                         if name not in state:
                             yield Item(key, name, state[key])
 
-    def backbone(self, name: str, model: Any, tokenizer: Any) -> Backbone:
-        if type(model).__name__ == "BlipForConditionalGeneration":
-            pictures = Pictures(model.config.vision_config.image_size, CLIP_MEAN, CLIP_STD)
-            return blip.BlipBackbone(name, model, tokenizer, pictures)
-        return BlipOfficialBackbone(name, model, tokenizer)
-
 
 def _task_of(state: Tensors) -> str:
     """The task of a file, from the parts that it has."""
@@ -195,100 +125,25 @@ def _task_of(state: Tensors) -> str:
     return "vqa" if "text_encoder" in have else "caption"
 
 
-def rank_answers(model: Any, questions: Tensor, mask: Tensor, answers: Tensor, answer_mask: Tensor, k: int) -> Tensor:
-    """Which of a list of answers a `BlipForVqa` gives, as the authors rank them.
-
-    The k likeliest by their first word are scored as a whole: by the sum of their words' losses, with the label
-    smoothing of training.
+def architecture(task: str = "pretrain", image_size: int = 224) -> tuple[type, Any]:
+    """BLIP base: ViT-B/16 and BERT-base, whose layers all read the picture.
 
     Args:
-        questions: states of the questions after reading the pictures, (Q, L, D).
-        mask: (Q, L).
-        answers: ids of the answers, (A, M), that start with [DEC].
-        answer_mask: (A, M).
-        k: at most A.
-
-    Returns:
-        (Q,), rows of `answers`.
+        task: `pretrain`, `retrieval`, `caption`, `vqa` or `nlvr2`.
+        image_size: pixels of a side: 224 in pretraining, 480 for VQA, else 384.
     """
-    start = answers[:1, :1].expand(len(questions), 1)
-    first = model.text_decoder(input_ids=start, encoder_hidden_states=questions, encoder_attention_mask=mask)
-    likely = first.logits[:, 0].softmax(dim=-1)[:, answers[:, 1]]  # (Q, A)
-    top = likely.topk(k, dim=1).indices  # (Q, k)
-    ids, atts = answers[top.flatten()], answer_mask[top.flatten()]  # (Q * k, M)
-    loss = model.text_decoder(
-        input_ids=ids, attention_mask=atts, labels=ids.masked_fill(atts == 0, -100), reduction="none",
-        encoder_hidden_states=questions.repeat_interleave(k, 0), encoder_attention_mask=mask.repeat_interleave(k, 0),
-    ).loss  # fmt: skip
-    best = loss.view(len(questions), k).argmin(dim=1)
-    return top[torch.arange(len(top)), best]
-
-
-class BlipOfficialBackbone(Backbone):
-    """A BLIP that understands: its text encoder reads the picture, and its matching head judges. The pretrained has a
-    decoder that reads pictures too, and writes."""
-
-    kind = "joint"
-
-    def __init__(self, name: str, model: Any, tokenizer: Any):
-        if not hasattr(model, "text_encoder") or type(model).__name__ == "BlipForNlvr2":
-            raise ValueError(f"{name}: {type(model).__name__} has no encoder of one picture and a text for our tasks; "
-                             "load it with `trimtab.backbones.load_official`, or with task='retrieval'")  # fmt: skip
-        text, vision = model.config.text_config, model.config.vision_config
-        blip.add_words(tokenizer, model)
-        super().__init__(name, model, tokenizer, Pictures(vision.image_size, CLIP_MEAN, CLIP_STD), text.hidden_size,
-                         min(text.max_position_embeddings, 35))  # fmt: skip
-
-    def look(self, pixel_values: Tensor) -> Tensor:
-        """The vision tower alone, (B, 1+P, D); ValueError if the picture is of another size than the model's."""
-        check_sizes("BLIP", pixel_values=pixel_values, side=self.model.config.vision_config.image_size)
-        return self.model.vision_model(pixel_values=pixel_values).last_hidden_state
-
-    def fuse(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
-        """`pair` of what `look` returned; ValueError if the text is longer than the table of positions."""
-        check_sizes("BLIP", input_ids, self.model.config.text_config.max_position_embeddings)
-        # What reads a picture starts with [ENC] instead of [CLS].
-        ids = input_ids.clone()
-        ids[:, 0] = self.model.config.enc_token_id
-        tokens = self.model.text_encoder(
-            input_ids=ids, attention_mask=attention_mask, encoder_hidden_states=seen
-        ).last_hidden_state
-        return Encoded(tokens[:, 0], tokens, attention_mask)
-
-    def adopt(self, tokenizer: Any) -> None:
-        blip.add_words(tokenizer, self.model)
-        super().adopt(tokenizer)
-
-    def write(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Words of the pretrained model's decoder; the decoder of one for VQA reads questions, and others have none."""
-        if type(self.model).__name__ != "BlipPretraining":
-            raise NotImplementedError(f"{self.name}: {type(self.model).__name__} has no decoder that reads pictures: "
-                                      "task='caption' or task='pretrain' has")  # fmt: skip
-        check_sizes("BLIP", input_ids, self.model.config.text_config.max_position_embeddings)
-        return blip.write(self.model, seen, input_ids, attention_mask)
-
-    def pretraining_loss(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Contrast, matching and captions on a batch of pairs; NotImplementedError for what is fine-tuned."""
-        if type(self.model).__name__ != "BlipPretraining":
-            return super().pretraining_loss(pixel_values, input_ids, attention_mask)
-        return blip_loss(self.model, pixel_values, input_ids, attention_mask)
-
-    @property
-    def word_head(self) -> tuple[nn.Linear, nn.LayerNorm, Tensor] | None:
-        return blip.word_head(self.model) if type(self.model).__name__ == "BlipPretraining" else None
-
-    def match(self, encoded: Encoded) -> Tensor:
-        """Logit that text and image belong together, (B,); ValueError if the model has no head for it."""
-        if not hasattr(self.model, "itm_head"):
-            raise ValueError(f"{self.name}: {type(self.model).__name__} has no head for matching: task='retrieval' has")
-        no, yes = self.model.itm_head(encoded.pooled).unbind(dim=-1)
-        return yes - no
-
-
-def load(folder: Path, name: str, pretrained: bool = True) -> BlipOfficialBackbone:
-    """A folder of one of `CLASSES`, with a tokenizer if there is one in it."""
     import transformers
 
-    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    model_class = own_class(architecture) or getattr(transformers, architecture)
-    return BlipOfficialBackbone(name, load_pretrained(model_class, folder, pretrained), find_tokenizer(folder))
+    name = choose("task of BLIP", task, _TASKS)[0]
+    words = 30522 + 2  # [DEC] and [ENC]
+    config = transformers.BlipConfig(
+        vision_config={"image_size": image_size, "layer_norm_eps": 1e-6},
+        text_config={
+            "vocab_size": words, "hidden_size": 768, "num_attention_heads": 12, "layer_norm_eps": 1e-12,
+            "bos_token_id": words - 2, "eos_token_id": 102, "sep_token_id": 102, "pad_token_id": 0,
+            "label_smoothing": 0.1, "attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1,
+        },
+        image_text_hidden_size=256,
+    )  # fmt: skip
+    config.enc_token_id, config.blip_task = words - 1, task
+    return model_class(name), config

@@ -1,54 +1,14 @@
-"""CLIP (Radford et al., ICML 2021): two towers that meet in one space. transformers' classes, and our `tiny-clip`."""
+"""CLIP for tasks."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes, part_of
-from trimtab.backbones.base import BACKBONES, WEIGHTS, Backbone, Encoded, load_pretrained, read_pictures
-
-
-@describes("CLIPModel")
-def describe(model: Any) -> Anatomy:
-    (vision,), (text,) = part_of(model, "vision_model", "vision").towers, part_of(model, "text_model", "text").towers
-    towers = (
-        replace(vision, pooled=Tap("visual_projection"), scope=("vision_model",)),
-        replace(text, pooled=Tap("text_projection"), scope=("text_model",)),
-    )
-    return Anatomy(towers, heads=("visual_projection", "text_projection"))
-
-
-@describes("CLIPVisionModel")
-def describe_vision(model: Any) -> Anatomy:
-    blocks = tower_blocks(model)
-    scope = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
-    return Anatomy((Tower("vision", "vision", blocks, scope, output=Tap(blocks[-1].path)),))
-
-
-@describes("CLIPTextModel")
-def describe_text(model: Any) -> Anatomy:
-    tower = Tower(
-        "text", "text", tower_blocks(model), ("embeddings", "encoder", "final_layer_norm"),
-        output=Tap("final_layer_norm"), mask=Tap("", "input", "attention_mask"), pooled_token="last", causal=True,
-    )  # fmt: skip
-    return Anatomy((tower,))
-
-
-def tower_blocks(tower: Any, prefix: str = "") -> tuple[Block, ...]:
-    """The pre-norm blocks of one of CLIP's or SigLIP's towers, which the described model holds under a prefix."""
-    blocks = []
-    for i, layer in enumerate(tower.encoder.layers):
-        path = f"{prefix}.encoder.layers.{i}".lstrip(".")
-        blocks.append(Block(path, layer.embed_dim, (
-            Sublayer("attention", Tap(f"{path}.layer_norm1", "input"), Tap(f"{path}.self_attn")),
-            Sublayer("mlp", Tap(f"{path}.layer_norm2", "input"), Tap(f"{path}.mlp")),
-        )))  # fmt: skip
-    return tuple(blocks)
+from trimtab.backbones.base import WEIGHTS, Backbone, Encoded, load_pretrained, read_pictures
 
 
 class ClipBackbone(Backbone):
@@ -112,13 +72,12 @@ def load(folder: Path, name: str, pretrained: bool = True) -> ClipBackbone:
     from transformers import AutoTokenizer, CLIPModel
 
     model = load_pretrained(CLIPModel, folder, pretrained)
-    config = model.config
+    config: Any = model.config
     pictures = read_pictures(folder, config.vision_config.image_size)
     return ClipBackbone(name, model, AutoTokenizer.from_pretrained(folder), pictures, config.projection_dim,
                         config.text_config.max_position_embeddings)  # fmt: skip
 
 
-@BACKBONES.register("tiny-clip")
 def tiny_clip(pretrained: bool = True) -> ClipBackbone:
     """8 vision and 4 text blocks, 128 wide, 64 px, patch 8; pretrained by us on Twemoji (docs/pretraining.md)."""
     return load(WEIGHTS / "tiny-clip", "tiny-clip", pretrained)

@@ -45,6 +45,8 @@ class Clip4ClipConfig(PretrainedConfig):
 class FrameEmbeddings(CLIPVisionEmbeddings):
     """Patches embedded together with those of the neighbouring frames: (B, F, 3, H, W) -> (B F, 1 + P, D)."""
 
+    patch_embedding: Any
+
     def __init__(self, config: Any, depth: int):
         super().__init__(config)
         p = config.patch_size
@@ -64,10 +66,10 @@ class CrossModel(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         width = config.hidden_size
-        self.embeddings = nn.Module()
+        self.embeddings: Any = nn.Module()
         self.embeddings.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
         self.transformer = CLIPEncoder(config)
-        self.pooler = nn.Module()
+        self.pooler: Any = nn.Module()
         self.pooler.ln_pool = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.pooler.dense = nn.Linear(width, width)
 

@@ -10,7 +10,7 @@ After `CLIP-ViL-Pretrain/src/lxrt/modeling.py`, built from transformers' BERT.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
 from transformers.utils import ModelOutput
 
 from trimtab.backbones.base import check_sizes
-from trimtab.backbones.clip.resnet import ClipResNet
+from trimtab.backbones.clip_vil.resnet import ClipResNet
 
 
 class ClipVilConfig(PreTrainedConfig):
@@ -35,7 +35,7 @@ class ClipVilConfig(PreTrainedConfig):
     """
 
     model_type = "clip_vil"
-    sub_configs_defaults = {"text_config": BertConfig}
+    sub_configs_defaults: ClassVar[Any] = {"text_config": BertConfig}
 
     text_config: Any = None
     vision_width: int = 80
@@ -146,11 +146,18 @@ class ClipVilModel(PreTrainedModel):
             seen: what `look` gave, in place of `pixel_values`.
 
         Raises:
-            ValueError: if the text is longer than BERT's table of positions, or the picture has a wrong size.
+            ValueError: if the picture or the text is missing, the text is longer than BERT's table of positions, or the
+                picture has a wrong size.
         """
+        if seen is None and pixel_values is not None:
+            seen = self.look(pixel_values)
+        if seen is None or input_ids is None or attention_mask is None:
+            raise ValueError(
+                "CLIP-ViL reads a picture and a text: give pixel_values (or seen), input_ids, attention_mask"
+            )
         check_sizes("CLIP-ViL", input_ids, self.config.text_config.max_position_embeddings)
         text = self.bert.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
-        image = self.look(pixel_values) if seen is None else seen
+        image = seen
         if image_mask is None:
             image_mask = attention_mask.new_ones(image.shape[:2])
         valid = self.valid(torch.cat([attention_mask.to(image.dtype), image_mask.to(image.dtype)], dim=1))

@@ -25,31 +25,3 @@ def describe(model: Any) -> Anatomy:
         pooled=Tap("pooler") if model.pooler is not None else None,
     )  # fmt: skip
     return Anatomy((tower,), heads=("pooler",))
-
-
-def infer(state: Any, prefix: str, heads: int | None = None, kind: Any = None, **fixed: Any) -> Any:
-    """The config of a BERT or a relative from the tensors under a prefix of a checkpoint file.
-
-    Args:
-        state: `Tensors` of the file.
-        prefix: what stands before `embeddings.` and `encoder.layer.`.
-        heads: attention heads, the setting `text_heads`; None for heads of 64 channels, as all published sizes have.
-        kind: class of the config; None for `BertConfig`.
-        fixed: further fields.
-
-    Raises:
-        CheckpointError: if a tensor from which a size is read is missing, or the width is no multiple of the heads.
-    """
-    from transformers import BertConfig
-
-    from trimtab.backbones.official import head_count
-
-    width = state.size(f"{prefix}embeddings.word_embeddings.weight", 1)
-    return (kind or BertConfig)(
-        vocab_size=state.size(f"{prefix}embeddings.word_embeddings.weight"), hidden_size=width,
-        num_hidden_layers=state.count(f"{prefix}encoder.layer."),
-        num_attention_heads=head_count(width, heads, "text_heads"),
-        intermediate_size=state.size(f"{prefix}encoder.layer.0.intermediate.dense.weight"),
-        max_position_embeddings=state.size(f"{prefix}embeddings.position_embeddings.weight"),
-        type_vocab_size=state.size(f"{prefix}embeddings.token_type_embeddings.weight"), **fixed,
-    )  # fmt: skip

@@ -79,8 +79,8 @@ def _paths(blocks: list[Block]) -> tuple[str, ...]:
 
 def _scope(model: Any, side: str) -> tuple[str, ...]:
     """What one side has in the attentions between image and text."""
-    parts = (f"{side}_param", f"layer_norm_{side}")
-    parts += tuple(f"attn.{name}" for name in (f"{side}_proj", f"values_{side}_proj", f"out_{side}_proj"))
+    attention = (f"{side}_proj", f"values_{side}_proj", f"out_{side}_proj")
+    parts = (f"{side}_param", f"layer_norm_{side}", *(f"attn.{name}" for name in attention))
     return tuple(f"encoder.layers.{i}.fusion_layer.{p}" for i in range(len(model.encoder.layers)) for p in parts)
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes, part_of
-from trimtab.backbones.clip.features import tower_blocks
+from trimtab.backbones.clip.describe import tower_blocks
 
 
 def _joined(model: Any, vision: str, text: str, *heads: str) -> Anatomy:

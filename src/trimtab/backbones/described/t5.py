@@ -11,14 +11,14 @@ _ATTENTION = {"SelfAttention": "attention", "EncDecAttention": "cross-attention"
 
 @describes("T5Model", "T5EncoderModel", "T5ForConditionalGeneration", "T5ForQuestionAnswering")
 def describe(model: Any) -> Anatomy:
-    towers = [_tower(model, "encoder", "attention_mask")]
+    towers = [_tower(model, "encoder")]
     if getattr(model, "decoder", None) is not None:
-        towers.append(_tower(model, "decoder", "decoder_attention_mask"))
+        towers.append(_tower(model, "decoder"))
     parts = ("shared", "encoder", "decoder")
     return Anatomy(tuple(towers), heads=tuple(n for n, _ in model.named_children() if n not in parts))
 
 
-def _tower(model: Any, name: str, mask: str) -> Tower:
+def _tower(model: Any, name: str) -> Tower:
     decodes = name == "decoder"
     stack = getattr(model, name)
     blocks = tuple(
@@ -28,8 +28,8 @@ def _tower(model: Any, name: str, mask: str) -> Tower:
         for i, b in enumerate(stack.block)
     )  # fmt: skip
     return Tower(
-        name, "text", blocks, (name,), output=Tap(f"{name}.final_layer_norm"), mask=Tap("", "input", mask),
-        memory="encoder" if decodes else None, causal=decodes,
+        name, "text", blocks, (name,), output=Tap(f"{name}.final_layer_norm"),
+        mask=Tap(name, "input", "attention_mask"), memory="encoder" if decodes else None, causal=decodes,
     )  # fmt: skip
 
 

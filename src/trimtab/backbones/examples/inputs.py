@@ -10,13 +10,21 @@ from torch import Tensor
 SMALL: dict[str, Any] = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
 }  # fmt: skip
-VISION = {**SMALL, "hidden_size": 24, "num_hidden_layers": 3}
-PICTURE = {"image_size": 16, "patch_size": 8}  # four patches
+VISION: dict[str, Any] = {**SMALL, "hidden_size": 24, "num_hidden_layers": 3}
+PICTURE: dict[str, Any] = {"image_size": 16, "patch_size": 8}  # four patches
 IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 0, 0]])
 MASK = (IDS > 0).long()
 DECODER = {
     **SMALL, "num_key_value_heads": 2, "vocab_size": 30, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+
+BERT: dict[str, Any] = {**SMALL, "vocab_size": 30, "max_position_embeddings": 14}
+CNN: dict[str, Any] = {"layers": (1, 1, 1, 2), "stem": 4, "inner": 4}
+
+
+def sized(**changed: Any) -> dict[str, Any]:
+    """A decoder's sizes, some of them changed, for a config whose heads have a size of their own."""
+    return {**DECODER, "head_dim": 8, **changed}
 
 
 def pixels(*shape: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, RobertaConfig, RobertaModel
 
 from trimtab.backbones.base import check_sizes
-from trimtab.backbones.resnet import ResNet, ResNetSizes
+from trimtab.backbones.vse.resnet import ResNet, ResNetSizes
 
 # Kinds of answers of GQA in the order of their queries, and how many answers each has.
 GQA = {"type": 5, "obj": 3, "rel": 1594, "attr": 403, "cat": 678, "global": 111}
@@ -144,7 +144,7 @@ class Resizer(nn.Module):
         return self.dropout(self.layer_norm(self.fc(x)))
 
 
-class BoxHead(nn.Module):
+class BoxMlp(nn.Module):
     """(.., D) -> (.., 4), before the sigmoid."""
 
     def __init__(self, width: int):
@@ -191,12 +191,12 @@ class Mdetr(PreTrainedModel):
         width, sizes = config.width, ResNetSizes(**config.cnn)
         self.backbone = ResNet(sizes)
         self.input_proj = nn.Conv2d(sizes.width, width, 1)
-        self.transformer = nn.Module()
+        self.transformer: Any = nn.Module()
         self.transformer.text_encoder = RobertaModel(config.text_config)
         self.transformer.resizer = Resizer(config)
         self.transformer.encoder, self.transformer.decoder = Encoder(config), Decoder(config)
         self.query_embed = nn.Embedding(config.queries, width)
-        self.class_embed, self.bbox_embed = nn.Linear(width, config.classes), BoxHead(width)
+        self.class_embed, self.bbox_embed = nn.Linear(width, config.classes), BoxMlp(width)
         if config.align:
             self.contrastive_align_projection_image = nn.Linear(width, config.align)
             self.contrastive_align_projection_text = nn.Linear(width, config.align)

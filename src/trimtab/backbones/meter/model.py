@@ -12,7 +12,7 @@ After `meter/modules/meter_module.py`, built from transformers' CLIP, RoBERTa an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,11 @@ class MeterConfig(PreTrainedConfig):
     """
 
     model_type = "meter"
-    sub_configs_defaults = {"vision_config": CLIPVisionConfig, "text_config": RobertaConfig, "cross_config": BertConfig}
+    sub_configs_defaults: ClassVar[Any] = {
+        "vision_config": CLIPVisionConfig,
+        "text_config": RobertaConfig,
+        "cross_config": BertConfig,
+    }
 
     vision_config: Any = None
     text_config: Any = None
@@ -133,6 +137,10 @@ class MeterModel(PreTrainedModel):
         self.cross_modal_text_transform = nn.Linear(config.text_config.hidden_size, hidden)
         self.cross_modal_image_transform = nn.Linear(config.vision_config.hidden_size, hidden)
         self.token_type_embeddings = nn.Embedding(config.token_types, hidden)
+        self.cross_modal_text_layers: Any
+        self.cross_modal_image_layers: Any
+        self.cross_modal_text_pooler: Any
+        self.cross_modal_image_pooler: Any
         for stream in ("text", "image"):
             layers = nn.ModuleList(FusionLayer(fusion) for _ in range(fusion.num_hidden_layers))
             setattr(self, f"cross_modal_{stream}_layers", layers)
@@ -173,13 +181,17 @@ class MeterModel(PreTrainedModel):
             image_type: row of the table of stream types: 1, or 2 for the second image of a pair.
 
         Raises:
-            ValueError: if the text is longer than RoBERTa's table of positions, or the picture of another size than
-                the model was built for (see the setting `image_size` of its loader).
+            ValueError: if the picture or the text is missing, the text is longer than RoBERTa's table of positions, or
+                the picture of another size than the model was built for (see the setting `image_size` of its loader).
         """
+        if seen is None and pixel_values is not None:
+            seen = self.look(pixel_values)
+        if seen is None or input_ids is None or attention_mask is None:
+            raise ValueError("METER reads a picture and a text: give pixel_values (or seen), input_ids, attention_mask")
         # RoBERTa's positions start after the padding id.
         longest = self.config.text_config.max_position_embeddings - self.config.text_config.pad_token_id - 1
         check_sizes("METER", input_ids, longest)
-        image = self.cross_modal_image_transform(self.look(pixel_values) if seen is None else seen)  # (B, 1+P, H)
+        image = self.cross_modal_image_transform(seen)  # (B, 1+P, H)
         mask = (1 - attention_mask[:, None, None].to(image.dtype)) * torch.finfo(image.dtype).min  # (B, 1, 1, L)
         words = self.text_transformer(input_ids=input_ids, attention_mask=mask).last_hidden_state
         text = self.cross_modal_text_transform(words) + self.token_type_embeddings.weight[0]  # (B, L, H)

@@ -1,46 +1,16 @@
-"""SigLIP (Zhai et al., ICCV 2023) and SigLIP 2: two towers that meet in one space. transformers' classes described."""
+"""SigLIP for tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trimtab.anatomy import Anatomy, Tap, Tower, describes, part_of
 from trimtab.backbones.base import Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
-from trimtab.backbones.clip.features import ClipBackbone, tower_blocks
-
-
-@describes("SiglipVisionModel", "Siglip2VisionModel")
-def describe_vision(model: Any) -> Anatomy:
-    tower = Tower(
-        "vision", "vision", tower_blocks(model), ("embeddings", "encoder", "post_layernorm"),
-        output=Tap("post_layernorm"), pooled=Tap("head") if model.use_head else None,
-    )  # fmt: skip
-    if type(model).__name__.startswith("Siglip2"):  # pictures of any shape, as padded rows of patches
-        tower = replace(tower, mask=Tap("", "input", "pixel_attention_mask"))
-    return Anatomy((tower,), heads=("head",))
-
-
-@describes("SiglipTextModel", "Siglip2TextModel")
-def describe_text(model: Any) -> Anatomy:
-    tower = Tower(
-        "text", "text", tower_blocks(model), ("embeddings", "encoder", "final_layer_norm"),
-        output=Tap("final_layer_norm"), mask=Tap("", "input", "attention_mask"),
-        mask_required=False,  # it was trained on padded texts without a mask: padding is text to it
-        pooled=Tap("head"), pooled_token="last",
-    )  # fmt: skip
-    return Anatomy((tower,), heads=("head",))
-
-
-@describes("SiglipModel", "Siglip2Model")
-def describe(model: Any) -> Anatomy:
-    parts = [part_of(model, f"{name}_model", name) for name in ("vision", "text")]
-    return Anatomy(tuple(t for p in parts for t in p.towers), heads=tuple(h for p in parts for h in p.heads))
+from trimtab.backbones.clip.features import ClipBackbone
 
 
 class SiglipBackbone(ClipBackbone):
@@ -92,7 +62,8 @@ def load(folder: Path, name: str, pretrained: bool = True) -> SiglipBackbone:
 
     kind = Siglip2Model if AutoConfig.from_pretrained(folder).model_type == "siglip2" else SiglipModel
     model = load_pretrained(kind, folder, pretrained)
-    vision, text = model.config.vision_config, model.config.text_config
+    config: Any = model.config
+    vision, text = config.vision_config, config.text_config
     flexible = getattr(vision, "num_patches", None)
     size = vision.patch_size * round(flexible**0.5) if flexible else vision.image_size
     width = getattr(text, "projection_size", None) or text.hidden_size

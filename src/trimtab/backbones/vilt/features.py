@@ -1,4 +1,4 @@
-"""ViLT (Kim et al., ICML 2021): one stream of text and image tokens. transformers' classes, and our `tiny-vilt`."""
+"""ViLT for tasks."""
 
 from __future__ import annotations
 
@@ -8,37 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.anatomy import Anatomy, Block, Sublayer, Tap, Tower, describes
-from trimtab.backbones.base import (
-    BACKBONES,
-    WEIGHTS,
-    Backbone,
-    Encoded,
-    Pictures,
-    check_sizes,
-    find_tokenizer,
-    load_pretrained,
-)
+from trimtab.backbones.base import WEIGHTS, Backbone, Encoded, Pictures, check_sizes, find_tokenizer, load_pretrained
 from trimtab.backbones.clip.features import without_pre_norm
-
-
-@describes("ViltModel")
-def describe(model: Any) -> Anatomy:
-    width = model.config.hidden_size
-    blocks = []
-    for i in range(len(model.encoder.layer)):
-        path = f"encoder.layer.{i}"
-        blocks.append(Block(path, width, (
-            # The norms come first in ViLT, so the input of each norm is the un-normalised stream.
-            Sublayer("attention", Tap(f"{path}.layernorm_before", "input"), Tap(f"{path}.attention.output")),
-            Sublayer("mlp", Tap(f"{path}.layernorm_after", "input"), Tap(f"{path}.output")),
-        ), returns_tuple=True))  # fmt: skip
-    tower = Tower(
-        "fusion", "fusion", tuple(blocks), ("embeddings", "encoder", "layernorm"),
-        output=Tap("layernorm"), mask=Tap("embeddings", key=1),
-        mask_source=Tap("", "input", "attention_mask"), pooled=Tap("pooler") if model.pooler else None,
-    )  # fmt: skip
-    return Anatomy((tower,), heads=("pooler",))
 
 
 class ViltBackbone(Backbone):
@@ -151,7 +122,6 @@ def load(folder: Path, name: str, pretrained: bool = True) -> ViltBackbone:
     return ViltBackbone(name, load_pretrained(model_class, folder, pretrained), find_tokenizer(folder))
 
 
-@BACKBONES.register("tiny-vilt")
 def tiny_vilt(pretrained: bool = True) -> ViltBackbone:
     """8 blocks, 128 wide, 64 px, patch 8; pretrained by us on Twemoji scenes (docs/pretraining.md)."""
     return load(WEIGHTS / "tiny-vilt", "tiny-vilt", pretrained)

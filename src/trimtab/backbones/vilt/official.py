@@ -1,4 +1,5 @@
-"""ViLT's checkpoints as its authors published them (dandelin/ViLT), translated to transformers' classes."""
+"""ViLT's checkpoints as its authors published them (dandelin/ViLT), for transformers' classes and ours, and its sizes
+without weights."""
 
 from __future__ import annotations
 
@@ -8,21 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.backbones.official import (
-    CheckpointError,
-    Format,
-    Item,
-    Tensors,
-    grid_side,
-    head_count,
-    own_model,
-    reads,
-    renamed,
-)
-from trimtab.backbones.vilt import features as vilt
+from trimtab.backbones.family import model_class
+from trimtab.backbones.official import CheckpointError, Format, Item, Tensors, choose, grid_side, head_count, renamed
 from trimtab.registry import unknown
-
-own_model("ViltForPretraining", "trimtab.backbones.vilt.model")
 
 # Task -> class of transformers (or ours), the head in the file, and the same in the class.
 _TASKS = {
@@ -33,7 +22,6 @@ _TASKS = {
 }
 
 
-@reads("vilt", "ViLT")
 class ViltFormat(Format):
     """`vilt_200k_mlm_itm.ckpt` and the files fine-tuned from it."""
 
@@ -60,8 +48,6 @@ class ViltFormat(Format):
         """
         import transformers
 
-        from trimtab.backbones.vilt.model import ViltForPretraining
-
         if task is None:
             there = [name for name, (_, head, _) in _TASKS.items() if any(k.startswith(head + ".") for k in state)]
             task = there[0] if there else "irtr"
@@ -87,7 +73,7 @@ class ViltFormat(Format):
         )  # fmt: skip
         config.vilt_task = task
         name = _TASKS[task][0]
-        return (ViltForPretraining if name == "ViltForPretraining" else getattr(transformers, name)), config
+        return model_class(name), config
 
     def weights(self, state: Tensors, extras: dict[str, Any], config: Any) -> Iterator[Item]:
         task = config.vilt_task
@@ -122,9 +108,6 @@ class ViltFormat(Format):
             for part in ("weight", "bias"):  # ranking starts from the matching head's row for "belongs together"
                 yield Item(f"itm_score.fc.{part}", f"rank_output.{part}", state[f"itm_score.fc.{part}"][1:])
 
-    def backbone(self, name: str, model: Any, tokenizer: Any) -> vilt.ViltBackbone:
-        return vilt.ViltBackbone(name, model, tokenizer)
-
 
 def pixel_mask(pixel_values: Tensor) -> Tensor:
     """Which pixels are picture and which are padding, (B, 3, H, W) -> (B, H, W), as the authors tell them apart.
@@ -132,3 +115,21 @@ def pixel_mask(pixel_values: Tensor) -> Tensor:
     A pixel counts if its three normalised channels do not add up to zero; padding is zeros.
     """
     return (pixel_values.sum(dim=1) != 0).long()
+
+
+def architecture(task: str = "irtr", answers: int = 3129) -> tuple[type, Any]:
+    """ViLT-B/32: 12 blocks on 40 tokens of text and pictures whose shorter side has 384 pixels.
+
+    Args:
+        task: `pretrain`, `vqa`, `nlvr2` or `irtr`.
+        answers: outputs of the `vqa` head.
+    """
+    import transformers
+
+    name = choose("task of ViLT", task, _TASKS)[0]
+    config = transformers.ViltConfig(
+        layer_norm_eps=1e-6, max_image_length=-1, num_labels=answers if task == "vqa" else 2,
+        num_images=2 if task == "nlvr2" else -1, modality_type_vocab_size=3 if task == "nlvr2" else 2,
+    )  # fmt: skip
+    config.vilt_task = task
+    return model_class(name), config

@@ -1,4 +1,4 @@
-"""The modules of VSE-infinity; what they compute is drawn in `trimtab.backbones.vse.features`."""
+"""The modules of VSE-infinity; what they compute is drawn in `trimtab.backbones.vse`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, BertConfig, BertModel, PretrainedConfig, PreTrainedModel
 
 from trimtab.backbones.base import check_sizes
-from trimtab.backbones.resnet import ResNet, ResNetSizes
+from trimtab.backbones.vse.resnet import ResNet, ResNetSizes
 from trimtab.pooling import GPO
 
 
@@ -84,7 +84,7 @@ class GridEncoder(nn.Module):
 
     def __init__(self, config: VseConfig):
         super().__init__()
-        self.backbone = nn.Module()
+        self.backbone: Any = nn.Module()
         self.backbone.resnet = ResNet(ResNetSizes(**(config.cnn or {})))
         self.image_encoder = FeatureEncoder(config)
 

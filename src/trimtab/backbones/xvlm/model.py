@@ -80,7 +80,9 @@ class XvlmConfig(PretrainedConfig):
 class SharedCross(BertCrossAttention):
     """Attention to a further image, whose maps of keys and values are those of another layer, whatever stands there."""
 
-    def __init__(self, config: Any, first: nn.Module):
+    first: Any
+
+    def __init__(self, config: Any, first: Any):
         super().__init__(config)
         del self.key, self.value
         self.__dict__["first"] = first  # no part of this layer: saved, counted and pruned where it is
@@ -109,12 +111,12 @@ class FusionBert(BertPreTrainedModel):
         super().__init__(config)
         self.fusion, self.images, self.causal = fusion, images, causal
         self.embeddings = BertEmbeddings(config)
-        self.encoder = nn.Module()
+        self.encoder: Any = nn.Module()
         self.encoder.layer = nn.ModuleList()
         seeing = copy.copy(config)  # transformers gives cross-attention only to what it calls a decoder
         seeing.is_decoder = seeing.add_cross_attention = True
         for i in range(config.num_hidden_layers):
-            layer = BertLayer(config if i < fusion else seeing)
+            layer: Any = BertLayer(config if i < fusion else seeing)
             layer.attention.self.is_causal = causal
             layer.attention.self.config = config  # which says what computes attention, and may change
             if i >= fusion:
@@ -124,8 +126,8 @@ class FusionBert(BertPreTrainedModel):
                     cross.key = nn.Linear(width, config.hidden_size)
                     cross.value = nn.Linear(width, config.hidden_size)
                 if turn:
-                    first = self.encoder.layer[i - turn].crossattention.self
-                    layer.crossattention.self = SharedCross(config, first)
+                    first: Any = self.encoder.layer[i - turn]
+                    layer.crossattention.self = SharedCross(config, first.crossattention.self)
             self.encoder.layer.append(layer)
         self.post_init()
 
@@ -185,7 +187,7 @@ class WordHead(nn.Module):
 
     def __init__(self, config: Any):
         super().__init__()
-        self.predictions = nn.Module()
+        self.predictions: Any = nn.Module()
         self.predictions.transform = BertPredictionHeadTransform(config)
         self.predictions.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
@@ -306,7 +308,8 @@ class Xvlm(PreTrainedModel):
         return self._heads(images, text, fused)
 
     def _heads(self, images: Tensor, text: Tensor, fused: Tensor) -> dict[str, Tensor]:
-        parts, out = TASKS[self.config.task], {}
+        parts = TASKS[self.config.task]
+        out: dict[str, Tensor] = {}
         if "contrast" in parts:
             image, words = self.features(images, text)
             out |= {"image_features": image, "text_features": words, "similar": image @ words.T / self.temp}

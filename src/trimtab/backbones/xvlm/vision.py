@@ -9,6 +9,7 @@ the region; in CLIP's ViT the last blocks run on a copy of the image that attend
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from transformers import CLIPVisionModel, SwinModel
 
 class SwinTower(SwinModel):
     """Swin; token 0 is the mean over patches."""
+
+    config: Any
+    encoder: Any
 
     def __init__(self, config):
         super().__init__(config, add_pooling_layer=False)
@@ -44,6 +48,8 @@ class SwinTower(SwinModel):
 
 class ClipTower(CLIPVisionModel):
     """CLIP's ViT with its last norm on all tokens; the last `config.local_layers` blocks see regions apart."""
+
+    config: Any
 
     def forward(self, pixel_values: Tensor, regions: tuple[Tensor, Tensor] | None = None):
         """(B, 3, S, S) -> (B, 1 + P, D), or with regions those (R, 1 + P, D) and the images."""
@@ -116,10 +122,10 @@ def _spline(x: np.ndarray, at: np.ndarray) -> np.ndarray:
     left[0, :3] = h[1], -h[0] - h[1], h[0]  # the third derivative does not jump there
     left[-1, -3:] = h[-1], -h[-2] - h[-1], h[-2]
     second = np.linalg.solve(left, right)
-    i = np.clip(np.searchsorted(x, at, side="right") - 1, 0, n - 2)
-    a, b = (x[i + 1] - at) / h[i], (at - x[i]) / h[i]
+    k = np.clip(np.searchsorted(x, at, side="right") - 1, 0, n - 2)
+    a, b = (x[k + 1] - at) / h[k], (at - x[k]) / h[k]
     rows, eye = np.arange(len(at)), np.eye(n)
     out = np.zeros((len(at), n))
-    out[rows] = a[:, None] * eye[i] + b[:, None] * eye[i + 1]
-    curve = ((a**3 - a) * h[i] ** 2 / 6)[:, None] * second[i] + ((b**3 - b) * h[i] ** 2 / 6)[:, None] * second[i + 1]
+    out[rows] = a[:, None] * eye[k] + b[:, None] * eye[k + 1]
+    curve = ((a**3 - a) * h[k] ** 2 / 6)[:, None] * second[k] + ((b**3 - b) * h[k] ** 2 / 6)[:, None] * second[k + 1]
     return out + curve

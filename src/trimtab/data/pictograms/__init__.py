@@ -81,16 +81,7 @@ def load(
     """
     from datasets import Dataset, load_from_disk
 
-    for value, valid, what in ((style, _concepts.STYLES, "style"), (split, scenes.SPLITS, "split")):
-        if value not in valid:
-            raise ValueError(unknown(what, value, valid))
-    if questions and kind != "vqa":
-        raise ValueError(f"only 'vqa' rows have kinds of question, {kind!r} rows have none: leave out `questions`")
-    for question in questions or ():
-        if question not in language.QUESTION_KINDS:
-            raise ValueError(unknown("kind of question", question, language.QUESTION_KINDS))
-    if rows < 1:
-        raise ValueError(f"rows must be at least 1, found {rows}")
+    _check(kind, style, split, rows, questions)
     schema = KINDS[kind]
     settings = {
         "kind": kind, "style": style, "split": split, "rows": rows, "seed": seed, "size": size,
@@ -107,6 +98,20 @@ def load(
             table.save_to_disk(partial, num_shards=1)
     _quiet()
     return load_from_disk(str(folder))
+
+
+def _check(kind: str, style: str, split: str, rows: int, questions: Sequence[str] | None) -> None:
+    """Raise the ValueError of a wrong argument of `load`."""
+    for value, valid, what in ((style, _concepts.STYLES, "style"), (split, scenes.SPLITS, "split")):
+        if value not in valid:
+            raise ValueError(unknown(what, value, valid))
+    if questions and kind != "vqa":
+        raise ValueError(f"only 'vqa' rows have kinds of question, {kind!r} rows have none: leave out `questions`")
+    for question in questions or ():
+        if question not in language.QUESTION_KINDS:
+            raise ValueError(unknown("kind of question", question, language.QUESTION_KINDS))
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, found {rows}")
 
 
 def _features(schema: Kind) -> Features:

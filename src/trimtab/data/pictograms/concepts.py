@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.progress import track
@@ -170,7 +171,7 @@ def art(style: str, count: int = 240) -> tuple[tuple[np.ndarray, ...], ...]:
     stamp = hashlib.sha256(" ".join(recipe).encode()).hexdigest()[:12]
     path = cache_dir() / f"art-{style}-{stamp}.npz"
     if not path.exists():
-        drawings = {}
+        drawings: dict[str, Any] = {}
         for concept in track(names, f"redrawing {count} things", disable=not varied, transient=True):
             plain = _draw(concept, style.removesuffix("-varied"))
             for k, drawing in enumerate(_redrawn(concept, plain) if varied else [plain]):

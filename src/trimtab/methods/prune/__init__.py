@@ -1,3 +1,3 @@
 """Lever 1: remove weights."""
 
-from trimtab.methods.prune import baselines, chita, given, multiflow, snip, sparsegpt, tamt, wanda  # noqa: F401
+from trimtab.methods.prune import baselines, chita, multiflow, snip, sparsegpt, tamt, wanda  # noqa: F401

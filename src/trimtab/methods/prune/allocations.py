@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from trimtab.anatomy import Weight
-from trimtab.methods.prune.masks import kth_smallest
+from trimtab.methods.prune.selection import kth_smallest
 from trimtab.registry import Registry
 
 Matrices = dict[Weight, Tensor]
@@ -36,7 +36,7 @@ def by_modality(scores: Matrices, sparsity: float) -> dict[Weight, int]:
     groups: dict[str, list[Weight]] = defaultdict(list)
     for weight in scores:
         groups[weight.modality].append(weight)
-    counts = {}
+    counts: dict[Weight, int] = {}
     for members in groups.values():
         values = [scores[w] for w in members]
         counts |= dict(zip(members, below(values, int(sum(v.numel() for v in values) * sparsity)), strict=True))

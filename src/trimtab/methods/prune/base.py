@@ -11,118 +11,34 @@ weights that they keep, override `find`. Allocations can be exchanged in any of 
 from __future__ import annotations
 
 import math
-import re
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from trimtab import processes
 from trimtab.anatomy import Anatomy, Weight
+from trimtab.anatomy.structure import under
 from trimtab.methods.base import Method
 from trimtab.methods.prune.allocations import ALLOCATIONS
 from trimtab.methods.prune.calibration import Calibration
-from trimtab.methods.prune.evidence import Evidence, collect, rows_and_columns
-from trimtab.methods.prune.masks import VALUES, Masks, clear_weights, keep_zeros, largest_of_each, smallest
-from trimtab.methods.prune.scores import SCORES, matrix, parameter
+from trimtab.methods.prune.evidence import Evidence, collect
+from trimtab.methods.prune.masks import VALUES, Masks, keep_zeros
+from trimtab.methods.prune.prunable import left_out, matrices, prunable
+from trimtab.methods.prune.scores import SCORES
+from trimtab.methods.prune.selection import largest_of_each, smallest
+from trimtab.methods.prune.settings import DEFAULT_SPARSITY, PruneSettings
+from trimtab.methods.prune.sums import rows_and_columns
 from trimtab.methods.session import Session
 from trimtab.storage.bits import pack
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
-
-
-DEFAULT_SPARSITY = 0.63
-
-
-@dataclass(frozen=True)
-class PruneSettings:
-    """Settings of every pruner."""
-
-    sparsity: float | None = None
-    """Share of the prunable weights that become zero, in [0, 1); None: 0.63, or what the pattern says."""
-    pattern: str | None = None
-    """`n:m`, such as 2:4: exactly n of every m inputs of an output that follow each other are kept; None: any."""
-    allocation: str | None = None
-    """How many weights each tensor gives: uniform, global, modality, multimodal or ecoflap; None: the pruner's own."""
-    batches: int = 32
-    """Calibration batches, for pruners that need them; a step's, for those that work in steps."""
-    batch_size: int = 32
-    """Rows a calibration batch."""
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
-    """Of passes over calibration data; `auto`: bf16 where the device multiplies it natively. Sums are in fp32."""
-    convolutions: bool = False
-    """Whether convolutions are pruned too, as matrices (out, in * kh * kw / groups) over the patches they read."""
-    allow_empty_tower: bool = False
-    """Whether all the weights of a tower may go; otherwise that is an error."""
-
-    def __post_init__(self) -> None:
-        share = DEFAULT_SPARSITY
-        if self.n_of_m:
-            share = 1 - self.n_of_m[0] / self.n_of_m[1]
-            self._check_pattern(share)
-        if self.sparsity is None:
-            object.__setattr__(self, "sparsity", share)  # from here on it is a number
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity must lie in [0, 1), found {self.sparsity}")
-        if self.batches < 1 or self.batch_size < 1:
-            raise ValueError(f"batches and batch_size must be at least 1, found {self.batches} and {self.batch_size}")
-        if self.precision not in ("fp32", "bf16", "auto"):
-            raise ValueError(f"precision must be one of fp32, bf16, auto, found {self.precision!r}")
-        if self.allocation is not None:
-            ALLOCATIONS[self.allocation]
-
-    @property
-    def n_of_m(self) -> tuple[int, int] | None:
-        """The pattern as numbers; None without one."""
-        if self.pattern is None:
-            return None
-        found = re.fullmatch(r"(\d+):(\d+)", self.pattern)
-        n, m = map(int, found.groups()) if found else (0, 0)
-        if not 0 < n < m:
-            raise ValueError(
-                f"pattern: expected 'n:m' with 0 < n < m, such as '2:4' (2 of 4 are kept), found {self.pattern!r}"
-            )
-        return n, m
-
-    def _check_pattern(self, share: float) -> None:
-        if self.sparsity is not None and abs(self.sparsity - share) > 1e-9:
-            raise ValueError(
-                f"pattern {self.pattern!r} sets the sparsity to {share:g}, found sparsity: {self.sparsity}; "
-                "leave out one of them"
-            )
-        if self.allocation is not None:
-            raise ValueError(
-                f"pattern {self.pattern!r} says how many weights each tensor gives, found allocation: "
-                f"{self.allocation!r}; leave out one of them"
-            )
-
-
-@dataclass(frozen=True)
-class StepSettings(PruneSettings):
-    """Settings of pruners that approach the sparsity in steps."""
-
-    steps: int = 4
-    """How many times to prune a little more; the papers take 60."""
-    schedule: str = "exponential"
-    """Sparsity after step i of n: `exponential` 1 - (1 - s)^(i/n), or `linear` s i/n."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, found {self.steps}")
-        if self.schedule not in ("exponential", "linear"):
-            raise ValueError(f"schedule must be 'exponential' or 'linear', found {self.schedule!r}")
-
-    def levels(self, sparsity: float) -> list[float]:
-        """The sparsity after each step; the last is the one asked for."""
-        shares = [(i + 1) / self.steps for i in range(self.steps)]
-        if self.schedule == "linear":
-            return [sparsity * share for share in shares]
-        return [1 - (1 - sparsity) ** share for share in shares]
 
 
 class Pruner(Method):
@@ -134,19 +50,19 @@ class Pruner(Method):
         rounds: how often it goes over calibration data for one sparsity; 0 if it needs none.
         changes_weights: whether it gives kept weights new values.
         shares: whether several processes can share its calibration data.
-        finds: whether it finds masks, rather than being given them.
     """
 
     lever = "prune"
     trains = "nothing"
     changes = "values"
-    Settings = PruneSettings
+    Settings: ClassVar[type] = PruneSettings
     settings: PruneSettings
     score: ClassVar[str]
     allocation: ClassVar[str]
     changes_weights: ClassVar[bool] = False
     shares: ClassVar[bool] = True
-    finds: ClassVar[bool] = True
+
+    assumed = False  # whether the masks stand for those that data would give
 
     @property
     def rounds(self) -> int:
@@ -163,7 +79,9 @@ class Pruner(Method):
         """
         plain, anatomy = calibration.plain, calibration.anatomy
         _, group = self.settings.n_of_m or (1, 1)
-        for weight in anatomy.weights(plain, self.settings.convolutions):
+        weights = self.matrices(plain, anatomy)
+        self._warn(plain, anatomy, weights)
+        for weight in weights:
             _, inputs = rows_and_columns(plain, weight)
             if inputs % group:
                 raise ValueError(
@@ -182,7 +100,20 @@ class Pruner(Method):
             processes.same(prints, f"the {size} processes hold different models: load the same checkpoint in all")
         for found in self.find(calibration, sparsities):
             self.check(found, anatomy)
+            found.found_by = self.name
             yield found.from_first_process()
+
+    def _warn(self, model: nn.Module, anatomy: Anatomy, weights: list[Weight]) -> None:
+        """Warn if much of the blocks is stored in a way that this pruner leaves whole."""
+        share, first = left_out(model, anatomy, weights)
+        if share > 0.05:
+            experts = "" if self.takes_experts else "; experts of mixtures take scores of weights or gradients alone"
+            convolutions = "" if self.settings.convolutions else "; for convolutions set `convolutions: true`"
+            warnings.warn(
+                f"{self.name}: {share:.0%} of the weights in the towers' blocks stay whole, the first is '{first}': "
+                f"the sparsity is that of the others{experts}{convolutions}",
+                stacklevel=2,
+            )
 
     def find(self, calibration: Calibration, sparsities: Sequence[float]) -> Iterator[Masks]:
         """Masks for one sparsity after another; the model is afterwards as before.
@@ -202,7 +133,19 @@ class Pruner(Method):
 
     def prunable(self, calibration: Calibration) -> dict[Weight, Tensor]:
         """The prunable matrices (out, in) of the calibrated model, convolutions among them if the settings say so."""
-        return prunable(calibration.plain, calibration.anatomy, self.settings.convolutions)
+        return prunable(calibration.plain, calibration.anatomy, self.settings.convolutions, self.takes_experts)
+
+    def matrices(self, model: nn.Module, anatomy: Anatomy) -> list[Weight]:
+        """What `prunable` finds, without the values."""
+        return matrices(model, anatomy, self.settings.convolutions, self.takes_experts)
+
+    @property
+    def takes_experts(self) -> bool:
+        """Whether experts of mixtures, whose inputs no hook sees, can be scored: by weights and gradients alone.
+
+        Patterns need to know on which axis the inputs lie, and models differ in that.
+        """
+        return not SCORES[self.score].needs & {"squares", "gram"} and self.settings.n_of_m is None
 
     def counts(self, scores: dict[Weight, Tensor], weights: dict[Weight, Tensor], sparsity: float) -> dict[Weight, int]:
         """How many weights each tensor gives, by the allocation that was set or the pruner's own."""
@@ -238,40 +181,102 @@ class Pruner(Method):
     # --- the lever ---
 
     def prepare(self, session: Session) -> None:
-        calibration = Calibration.of(session, self.settings.batches, self.settings.batch_size, self.settings.precision)
+        """Find the masks, or read those that the setting `masks` names."""
+        if self.settings.masks is not None:
+            self.take(Masks.read(self.settings.masks, session.plain), session.anatomy)
+            self.state["from"] = self.settings.masks
+            return
+        s = self.settings
+        self.calibrate(Calibration.of(session, s.batches, s.batch_size, s.precision))
+
+    def calibrate(self, calibration: Calibration) -> None:
+        """Find the masks on a model and its data."""
         started = time.perf_counter()
-        masks = next(self.masks(calibration, [self.settings.sparsity]))
-        self.tensors = masks.packed()
-        self.state = {"pruner": self.name, **summary(masks, session.anatomy)}
+        masks = next(self.masks(calibration, [self.asked]))
+        self.take(masks, calibration.anatomy)
         self.state["seconds"] = round(time.perf_counter() - started, 2)
 
+    @property
+    def asked(self) -> float:
+        """The sparsity that the settings ask for."""
+        return DEFAULT_SPARSITY if self.settings.sparsity is None else self.settings.sparsity
+
+    def take(self, masks: Masks, anatomy: Anatomy) -> None:
+        """Take masks over as what this pruner found, with the numbers that a run keeps.
+
+        Raises:
+            ValueError: if another pruner found them, or they are of another sparsity than the settings say.
+        """
+        settings = self.settings
+        where = "masks" if settings.masks is None else f"masks: those of '{settings.masks}'"
+        if masks.found_by not in ("", self.name):
+            raise ValueError(f"{where} were found by {masks.found_by!r}, not by {self.name!r}: name {masks.found_by!r}")
+        # A threshold with ties, or shares that are cut to integers, give a little more or less than was asked for.
+        if settings.masks and settings.sparsity is not None and abs(masks.sparsity - settings.sparsity) > 0.05:
+            raise ValueError(
+                f"{where} have the sparsity {masks.sparsity:.4f}, the settings say {settings.sparsity}: leave out "
+                "`sparsity`, or name other masks"
+            )
+        self.tensors = masks.packed()
+        shapes = {path: list(shape) for path, shape in masks.shapes.items()}
+        self.state = {"pruner": masks.found_by, **summary(masks, anatomy), "shapes": shapes}
+
     def assume(self, model: nn.Module, anatomy: Anatomy, session: Session | None = None) -> None:
-        """Masks that keep everything, of the size of real ones: zeros change no cost but the number of non-zeros."""
-        convolutions = getattr(self.settings, "convolutions", False)  # masks that are only given have no such setting
-        found = {w.path: parameter(model, w) for w in _matrices(model, anatomy, convolutions)}
-        shapes = {path: p.shape for path, p in found.items()}
-        total = sum(shape.numel() for shape in shapes.values())
-        self.tensors = {path: pack(torch.ones(shape, dtype=torch.bool)) for path, shape in shapes.items()}
-        if self.changes_weights:
-            self.tensors |= {path + VALUES: p.detach().flatten().clone() for path, p in found.items()}
-        self.state = {"prunable": total, "kept": total - int(total * self.settings.sparsity)}
+        """Masks that keep everything, of the size of real ones: zeros change no cost but the number of non-zeros.
+
+        Changed values are as many as will be kept; of a model of real tensors all, since masks that are applied must
+        fit them.
+        """
+        share = self.asked
+        given = self.settings.masks
+        if given is not None and Path(given).exists():
+            with unset_fake_temporarily():  # what is in a file is real
+                share = Masks.read(given).sparsity
+        found = {w.path: w.of(model) for w in self.matrices(model, anatomy)}
+        self.tensors = {path: pack(torch.ones(p.shape, dtype=torch.bool)) for path, p in found.items()}
+        for path, p in found.items() if self.changes_weights else ():
+            kept = p.numel() - int(p.numel() * share) if isinstance(p, FakeTensor) else p.numel()
+            self.tensors[path + VALUES] = p.detach().flatten()[:kept].clone()
+        shapes = {path: list(p.shape) for path, p in found.items()}
+        self.assumed = True
+        total = sum(p.numel() for p in found.values())
+        self.state = {"pruner": self.name, "prunable": total, "kept": total - int(total * share), "shapes": shapes}
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
-        # Convolutions too: the masks that there are say which weights were pruned.
-        found = {w.path: parameter(model, w) for w in anatomy.weights(model, convolutions=True)}
-        masks = Masks.unpacked(self.tensors, {path: p.shape for path, p in found.items()})
-        masks.apply(model)
-        self.masked = [(found[path], mask.to(found[path].device)) for path, mask in masks.items()]
+        """Apply the masks.
+
+        Raises:
+            ValueError: if they are for another model, or a block of theirs was taken out before.
+        """
+        self.attached = Masks.unpacked(self.tensors, self.state["shapes"], self.state["pruner"])
+        self.attached.apply(model)
         return anatomy
 
     def callbacks(self) -> list[TrainerCallback]:
-        return [keep_zeros(self.masked)]
+        return [keep_zeros(self.attached)]
 
-    def finish(self, model: nn.Module) -> None:
-        clear_weights(self.masked)
+    def forget(self, paths: Collection[str], anatomy: Anatomy) -> None:
+        """Let the masks of blocks go that were taken out; what is told of the sparsity is of what is left.
+
+        Args:
+            paths: of the blocks.
+            anatomy: of what is left.
+        """
+        share = self.state["kept"] / max(1, self.state["prunable"])
+        held = [p for p in paths if any(under(path, [p]) for path in self.attached)]
+        self.attached = self.attached.without(held)
+        self.tensors = self.attached.packed()
+        shapes = {path: list(shape) for path, shape in self.attached.shapes.items()}
+        self.state |= {**summary(self.attached, anatomy), "shapes": shapes}
+        if self.assumed:  # the masks keep everything, see `assume`
+            self.state["kept"] = round(share * self.state["prunable"])
+
+    def told(self) -> str:
+        share = 1 - self.state["kept"] / max(1, self.state["prunable"])
+        return f"{self.name}: {share:.1%} of {self.state['prunable']:,} prunable weights are zero"
 
     def fold(self, model: nn.Module) -> None:
-        self.finish(model)  # an update that a later method merged is multiplied by the mask
+        self.attached.enforce(model)  # an update that a later method merged is multiplied by the mask
 
 
 def summary(masks: Masks, anatomy: Anatomy) -> dict[str, Any]:
@@ -283,27 +288,6 @@ def summary(masks: Masks, anatomy: Anatomy) -> dict[str, Any]:
         counts["prunable"] += mask.numel()
         counts["kept"] += int(mask.sum())
     return {"prunable": masks.prunable, "kept": masks.kept, "sparsity": masks.sparsity, "towers": towers}
-
-
-def prunable(model: nn.Module, anatomy: Anatomy, convolutions: bool = False) -> dict[Weight, Tensor]:
-    """The prunable matrices (out, in) of a model; ValueError if there is none, or one is not finite."""
-    weights = _matrices(model, anatomy, convolutions)
-    for weight, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"the weight '{weight.path}' is not finite (NaN or infinite): check the checkpoint")
-    return weights
-
-
-def _matrices(model: nn.Module, anatomy: Anatomy, convolutions: bool) -> dict[Weight, Tensor]:
-    weights = {w: matrix(model, w) for w in anatomy.weights(model, convolutions)}
-    if not weights:
-        kinds = "linear layer or convolution" if convolutions else "linear layer"
-        stay = "embeddings stay whole" if convolutions else "embeddings stay whole, convolutions without `convolutions`"
-        raise ValueError(
-            f"nothing to prune: the towers of this anatomy ({anatomy.source}) hold no {kinds} "
-            f"(scopes: {', '.join(p for t in anatomy.towers for p in t.scope)}); {stay}"
-        )
-    return weights
 
 
 def found_masks(masks: dict[Weight, Tensor], weights: dict[Weight, Tensor] | None = None) -> Masks:

@@ -113,7 +113,7 @@ def gradients(calibration: Calibration, weights: Iterable[Weight], batches: Iter
     Raises:
         ValueError: if the loss or a gradient is not finite, or depends on none of the weights.
     """
-    found = {w: getattr(calibration.plain.get_submodule(w.module), w.parameter) for w in weights}
+    found = {w: w.of(calibration.plain) for w in weights}
     everything = list(calibration.with_task.parameters()) + list(found.values())
     required = [(p, p.requires_grad) for p in everything]
     held = [(p, p.grad) for p in found.values()]

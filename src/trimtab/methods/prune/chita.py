@@ -16,16 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from trimtab.anatomy import Weight
 from trimtab.methods.base import METHODS
-from trimtab.methods.prune.base import Pruner, PruneSettings, StepSettings, found_masks
+from trimtab.methods.prune.base import Pruner, found_masks
 from trimtab.methods.prune.calibration import Batch, Calibration, gradients
-from trimtab.methods.prune.masks import Masks, largest
+from trimtab.methods.prune.masks import Masks
 from trimtab.methods.prune.scores import borrowed
+from trimtab.methods.prune.selection import largest
+from trimtab.methods.prune.settings import PruneSettings, StepSettings
 
 _HALVINGS, _DOUBLINGS, _EVEN = 100, 10, 1e-10
 
@@ -189,7 +192,7 @@ class Chita(Pruner):
     allocation = "global"
     changes_weights = True
     shares = False  # the gradients of all batches are held side by side
-    Settings = ChitaSettings
+    Settings: ClassVar[type] = ChitaSettings
     settings: ChitaSettings | ChitaPPSettings
 
     def levels(self, sparsity: float) -> list[float]:

@@ -8,35 +8,24 @@ Only what a score needs is collected. Inputs are summed within a call in single 
 adds numbers of 24 bits in 53, which is exact as long as no call's sum is below 2^-29 of the total, so that neither the
 order nor the number of processes that share the batches changes a bit. Gradients are added in the order of the batches,
 whichever process computed them.
-
-Hooks see the inputs of linear modules; those of convolutions are the patches that
-they read (convolutions.py). `nn.MultiheadAttention` multiplies without calling any module, so it is read around it: the
-fused input projection's inputs are the module's own (query, key and value, each for its rows where they differ), and
-the output projection's input is what the attention gives with an identity in that projection's place, which is then
-applied outside.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from trimtab import processes
-from trimtab.anatomy import Anatomy, Tap, Tower, Weight, read
+from trimtab.anatomy import Weight
 from trimtab.methods.prune.calibration import Batch, Calibration, evaluating, gradients
-from trimtab.methods.prune.convolutions import Convolutions, patch_sums
+from trimtab.methods.prune.sums import InputSums, rows_and_columns
 
 Need = Literal["squares", "gram", "gradient"]
-
-_PIECE = 1 << 17  # numbers squared together on a CPU: half a megabyte in single precision
 
 
 @dataclass
@@ -52,9 +41,9 @@ class Evidence:
     """
 
     rows: int
-    squares: Tensor | None = None
-    gram: Tensor | None = None
-    gradient: Tensor | None = None
+    squares: Any = None  # Any: a score that asks for a field finds a tensor there
+    gram: Any = None
+    gradient: Any = None
 
 
 def collect(calibration: Calibration, weights: Iterable[Weight], needs: frozenset[Need] | set[Need],
@@ -87,7 +76,11 @@ def collect(calibration: Calibration, weights: Iterable[Weight], needs: frozense
                 for batch in watched:
                     if batch is not None:
                         calibration.output(batch)
-        evidence = sums.result() if sums else {w: [Evidence(shapes[w][0])] for w in weights}
+        found = sums.result() if sums else {}
+    evidence = {w: [Evidence(shapes[w][0])] for w in weights}
+    for weight, parts in found.items():
+        gram = "gram" in needs
+        evidence[weight] = [Evidence(n, m.diagonal() if gram else m, m if gram else None) for n, m in parts]
     for weight, gradient in mean.items():
         for part, g in zip(evidence[weight], gradient.split([e.rows for e in evidence[weight]]), strict=True):
             part.gradient = g
@@ -112,340 +105,6 @@ def _mean(
 
 def _nothing(model: nn.Module, weight: Weight) -> Tensor:
     """A gradient of no batch, as `gradients` would give it."""
-    parameter = getattr(model.get_submodule(weight.module), weight.parameter)
+    parameter = weight.of(model)
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     return torch.zeros(rows_and_columns(model, weight), dtype=dtype, device=parameter.device)
-
-
-def rows_and_columns(model: nn.Module, weight: Weight) -> tuple[int, int]:
-    """(out, in) of a prunable matrix, however its parameter is stored."""
-    shape = getattr(model.get_submodule(weight.module), weight.parameter).shape
-    return (shape[1], shape[0]) if weight.transposed else (shape[0], shape[1:].numel())
-
-
-# --- inputs -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Sum:
-    """Sum over the inputs of `rows` rows of a matrix, over how many samples it goes, and the inputs' precision."""
-
-    rows: int
-    total: Tensor
-    samples: int = 0
-    dtype: torch.dtype = torch.float32
-
-
-class _Reduced(NamedTuple):
-    """What an input was reduced to: its samples, and the sum over its valid tokens of x_j^2 or of x x^T."""
-
-    input: weakref.ref[Tensor]
-    version: int
-    mask: Tensor | None
-    samples: int
-    total: Tensor
-
-
-@dataclass
-class InputSums:
-    """Sums over the inputs of matrices while the model is called, in forward hooks: nothing of a batch is kept.
-
-    Padding tokens are left out where an input is as long as its tower's mask, and where it is what a block reads of
-    another tower (`Tower.memory`, `Tower.memories`), by that tower's mask. Any other input is counted whole. Without a
-    described memory nothing tells image tokens that a text tower attends to from text of the same length: the text's
-    mask is applied.
-
-    A context manager: the hooks are gone and the model is as before when it is left.
-
-    Attributes:
-        model: the model that the anatomy describes.
-        anatomy: its description.
-        weights: the matrices to watch.
-        gram: sum x x^T, not only x^2.
-    """
-
-    model: nn.Module
-    anatomy: Anatomy
-    weights: list[Weight]
-    gram: bool = False
-    sums: dict[Weight, list[_Sum]] = field(default_factory=dict)
-
-    def __enter__(self) -> InputSums:
-        self.masks: dict[str, Tensor | None] = {}
-        self.sources: dict[str, Tensor | None] = {}
-        self.samples: dict[str, int] = {}
-        self.memories: dict[str, dict[tuple[int, torch.Size], str]] = {}
-        self.valid: dict[str, bool] = {}  # whether a masked tower was given a valid token in any batch
-        self.last: _Reduced | None = None
-        self.stack = ExitStack()
-        self.rows = {w: rows_and_columns(self.model, w)[0] for w in self.weights}
-        self.towers = {w: tower for w in self.weights if (tower := self.anatomy.owner(w.module))}
-        names = {t.name for t in self.towers.values()} | {t.memory for t in self.towers.values() if t.memory}
-        names |= {read for t in self.towers.values() for _, read in t.memories}
-        self.watched = [t for t in self.anatomy.towers if t.name in names]
-        # torch's fused encoder layers call no module inside; hooks would see nothing.
-        self.stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)
-        for tower in self.watched:
-            if tower.mask is not None:
-                source = tower.mask_source or tower.mask
-                self._hold(read(self.model, source, partial(self.sources.__setitem__, tower.name)))
-                self._hold(read(self.model, tower.mask, partial(self.masks.__setitem__, tower.name)))
-            if tower.samples is not None:
-                self._hold(read(self.model, tower.samples, partial(self._count, tower.name)))
-            for block in tower.blocks if tower.memory else ():
-                hook = partial(self._memory, tower)
-                self._hold(self.model.get_submodule(block.path).register_forward_pre_hook(hook, with_kwargs=True))
-        convolutions = [w for w in self.weights if w.kernel]
-        for weight in self.weights:
-            if not weight.kernel:
-                self._watch(weight)
-        if convolutions:
-            parameters = [self.model.get_parameter(w.path) for w in convolutions]
-            self.stack.enter_context(Convolutions(parameters, lambda i, call: self._convolve(convolutions[i], call)))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.last = None
-        self.stack.close()
-
-    def _hold(self, handle: Any) -> None:
-        self.stack.callback(handle.remove)
-
-    def _count(self, tower: str, value: Tensor) -> None:
-        self.samples[tower] = len(value)
-
-    def _memory(self, tower: Tower, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Note of which tower is what a block is given beside the stream, its first argument, by where it lies."""
-        named: list[tuple[str, Any]] = [*(("", x) for x in args), *kwargs.items()]
-        given = [(name, x) for name, x in named if isinstance(x, Tensor) and x.ndim == 3]
-        reads, memory = dict(tower.memories), str(tower.memory)
-        self.memories[tower.name] = {(x.data_ptr(), x.shape): reads.get(name, memory) for name, x in given[1:]}
-
-    def _watch(self, weight: Weight) -> None:
-        owner, _, name = weight.module.rpartition(".")
-        parent, module = self.model.get_submodule(owner), self.model.get_submodule(weight.module)
-        if isinstance(module, nn.MultiheadAttention):
-            hook = partial(self._attention, weight)
-            self._hold(module.register_forward_pre_hook(hook, with_kwargs=True))
-        elif isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
-            self.stack.enter_context(_projecting_outside(parent, lambda x: self._add(weight, [x])))
-        else:
-            self._hold(read(self.model, Tap(weight.module, "input", 0), lambda x: self._add(weight, [x])))
-
-    def _attention(self, weight: Weight, module: nn.MultiheadAttention, args: tuple, kwargs: dict) -> None:
-        names = ("query", "key", "value")
-        given = [args[i] if i < len(args) else kwargs[n] for i, n in enumerate(names)]
-        if weight.parameter != "in_proj_weight":  # q_proj_weight and so on: key and value have widths of their own
-            given = [given["qkv".index(weight.parameter[0])]]
-        elif given[0] is given[1] is given[2]:
-            given = given[:1]
-        self._add(weight, [_batch_first(x, module) for x in given])
-
-    def _add(self, weight: Weight, inputs: list[Tensor]) -> None:
-        """Add the inputs (..., in) of a weight's parts."""
-        found = [self._reduced(given, self._mask(weight, given)) for given in inputs]
-        self._sum(weight, [f.total for f in found], found[0].samples)
-
-    def _reduced(self, given: Tensor, mask: Tensor | None) -> _Reduced:
-        """The sums of an input. Linear layers that are called on one tensor after another (query, key and value) share
-        them; only a weak reference to the tensor is kept."""
-        last, version = self.last, -1 if given.is_inference() else given._version
-        if last and last.input() is given and last.version == version >= 0 and last.mask is mask:
-            return last
-        x = given.detach()
-        samples = len(x) if x.ndim > 1 else 1
-        if mask is not None and x.ndim == 3 and mask.shape == x.shape[:2] and not mask.all():
-            x = x[mask.bool()]
-        x = x.reshape(-1, x.shape[-1])
-        total = _gram(x) if self.gram else _squares(x)
-        self.last = _Reduced(weakref.ref(given), version, mask, samples, total)
-        return self.last
-
-    def _convolve(self, weight: Weight, call: dict[str, Any]) -> None:
-        """Add the patches that a convolution is about to read; of a padded text (B, C, L) those of padding are zero."""
-        x = _single(call["input"].detach())
-        x = x if x.ndim == call["weight"].ndim else x[None]
-        mask = self._mask(weight, x)
-        if mask is not None and x.ndim == 3 and mask.shape == (x.shape[0], x.shape[2]):
-            x = x.masked_fill(~mask.bool()[:, None], 0)
-        with torch.no_grad():
-            self._sum(weight, patch_sums({**call, "input": x}, self.gram), len(x))
-
-    def _mask(self, weight: Weight, x: Tensor) -> Tensor | None:
-        """The mask of the tower that an input comes from: its weight's own, or the one whose output is read."""
-        tower = self.towers.get(weight)
-        if tower is None:
-            return None
-        return self.masks.get(self.memories.get(tower.name, {}).get((x.data_ptr(), x.shape), tower.name))
-
-    def _sum(self, weight: Weight, totals: list[Tensor], samples: int) -> None:
-        """Add the sums of a weight's parts, among which its rows are divided evenly."""
-        rows = self.rows[weight] // len(totals)
-        sums = self.sums.setdefault(weight, [_Sum(rows, torch.zeros(())) for _ in totals])
-        if len(sums) != len(totals):
-            raise ValueError(f"'{weight.module}' attends to its own input in one call and to another in the next; "
-                             f"leave it out of the towers' scopes: one weight cannot be scored for both")  # fmt: skip
-        tower = self.towers.get(weight)
-        for part, total in zip(sums, totals, strict=True):
-            part.samples += self.samples.get(tower.name, samples) if tower else samples
-            part.dtype = torch.promote_types(part.dtype, total.dtype)
-            wide = torch.float32 if total.is_mps else torch.float64  # Apple's GPUs have no double precision
-            part.total = part.total.to(total.device, wide) + total.to(wide)
-
-    def checked(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same batches; what the model was given and what it computed is checked after each.
-
-        Raises:
-            ValueError: if a tower's mask was not given or is none of tokens, or inputs of a module are not finite.
-        """
-        for own, batch in enumerate(batches):
-            self.masks.clear()
-            self.sources.clear()
-            self.samples.clear()
-            yield batch
-            if batch is None:
-                continue
-            number = processes.number(own)
-            for tower in self.watched:
-                self._check_mask(tower, number, batch)
-            for weight, parts in self.sums.items():
-                if not all(torch.isfinite(part.total).all() for part in parts):
-                    raise ValueError(
-                        f"calibration batch {number}: the inputs of '{weight.module}' are not finite (NaN or "
-                        "infinite); check the batch, or run the model in single precision"
-                    )
-
-    def _check_mask(self, tower: Tower, number: int, batch: Batch) -> None:
-        tap = tower.mask_source or tower.mask
-        if tap is None:
-            return
-        where = f"calibration batch {number}, tower {tower.name!r}"
-        if self.sources.get(tower.name) is None:
-            if tower.mask_required:
-                raise ValueError(
-                    f"calibration batch {number} has no mask of valid tokens for the tower {tower.name!r}: expected "
-                    f"one at the {tap.side} {tap.key!r} of {repr(tap.path) if tap.path else 'the described model'}, "
-                    f"found the batch's fields {sorted(batch)}; give the mask, or an anatomy whose tower has none"
-                )
-            return
-        mask = self.masks.get(tower.name)
-        if not isinstance(mask, Tensor) or mask.ndim != 2:
-            found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"{where}: expected a mask of valid tokens (B, L), found {found}; give one number a token")
-        self.valid[tower.name] = self.valid.get(tower.name, False) or bool(mask.any())
-
-    def _gather(self) -> None:
-        """Sum over processes. One that had no batch, or whose batches missed a module, has nothing to add to it."""
-        if processes.world()[1] == 1:
-            return
-        own = {w.path: [(p.rows, p.samples, p.dtype, p.total.shape) for p in parts] for w, parts in self.sums.items()}
-        every = processes.everywhere(own)
-        seen = processes.everywhere(self.valid)
-        self.valid = {tower: any(one.get(tower) for one in seen) for one in seen for tower in one}
-        for weight in self.weights:
-            described = [parts for one in every if (parts := one.get(weight.path))]
-            if not described:
-                continue
-            if any(len(parts) != len(described[0]) for parts in described):
-                raise ValueError(
-                    f"'{weight.module}' attends to its own input in one process and to another in the next; leave it "
-                    "out of the towers' scopes: one weight cannot be scored for both"
-                )
-            device = getattr(self.model.get_submodule(weight.module), weight.parameter).device
-            parts = self.sums.get(weight, [])
-            self.sums[weight] = []
-            for i, (rows, _, _, shape) in enumerate(described[0]):
-                total = parts[i].total if parts else torch.zeros(shape, dtype=torch.float64, device=device)
-                dtype = max((p[i][2] for p in described), key=lambda d: d.itemsize)
-                samples = sum(p[i][1] for p in described)
-                self.sums[weight].append(_Sum(rows, processes.summed(total), samples, dtype))
-
-    def result(self) -> dict[Weight, list[Evidence]]:
-        """What was summed, over all processes, divided by the number of samples.
-
-        Raises:
-            ValueError: if a module was never called during calibration.
-        """
-        self._gather()
-        for tower, valid in self.valid.items():
-            if not valid:
-                raise ValueError(
-                    f"calibration, tower {tower!r}: no batch's mask marks a token as valid; expected non-zero where a "
-                    "token counts"
-                )
-        silent = sorted(w.path for w in self.weights if w not in self.sums)
-        if silent:
-            raise ValueError(
-                f"calibration never reached {len(silent)} layers, first '{silent[0]}': give batches that use "
-                "them, or leave them out of the anatomy's towers"
-            )
-        found = {}
-        for weight in self.weights:
-            means = [(part.rows, (part.total / part.samples).to(part.dtype)) for part in self.sums[weight]]
-            found[weight] = [
-                Evidence(rows, squares=m.diagonal() if self.gram else m, gram=m if self.gram else None)
-                for rows, m in means
-            ]
-        return found
-
-
-def _single(x: Tensor) -> Tensor:
-    """In at least single precision."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _squares(x: Tensor) -> Tensor:
-    """Sum of x_j^2 over the rows of (n, in), in single precision or better.
-
-    On a CPU in pieces that stay in a core's cache, so that no copy of the input goes to memory.
-    """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if x.device.type != "cpu":
-        return x.to(wide).square().sum(dim=0)
-    total = torch.zeros(x.shape[1], dtype=torch.float64)
-    for piece in x.split(max(1, _PIECE // max(x.shape[1], 1))):
-        total += piece.to(wide).square().sum(dim=0)
-    return total.to(wide)
-
-
-def _gram(x: Tensor) -> Tensor:
-    """Sum of x x^T over the rows of (n, in)."""
-    x = _single(x)
-    return x.t() @ x
-
-
-def _batch_first(x: Tensor, attention: nn.MultiheadAttention) -> Tensor:
-    """(B, L, D), however the attention is called."""
-    if x.ndim == 2:
-        return x[None]
-    return x if attention.batch_first else x.transpose(0, 1)
-
-
-@contextmanager
-def _projecting_outside(attention: nn.MultiheadAttention, then: Callable[[Tensor], None]) -> Iterator[None]:
-    """Compute an attention with an identity as its output projection, which is applied afterwards: `then` sees its
-    input.
-
-    The module hands its output projection's weight to a fused function, so there is no call to hook.
-    """
-    projection = attention.out_proj
-    real = dict(projection._parameters)
-    weight = projection.weight
-    identity = nn.Parameter(torch.eye(len(weight), dtype=weight.dtype, device=weight.device), requires_grad=False)
-
-    def before(module: nn.Module, args: tuple) -> None:
-        projection._parameters.update(weight=identity, bias=None)
-
-    def after(module: nn.Module, args: tuple, output: tuple) -> tuple:
-        projection._parameters.update(real)
-        then(_batch_first(output[0], attention))
-        return F.linear(output[0], projection.weight, projection.bias), *output[1:]
-
-    handles = [attention.register_forward_pre_hook(before), attention.register_forward_hook(after)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        projection._parameters.update(real)

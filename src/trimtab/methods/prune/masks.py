@@ -1,4 +1,4 @@
-"""Masks: which weights stay. Selecting the smallest scores, packing masks into bits, keeping them on a model.
+"""Masks: which weights stay. Keeping them on a model while it is trained, and in files.
 
 A mask is boolean, of its weight's shape, True = kept.
 """
@@ -6,109 +6,23 @@ A mask is boolean, of its weight's shape, True = kept.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
 from trimtab import processes
+from trimtab.anatomy.structure import under
 from trimtab.files import replace_file
-from trimtab.registry import unknown
+from trimtab.methods.prune.places import Places, check_complete, check_numbers, current_paths, find, note
 from trimtab.storage.bits import pack, unpack
-
-# --- selection --------------------------------------------------------------------------------------------------------
-
-_SMALL = 1 << 14  # below it one call of kthvalue costs less than the passes of the radix selection
-_CHUNK = 1 << 18  # elements looked at together: their keys fit into a core's cache
-_DIGIT = 11
-
-
-def kth_smallest(scores: Sequence[Tensor], count: int) -> Tensor:
-    """The `count`-th smallest of all elements of several tensors, as a scalar tensor: exactly `kthvalue` of their
-    concatenation, which is never made.
-
-    Few elements are sorted out by `kthvalue`. Of many, the answer's bits are found from the highest down, eleven a pass
-    (radix selection): a pass counts, among the elements that share the bits found so far, which digit comes next. The
-    memory is that of one chunk, however many elements there are.
-
-    Args:
-        scores: floating point tensors of one type and any shapes, without NaN.
-        count: from 1 to the number of elements.
-
-    Raises:
-        ValueError: if `count` lies outside that range.
-    """
-    total = sum(s.numel() for s in scores)
-    if not 1 <= count <= total:
-        raise ValueError(f"the {count}-th smallest of {total} scores was asked for: expected 1 to {total}")
-    if total <= _SMALL:
-        return torch.cat([s.flatten() for s in scores]).kthvalue(count).values
-    bits = 64 if scores[0].dtype == torch.float64 else 32
-    found = shift = 0
-    for width in [_DIGIT] * (bits // _DIGIT) + [bits % _DIGIT]:
-        above = bits - shift
-        low = above - width
-        counts = torch.zeros(1 << width, dtype=torch.long, device=scores[0].device)
-        # The highest digit holds the sign: shifted up by half its range, it counts from 0 as the others do.
-        offset = 1 << (width - 1) if shift == 0 else 0
-        for key in _keys(scores):
-            if shift:
-                key = key[(key >> above) == found]
-            digit = (key >> low) + offset if shift == 0 else (key >> low) & ((1 << width) - 1)
-            counts += torch.bincount(digit, minlength=1 << width)
-        ends = counts.cumsum(0)
-        digit = int(torch.searchsorted(ends, count))
-        count -= int(ends[digit] - counts[digit])
-        found = digit - offset if shift == 0 else (found << width) | digit
-        shift += width
-    floating, integer = (torch.float64, torch.int64) if bits == 64 else (torch.float32, torch.int32)
-    key = torch.tensor([found], dtype=integer, device=scores[0].device)
-    return _ordered(key).view(floating)[0].to(scores[0].dtype)
-
-
-def _keys(scores: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Chunks of the tensors as integers in the same order; halves become single precision, which changes no order."""
-    for tensor in scores:
-        for chunk in tensor.flatten().split(_CHUNK):
-            wide = chunk if chunk.dtype == torch.float64 else chunk.float()
-            yield _ordered(wide.view(torch.int64 if wide.dtype == torch.float64 else torch.int32))
-
-
-def _ordered(bits: Tensor) -> Tensor:
-    """The bits of floats as integers of the same order, and back: negative floats count backwards."""
-    info = torch.iinfo(bits.dtype)
-    return bits ^ ((bits >> (info.bits - 1)) & info.max)
-
-
-def smallest(scores: Tensor, count: int) -> Tensor:
-    """Mask that is False at the `count` smallest scores (and at all that equal the largest of these)."""
-    if count < 1:
-        return torch.ones_like(scores, dtype=torch.bool)
-    return scores > kth_smallest([scores], count)
-
-
-def largest(scores: Tensor, count: int) -> Tensor:
-    """Mask that is True at exactly `count` of the largest scores; of equal ones the first stay."""
-    mask = torch.zeros_like(scores, dtype=torch.bool).flatten()
-    order = scores.flatten().argsort(descending=True, stable=True)
-    mask[order[:count]] = True
-    return mask.view(scores.shape)
-
-
-def largest_of_each(scores: Tensor, group: int, kept: int) -> Tensor:
-    """Mask (out, in) that is True at exactly `kept` of the largest scores in each `group` inputs that follow each
-    other; of equal ones the first stay."""
-    groups = scores.reshape(len(scores), -1, group)
-    order = groups.argsort(dim=-1, descending=True, stable=True)[..., :kept]
-    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True).view(scores.shape)
-
-
-# --- masks of a model -------------------------------------------------------------------------------------------------
+from trimtab.storage.shards import open_safetensors
 
 _FORMAT = "trimtab masks 1"
 VALUES = ".values"  # suffix of the tensor that holds a weight's kept values, where a method has changed them
@@ -117,16 +31,23 @@ VALUES = ".values"  # suffix of the tensor that holds a weight's kept values, wh
 class Masks(Mapping[str, Tensor]):
     """What a pruner found: a boolean mask for each weight's path, and the kept weights where the pruner changed them.
 
+    Paths are those of the plain model. A model to which masks are given may be wrapped, hold the plain model beside a
+    task, carry LoRA or adapters, and be cast, moved or copied after `apply`. Of a model to which they were applied,
+    blocks may be taken out afterwards: their masks have nothing to do then.
+
     `packed` is what a file of them holds: the masks as bits under the weights' paths, the changed values that are kept,
     in a row, under `PATH.values`.
 
     Attributes:
         masks: path of a parameter -> mask of its shape, True = kept.
         weights: path of a parameter -> its new values, zero where pruned; only of pruners that change what they keep.
+        found_by: name of the pruner that found them; empty if that is not known.
     """
 
-    def __init__(self, masks: dict[str, Tensor], weights: dict[str, Tensor] | None = None):
-        self.masks, self.weights = masks, weights or {}
+    def __init__(self, masks: dict[str, Tensor], weights: dict[str, Tensor] | None = None, found_by: str = ""):
+        self.masks, self.weights, self.found_by = masks, weights or {}, found_by
+        self._mark = uuid.uuid4().hex  # tells these masks' notes on a model from those of others
+        self._moved: dict[str, Tensor] = {}  # masks on the device of the weights, where they come from another
 
     def __getitem__(self, path: str) -> Tensor:
         return self.masks[path]
@@ -138,7 +59,8 @@ class Masks(Mapping[str, Tensor]):
         return len(self.masks)
 
     def __repr__(self) -> str:
-        return f"Masks({len(self)} weights, sparsity {self.sparsity:.4f})"
+        by = f", {self.found_by}" if self.found_by else ""
+        return f"Masks({len(self)} weights, sparsity {self.sparsity:.4f}{by})"
 
     @property
     def prunable(self) -> int:
@@ -155,12 +77,61 @@ class Masks(Mapping[str, Tensor]):
         """The share of them that goes."""
         return 1 - self.kept / max(self.prunable, 1)
 
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Path -> shape of its weight."""
+        return {path: mask.shape for path, mask in self.masks.items()}
+
     def from_first_process(self) -> Masks:
         """What process 0 of a group holds, in every process; without a group, these."""
         if processes.world()[1] == 1:
             return self
         masks = {path: processes.from_first(mask) for path, mask in self.masks.items()}
-        return Masks(masks, {path: processes.from_first(weight) for path, weight in self.weights.items()})
+        weights = {path: processes.from_first(weight) for path, weight in self.weights.items()}
+        return Masks(masks, weights, self.found_by)
+
+    # --- of a part ---
+
+    def without(self, prefixes: Iterable[str]) -> Masks:
+        """The masks of what does not stand at or below these paths, of blocks that are taken out, say.
+
+        Raises:
+            ValueError: if there is no mask at or below one of the paths.
+        """
+        prefixes = [prefixes] if isinstance(prefixes, str) else list(prefixes)
+        for prefix in prefixes:
+            if not any(under(path, [prefix]) for path in self.masks):
+                raise ValueError(
+                    f"no mask stands at or below '{prefix}'; the first is that of '{next(iter(self), '')}'"
+                )
+        left = self._renamed({path: path for path in self.masks if not under(path, prefixes)})
+        left._mark = self._mark  # what `apply` noted on a model is true of them
+        return left
+
+    def restricted_to(self, model: nn.Module) -> Masks:
+        """The masks of the weights that a plain model has, under the paths that they have there.
+
+        Masks of skipped and removed blocks are left out. Where blocks were taken out of a list and the others numbered
+        anew, that is possible only for a model to which these masks were applied before.
+
+        Raises:
+            ValueError: if the model has none of the weights, one of another shape, or shorter lists of blocks and
+                nothing that tells which of them are gone.
+        """
+        places = find(model, self.shapes, self._mark)
+        if not places.found:
+            check_complete(model, places)
+        check_numbers(places)
+        return self._renamed(current_paths(model, places))
+
+    def _renamed(self, names: dict[str, str]) -> Masks:
+        """The masks of some paths, in the same order, under other paths."""
+        names = {path: names[path] for path in self.masks if path in names}
+        masks = {new: self.masks[old] for old, new in names.items()}
+        weights = {new: self.weights[old] for old, new in names.items() if old in self.weights}
+        return Masks(masks, weights, self.found_by)
+
+    # --- on a model ---
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
@@ -169,16 +140,33 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             ValueError: if the masks are for another model; the first weight that differs is named, nothing is changed.
         """
-        parameters = self._parameters(model)
-        for path, parameter in parameters.items():
-            if path in self.weights:
-                parameter.copy_(self.weights[path])
+        places = self._places(model)
+        for path, several in places.found.items():
+            for module, name in several if path in self.weights else ():
+                module.get_parameter(name).copy_(self.weights[path])
+        note(places, self._mark)
         self.enforce(model)
 
     @torch.no_grad()
     def enforce(self, model: nn.Module) -> None:
-        """Set pruned weights to zero again, after a step of an optimiser that may have revived them."""
-        clear_weights(self._masked(model))
+        """Set pruned weights to zero again, after a step of an optimiser or a merge that may have revived them.
+
+        Raises:
+            ValueError: if the masks are for another model.
+        """
+        for parameter, gone in self._pruned(model):
+            parameter.masked_fill_(gone, 0)  # a product with the mask would leave -0.0
+
+    @torch.no_grad()
+    def revived(self, model: nn.Module) -> list[str]:
+        """Paths of the weights that are not zero where they were pruned: something has trained or loaded them.
+
+        Raises:
+            ValueError: if the masks are for another model.
+        """
+        found = self._places(model).found
+        pruned = {path: [m.get_parameter(n) for m, n in found.get(path, ())] for path in self.masks}
+        return [path for path, several in pruned.items() if any(p[self._gone(path, p)].any() for p in several)]
 
     def keep(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[RemovableHandle]:
         """Keep the zeros through every step of an optimiser: nothing is multiplied in the forward pass.
@@ -194,28 +182,54 @@ class Masks(Mapping[str, Tensor]):
             Two handles whose `remove()` ends it.
 
         Raises:
-            ValueError: if the masks are for another model.
+            ValueError: if the masks are for another model, or the optimiser has none of this model's parameters.
         """
-        masked = self._masked(model)
+        self._places(model)
+        steps = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in steps for p in model.parameters()):
+            raise ValueError(
+                f"this {type(optimizer).__name__} has none of the parameters of this {type(model).__name__}: give the "
+                "model that it trains (a copy has parameters of its own)"
+            )
         return [
-            optimizer.register_step_pre_hook(lambda *_: clear_gradients(masked)),
-            optimizer.register_step_post_hook(lambda *_: clear_weights(masked)),
+            optimizer.register_step_pre_hook(lambda *_: self.before_step(model)),
+            optimizer.register_step_post_hook(lambda *_: self.after_step(model)),
         ]
 
-    def _masked(self, model: nn.Module) -> Masked:
-        return [(p, self.masks[path].to(p.device)) for path, p in self._parameters(model).items()]
+    @torch.no_grad()
+    def before_step(self, model: nn.Module) -> None:
+        """Zero the gradients of pruned weights."""
+        for parameter, gone in self._pruned(model, trained=True):
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(gone, 0)
 
-    def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        found = dict(model.named_parameters(remove_duplicate=False))
-        for path, mask in self.masks.items():
-            if path not in found:
-                raise ValueError(f"these masks are for another model: {unknown('parameter', path, found)[:300]}")
-            if found[path].shape != mask.shape:
-                raise ValueError(
-                    f"these masks are for another model: '{path}' has the shape {tuple(found[path].shape)}, its mask "
-                    f"{tuple(mask.shape)}; load the checkpoint that they were found on, or prune this one"
-                )
-        return {path: found[path] for path in self.masks}
+    @torch.no_grad()
+    def after_step(self, model: nn.Module) -> None:
+        """Zero the pruned weights that the optimiser may have changed."""
+        for parameter, gone in self._pruned(model, trained=True):
+            parameter.masked_fill_(gone, 0)
+
+    def _places(self, model: nn.Module) -> Places:
+        places = find(model, self.shapes, self._mark)
+        check_complete(model, places)
+        return places
+
+    def _pruned(self, model: nn.Module, trained: bool = False) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Parameters, and where they are pruned; only what an optimiser may change, if `trained`."""
+        for path, several in self._places(model).found.items():
+            for module, name in several:
+                parameter = module.get_parameter(name)
+                if not trained or parameter.requires_grad or parameter.grad is not None:
+                    yield parameter, self._gone(path, parameter)
+
+    def _gone(self, path: str, parameter: nn.Parameter) -> Tensor:
+        """Where a weight is pruned, on its device."""
+        mask = self._moved.get(path, self.masks[path])
+        if mask.device != parameter.device:
+            mask = self._moved[path] = mask.to(parameter.device)
+        return ~mask
+
+    # --- in files ---
 
     def packed(self) -> dict[str, Tensor]:
         """Masks as bits, and the kept values of changed weights, by the names that a file holds."""
@@ -225,82 +239,110 @@ class Masks(Mapping[str, Tensor]):
         return out
 
     @classmethod
-    def unpacked(cls, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> Masks:
-        """The inverse of `packed`, given the weights' shapes; weights without a mask in `tensors` are left out.
+    def unpacked(cls, tensors: Mapping[str, Tensor], shapes: Mapping[str, Iterable[int]], found_by: str = "") -> Masks:
+        """The inverse of `packed`, given the shapes of the weights.
 
         Raises:
-            ValueError: if a mask or the values of a weight have another size than its shape asks for.
+            ValueError: if a mask is missing, a mask or the values of a weight have another size than its shape asks
+                for, or there is a tensor for no weight.
         """
         masks, weights = {}, {}
-        for path in shapes.keys() & tensors.keys():
-            mask = masks[path] = unpack(tensors[path], shapes[path])
+        for path, sizes in shapes.items():
+            if path not in tensors:
+                raise ValueError(f"the mask of '{path}' is missing")
+            shape = torch.Size(sizes)
+            mask = masks[path] = unpack(tensors[path], shape)
             values = tensors.get(path + VALUES)
             if values is not None:
-                if len(values) != int(mask.sum()):
+                if not isinstance(mask, FakeTensor) and len(values) != int(mask.sum()):
                     raise ValueError(f"the mask of '{path}' keeps {int(mask.sum())} weights, found {len(values)}")
-                weights[path] = torch.zeros(shapes[path], dtype=values.dtype).masked_scatter_(mask, values)
-        order = [path for path in shapes if path in masks]
-        return cls({path: masks[path] for path in order}, weights)
+                weights[path] = _spread(values, mask)
+        known = {*shapes, *(path + VALUES for path in shapes)}
+        if extra := next((name for name in tensors if name not in known), None):
+            raise ValueError(f"'{extra}' is there, but no weight of that name")
+        return cls(masks, weights, found_by)
 
     def save(self, path: str | Path) -> None:
         """Write the masks as a safetensors file: a bit a weight, with the names and shapes that they belong to."""
-        shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
+        shapes = {name: list(shape) for name, shape in self.shapes.items()}
+        info = {"format": _FORMAT, "shapes": json.dumps(shapes), "pruner": self.found_by}
         with replace_file(Path(path)) as partial:
-            save_file(self.packed(), partial, {"format": _FORMAT, "shapes": json.dumps(shapes)})
+            save_file(self.packed(), partial, info)
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module | None = None) -> Masks:
-        """Read masks that `save` wrote.
+    def read(cls, path: str | Path, model: nn.Module | None = None) -> Masks:
+        """Read masks from a file that `save` wrote, or from the folder of a run or of an adapted model.
 
         Args:
-            path: the file.
+            path: the file or folder.
             model: refuse masks that are not for this model, now rather than when they are applied.
 
         Raises:
-            ValueError: if the file holds no masks, or masks for another model than the given one.
+            ValueError: if there is nothing, or no masks, or masks for another model than the given one.
         """
-        with safe_open(path, "pt") as file:
-            info = file.metadata() or {}
-            if info.get("format") != _FORMAT:
-                raise ValueError(f"{path}: expected a file of masks ('{_FORMAT}'), found {info.get('format')!r}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        shapes = {name: torch.Size(shape) for name, shape in json.loads(info["shapes"]).items()}
-        masks = cls.unpacked(tensors, shapes)
-        if model is not None:
-            try:
-                masks._parameters(model)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
+        path = Path(path)
+        if not path.exists():
+            raise ValueError(
+                f"masks: nothing is at '{path}' (seen from {Path.cwd()}): give a file of masks, or the folder of a run "
+                "or adapted model that was pruned; or carry out the recipe that makes it first"
+            )
+        tensors, shapes, found_by = _folder(path) if path.is_dir() else _file(path)
+        try:
+            masks = cls.unpacked(tensors, shapes, found_by)
+            if model is not None:
+                masks._places(model)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         return masks
 
 
-Masked = list[tuple[nn.Parameter, Tensor]]  # parameters with their masks
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    """Values of kept weights in their places, zero elsewhere."""
+    if isinstance(mask, FakeTensor):
+        return torch.empty(mask.shape, dtype=values.dtype)
+    return torch.zeros(mask.shape, dtype=values.dtype).masked_scatter_(mask, values)
 
 
-@torch.no_grad()
-def clear_gradients(masked: Masked) -> None:
-    """Zero the gradients of pruned weights."""
-    for parameter, mask in masked:
-        if parameter.grad is not None:
-            parameter.grad.masked_fill_(~mask, 0)
+Stored = tuple[dict[str, Tensor], dict[str, list[int]], str]  # packed masks, shapes, name of the pruner
 
 
-@torch.no_grad()
-def clear_weights(masked: Masked) -> None:
-    """Zero pruned weights; a product with the mask would leave -0.0."""
-    for parameter, mask in masked:
-        parameter.masked_fill_(~mask, 0)
+def _file(path: Path) -> Stored:
+    with open_safetensors(path) as file:
+        info = file.metadata() or {}
+        if info.get("format") != _FORMAT:
+            raise ValueError(f"{path}: expected a file of masks ('{_FORMAT}'), found {info.get('format')!r}")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    return tensors, json.loads(info["shapes"]), info["pruner"]
 
 
-def keep_zeros(masked: Masked) -> Any:
-    """What `Masks.keep` does, as a trainer's callback."""
+def _folder(folder: Path) -> Stored:
+    """What the one pruner of a run or adapted model has found."""
+    described = folder / "fit.json"
+    if not described.is_file():
+        raise ValueError(
+            f"masks: '{folder}' is not the folder of a finished run or of an adapted model: it has no {described.name}"
+        )
+    methods: list[dict[str, Any]] = json.loads(described.read_text())["methods"]
+    pruners = [i for i, method in enumerate(methods) if method["lever"] == "prune"]
+    if len(pruners) != 1:
+        found = ", ".join(m["name"] for m in methods) or "none"
+        raise ValueError(f"masks: expected one pruner at '{folder}', its methods are: {found}")
+    prefix, state = f"method.{pruners[0]}.", methods[pruners[0]]["state"]
+    with open_safetensors(folder / "weights.safetensors") as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a mapping)
+        tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    return tensors, state["shapes"], state["pruner"]
+
+
+def keep_zeros(masks: Masks) -> Any:
+    """What `Masks.keep` does, as a trainer's callback, in the model that is trained."""
     from transformers import TrainerCallback
 
     class KeepZeros(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            clear_gradients(masked)
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            masks.before_step(model)
 
-        def on_optimizer_step(self, args, state, control, **kwargs):
-            clear_weights(masked)
+        def on_optimizer_step(self, args, state, control, model, **kwargs):
+            masks.after_step(model)
 
     return KeepZeros()

@@ -50,14 +50,9 @@ def score(name: str, *needs: Need) -> Callable[[Callable], Callable]:
     return add
 
 
-def parameter(model: nn.Module, weight: Weight) -> nn.Parameter:
-    """The parameter that a prunable weight names."""
-    return getattr(model.get_submodule(weight.module), weight.parameter)
-
-
 def matrix(model: nn.Module, weight: Weight) -> Tensor:
     """A prunable weight as (out, in), detached and in at least single precision; a view where that needs no copy."""
-    found = weight.matrix(parameter(model, weight).detach())
+    found = weight.matrix(weight.of(model).detach())
     return found if found.dtype in (torch.float32, torch.float64) else found.float()
 
 
@@ -69,7 +64,7 @@ def borrowed(model: nn.Module, weights: Iterable[Weight]) -> Iterator[dict[Weigh
     Yields:
         Views of the parameters themselves, not of copies: what is written is what the model computes with.
     """
-    parameters = {w: parameter(model, w) for w in weights}
+    parameters = {w: w.of(model) for w in weights}
     own = {w: p.detach().clone() for w, p in parameters.items()}
     held = {w: p.data for w, p in parameters.items() if w.kernel and not p.is_contiguous()}
     for weight, data in held.items():  # channels last: (out, in * kh * kw) is no view of it

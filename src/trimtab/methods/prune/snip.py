@@ -14,11 +14,12 @@ from torch import Tensor
 
 from trimtab.anatomy import Weight
 from trimtab.methods.base import METHODS
-from trimtab.methods.prune.base import Pruner, StepSettings, found_masks
+from trimtab.methods.prune.base import Pruner, found_masks
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import Evidence, collect
 from trimtab.methods.prune.masks import Masks
 from trimtab.methods.prune.scores import SCORES, borrowed, score
+from trimtab.methods.prune.settings import StepSettings
 
 
 @score("sensitivity", "gradient")

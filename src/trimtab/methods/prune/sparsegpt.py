@@ -21,11 +21,13 @@ from torch import Tensor
 
 from trimtab.anatomy import Anatomy, Weight
 from trimtab.methods.base import METHODS
-from trimtab.methods.prune.base import Pruner, PruneSettings, found_masks
+from trimtab.methods.prune.base import Pruner, found_masks
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import Evidence, collect
-from trimtab.methods.prune.masks import Masks, largest, largest_of_each
+from trimtab.methods.prune.masks import Masks
 from trimtab.methods.prune.scores import SCORES, borrowed, score
+from trimtab.methods.prune.selection import largest, largest_of_each
+from trimtab.methods.prune.settings import PruneSettings
 
 _DAMPING = 0.01
 

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from trimtab.anatomy import Weight
 from trimtab.methods.base import METHODS
-from trimtab.methods.prune.base import Pruner, PruneSettings, found_masks
+from trimtab.methods.prune.base import Pruner, found_masks
 from trimtab.methods.prune.calibration import Batch, Calibration, gradients
-from trimtab.methods.prune.masks import Masks, kth_smallest
+from trimtab.methods.prune.masks import Masks
 from trimtab.methods.prune.scores import borrowed
+from trimtab.methods.prune.selection import kth_smallest
+from trimtab.methods.prune.settings import PruneSettings
 
 Values = dict[Weight, Tensor]
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from trimtab.methods.base import METHODS
-from trimtab.methods.prune.base import Pruner, PruneSettings
+from trimtab.methods.prune.base import Pruner
 from trimtab.methods.prune.evidence import Evidence
-from trimtab.methods.prune.masks import smallest
 from trimtab.methods.prune.scores import score
+from trimtab.methods.prune.selection import smallest
+from trimtab.methods.prune.settings import PruneSettings
 
 
 @score("wanda", "squares")

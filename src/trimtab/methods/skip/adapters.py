@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from trimtab.anatomy import AnatomyError, Block, Sublayer, Tap, arguments, called_like, read, rewrite
 from trimtab.anatomy.structure import added_by, mark_added, plain_module
-from trimtab.methods.base import beside
+from trimtab.methods.base import placed
 
 Form = Literal["parallel", "sequential", "routed", "none"]
 ADDED = "skip"  # who added these modules, see `anatomy.structure.mark_added`
@@ -94,9 +94,11 @@ class RoutedAdapter(nn.Module):
         self.begin = True
         self.weights: Tensor | None = None  # (B, 2) of the sequences that are being generated
         nn.init.xavier_uniform_(self.down.weight)
-        nn.init.zeros_(self.down.bias)
-        for parameter in self.experts.parameters():
-            nn.init.zeros_(parameter)
+        experts: list[Any] = list(self.experts)
+        for module in (self.down, *experts):
+            nn.init.zeros_(module.bias)
+        for expert in experts:
+            nn.init.zeros_(expert.weight)
 
     def called(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before the block's call: it begins a sequence if no position is given, or one of the positions is 0."""
@@ -164,7 +166,7 @@ def add_adapters(model: nn.Module, block: Block, bottleneck: int, form: Form = "
         else:
             adapter = RoutedAdapter(block.width, bottleneck, residual=True)
             owner.register_forward_pre_hook(adapter.called, with_kwargs=True)
-        owner.add_module(f"das_{i}", mark_added(beside(adapter, place, place.dtype), ADDED))
+        owner.add_module(f"das_{i}", mark_added(placed(adapter, place, place.dtype), ADDED))
         if form == "parallel":
             across = Across(adapter)
             read(model, part.read, across.read)
@@ -210,10 +212,9 @@ class Skipped(nn.Module):
             self.norm = copy.deepcopy(model.get_submodule(own_norm(model, block, block.sublayers[0])))
             self.norm._forward_hooks.clear()
             self.norm._forward_pre_hooks.clear()
-        self.adapter = beside(self._adapter(block, bottleneck, 0), place, place.dtype)
+        self.adapter = placed(self._adapter(block, bottleneck, 0), place, place.dtype)
         others = [self._adapter(block, bottleneck, i + 1) for i in range(len(block.also))]
-        self.others = nn.ModuleList(others)
-        beside(self.others, place, place.dtype)
+        self.others: Any = placed(nn.ModuleList(others), place, place.dtype)
         mark_added(self, ADDED)
 
     def _adapter(self, block: Block, bottleneck: int, stream: int) -> nn.Module:
@@ -281,5 +282,6 @@ def train_adapters(model: nn.Module, heads: tuple[str, ...]) -> None:
         if any(name.startswith(h + ".") for h in heads):
             parameter.requires_grad_(True)
     find: Any = getattr(model, "get_output_embeddings", None)
-    if find is not None and (words := find()) is not None:
+    words = None if find is None else find()
+    if words is not None:
         words.requires_grad_(False)

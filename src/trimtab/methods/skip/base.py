@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,11 +70,12 @@ class Skipping(Method):
 
     Attributes:
         trained: what the adapters of the plan have learned in the search, by the parameters' names after `attach`;
-            empty if nothing has trained them. What `keep_trained` has put into a model is in `tensors`.
+            empty if nothing has trained them.
     """
 
     lever = "skip"
     changes = "tree"
+    teaches: ClassVar[bool] = False  # whether its search trains adapters
     settings: SkipSettings
 
     def __init__(self, **settings: Any):
@@ -95,6 +96,19 @@ class Skipping(Method):
     @property
     def trains(self) -> str:  # type: ignore[override]
         return "nothing" if self.settings.adapters == "none" else "added"
+
+    @property
+    def learns(self) -> bool:
+        """Whether its search trains the adapters that it sets: a plan that is given has taught them nothing."""
+        s = self.settings
+        searched = s.plan is None and (s.budget is not None or s.skip > 0)
+        return self.teaches and searched and s.adapters != "none" and getattr(s, "search_steps", 0) > 0
+
+    def told(self) -> str:
+        plan = self.plan
+        if plan is None:
+            return self.name
+        return f"{self.name}: {len(plan.skipped)} of {len(plan.blocks)} blocks are skipped ({', '.join(plan.skipped)})"
 
     @property
     def keeps(self) -> str:  # type: ignore[override]
@@ -173,16 +187,16 @@ class Skipping(Method):
     def _search(self, session: Session, candidates: list[Block], journal: Journal) -> None:
         """Search, and put what the blocks cost into the plan."""
         supernet = Supernet(session, candidates, self.settings)
-        macs = supernet.costs("macs")
+        macs = None if session.example() is None else supernet.costs("macs")
         goal = Goal.count(len(candidates), self.settings.skip)
         if self.settings.budget is not None:
             share, unit = parse(self.settings.budget)
-            goal = (macs if unit == "macs" else supernet.costs(unit)).goal(share)
+            goal = (macs if macs and unit == "macs" else supernet.costs(unit)).goal(share)
 
         def plan(chosen: Indices, scores: list[float] | None = None, evaluations: int = 0) -> Plan:
             found = Plan.of(session.plain, session.anatomy, candidates, chosen, scores, method=self.name,
                             target=self.wanted, evaluations=evaluations)  # fmt: skip
-            return with_costs(found, macs)
+            return found if macs is None else with_costs(found, macs)
 
         try:
             chosen, scores, evaluations, more = self.search(session, candidates, supernet, goal, journal)
@@ -273,16 +287,13 @@ class Skipping(Method):
         close_gaps(model, anatomy, skipped)
         if self.settings.adapters != "none":
             train_adapters(model, anatomy.heads)
-        if self.tensors:  # a model that is read again
-            _set_frozen(model, {b.path for b in candidates}, self.tensors, self.name)
         towers = tuple(replace(t, blocks=tuple(b for b in t.blocks if b.path not in skipped)) for t in anatomy.towers)
         return replace(anatomy, towers=towers)
 
     def keep_trained(self, model: nn.Module, towers: Collection[str]) -> None:
         """Give the adapters in some towers what the search has taught them, and freeze them.
 
-        For a side network over these towers, through which no gradient reaches their adapters. What was set is in
-        `tensors` afterwards, from which `attach` sets it again.
+        For a side network over these towers, through which no gradient reaches their adapters.
 
         Args:
             model: to which this is attached.
@@ -293,37 +304,17 @@ class Skipping(Method):
         """
         assert self.plan is not None
         paths = [b.path for b in self.plan.blocks if b.tower in towers]
-        wanted = [f"{path}.{n}" for p in paths for path, m in adapters_in(model, p) for n, _ in m.named_parameters()]
+        wanted = {f"{path}.{n}": p for b in paths for path, m in adapters_in(model, b) for n, p in m.named_parameters()}
         if untrained := [name for name in wanted if name not in self.trained]:
             raise ValueError(
                 f"{self.name}: nothing has trained the adapters in {', '.join(map(repr, sorted(towers)))} "
                 f"('{untrained[0]}', ...), and no gradient reaches them there: skip with `adapters: none`, or by a "
                 "search that trains (das, linear-skip, ...)"
             )
-        self.tensors = {**self.tensors, **{name: self.trained[name] for name in wanted}}
-        _set_frozen(model, paths, self.tensors, self.name)
+        for name, parameter in wanted.items():
+            parameter.data.copy_(self.trained[name])
+            parameter.requires_grad_(False)
 
     def fold(self, model: nn.Module) -> None:
         """Take the places of skipped blocks out of the model: fewer layers, an ordinary configuration."""
         take_out(model)
-
-
-@torch.no_grad()
-def _set_frozen(model: nn.Module, paths: Collection[str], values: dict[str, Tensor], who: str) -> None:
-    """Copy values into adapters below some paths, and freeze those that got one."""
-    left = dict(values)
-    for path in paths:
-        for where, adapter in adapters_in(model, path):
-            for name, parameter in adapter.named_parameters():
-                value = left.pop(f"{where}.{name}", None)
-                if value is None:
-                    continue
-                if value.shape != parameter.shape:
-                    raise ValueError(
-                        f"{who}: '{where}.{name}' has the shape {tuple(parameter.shape)}, what was learned "
-                        f"{tuple(value.shape)}: other settings of the adapters (reduction, skip_width)"
-                    )
-                parameter.copy_(value)
-                parameter.requires_grad_(False)
-    if left:
-        raise ValueError(f"{who}: the model has no adapter for '{next(iter(left))}': another plan, or other settings")

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from trimtab.anatomy import Anatomy, AnatomyError
-from trimtab.anatomy.structure import added_by, is_wrapped
+from trimtab.anatomy.structure import HANDLE, added_by, is_wrapped
 from trimtab.methods.skip.adapters import Skipped
 from trimtab.methods.skip.configs import Proof, configs_of, own_configs, renumbered, shorten_config
 
@@ -93,7 +93,7 @@ def shorten(model: nn.Module, skip: Collection[str] = ()) -> nn.Module:
             class has a place for, if a path is no block in a list or one that cannot go (`Block.stays`), or if no
             configuration of its class stands for the shorter model. The model is as it was then.
     """
-    if any("_trimtab_fit" in vars(m) for m in model.modules()):
+    if any(HANDLE in vars(m) for m in model.modules()):
         raise ValueError(
             "shorten: methods are attached to this model, whose masks or side networks need its blocks: use "
             "`fit.skip(...)` of the handle that `trimtab.adapt` gave, with `plan=` these blocks and `adapters='none'`"

@@ -11,14 +11,16 @@ may lie before the place of a sequential adapter (ViLT, BERT's feed-forward part
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from itertools import chain
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Block, Sublayer, read, rewrite
-from trimtab.methods.base import METHODS, Method
+from trimtab.anatomy.structure import mark_added
+from trimtab.methods.base import METHODS, Method, placed
 from trimtab.methods.skip.adapters import Adapter
 
 
@@ -93,8 +95,8 @@ class _Adapters(Method):
 
     def _add(self, model: nn.Module, block: Block, index: int, part: Sublayer) -> None:
         owner = model.get_submodule(block.path)
-        adapter = self.adapter(block.width).to(next(owner.parameters()).device)
-        owner.add_module(f"{self.name.replace('-', '_')}_{index}", adapter)
+        adapter = placed(self.adapter(block.width), next(chain(owner.parameters(), model.parameters())))
+        owner.add_module(f"{self.name.replace('-', '_')}_{index}", mark_added(adapter, self.name))
         self.place(model, part, adapter)
 
     def adapter(self, width: int) -> Adapter:
@@ -105,13 +107,45 @@ class _Adapters(Method):
         return wanted == "all" or (part.kind == "mlp") == (wanted == "mlp")
 
     def place(self, model: nn.Module, part: Sublayer, adapter: nn.Module) -> None:
-        seen: list[Tensor] = []  # the part's input, from its read until its write in the same pass
-        read(model, part.read, seen.append)
-        rewrite(model, part.write, _added(adapter, seen))
+        hook = _Parallel(adapter)
+        read(model, part.read, hook.note)
+        rewrite(model, part.write, hook.add)
 
 
-def _added(adapter: nn.Module, seen: list[Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda out: out + adapter(seen.pop())
+class _Sequential:
+    """Puts an adapter behind a part. An object and no closure, so that a copy of the model calls the copy's adapter.
+
+    The adapter keeps its own precision, float32 in a model of half precision or of integers.
+    """
+
+    def __init__(self, adapter: nn.Module):
+        self.adapter = adapter
+
+    def change(self, out: Tensor) -> Tensor:
+        return self.adapter(out.to(self._dtype)).to(out.dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.adapter.parameters()).dtype
+
+
+class _Parallel(_Sequential):
+    """Adds what an adapter makes of a part's input to what the part puts out."""
+
+    def __init__(self, adapter: nn.Module):
+        super().__init__(adapter)
+        self.seen: Tensor | None = None  # the part's input, from its read until its write in the same pass
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "seen": None}
+
+    def note(self, value: Tensor) -> None:
+        self.seen = value
+
+    def add(self, out: Tensor) -> Tensor:
+        seen, self.seen = self.seen, None
+        assert seen is not None
+        return out + self.change(seen).to(out.dtype)
 
 
 @METHODS.register("adapter")
@@ -128,7 +162,7 @@ class SequentialAdapter(_Adapters):
         return Adapter(width, self.settings.bottleneck, residual=True)
 
     def place(self, model: nn.Module, part: Sublayer, adapter: nn.Module) -> None:
-        rewrite(model, part.write, adapter)
+        rewrite(model, part.write, _Sequential(adapter).change)
 
 
 @METHODS.register("parallel-adapter")

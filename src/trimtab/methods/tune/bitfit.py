@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from trimtab.anatomy import Anatomy
+from trimtab.anatomy.structure import plain_parameters
 from trimtab.methods.base import METHODS, Method
 
 
@@ -33,7 +34,7 @@ class BitFit(Method):
             tower = anatomy.tower(name)
             biases = [
                 p
-                for path, p in model.named_parameters()
+                for path, p in plain_parameters(model).items()
                 if path.rsplit(".", 1)[-1].endswith("bias") and anatomy.owner(path) == tower
             ]
             if not biases:

@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Block, Tower
+from trimtab.anatomy.structure import plain_modules
 from trimtab.methods.base import METHODS
-from trimtab.methods.tune.beside import Beside, Listener, Seen, token_width
+from trimtab.methods.tune.beside import Beside, Stand, token_width
 from trimtab.methods.tune.blocks import SideBlock, visible
+from trimtab.methods.tune.listener import Seen
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,16 @@ class Ladder(nn.Module):
         super().__init__()
         d = width // reduction
         self.causal, self.temperature = causal, temperature
-        self.down = nn.ModuleList(nn.Linear(width, d) for _ in range(blocks + 1))
-        self.blocks = nn.ModuleList(SideBlock(d, hidden) for _ in range(blocks))
+        self.down: Any = nn.ModuleList(nn.Linear(width, d) for _ in range(blocks + 1))
+        self.blocks: Any = nn.ModuleList(SideBlock(d, hidden) for _ in range(blocks))
         self.gates = nn.Parameter(torch.zeros(blocks))
         self.norm, self.up = nn.LayerNorm(d), nn.Linear(d, width)
 
-    def forward(self, maps: list[Tensor], mask: Tensor | None) -> Tensor:
-        seen = visible(maps[0], mask, self.causal)
-        state, *rungs = (down(h.to(down.weight.dtype)) for down, h in zip(self.down, maps, strict=True))
+    def forward(self, seen: Seen) -> Tensor:
+        keys = visible(seen.maps[0], seen.mask, self.causal)
+        state, *rungs = (down(h.to(down.weight.dtype)) for down, h in zip(self.down, seen.maps, strict=True))
         for block, rung, gate in zip(self.blocks, rungs, (self.gates / self.temperature).sigmoid(), strict=True):
-            state = block(gate * state + (1 - gate) * rung, seen)
+            state = block(gate * state + (1 - gate) * rung, keys)
         return self.up(self.norm(state))
 
 
@@ -71,7 +73,10 @@ class LST(Beside):
     name = "lst"
     Settings = LSTSettings
 
-    def side(self, model: nn.Module, anatomy: Anatomy, tower: Tower) -> nn.Module:
+    def stand(self, model: nn.Module, anatomy: Anatomy, tower: Tower) -> Stand:
+        return Stand(self._ladder(model, tower), range(len(tower.blocks) + 1), tower.output)
+
+    def _ladder(self, model: nn.Module, tower: Tower) -> Ladder:
         s = self.settings
         width, count = token_width(self.name, tower), len(tower.blocks)
         if s.initialise == "random":
@@ -80,13 +85,6 @@ class LST(Beside):
         ladder = Ladder(width, count, s.reduction, tower.causal, hidden)
         start_from_blocks(ladder, model, tower)
         return ladder
-
-    def listen(self, model: nn.Module, tower: Tower, side: nn.Module) -> Listener:
-        def compute(seen: Seen) -> Tensor:
-            return side(seen.maps, seen.mask)
-
-        maps = list(range(len(tower.blocks) + 1))
-        return Listener(self.name, tower, maps, compute, tower.output, side.up.weight.dtype)
 
 
 # --- structural initialisation ----------------------------------------------------------------------------------------
@@ -104,8 +102,8 @@ def linears(model: nn.Module, block: Block) -> dict[str, nn.Linear]:
     """A block's linear layers by role; ValueError that names the block if one is not found once."""
     found: dict[str, nn.Linear] = {}
     # A ladder's block attends to itself alone: it has no place for cross-attention.
-    inside = model.get_submodule(block.path).named_modules()
-    names = {n: m for n, m in inside if isinstance(m, nn.Linear) and not re.search("cross|EncDec", n)}
+    inside = plain_modules(model.get_submodule(block.path))
+    names = {n: m for n, m in inside if isinstance(m, nn.Linear) and not re.search("cross|EncDec|encoder_attn", n)}
     for role, pattern in _ROLES.items():
         matching = [m for n, m in names.items() if re.search(pattern, n)]
         if len(matching) != 1:
@@ -126,7 +124,7 @@ def start_from_blocks(ladder: Ladder, model: nn.Module, tower: Tower) -> None:
     """
     parts = [linears(model, block) for block in tower.blocks]
     d = ladder.up.in_features
-    stream = sum(
+    stream: Any = sum(
         p[r].weight.abs().sum(dim=0 if r in ("query", "key", "value", "fc1") else 1) for p in parts for r in _ROLES
     )
     channels = _largest(stream, d)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy
+from trimtab.anatomy.structure import module_at, plain_modules
 from trimtab.methods.base import METHODS, Method
 from trimtab.registry import unknown
 
@@ -25,8 +28,8 @@ class LoRASettings:
     dropout: float = 0.0
     """Dropout of the input of A."""
     targets: tuple[str, ...] = ("query", "value", "q_proj", "v_proj", "q", "v", "qkv")
-    """Last names of the linear layers inside the towers that get an update; those a model lacks are passed over. A
-    fused `qkv` gets one update for all three."""
+    """Last names, or longer ends of paths, of the linear layers inside the towers that get an update; those a model
+    lacks are passed over. A fused `qkv` gets one update for all three."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -62,27 +65,96 @@ class LoRA(Method):
         from peft import LoraConfig, inject_adapter_in_model
 
         s = self.settings
-        linears = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and anatomy.modality(p)]
-        chosen = [p for p in linears if p.rsplit(".", 1)[-1] in s.targets]
-        if not chosen:
-            valid = sorted({p.rsplit(".", 1)[-1] for p in linears})
-            raise ValueError(f"lora found none of its targets: {unknown('target', s.targets[0], valid)}")
+        chosen = self._chosen(model, anatomy)
+        self.wrapped = tuple(chosen)
+        places = _places(model, chosen)
         trainable = [n for n, p in model.named_parameters() if p.requires_grad]
         # Whole paths: PEFT takes a list entry as the end of a name, and a full path ends only itself.
-        config = LoraConfig(r=s.rank, lora_alpha=s.alpha, lora_dropout=s.dropout, target_modules=chosen)
-        with _naming_its_embeddings(model):
+        config = LoraConfig(r=s.rank, lora_alpha=s.alpha, lora_dropout=s.dropout, target_modules=list(chosen))
+        with _naming_its_embeddings(model), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # PEFT sets it by each layer's kind itself
             inject_adapter_in_model(config, model)
         for name, parameter in model.named_parameters():  # PEFT froze everything, also what an earlier method trains
             if name in trainable:
                 parameter.requires_grad_(True)
+        for path, others in places.items():
+            wrapped = model.get_submodule(path)
+            for other in others:  # one layer under several names is still one
+                replace_module(model, other, wrapped)
+            if any(isinstance(m, nn.TransformerEncoderLayer) for m in _around(model, path)):
+                wrapped.register_forward_pre_hook(_called)
         return anatomy
+
+    def _chosen(self, model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:
+        """The layers that get an update, by path; ValueError if there are none, or one is never called."""
+        s = self.settings
+        linears = {p: m for p, m in plain_modules(model) if _is_linear(m) and anatomy.modality(p)}
+        chosen = {p: m for p, m in linears.items() if any(p == t or p.endswith("." + t) for t in s.targets)}
+        if not chosen:
+            valid = sorted({p.rsplit(".", 1)[-1] for p in linears})
+            raise ValueError(f"lora found none of its targets: {unknown('target', s.targets[0], valid)}")
+        for path in chosen:
+            owner = model.get_submodule(path.rpartition(".")[0])
+            if isinstance(owner, nn.MultiheadAttention):
+                raise ValueError(
+                    f"lora: '{path}' belongs to an nn.MultiheadAttention, which reads its weight and never calls it: "
+                    "an update would not be computed; name longer ends of the other paths in `targets`"
+                )
+        return chosen
+
+    def follow(self, masks: Mapping[str, Tensor], model: nn.Module) -> None:
+        """Multiply updates of pruned weights by their masks, so that what is trained is what can be merged."""
+        from trimtab.methods.tune.masked_lora import follow
+
+        for path, mask in masks.items():
+            layer, _, name = path.rpartition(".")
+            if layer in self.wrapped and name == "weight":
+                follow(module_at(model, layer), path, mask)
 
     def fold(self, model: nn.Module) -> None:
         """W + (alpha / r) B A in the place of W; the updates are gone as modules of their own."""
         from peft.tuners.lora import LoraLayer
 
-        for path, module in list(model.named_modules()):
-            if isinstance(module, LoraLayer):
+        holders = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+        done: dict[int, nn.Module] = {}
+        for path, module in list(model.named_modules(remove_duplicate=False)):
+            if not isinstance(module, LoraLayer):
+                continue
+            if id(module) not in done:
+                base: Any = module.get_base_layer()
+                if holders[id(base.weight)] > 1:  # what shares the weight has no update: it keeps the weight as it is
+                    base.weight = nn.Parameter(base.weight.detach().clone(), base.weight.requires_grad)
                 module.merge()
-                owner, _, name = path.rpartition(".")
-                setattr(model.get_submodule(owner), name, module.get_base_layer())
+                done[id(module)] = base
+            replace_module(model, path, done[id(module)])
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put another module at a dotted path."""
+    owner, _, name = path.rpartition(".")
+    setattr(model.get_submodule(owner), name, new)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's, with its weight transposed
+
+
+def _places(model: nn.Module, chosen: dict[str, nn.Module]) -> dict[str, list[str]]:
+    """Path -> the other paths of the same layer."""
+    first = {id(m): p for p, m in chosen.items()}
+    places: dict[str, list[str]] = {p: [] for p in chosen}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if id(module) in first and path != first[id(module)]:
+            places[first[id(module)]].append(path)
+    return places
+
+
+def _around(model: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The modules inside which a path lies, the model first."""
+    parts = path.split(".")
+    return (model.get_submodule(".".join(parts[:i])) for i in range(len(parts)))
+
+
+def _called(module: nn.Module, args: tuple) -> None:
+    """A hook that does nothing. In evaluation an `nn.TransformerEncoderLayer` reads its layers' weights in one fused
+    operation, without what LoRA adds; it calls the layers if one of them has a hook."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from trimtab.anatomy import Anatomy
+from trimtab.anatomy.structure import plain_modules
 from trimtab.methods.base import METHODS, Method
 
 
@@ -35,20 +36,16 @@ class NormTuning(Method):
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
         for name in self.settings.towers or [t.name for t in anatomy.towers]:
             tower = anatomy.tower(name)
-            norms = [m for p, m in model.named_modules() if "Norm" in type(m).__name__ and anatomy.owner(p) == tower]
+            norms = [m for p, m in plain_modules(model) if "Norm" in type(m).__name__ and anatomy.owner(p) == tower]
             if not any(True for m in norms for _ in m.parameters(recurse=False)):
                 raise ValueError(f"norm-tuning: tower {name!r} has no norms with parameters: name others in `towers`")
             for norm in norms:
                 if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-                    _hold_statistics(norm)
+                    norm.register_forward_pre_hook(_hold_statistics)
                 norm.requires_grad_(True)
         return anatomy
 
 
-def _hold_statistics(norm: nn.Module) -> None:
+def _hold_statistics(norm: nn.Module, args: tuple) -> None:
     """Normalise by the pretrained statistics in training too: a small task's batches say less than they do."""
-
-    def hold(module: nn.Module, args: tuple) -> None:
-        module.training = False
-
-    norm.register_forward_pre_hook(hold)
+    norm.training = False

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from trimtab.anatomy import Anatomy
+from trimtab.anatomy.structure import plain_parameters
 from trimtab.methods.base import METHODS, Method
 
 
@@ -41,5 +42,6 @@ class Partial(Method):
             if k > len(blocks):
                 raise ValueError(f"partial: blocks is {k}, but tower {name!r} has {len(blocks)}")
             for block in blocks[-k:]:
-                model.get_submodule(block.path).requires_grad_(True)
+                for parameter in plain_parameters(model.get_submodule(block.path)).values():
+                    parameter.requires_grad_(True)
         return anatomy

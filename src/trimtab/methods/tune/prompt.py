@@ -5,7 +5,7 @@
 
 The prompts stand before the tokens, where causal towers see them too, and are taken off after the last block, so that
 what the tower hands on has its usual length and positions. Attention masks that a block is given are widened; prompts
-are seen by every token.
+are seen by every token. In a causal tower a prompt sees the prompts up to itself, with a mask and without one.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.anatomy import Anatomy, Block, Tap, Tower, parameter_names, rewrite
+from trimtab.anatomy import Anatomy, Block, Tap, Tower, rewrite
+from trimtab.anatomy.calls import parameter_names
 from trimtab.methods.base import METHODS, Method
-from trimtab.methods.tune.beside import holds_tokens, token_width
+from trimtab.methods.tune.beside import keep_modules, token_width
+from trimtab.methods.tune.listener import holds_tokens, refuse_replica
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class PromptSettings:
 
 
 class _Prompts(Method):
-    """Prompts as parameters `model.<method>.<tower>`, (blocks with prompts, P, D)."""
+    """Prompts as parameters `model.<method>.<tower>.values`, (blocks with prompts, P, D)."""
 
     lever = "tune"
     trains = "added"
@@ -47,68 +49,90 @@ class _Prompts(Method):
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
         device = next(model.parameters()).device
-        made = nn.ParameterDict()
-        for name in self.settings.towers or [t.name for t in anatomy.towers]:
-            tower = anatomy.tower(name)
-            width = token_width(self.name, tower)
-            if tower.closed:
-                raise ValueError(
-                    f"{self.name}: no prompts fit before the tokens of tower {name!r}: {tower.closed}; name other "
-                    "towers in `towers`"
-                )
-            blocks = len(tower.blocks) if self.deep else 1
-            values = torch.empty(blocks, self.settings.prompts, width, device=device)
-            nn.init.uniform_(values, -((6 / width) ** 0.5), (6 / width) ** 0.5)
-            made[name] = nn.Parameter(values)  # not what `uniform_` returns: nothing, where weights are not drawn
-            self._hook(model, tower, made[name])
-        model.add_module(self.name.replace("-", "_"), made)
+        names = self.settings.towers or [t.name for t in anatomy.towers]
+        made = {name: self._prompts(anatomy.tower(name), device) for name in names}
+        keep_modules(model, self.name, dict(made))
+        for name, prompts in made.items():
+            self._hook(model, anatomy.tower(name), prompts)
         return anatomy
 
-    def _hook(self, model: nn.Module, tower: Tower, prompts: nn.Parameter) -> None:
-        count = prompts.shape[1]
+    def _prompts(self, tower: Tower, device: torch.device) -> Prompts:
+        width = token_width(self.name, tower)
+        if tower.closed:
+            raise ValueError(
+                f"{self.name}: no prompts fit before the tokens of tower {tower.name!r}: {tower.closed}; name other "
+                "towers in `towers`"
+            )
+        return Prompts(len(tower.blocks) if self.deep else 1, self.settings.prompts, width, device)
+
+    def _hook(self, model: nn.Module, tower: Tower, prompts: Prompts) -> None:
         for i, block in enumerate(tower.blocks):
-            enter = _Enter(block, prompts, i, deep=self.deep)
+            enter = _Enter(self.name, block, prompts, i, tower.causal)
             model.get_submodule(block.path).register_forward_pre_hook(enter, with_kwargs=True)
-        rewrite(model, Tap(tower.blocks[-1].path), lambda out: out[:, count:])
+        rewrite(model, Tap(tower.blocks[-1].path), prompts.taken_off)
+
+
+class Prompts(nn.Module):
+    """The prompts of a tower: `values`, (1, P, D), or (N, P, D) with fresh ones for each of N blocks."""
+
+    def __init__(self, blocks: int, count: int, width: int, device: torch.device):
+        super().__init__()
+        self.values = nn.Parameter(torch.empty(blocks, count, width, device=device))
+        nn.init.uniform_(self.values, -((6 / width) ** 0.5), (6 / width) ** 0.5)
+
+    @property
+    def count(self) -> int:
+        return self.values.shape[1]
+
+    def taken_off(self, tokens: Tensor) -> Tensor:
+        """(B, P + L, D) -> (B, L, D)."""
+        return tokens[:, self.count :]
 
 
 class _Enter:
-    """Changes what a block is called with: prompts before the stream, masks as wide as it."""
+    """Changes what a block is called with: prompts before the stream, masks as wide as it.
 
-    def __init__(self, block: Block, prompts: nn.Parameter, index: int, deep: bool):
-        self.block, self.prompts, self.index, self.deep = block, prompts, index, deep
-        self.names: list[str] | None = None
+    An object and no closure, so that it is copied with the model and holds the copy's prompts.
+    """
+
+    def __init__(self, method: str, block: Block, prompts: Prompts, index: int, causal: bool):
+        self.method, self.block, self.prompts, self.index, self.causal = method, block, prompts, index, causal
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        named = self.block.stream in kwargs
-        stream = kwargs[self.block.stream] if named else args[0]
-        count = self.prompts.shape[1]
+        refuse_replica(self.method, module)
         if self.index == 0 and holds_tokens(kwargs):
             raise ValueError(
                 f"block '{self.block.path}' was called with a key-value cache that holds tokens already: prompts would "
                 "be set before each new token; generate with use_cache=False"
             )
-        if self.index == 0 or self.deep:
-            tokens = stream if self.index == 0 else stream[:, count:]
-            new = self.prompts[self.index].to(stream.dtype).expand(len(stream), -1, -1)
+        given = self.block.stream_of(module, args, kwargs)
+        stream, count = given, self.prompts.count
+        if self.index < len(self.prompts.values):
+            tokens = stream if self.index == 0 else self.prompts.taken_off(stream)
+            new = self.prompts.values[self.index].to(stream.dtype).expand(len(stream), -1, -1)
             stream = torch.cat([new, tokens], dim=1)
         length = stream.shape[1] - count
-        if self.names is None:
-            self.names = parameter_names(module)
-        names = [*self.names, *[""] * len(args)]
-        args = tuple(a if i == 0 and not named else _widened(a, count, length, names[i]) for i, a in enumerate(args))
-        kwargs = {k: v if k == self.block.stream else _widened(v, count, length, k) for k, v in kwargs.items()}
-        if named:
-            return args, {**kwargs, self.block.stream: stream}
-        return (stream, *args[1:]), kwargs
+        names = [*parameter_names(module), *[""] * len(args)]
+        args = tuple(self._widened(a, given, length, name) for a, name in zip(args, names, strict=False))
+        kwargs = {k: self._widened(v, given, length, k) for k, v in kwargs.items()}
+        return self.block.with_stream(module, args, kwargs, stream)
+
+    def _widened(self, value: Any, stream: Tensor, length: int, name: str) -> Any:
+        if type(value).__name__ == "BlockMask":
+            raise ValueError(
+                f"{self.method}: block '{self.block.path}' is given its mask as flex attention's BlockMask, which "
+                "cannot be widened for prompts: load the model with attn_implementation='sdpa'"
+            )
+        return value if value is stream else widened(value, self.prompts.count, length, name, self.causal)
 
 
-def _widened(value: Any, count: int, length: int, name: str = "") -> Any:
+def widened(value: Any, count: int, length: int, name: str = "", causal: bool = False) -> Any:
     """What a block is given of each token, with `count` more in front.
 
     That is an attention mask of (B, L), (B, 1, 1, L) or (B, 1, L, L), or one of (B, 1, L, M) for another tower's M
     tokens (its name begins with `encoder`); or the cosines and sines of rotary positions, (..., L, d) each: prompts are
-    not turned.
+    not turned. Every token sees all prompts. A prompt sees what the first token sees, and with `causal` the prompts up
+    to itself and no token, as where a causal tower is given no mask.
     """
     if isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, Tensor) for v in value):
         cos, sin = value
@@ -118,12 +142,18 @@ def _widened(value: Any, count: int, length: int, name: str = "") -> Any:
         return torch.cat([torch.ones_like(front), cos], dim=-2), torch.cat([torch.zeros_like(front), sin], dim=-2)
     if not isinstance(value, Tensor) or value.ndim not in (2, 4):
         return value
-    if value.shape[-1] == length and not name.startswith("encoder"):
-        # A key counts if it is True, or a 1 in a mask of (B, L), or nothing is added to its score in a wider one.
-        seen = value.new_zeros if value.ndim == 4 and value.is_floating_point() else value.new_ones
+    own = value.shape[-1] == length and not name.startswith("encoder")
+    added = value.ndim == 4 and value.is_floating_point()  # to scores: 0 is seen; else True or 1 is
+    if own:
+        seen = value.new_zeros if added else value.new_ones
         value = torch.cat([seen(*value.shape[:-1], count), value], dim=-1)
-    if value.ndim == 4 and value.shape[-2] == length > 1:
-        value = torch.cat([value[..., :1, :].expand(-1, -1, count, -1), value], dim=-2)  # they see what the first sees
+    if value.ndim == 4 and value.shape[-2] == length and (length > 1 or (own and causal)):
+        front = value[..., :1, :].expand(-1, -1, count, -1)
+        if own and causal:
+            later = torch.ones(count, value.shape[-1], dtype=torch.bool, device=value.device).triu(1)
+            front = front.clone()  # of the first token's row nothing is left but the prompts, which it sees
+            front[..., later] = torch.finfo(value.dtype).min if added else 0
+        value = torch.cat([front, value], dim=-2)
     return value
 
 

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from trimtab.anatomy import Anatomy, Tap, Tower
 from trimtab.methods.base import METHODS
-from trimtab.methods.tune.beside import Beside, Listener, Seen, token_width
+from trimtab.methods.tune.beside import Beside, Stand, token_width
+from trimtab.methods.tune.listener import Seen
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ class MultiTier(nn.Module):
         self.gate = nn.Parameter(torch.zeros(()))
         self.temperature = temperature
 
-    def forward(self, maps: list[Tensor]) -> Tensor:
+    def forward(self, seen: Seen) -> Tensor:
         """Inputs of all blocks, (B, L, D) each -> the last block's new input, (B, L, D)."""
-        *shallow, deep = (down(h) for down, h in zip(self.down, maps, strict=True))
+        *shallow, deep = (down(h) for down, h in zip(self.down, seen.maps, strict=True))
         z = torch.stack(shallow, dim=2)  # (B, L, N - 1, d)
         unit = z / (z.square().sum(dim=-1, keepdim=True).sqrt() + 1e-6)
         redundancy = F.relu(unit @ unit.transpose(2, 3)).sum(dim=-1, keepdim=True)  # (B, L, N - 1, 1)
@@ -74,7 +75,7 @@ class MultiTier(nn.Module):
         scores = F.relu(self.attention(z * deep[:, :, None])) / redundancy.clamp(min=1e-6)
         shares = scores / (scores.sum(dim=2, keepdim=True) + 1e-6)
         merged = (shares * z).sum(dim=2) + deep
-        return self.up(F.relu(merged)) + torch.tanh(self.gate / self.temperature) * maps[-1].to(merged.dtype)
+        return self.up(F.relu(merged)) + torch.tanh(self.gate / self.temperature) * seen.maps[-1].to(merged.dtype)
 
 
 @METHODS.register("sherl")
@@ -84,16 +85,13 @@ class SHERL(Beside):
     name = "sherl"
     Settings = SHERLSettings
 
-    def side(self, model: nn.Module, anatomy: Anatomy, tower: Tower) -> nn.Module:
+    def stand(self, model: nn.Module, anatomy: Anatomy, tower: Tower) -> Stand:
         width, count = token_width(self.name, tower), len(tower.blocks)
         if count < 2:
             raise ValueError(f"sherl: tower {tower.name!r} has {count} block; it needs one before the last")
-        return MultiTier(width, count, self.settings.reduction)
-
-    def listen(self, model: nn.Module, tower: Tower, side: nn.Module) -> Listener:
-        def compute(seen: Seen) -> Tensor:
-            return side(seen.maps)
-
-        count = len(tower.blocks)
         place = Tap(tower.blocks[-2].path)  # what it puts out is what the last block takes in
-        return Listener(self.name, tower, list(range(count)), compute, place, side.up.weight.dtype)
+        return Stand(MultiTier(width, count, self.settings.reduction), range(count), place)
+
+    def passes(self, reader: Tower, source: Tower) -> bool:
+        """The last block, through which a gradient passes, reads memories; the stream is the side network's."""
+        return source.name in (reader.memory, *(name for _, name in reader.memories))

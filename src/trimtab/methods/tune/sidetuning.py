@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Tower
 from trimtab.methods.base import METHODS
-from trimtab.methods.tune.beside import Beside, Listener, Seen, token_width
+from trimtab.methods.tune.beside import Beside, Stand, token_width
 from trimtab.methods.tune.blocks import SideBlock, visible
+from trimtab.methods.tune.listener import Seen
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,14 @@ class Blended(nn.Module):
         self.blocks = nn.ModuleList(SideBlock(d) for _ in range(blocks))
         self.alpha = nn.Parameter(torch.zeros(()))
 
-    def forward(self, tokens: Tensor, mask: Tensor | None, value: Tensor) -> Tensor:
+    def forward(self, seen: Seen) -> Tensor:
         """What enters the tower and what it hands on, (B, L, D) both -> (B, L, D)."""
-        x, seen = self.down(tokens.to(self.down.weight.dtype)), visible(tokens, mask, self.causal)
+        (tokens,) = seen.maps
+        x, keys = self.down(tokens.to(self.down.weight.dtype)), visible(tokens, seen.mask, self.causal)
         for block in self.blocks:
-            x = block(x, seen)
+            x = block(x, keys)
         share = self.alpha.sigmoid()
-        return share * value + (1 - share) * self.up(x)
+        return share * seen.value + (1 - share) * self.up(x)
 
 
 @METHODS.register("side-tuning")
@@ -63,12 +65,7 @@ class SideTuning(Beside):
     name = "side-tuning"
     Settings = SideTuningSettings
 
-    def side(self, model: nn.Module, anatomy: Anatomy, tower: Tower) -> nn.Module:
+    def stand(self, model: nn.Module, anatomy: Anatomy, tower: Tower) -> Stand:
         s = self.settings
-        return Blended(token_width(self.name, tower), s.reduction, s.blocks, tower.causal)
-
-    def listen(self, model: nn.Module, tower: Tower, side: nn.Module) -> Listener:
-        def compute(seen: Seen) -> Tensor:
-            return side(seen.maps[0], seen.mask, seen.value)
-
-        return Listener(self.name, tower, [0], compute, tower.output, side.up.weight.dtype)
+        side = Blended(token_width(self.name, tower), s.reduction, s.blocks, tower.causal)
+        return Stand(side, [0], tower.output)

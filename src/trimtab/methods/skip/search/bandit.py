@@ -157,8 +157,7 @@ def _step(theta: Tensor, orders: Sequence[Indices], found: Sequence[float], know
     advantages = (rewards - others) / spread
     parameter = theta.clone().requires_grad_(True)
     total = sum(a * log_probability_of_set(parameter, o) for a, o in zip(advantages, orders, strict=True)) / count
-    (slope,) = torch.autograd.grad(total, parameter)
-    return theta + rate * slope
+    return theta + rate * torch.autograd.grad(total, parameter)[0]
 
 
 @METHODS.register("bandit-skip")

@@ -119,6 +119,7 @@ class DAS(Skipping):
     """Searched skipping, retrained with adapters."""
 
     name = "das"
+    teaches = True
     Settings = DASSettings
     settings: DASSettings
 

@@ -56,6 +56,7 @@ class Searched(Skipping):
 
     Settings: ClassVar[type] = SearchedSettings
     settings: SearchedSettings
+    teaches = True
 
     def compare(self, losses: Losses, goal: Goal, session: Session, candidates: list[Block],
              generator: torch.Generator) -> Found:  # fmt: skip

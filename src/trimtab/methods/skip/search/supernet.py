@@ -55,8 +55,14 @@ class Supernet:
         return self.session.loss(self.with_task, batch)
 
     def costs(self, unit: Unit) -> BlockCosts:
-        """What each candidate costs, kept and skipped, in one forward pass of the session's example."""
+        """What each candidate costs, kept and skipped, in one forward pass of the session's example.
+
+        Raises:
+            ValueError: if the session has no data.
+        """
         session, one = self.session, self.session.example()
+        if one is None:
+            raise ValueError(f"{unit} are counted on a batch, and there are no data: pass `train=`, a list of batches")
         blocks = [session.plain.get_submodule(b.path) for b in self.candidates]
         return measure(unit, (session.with_task, blocks, lambda: session.with_task(**one)),
                        (self.with_task, self.switches, lambda: self.with_task(**one)))  # fmt: skip

@@ -14,11 +14,23 @@
                                       |
                                      Up  -> what the tower hands on from now on
 
-Nothing is back-propagated through the tower, so that training keeps only the side network's activations. `core` is what
-all uses share, `sides` the modules of each use, `method` attaches them to a model.
+Nothing is back-propagated through the tower, so that training keeps only the side network's activations. To read the
+computation, open `plain`; `sides` has the modules of each use, which compute the same and keep less, with the kernels
+of `core`, `down` and `pools`. `forms` says which of them a tower gets, `method` attaches them to a model.
 """
 
 from trimtab.methods.tune.unipt.method import UniPT, UniPTSettings
-from trimtab.methods.tune.unipt.sides import PUBLISHED, DecoderUniPT, PyramidUniPT, TokenUniPT, VectorUniPT
+from trimtab.methods.tune.unipt.sides import (
+    PUBLISHED,
+    Computation,
+    DecoderUniPT,
+    GridUniPT,
+    PyramidUniPT,
+    TokenUniPT,
+    VectorUniPT,
+)
 
-__all__ = ["PUBLISHED", "DecoderUniPT", "PyramidUniPT", "TokenUniPT", "UniPT", "UniPTSettings", "VectorUniPT"]
+__all__ = [
+    "PUBLISHED", "Computation", "DecoderUniPT", "GridUniPT", "PyramidUniPT", "TokenUniPT", "UniPT", "UniPTSettings",
+    "VectorUniPT",
+]  # fmt: skip

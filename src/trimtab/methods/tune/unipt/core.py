@@ -125,13 +125,14 @@ class _Slope:
 
     def __init__(self, target: Target):
         self.target, self.x = target, torch.empty_like(target.x)
+        self.scale: Any = target.weight
         self.weight, self.bias = (None if t is None else torch.zeros_like(t) for t in target[1:])
 
     def put(self, samples: slice, index: Tensor | None, d_z: Tensor) -> None:
-        if self.weight is not None:
+        if self.weight is not None and self.bias is not None:
             self.bias += d_z.sum(dim=(0, 1))
             self.weight += (d_z * _take(self.target.x[samples], index)).sum(dim=(0, 1))
-            d_z = d_z.mul_(self.target.weight)
+            d_z = d_z.mul_(self.scale)
         if index is None:
             self.x[samples] = d_z
         else:

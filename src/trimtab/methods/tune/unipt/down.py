@@ -32,7 +32,7 @@ class Target(NamedTuple):
 
     def tokens(self) -> Tensor:
         """z, (B, L, d)."""
-        return self.x if self.weight is None else torch.addcmul(self.bias, self.x, self.weight)
+        return self.x if self.weight is None or self.bias is None else torch.addcmul(self.bias, self.x, self.weight)
 
     def first(self) -> Tensor:
         """z of the first token, (B, 1, d)."""
@@ -41,7 +41,7 @@ class Target(NamedTuple):
     def pooled(self, mask: Tensor | None, causal: bool) -> Tensor:
         """The mean of z over valid tokens, (B, 1, d); with `causal` over those up to each token, (B, L, d)."""
         mean, count = pooled(self.x, mask, causal)
-        if self.weight is None:
+        if self.weight is None or self.bias is None:
             return mean
         # A sample without valid tokens has the mean 0, not the bias.
         return mean * self.weight + (self.bias if count is None else self.bias * count.clamp(max=1))
@@ -116,7 +116,7 @@ def _layer_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
     return d_x.mul_(rstd)
 
 
-def down(sequence: nn.Sequential, maps: Tensor, kept: torch.dtype | None = None,
+def down(sequence: Any, maps: Tensor, kept: torch.dtype | None = None,
          where: Tensor | None = None) -> Target:  # fmt: skip
     """A linear map and its LayerNorm, (..., D) -> (..., d).
 
@@ -153,7 +153,7 @@ class _DownTwice(torch.autograd.Function):
         return d_merged, d_hidden.T @ rows, d_hidden.sum(dim=0), d_y.T @ hidden, d_y.sum(dim=0), None
 
 
-def project(sequence: nn.Sequential, merged: Tensor) -> Target:
+def project(sequence: Any, merged: Tensor) -> Target:
     """One linear map and its norm, or two with a ReLU between and a norm: (..., d) -> (..., d)."""
     if len(sequence) == 2:
         return down(sequence, merged)
@@ -162,7 +162,7 @@ def project(sequence: nn.Sequential, merged: Tensor) -> Target:
     return Target(x, norm.weight, norm.bias)
 
 
-def normalise(y: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def normalise(y: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
     """(y - mean) * rstd a channel, (B, L, d), and rstd, (d,), as BatchNorm has them; its running statistics go on."""
     if norm.training:
         norm.num_batches_tracked += 1
@@ -171,7 +171,7 @@ def normalise(y: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     x, _, rstd = torch.native_batch_norm(
         rows, None, None, norm.running_mean, norm.running_var, norm.training, share, norm.eps
     )
-    return x.view_as(y), rstd if norm.training else (norm.running_var + norm.eps).rsqrt()
+    return x.view_as(y), rstd if norm.training else torch.rsqrt(norm.running_var + norm.eps)
 
 
 def batch_slope(grad: Tensor, x: Tensor, rstd: Tensor, training: bool) -> Tensor:
@@ -205,7 +205,7 @@ class _DownBatch(torch.autograd.Function):
         return d_maps, d_y.T @ maps.flatten(0, -2).to(weight.dtype), d_y.sum(dim=0), None, None
 
 
-def down_grid(sequence: nn.Sequential, tokens: Tensor, kept: torch.dtype | None = None) -> Target:
+def down_grid(sequence: Any, tokens: Tensor, kept: torch.dtype | None = None) -> Target:
     """A 1x1 convolution and its BatchNorm on a grid's cells as tokens, (B, L, C) -> (B, L, d).
 
     The same products as of a convolution over (B, C, n, m), which torch computes at half the speed on one CPU thread.

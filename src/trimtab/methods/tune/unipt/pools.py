@@ -107,7 +107,7 @@ class _GuidedDown(torch.autograd.Function):
         return d_guide, None, None, None, d_y.T @ pooled.flatten(0, 1), d_y.sum(dim=0), None, None
 
 
-def guided_down(sequence: nn.Sequential, guide: Tensor, grid: Tensor, columns: int, eps: float,
+def guided_down(sequence: Any, guide: Tensor, grid: Tensor, columns: int, eps: float,
                 kept: torch.dtype | None = None) -> Target:  # fmt: skip
     """A frozen grid shrunk to its guide's size, then `down_grid`; see `_GuidedDown`. The grid gets no gradient.
 

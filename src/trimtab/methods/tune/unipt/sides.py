@@ -6,33 +6,75 @@
 | `DecoderUniPT` | the same, and another side's tokens | tokens, or all levels | MDETR's decoder |
 | `VectorUniPT` | hidden maps and the tower's vector (B, E) | a vector (B, E) | CLIP4Clip's texts and frames |
 | `PyramidUniPT` | grids (B, C_l, r_l n, r_l n) | tokens (B, n n, out) | VSE's images |
+| `GridUniPT` | the same | the last grid (B, out, n, n) | none |
 
-Weights start as torch's own defaults, as those of VSE and CLIP4Clip do in the published code; `initialise` draws them
-as those of MDETR and CLIP-ViL start.
+Each is called with what its tower showed, `side(seen)`; `layers` says among how many maps its confidences choose.
+`plain.py` has the same computations as they are published. Weights start as torch's own defaults, as those of VSE and
+CLIP4Clip do in the published code; `initialise` draws them as those of MDETR and CLIP-ViL start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trimtab.methods.tune.listener import Seen
 from trimtab.methods.tune.unipt.core import Keep, attend, confidences, merge
 from trimtab.methods.tune.unipt.down import Target, down, down_grid, pooled, project, some, spread
 from trimtab.methods.tune.unipt.pools import guided_down, read_vector
 
 Final = Literal["linear", "relu", "relu-norm", "none"]
 
-PUBLISHED: dict[str, dict] = {
-    "vse-text": {"projection": "single", "final": "relu", "eps": 1e-8},
-    "clip-vil": {"projection": "double", "final": "linear", "eps": 1e-6},
-    "mdetr-encoder": {"projection": "double", "final": "none", "eps": 1e-7},
-    "mdetr-decoder": {"projection": "double", "final": "relu-norm", "eps": 1e-7},
+
+@dataclass(frozen=True)
+class Computation:
+    """How a side network computes.
+
+    Attributes:
+        projection: of the merged tokens: `double` is Linear(d, D), ReLU, Linear(D, d), LN (CLIP-ViL, MDETR), `single`
+            Linear(d, d), LN (VSE; CLIP-ViL's published parameter count fits this one).
+        final: of the sum: `linear` (CLIP-ViL), `relu` then linear (VSE), `relu-norm` with a LayerNorm after it (MDETR's
+            decoder), or `none`: d-wide tokens for a decoder's side network (MDETR's encoder).
+        eps: added to the row sums of attention.
+        causal: a token sees only those up to itself, in attention and in confidences (ours: no published use has it).
+        keep: keep the attention scores for the backward pass: faster, L numbers more a token and layer; see `attend`.
+        kept: precision in which hidden maps are kept for the backward pass, None for their own. Results are the same;
+            gradients of the down-projections' weights see the rounding.
+        skip: leave padding out of all products: what is handed on of it is 0. Otherwise it is what the published code
+            makes of it, which nothing may read.
+        first: hand on the first token alone, (B, 1, out), for heads that read no other: the same numbers without the
+            other tokens' attention and projections. Not with `causal`, where the first token sees only itself.
+
+    Raises:
+        ValueError: for `first` with `causal`.
+    """
+
+    projection: Literal["double", "single"] = "double"
+    final: Final = "linear"
+    eps: float = 1e-6
+    causal: bool = False
+    keep: Keep = "auto"
+    kept: torch.dtype | None = None
+    skip: bool = True
+    first: bool = False
+
+    def __post_init__(self) -> None:
+        if self.first and self.causal:
+            raise ValueError("unipt: `tokens: first` of a causal tower, whose first token sees itself alone: use `all`")
+
+
+PUBLISHED: dict[str, Computation] = {
+    "vse-text": Computation("single", "relu", 1e-8),
+    "vse-image": Computation(eps=1e-8),
+    "clip-vil": Computation("double", "linear", 1e-6),
+    "mdetr-encoder": Computation("double", "none", 1e-7),
+    "mdetr-decoder": Computation("double", "relu-norm", 1e-7),
 }
-"""Settings of `TokenUniPT` and `DecoderUniPT` in each published use."""
+"""How each published use computes."""
 
 
 @torch.no_grad()
@@ -57,66 +99,47 @@ class TokenUniPT(nn.Module):
         width: D of the hidden maps.
         layers: how many maps are attended to (N); one more is the anchor.
         reduction: width of the side network is d = out / reduction.
+        how: it computes.
         out: width of what it hands on; None for D.
-        projection: of the merged tokens: `double` is Linear(d, D), ReLU, Linear(D, d), LN (CLIP-ViL, MDETR), `single`
-            Linear(d, d), LN (VSE; CLIP-ViL's published parameter count fits this one).
-        final: of the sum: `linear` (CLIP-ViL), `relu` then linear (VSE), `relu-norm` with a LayerNorm after it (MDETR's
-            decoder), or `none`: d-wide tokens for a decoder's side network (MDETR's encoder).
-        eps: added to the row sums of attention.
-        causal: a token sees only those up to itself, in attention and in confidences (ours: no published use has it).
-        keep: keep the attention scores for the backward pass: faster, L numbers more a token and layer; see `attend`.
-        kept: precision in which hidden maps are kept for the backward pass, None for their own. Results are the same;
-            gradients of the down-projections' weights see the rounding.
-        skip: leave padding out of all products: what is handed on of it is 0. Otherwise it is what the published code
-            makes of it, which nothing may read.
-        first: hand on the first token alone, (B, 1, out), for heads that read no other: the same numbers without the
-            other tokens' attention and projections. Not with `causal`, where the first token sees only itself.
-
-    Raises:
-        ValueError: for `first` with `causal`.
     """
 
-    def __init__(self, width: int, layers: int, reduction: int, out: int | None = None,
-                 projection: Literal["double", "single"] = "double", final: Final = "linear", eps: float = 1e-6,
-                 causal: bool = False, keep: Keep = "auto", kept: torch.dtype | None = None, skip: bool = True,
-                 first: bool = False):  # fmt: skip
+    def __init__(self, width: int, layers: int, reduction: int, how: Computation | None = None, out: int | None = None):
         super().__init__()
-        if first and causal:
-            raise ValueError("unipt: `tokens: first` of a causal tower, whose first token sees itself alone: use `all`")
         out = width if out is None else out
+        how = self.how = how or Computation()
         d = self.width = out // reduction
-        self.eps, self.causal, self.keep, self.kept, self.skip, self.first = eps, causal, keep, kept, skip, first
-        self.out = d if final == "none" else out
-        self.down = nn.ModuleList(nn.Sequential(nn.Linear(width, d), nn.LayerNorm(d)) for _ in range(layers + 1))
+        self.layers, self.out = layers, d if how.final == "none" else out
+        self.down: Any = nn.ModuleList(nn.Sequential(nn.Linear(width, d), nn.LayerNorm(d)) for _ in range(layers + 1))
         self.gate = nn.Linear(d, 1)
         self.project = (
             nn.Sequential(nn.Linear(d, width), nn.ReLU(), nn.Linear(width, d), nn.LayerNorm(d))
-            if projection == "double"
+            if how.projection == "double"
             else nn.Sequential(nn.Linear(d, d), nn.LayerNorm(d))
         )
         self.up: nn.Module = nn.Linear(d, out)
-        if final.startswith("relu"):
-            norm = [nn.LayerNorm(out)] if final == "relu-norm" else []
+        if how.final.startswith("relu"):
+            norm = [nn.LayerNorm(out)] if how.final == "relu-norm" else []
             self.up = nn.Sequential(nn.ReLU(), self.up, *norm)
-        elif final == "none":
+        elif how.final == "none":
             self.up = nn.Identity()
 
-    def forward(self, maps: Iterable[Tensor], mask: Tensor | None) -> Tensor:
+    def forward(self, seen: Seen) -> Tensor:
         """Hidden maps (B, L, D), from the first to the last, and valid tokens (B, L) or None -> (B, L or 1, out)."""
-        where = some(mask.flatten()) if mask is not None and self.skip else None
-        targets = [down(layer, h, self.kept, where) for layer, h in zip(self.down, maps, strict=True)]
+        how, mask = self.how, seen.mask
+        where = some(mask.flatten()) if mask is not None and how.skip else None
+        targets = [down(layer, h, how.kept, where) for layer, h in zip(self.down, seen.take(), strict=True)]
         anchor = targets.pop()
-        merged = merge(anchor, targets, mask, self.gate, self.eps, self.causal, self.keep, self.skip, self.first)
-        if self.first:
+        merged = merge(anchor, targets, mask, self.gate, how.eps, how.causal, how.keep, how.skip, how.first)
+        if how.first:
             out = self.up(anchor.first() + project(self.project, merged).tokens())
-            return out if mask is None or not self.skip else out * mask[:, :1, None].to(out.dtype)
+            return out if mask is None or not how.skip else out * mask[:, :1, None].to(out.dtype)
         tokens = anchor.tokens()
         if where is not None:
             tokens, merged = (x.flatten(0, 1).index_select(0, where) for x in (tokens, merged))
         out = self.up(tokens + project(self.project, merged).tokens())
-        if where is not None:
+        if where is not None and mask is not None:
             return spread(out, where, mask.shape)
-        return out if mask is None or not self.skip else out * mask[..., None].to(out.dtype)
+        return out if mask is None or not how.skip else out * mask[..., None].to(out.dtype)
 
 
 class DecoderUniPT(TokenUniPT):
@@ -126,26 +149,33 @@ class DecoderUniPT(TokenUniPT):
     `models/transformer.py`).
 
     Args:
-        levels: hand on every z_l beside the result, for auxiliary losses.
-        settings: of `TokenUniPT`; `skip` is of the memory's padding. The memory must be d wide.
+        as of `TokenUniPT`; `skip` is of the memory's padding. The memory must be d wide.
+        levels: the tower hands on all its levels at once, behind a norm, (N + 1, B, L, out): so does this, every z_l
+            beside the result, for auxiliary losses. The anchor is then the last level behind the norm; the other maps
+            have none.
     """
 
-    def __init__(self, *args, levels: bool = False, **settings):
-        super().__init__(*args, **settings)
+    def __init__(self, width: int, layers: int, reduction: int, how: Computation | None = None, out: int | None = None,
+                 levels: bool = False):  # fmt: skip
+        super().__init__(width, layers, reduction, how, out)
         d, self.levels = self.width, levels
-        self.cross = nn.ModuleList(nn.Sequential(nn.Linear(d, d), nn.LayerNorm(d)) for _ in range(len(self.down) - 1))
+        self.cross: Any = nn.ModuleList(
+            nn.Sequential(nn.Linear(d, d), nn.LayerNorm(d)) for _ in range(len(self.down) - 1)
+        )
 
-    def forward(self, maps: Iterable[Tensor], mask: Tensor | None, memory: Tensor | None = None,
-                memory_mask: Tensor | None = None) -> Tensor:  # fmt: skip
+    def forward(self, seen: Seen) -> Tensor:
         """Maps (B, L, D), memory (B, M, d), their masks -> (B, L, out), with `levels` (N + 1, B, L, out)."""
+        how, memory, mask = self.how, seen.memory, seen.mask
         assert memory is not None
-        targets = [down(layer, h, self.kept) for layer, h in zip(self.down, maps, strict=True)]
+        if self.levels:
+            seen.maps[-1] = seen.value[-1].clone()  # a part of the stack would keep all of it for the backward pass
+        targets = [down(layer, h, how.kept) for layer, h in zip(self.down, seen.take(), strict=True)]
         anchor = targets.pop()
         crossed = []
         for target, cross in zip(targets, self.cross, strict=True):
-            read = attend(target, [Target(memory)], memory_mask, self.eps, keep=self.keep, skip=self.skip)
+            read = attend(target, [Target(memory)], seen.memory_mask, how.eps, keep=how.keep, skip=how.skip)
             crossed.append(target.tokens() + down(cross, read).tokens())
-        merged = merge(anchor, [Target(z) for z in crossed], mask, self.gate, self.eps, self.causal, self.keep)
+        merged = merge(anchor, [Target(z) for z in crossed], mask, self.gate, how.eps, how.causal, how.keep)
         final = anchor.tokens() + project(self.project, merged).tokens()
         return self.up(torch.stack([*crossed, final]) if self.levels else final)
 
@@ -158,28 +188,24 @@ class VectorUniPT(nn.Module):
     Since z_l is linear, it is never made: a . z_l = (W^T a) . relu(h_l) + a . b, and sums over tokens commute with W.
     """
 
-    def __init__(self, width: int, layers: int, out: int, reduction: int, eps: float = 1e-6,
-                 kept: torch.dtype | None = None):  # fmt: skip
+    def __init__(self, width: int, layers: int, out: int, reduction: int, how: Computation | None = None):
         super().__init__()
-        d, self.eps, self.kept = out // reduction, eps, kept
-        self.down = nn.ModuleList(nn.Linear(width, d) for _ in range(layers + 1))
+        d, self.how, self.layers = out // reduction, how or Computation(), layers + 1  # the last map is attended to too
+        self.down: Any = nn.ModuleList(nn.Linear(width, d) for _ in range(layers + 1))
         self.anchor = nn.Linear(out, d)
         self.gate = nn.Linear(d, 1)
         self.up = nn.Linear(d, out)
 
-    def forward(self, maps: Iterable[Tensor], mask: Tensor | None, vector: Tensor, position: Tensor | None) -> Tensor:
-        """Hidden maps (B, L, D), the tower's vector (B, E), the token that it was read from (B,) or None for the first.
-
-        Returns:
-            The new vector, (B, E).
-        """
+    def forward(self, seen: Seen) -> Tensor:
+        """Hidden maps (B, L, D), the tower's vector as `value`, the `position` of its token -> a new vector, (B, E)."""
+        vector, mask, position = seen.value, seen.mask, seen.position
         anchor = self.anchor(F.relu(vector))  # (B, d)
         rows = torch.arange(len(vector), device=vector.device)
         at = torch.zeros_like(rows) if position is None else position
         merged, means = [], []
-        for linear, h in zip(self.down, maps, strict=True):
+        for linear, h in zip(self.down, seen.take(), strict=True):
             key, offset = anchor @ linear.weight, anchor @ linear.bias  # (B, D), (B,)
-            attended, share = read_vector(h, key, offset, mask, self.eps, self.kept)
+            attended, share = read_vector(h, key, offset, mask, self.how.eps, self.how.kept)
             with torch.no_grad():  # of the frozen maps alone
                 own, (mean, count) = F.relu(h[rows, at]), pooled(F.relu(h.to(linear.weight.dtype)), mask)
             # Rows of the attended sum, of the own token and of the mean; each gets as much bias as it has weight.
@@ -205,28 +231,26 @@ class PyramidUniPT(nn.Module):
         channels: of the grids, the last one's last.
         out: width of the tokens that it hands on.
         reduction: width of the side network is d = out / reduction.
-        eps: added to the sums of attention and of pooling.
-        keep, kept: as in `TokenUniPT`.
+        how: it computes: `eps`, also added to the sums of pooling, `keep` and `kept`.
     """
 
-    def __init__(self, channels: list[int], out: int, reduction: int, eps: float = 1e-8,
-                 keep: Keep = "auto", kept: torch.dtype | None = None):  # fmt: skip
+    def __init__(self, channels: list[int], out: int, reduction: int, how: Computation = PUBLISHED["vse-image"]):
         super().__init__()
-        d, self.eps, self.keep, self.kept, self.out = out // reduction, eps, keep, kept, out
-        self.down = nn.ModuleList(nn.Sequential(nn.Conv2d(c, d, 1), nn.BatchNorm2d(d)) for c in channels)
-        self.guide = nn.ModuleList(nn.Conv2d(channels[-1], c, 1) for c in channels[:-1])
+        d, self.how, self.out, self.layers = out // reduction, how, out, len(channels) - 1
+        self.down: Any = nn.ModuleList(nn.Sequential(nn.Conv2d(c, d, 1), nn.BatchNorm2d(d)) for c in channels)
+        self.guide: Any = nn.ModuleList(nn.Conv2d(channels[-1], c, 1) for c in channels[:-1])
         self.gate = nn.Linear(d, 1)
         self.project = nn.Sequential(nn.Conv2d(d, d, 1), nn.BatchNorm2d(d))
         self.up = nn.Conv2d(d, out, 1)
 
-    def forward(self, grids: Iterable[Tensor]) -> Tensor:
+    def forward(self, seen: Seen) -> Tensor:
         """Grids (B, C_l, r_l n, r_l n), from the largest to the last, (B, C, n, n) -> tokens (B, n n, out), row by row.
 
         Raises:
             ValueError: if a grid's sides are no multiples of the last one's.
         """
-        grids = list(grids)
-        kept, grids = self.kept or grids[-1].dtype, [grid.to(self.gate.weight.dtype) for grid in grids]
+        how, grids = self.how, list(seen.take())
+        kept, grids = how.kept or grids[-1].dtype, [grid.to(self.gate.weight.dtype) for grid in grids]
         last = grids[-1]
         n, m = last.shape[-2:]
         cells = last.flatten(2).transpose(1, 2).contiguous()  # (B, n m, C): 1x1 convolutions are products with these
@@ -238,8 +262,27 @@ class PyramidUniPT(nn.Module):
                     f"unipt: grid {i} and the last are {sides}: expected whole multiples in both directions"
                 )
             guide = F.linear(cells, self.guide[i].weight.flatten(1), self.guide[i].bias)
-            targets.append(guided_down(self.down[i], guide, grid, m, self.eps, kept))
+            targets.append(guided_down(self.down[i], guide, grid, m, how.eps, kept))
         anchor = down_grid(self.down[-1], cells, kept)
-        merged = merge(anchor, targets, None, self.gate, self.eps, keep=self.keep)
+        merged = merge(anchor, targets, None, self.gate, how.eps, keep=how.keep)
         grown = anchor.tokens() + down_grid(self.project, merged).tokens()
         return F.linear(F.relu(grown), self.up.weight.flatten(1), self.up.bias)
+
+
+class GridUniPT(PyramidUniPT):
+    """The same for a tower that hands on its last grid: the tokens as a grid (B, out, n, n)."""
+
+    def forward(self, seen: Seen) -> Tensor:
+        """As `PyramidUniPT`, `value` being what the tower hands on.
+
+        Raises:
+            ValueError: also if that is no grid of the same shape.
+        """
+        tokens, value = super().forward(seen), seen.value
+        new = tokens.transpose(1, 2)  # (B, out, n n)
+        if value.ndim != 4 or new.shape[1:] != value.flatten(2).shape[1:]:
+            raise ValueError(
+                f"unipt: the tower hands on {tuple(value.shape)}, its side network makes {tuple(new.shape)}: describe "
+                "the tower up to its last grid"
+            )
+        return new.reshape(value.shape)

@@ -1,0 +1,243 @@
+"""The parts of a description: towers of blocks, and the values in a forward pass that methods read and write.
+
+Everything is named by dotted module paths relative to the plain model. Fields that hold such paths are marked, so that
+one walk over a description changes them all (`with_paths`); `every_tap` goes over the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+
+from trimtab.anatomy.calls import arguments, passed, replaced, stream_name
+from trimtab.anatomy.structure import AnatomyError, plain_module
+
+Modality = Literal["vision", "text", "fusion"]
+T = TypeVar("T")
+
+PATH = {"path": True}  # of a field that holds a path, or a tuple of paths
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One value at the call of a module.
+
+    Attributes:
+        path: dotted path of the module; the empty path is the model itself.
+        side: whether the value goes into the module or comes out of it.
+        key: which one: position or keyword of an input, position or field of an output that is a tuple or a
+            `ModelOutput`. An output that is one tensor ignores it.
+        flat: whether its axes after the first are read as one: a mask (B, H, W) of patches is one of tokens (B, H W).
+    """
+
+    path: str = field(metadata=PATH)
+    side: Literal["input", "output"] = "output"
+    key: int | str = 0
+    flat: bool = False
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A part of a block with its own residual connection, where a parallel adapter can be set.
+
+    Attributes:
+        kind: `attention`, `cross-attention` or `mlp`.
+        read: the un-normalised stream that enters the part, (B, L, D).
+        write: a value that is summed into the stream after the part, (B, L, D); an adapter's output is added to it.
+        stream: which of the streams that the block carries on: 0, or i for the i-th of the block's `also`.
+    """
+
+    kind: Literal["attention", "cross-attention", "mlp"]
+    read: Tap
+    write: Tap
+    stream: int = 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """One of a tower's repeated layers.
+
+    It carries a stream on: `stream_of` finds it among its arguments, and what it returns has the stream as its first or
+    only element. A block that reads a second stream (METER's fusion layers, a decoder's memory) gets it as a further
+    argument, which skipping simply ignores.
+
+    Attributes:
+        path: dotted module path.
+        width: channels of its output, the last axis for tokens, the second for a grid.
+        sublayers: where parallel adapters go, in the order of computation.
+        keeps_shape: whether input and output have the same shape, and nothing but the stream (and what `also` names) is
+            handed on; only then can it be skipped.
+        stream: name of the parameter of its forward that takes the stream; a forward without a parameter of that name
+            takes it as its first.
+        returns_tuple: whether it returns the stream as the first element of a tuple, not by itself.
+        also: names of further arguments that it returns after the stream, changed or not: a second stream (LXMERT), a
+            position bias (T5). In place of a skipped block they are handed on; what it is not called with (attention
+            weights) is None there.
+        stays: why it cannot be taken out of the model for good, though it can be skipped: the model around it counts
+            its blocks, say. Empty if it can.
+    """
+
+    path: str = field(metadata=PATH)
+    width: int
+    sublayers: tuple[Sublayer, ...] = ()
+    keeps_shape: bool = True
+    stream: str = "hidden_states"
+    returns_tuple: bool = False
+    also: tuple[str, ...] = ()
+    stays: str = ""
+
+    def stream_of(self, module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+        """The stream among the arguments of a call, (B, L, D) or (B, C, H, W), however it was passed.
+
+        Args:
+            module: the block itself, or what stands in its place; its signature decides.
+            args: what it is called with by position, as a forward hook gets it.
+            kwargs: and by keyword.
+
+        Raises:
+            AnatomyError: if the stream was not passed, or is no tensor.
+        """
+        name = stream_name(self.path, self.stream, module, args, kwargs)
+        value = args[0] if name is None else arguments(module, args, kwargs)[name]
+        if not isinstance(value, Tensor):
+            raise AnatomyError(
+                f"block '{self.path}' ({type(module).__name__}): expected a tensor as its stream, argument {name!r}, "
+                f"found {passed(args, kwargs)}; name the argument that carries the stream in `Block.stream`"
+            )
+        return value
+
+    def with_stream(self, module: nn.Module, args: tuple, kwargs: dict, new: Tensor) -> tuple[tuple, dict]:
+        """The arguments of a call with `new` as the stream, passed as it was before; see `stream_of`."""
+        name = stream_name(self.path, self.stream, module, args, kwargs)
+        return ((new, *args[1:]), kwargs) if name is None else replaced(module, args, kwargs, name, new)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A stack of blocks through which one stream flows.
+
+    Attributes:
+        name: unique within the anatomy.
+        modality: whose share of a pruning budget it counts to.
+        blocks: in the order of computation.
+        scope: path prefixes of everything that belongs to it (blocks, embeddings, norms).
+        output: where the stream is handed on after the last block and its norm, (B, L, D) or (B, C, H, W).
+        layout: `tokens` for (B, L, D), `grid` for (B, C, H, W).
+        mask: where the mask of valid tokens is seen, (B, L) with non-zero = valid; None if all are valid.
+        mask_required: whether a batch without that mask is an error; otherwise all its tokens are valid.
+        mask_source: the argument that the mask is made from, if the model makes up a mask of ones without it.
+        pooled: where the tower's one-vector summary is handed on, (B, E), if it makes one.
+        projected: where a linear map of every token into another width is handed on, (B, L, E), for models that pool
+            only behind it (VSE-infinity): a `Linear`.
+        levels: where what every block put out is handed on at once, with a norm on each, (blocks, B, L, D), for models
+            with losses on every level (DETR's decoders).
+        pooled_token: which token the summary is read from: the `first`, or the `last` valid one (an end-of-text token).
+        samples: where a value with one row a sample goes in, for a stream that does not begin with the samples: (L, B,
+            D), or (L, D) with the tokens of all images one after another. None for (B, L, D) and (B, C, H, W).
+        memory: name of the tower whose output the blocks also read (decoders, paired fusion towers).
+        memories: outputs of further towers that the blocks read beside it: (the keyword that brings it, name of the
+            tower).
+        reads: names of further towers whose results go into its stream (fused streams, image tokens among words).
+        causal: whether a token sees only those before it (then a key-value cache may be in use).
+        closed: why no tokens can be set before its own and taken off after the last block, such as that each has a
+            place on which the model counts. Empty if they can.
+    """
+
+    name: str
+    modality: Modality
+    blocks: tuple[Block, ...]
+    scope: tuple[str, ...] = field(metadata=PATH)
+    output: Tap
+    layout: Literal["tokens", "grid"] = "tokens"
+    mask: Tap | None = None
+    mask_required: bool = True
+    mask_source: Tap | None = None
+    samples: Tap | None = None
+    pooled: Tap | None = None
+    projected: Tap | None = None
+    levels: Tap | None = None
+    pooled_token: Literal["first", "last"] = "first"
+    memory: str | None = None
+    memories: tuple[tuple[str, str], ...] = ()
+    reads: tuple[str, ...] = ()
+    causal: bool = False
+    closed: str = ""
+
+    @property
+    def sources(self) -> set[str]:
+        """Names of the towers whose results it is given, in its stream or beside it."""
+        return {n for n in (self.memory, *self.reads, *(name for _, name in self.memories)) if n is not None}
+
+
+class Weight(NamedTuple):
+    """A prunable matrix (out, in): plain path of the module that holds it, the parameter's name in it, its modality.
+
+    Its parameter has the shape (out, in), or (in, out) when `transposed` (transformers' `Conv1D`), or that of a
+    convolution, (out, *kernel) with the kernel (in / groups, kh, kw): its matrix is (out, in * kh * kw / groups).
+    """
+
+    module: str
+    parameter: str
+    modality: Modality
+    transposed: bool = False
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def path(self) -> str:
+        return f"{self.module}.{self.parameter}"
+
+    def of(self, model: nn.Module) -> nn.Parameter:
+        """The parameter itself, behind whatever wraps its layer; AttributeError if the model has no such layer."""
+        return getattr(plain_module(model, self.module), self.parameter)
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        """A tensor of the parameter's shape as (out, in); a view where that needs no copy."""
+        return stored.t() if self.transposed else stored.flatten(1)
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """The inverse of `matrix`."""
+        if self.kernel:
+            return matrix.unflatten(1, self.kernel)
+        return matrix.t().contiguous() if self.transposed else matrix
+
+
+# --- walks over a description -----------------------------------------------------------------------------------------
+
+
+def every_tap(part: Any, of: str = "") -> Iterator[tuple[Tap, str]]:
+    """Every tap in a description, or part of one, and which field holds it: "`output` of tower 'text'", say."""
+    own = _label(part, of)
+    for f in fields(part):
+        value = getattr(part, f.name)
+        if isinstance(value, Tap):
+            yield value, f"`{f.name}` of {own}"
+        for item in value if isinstance(value, tuple) else ():
+            if is_dataclass(item):
+                yield from every_tap(item, own)
+
+
+def with_paths(part: T, change: Callable[[str], str]) -> T:
+    """The same description, or part of one, with every path in it changed."""
+    if isinstance(part, tuple):
+        return type(part)(with_paths(item, change) for item in part)
+    if not is_dataclass(part):
+        return part
+    new = {}
+    for f in fields(part):
+        value = getattr(part, f.name)
+        if "path" not in f.metadata:
+            new[f.name] = with_paths(value, change)
+        else:
+            new[f.name] = change(value) if isinstance(value, str) else tuple(map(change, value))
+    return replace(part, **new)  # type: ignore[type-var]
+
+
+def _label(part: Any, of: str) -> str:
+    if isinstance(part, Tower):
+        return f"tower {part.name!r}"
+    if isinstance(part, Block):
+        return f"block '{part.path}'"
+    return f"{part.kind} in {of}" if isinstance(part, Sublayer) else ""

@@ -1,0 +1,188 @@
+"""A recipe's parts, built and put together: model with task, data source, methods on the handle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import set_seed
+
+from trimtab import backbones
+from trimtab.anatomy import Anatomy
+from trimtab.data.images import readable
+from trimtab.data.sources import SOURCES
+from trimtab.experiments.policy import Resolved, Rule, apply
+from trimtab.experiments.recipe import build
+from trimtab.experiments.schema import Recipe, RecipeError
+from trimtab.methods import METHODS, Method, Session
+from trimtab.methods.adapted import Adapted, adapt
+from trimtab.methods.costs import without_gradient
+from trimtab.methods.stack import refusal
+from trimtab.registry import unknown
+from trimtab.tasks import TASKS, Task, TaskModel
+
+
+@dataclass
+class Assembly:
+    """A recipe's parts.
+
+    Attributes:
+        model: the model with its task.
+        source: of the data.
+        task: what is asked.
+        methods: in order, as the recipe names them; attached once `fit` holds them.
+        trains: whether the recipe trains anything at all.
+        policy: rules for what is trained.
+        resolved: what the rules came to.
+        fit: the handle on the plain model.
+    """
+
+    model: TaskModel
+    source: Any
+    task: Task
+    methods: list[Method]
+    trains: bool = True
+    policy: tuple[Rule, ...] = ()
+    resolved: Resolved | None = None
+    fit: Adapted = field(init=False)
+
+    def __post_init__(self) -> None:
+        backbone = self.model.backbone
+        self.fit = adapt(backbone.model, anatomy=backbone.anatomy, with_task=self.model)
+
+    @property
+    def plain(self) -> nn.Module:
+        """The plain model that methods change."""
+        return self.model.backbone.model
+
+    def attach(self, restored: bool = True) -> Anatomy:
+        """Freeze the backbone, then attach the methods, which have found what they need (or assume it); returns the
+        anatomy that remains."""
+        self.model.backbone.requires_grad_(False)
+        for method in self.methods:
+            self.fit.attach(method, restored)
+        self.settle()
+        return self.fit.anatomy
+
+    def pull(self, session: Session) -> None:
+        """As `attach`, but let each method find what it needs in a session's data."""
+        self.model.backbone.requires_grad_(False)
+        for method in self.methods:
+            self.fit.pull(method, session)
+        self.settle()
+
+    def settle(self) -> None:
+        """Let the policy decide what is trained, when all methods are attached; freeze what no loss reaches.
+
+        A recipe of 0 steps trains nothing, its head neither: nothing of it is counted or stored as learned.
+        """
+        if self.policy:
+            try:
+                self.resolved = apply(self.policy, self.model, self.model.backbone.anatomy, "backbone.model")
+            except ValueError as error:
+                raise RecipeError(str(error)) from error
+        if not self.trains:
+            self.model.requires_grad_(False)
+            return
+        was, batch = self.model.training, self.model.example(4)
+        place = next(self.model.parameters()).device
+        self.model.train()
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            loss = self.model(**{k: v.to(place) for k, v in batch.items()})["loss"]
+        own = dict(self.model.named_parameters())
+        for name in without_gradient(self.model, loss):
+            own[name].requires_grad_(False)
+        self.model.train(was)
+
+
+def assemble(recipe: Recipe) -> Assembly:
+    """Build what a recipe names, seeded by it.
+
+    Raises:
+        RecipeError: if a name or setting is wrong, or parts do not fit each other.
+    """
+    set_seed(recipe.seed)
+    where = f"recipe {recipe.name}"
+    try:
+        source = _named(SOURCES, recipe.data, f"{where}: data")
+        task = _task(recipe.task, source, f"{where}: task")
+        methods = [_method(entry, f"{where}: methods.{i}") for i, entry in enumerate(recipe.methods)]
+        spec = recipe.backbone
+        backbone = backbones.load(spec.name, spec.pretrained, spec.tokenizer, **spec.settings)
+        _check_reading(task, methods, backbone, where)
+        for i, method in enumerate(methods):
+            if why := refusal(methods[:i], method, backbone.anatomy):
+                raise RecipeError(f"{where}: methods.{i}: {why}")
+    except (ValueError, FileNotFoundError) as error:
+        raise error if isinstance(error, RecipeError) else RecipeError(f"{where}: {error}") from error
+    if spec.attention:
+        backbone.set_attention(spec.attention)
+    if spec.max_text is not None:
+        backbone.limit_text(spec.max_text)
+    if spec.start_from:
+        backbone.start_from(backbones.load(spec.start_from))
+    rules = tuple(build(Rule, rule, f"{where}: policy.{i}") for i, rule in enumerate(recipe.policy))
+    return Assembly(TaskModel(backbone, task), source, task, methods, recipe.training.steps > 0, rules)
+
+
+def check(recipe: Recipe) -> None:
+    """Raise a RecipeError for a wrong name or setting anywhere in a recipe, without building a model."""
+    where = f"recipe {recipe.name}"
+    try:
+        source = _named(SOURCES, recipe.data, f"{where}: data")
+        _task(recipe.task, source, f"{where}: task")
+        for i, entry in enumerate(recipe.methods):
+            _method(entry, f"{where}: methods.{i}")
+        for name in filter(None, (recipe.backbone.name, recipe.backbone.start_from)):
+            known = [*backbones.BACKBONES, *backbones.ARCHITECTURES]
+            if name not in known and not Path(name).exists():
+                raise ValueError(f"{unknown('backbone', name, known)}; nor is there a folder or file of that name")
+    except ValueError as error:
+        raise error if isinstance(error, RecipeError) else RecipeError(f"{where}: {error}") from error
+
+
+def _method(entry: dict[str, Any], where: str) -> Method:
+    try:
+        return METHODS.make(entry["name"], **{k: v for k, v in entry.items() if k != "name"})
+    except ValueError as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def _check_reading(task: Task, methods: list[Method], backbone: backbones.Backbone, where: str) -> None:
+    """Raise a RecipeError if a method would let words see those that follow, which the task asks for, or leaves out
+    tokens that it reads."""
+    masked = any(tower.causal for tower in backbone.anatomy.towers)  # then what stands beside it is masked too
+    for i, method in enumerate(methods):
+        if task.causal and method.mixes_tokens and not masked:
+            raise RecipeError(
+                f"{where}: methods.{i}: {method.name!r} lets every word see every other, so that "
+                f"{task.name!r} would be asked for words that it sees; choose a method that works inside the model, "
+                "such as lora or full"
+            )
+        if method.one_token and not task.first_token:
+            raise RecipeError(
+                f"{where}: methods.{i}: {method.name!r} hands on the first token alone, and task {task.name!r} "
+                "reads others: use `tokens: all`"
+            )
+
+
+def _named(registry: Any, entry: dict[str, Any], where: str) -> Any:
+    return build(registry[entry["name"]], {k: v for k, v in entry.items() if k != "name"}, where)
+
+
+def _task(entry: dict[str, Any], source: Any, where: str) -> Task:
+    cls = TASKS[entry["name"]]
+    return build(cls, cls.settings_from(source, {k: v for k, v in entry.items() if k != "name"}), where)
+
+
+def tables(recipe: Recipe, parts: Assembly) -> tuple[Any, Any, Any]:
+    """Train, validation and test tables, without undecodable images if the recipe says so."""
+    found = []
+    for split in ("train", "validation", "test"):
+        table = parts.source.load(recipe.task["name"], split)
+        drop = parts.source.drop_bad_images
+        found.append(readable(table, f"{recipe.data['name']} {split}") if drop else table)
+    return found[0], found[1], found[2]

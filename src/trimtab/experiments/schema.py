@@ -1,0 +1,117 @@
+"""What a recipe holds: its sections as dataclasses, whose docstrings are the help text of their fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trimtab.data.augment import Augmentation
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message names the file or field, what is wrong and what would be right."""
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """The model to start from."""
+
+    name: str
+    """Registered name (`trimtab list`), path of a transformers folder or of an official checkpoint file, or an
+    architecture (`trimtab list architectures`), which has no weights and is there to be counted."""
+    pretrained: bool = True
+    """False: the same model with fresh random weights."""
+    start_from: str | None = None
+    """Another backbone whose weights fill what has the same role (a ViLT can start from a CLIP's vision tower)."""
+    attention: Literal["eager", "sdpa"] | None = None
+    """transformers' attention implementation; None leaves the model's default."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of an official checkpoint file or of an architecture: `{image_size: 384, tasks: [vqa]}`."""
+    tokenizer: str | None = None
+    """Folder of a tokenizer in place of the backbone's own; official checkpoint files have none."""
+    max_text: int | None = None
+    """Tokens at which texts are cut, and of which costs are counted; None cuts where the backbone must, counts 20."""
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """How to train, on `transformers.Trainer` with AdamW."""
+
+    steps: int = 200
+    """Optimiser steps; 0 evaluates the model as it is."""
+    batch_size: int = 32
+    """Rows a step and device, before accumulation."""
+    accumulate: int = 1
+    """Batches whose gradients are summed before a step."""
+    learning_rate: float = 3e-4
+    """Peak learning rate of everything but the head."""
+    head_multiplier: float = 1.0
+    """The head's learning rate as a multiple of `learning_rate`."""
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
+    """Course of the learning rate after warm-up."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: float = 0.01
+    """AdamW's decay of matrices; biases, norms and scalars have none."""
+    beta2: float = 0.999
+    """AdamW's second-moment decay."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 for none."""
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Mixed precision of the forward pass; `auto` takes bf16 where the device multiplies it natively, else fp32."""
+    log_every: int = 20
+    """Steps between two points of the training curve."""
+    save_every: int | None = None
+    """Steps between checkpoints from which an interrupted run resumes; None keeps none."""
+    evaluation_batch: int = 64
+    """Rows a batch in evaluation."""
+    crop: float = 1.0
+    """Augmentation: smallest share of a training picture's area that a random crop leaves; 1 for none. It may cut off
+    what a question counts or a caption names; a `box` stays whole."""
+    light: float = 0.0
+    """Augmentation: brightness and contrast of training pictures times 1 - light to 1 + light; 0 for none."""
+    cache: Literal["fp32", "fp16", "int8"] | None = None
+    """Write what the frozen backbone computes to disk in this precision and train UniPT's side networks from there."""
+    cache_views: int = 1
+    """How many collations of the training table are cached, each with captions and augmentation drawn anew."""
+
+    def __post_init__(self) -> None:
+        least = {"steps": 0, "batch_size": 1, "accumulate": 1, "log_every": 1, "evaluation_batch": 1,
+                 "cache_views": 1}  # fmt: skip
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise RecipeError(f"{name} must be at least {smallest}, found {getattr(self, name)}")
+        try:
+            _ = self.augmentation
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """How training pictures are changed."""
+        return Augmentation(self.crop, self.light)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment, resolved: no variants left. `task`, `data` and `methods` are names with their settings."""
+
+    backbone: BackboneSpec
+    task: dict[str, Any]
+    data: dict[str, Any]
+    methods: tuple[dict[str, Any], ...] = ()
+    training: TrainingSpec = field(default_factory=TrainingSpec)
+    policy: tuple[dict[str, Any], ...] = ()
+    seed: int = 0
+    costs: bool = True
+    """Measure the costs of each run; a sweep whose runs all cost the same can leave it out."""
+    title: str = ""
+    name: str = "recipe"
+    variant: str = "default"
+
+    def to_dict(self) -> dict[str, Any]:
+        out = dataclasses.asdict(self)
+        out["methods"] = [dict(m) for m in self.methods]
+        out["policy"] = [dict(r) for r in self.policy]
+        return out

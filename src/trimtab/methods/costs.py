@@ -1,0 +1,131 @@
+"""What an adapted model costs on a batch of training, counted before training; and how it is shown to a person."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from trimtab.counting import count_macs, safetensors_size, saved_bytes
+
+if TYPE_CHECKING:
+    from trimtab.methods.adapted import Adapted
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Counts for one training batch.
+
+    Attributes:
+        parameters: numbers in the model with its task, what methods added included.
+        nonzero: those of them that no mask makes zero.
+        trained: numbers that get a gradient.
+        macs: multiply-adds of one forward pass of the batch.
+        saved_bytes: what autograd keeps for the backward pass of the batch.
+        disk_bytes: of the folder that `save` writes.
+        idle: names of parameters that are called trained, but get no gradient from this batch's loss.
+    """
+
+    parameters: int
+    nonzero: int
+    trained: int
+    macs: int
+    saved_bytes: int
+    disk_bytes: int
+    idle: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        share = 100 * self.trained / max(1, self.parameters)
+        rows = [
+            ("parameters", f"{self.parameters:,}"), ("not zero", f"{self.nonzero:,}"),
+            ("trained", f"{self.trained:,} ({share:.2g} %)"), ("multiply-adds of the batch", f"{self.macs:,}"),
+            ("saved for backward", f"{self.saved_bytes:,} bytes"), ("on disk", f"{self.disk_bytes:,} bytes"),
+        ]  # fmt: skip
+        if self.idle:
+            rows.append(("called trained, no gradient", f"{len(self.idle)}: {', '.join(self.idle[:2])}, ..."))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+
+
+def objective(output: Any, loss: Callable[[Any], Tensor] | None = None) -> Tensor:
+    """A scalar to send gradients from: `loss(output)`, else the output's own `loss`, else the sum of its tensors."""
+    if loss is not None:
+        return loss(output)
+    own = output.get("loss") if hasattr(output, "get") else getattr(output, "loss", None)
+    if isinstance(own, Tensor):
+        return own
+    leaves = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
+    leaves = leaves or [x for x in vars(output).values() if isinstance(x, Tensor) and x.is_floating_point()]
+    if not leaves:
+        raise ValueError(
+            f"the model's output ({type(output).__name__}) holds no tensor to count gradients from: give `loss`"
+        )
+    return torch.stack([x.float().sum() for x in leaves]).sum()
+
+
+def count(fit: Adapted, batch: dict[str, Any], loss: Callable[[Any], Tensor] | None = None) -> Costs:
+    """The costs of an adapted model; the model's mode, its gradients and the random state are as before afterwards."""
+    model = fit.with_task
+    device = next(model.parameters()).device
+    batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    modes = {m: m.training for m in model.modules()}
+    held = [(p, p.grad) for p in model.parameters()]
+    parameters = list(model.parameters())
+    with torch.random.fork_rng(devices=[]):
+        try:
+            model.eval()
+            macs = count_macs(lambda: model(**batch))
+            model.train()
+            found: list[Tensor] = []
+
+            def forward() -> Tensor:
+                found.append(objective(model(**batch), loss))
+                return found[-1]
+
+            kept = saved_bytes(forward, model)
+            idle = without_gradient(model, found.pop())
+        finally:
+            for module, training in modes.items():
+                module.training = training
+            for parameter, gradient in held:
+                parameter.grad = gradient
+    pruned = 0 if fit.masks is None else fit.masks.prunable - fit.masks.kept
+    total = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and n not in idle)
+    return Costs(total, total - pruned, trained, macs, kept, disk_bytes(fit), tuple(idle))
+
+
+def without_gradient(model: nn.Module, loss: Tensor) -> list[str]:
+    """Names of trained parameters that a loss does not depend on."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not loss.requires_grad:
+        return list(trained)
+    found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    return [n for n, g in zip(trained, found, strict=True) if g is None]
+
+
+def disk_bytes(fit: Adapted) -> int:
+    """Bytes of the two files that `save` writes."""
+    saved = fit.saved()
+    return safetensors_size(saved.all_tensors()) + len(saved.text().encode())
+
+
+def described(fit: Adapted) -> str:
+    """An adapted model in a few lines: towers, where the description came from, what is attached, what is trained."""
+    lines = [f"{type(fit.model).__name__}, {fit.anatomy.source}"]
+    rows = [(t.name, t.modality, f"{len(t.blocks)} blocks", _widths(t), t.layout) for t in fit.anatomy.towers]
+    widths = [max(len(row[i]) for row in rows) for i in range(5)] if rows else []
+    lines += ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += [f"  {m.lever}: {m.told()}" for m in fit.methods] or ["  nothing is attached yet"]
+    parameters = list(fit.with_task.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    lines.append(f"  trained: {trained:,} of {sum(p.numel() for p in parameters):,} parameters")
+    return "\n".join(lines)
+
+
+def _widths(tower: Any) -> str:
+    return "width " + "-".join(map(str, sorted({b.width for b in tower.blocks})))

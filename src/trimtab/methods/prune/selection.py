@@ -1,0 +1,92 @@
+"""Selection: the k-th smallest of many scores, and masks of the smallest or largest ones. True = kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+_SMALL = 1 << 14  # below it one call of kthvalue costs less than the passes of the radix selection
+_CHUNK = 1 << 18  # elements looked at together: their keys fit into a core's cache
+_DIGIT = 11
+
+
+def kth_smallest(scores: Sequence[Tensor], count: int) -> Tensor:
+    """The `count`-th smallest of all elements of several tensors, as a scalar tensor: exactly `kthvalue` of their
+    concatenation, which is never made.
+
+    Few elements are sorted out by `kthvalue`. Of many, the answer's bits are found from the highest down, eleven a pass
+    (radix selection): a pass counts, among the elements that share the bits found so far, which digit comes next. The
+    memory is that of one chunk, however many elements there are.
+
+    Args:
+        scores: floating point tensors of one type and any shapes, without NaN.
+        count: from 1 to the number of elements.
+
+    Raises:
+        ValueError: if `count` lies outside that range.
+    """
+    total = sum(s.numel() for s in scores)
+    if not 1 <= count <= total:
+        raise ValueError(f"the {count}-th smallest of {total} scores was asked for: expected 1 to {total}")
+    if total <= _SMALL:
+        return torch.cat([s.flatten() for s in scores]).kthvalue(count).values
+    bits = 64 if scores[0].dtype == torch.float64 else 32
+    found = shift = 0
+    for width in [_DIGIT] * (bits // _DIGIT) + [bits % _DIGIT]:
+        above = bits - shift
+        low = above - width
+        counts = torch.zeros(1 << width, dtype=torch.long, device=scores[0].device)
+        # The highest digit holds the sign: shifted up by half its range, it counts from 0 as the others do.
+        offset = 1 << (width - 1) if shift == 0 else 0
+        for key in _keys(scores):
+            if shift:
+                key = key[(key >> above) == found]
+            digits = (key >> low) + offset if shift == 0 else (key >> low) & ((1 << width) - 1)
+            counts += torch.bincount(digits, minlength=1 << width)
+        ends = counts.cumsum(0)
+        digit = int(torch.searchsorted(ends, count))
+        count -= int(ends[digit] - counts[digit])
+        found = digit - offset if shift == 0 else (found << width) | digit
+        shift += width
+    floating, integer = (torch.float64, torch.int64) if bits == 64 else (torch.float32, torch.int32)
+    key = torch.tensor([found], dtype=integer, device=scores[0].device)
+    return _ordered(key).view(floating)[0].to(scores[0].dtype)
+
+
+def _keys(scores: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Chunks of the tensors as integers in the same order; halves become single precision, which changes no order."""
+    for tensor in scores:
+        for chunk in tensor.flatten().split(_CHUNK):
+            wide = chunk if chunk.dtype == torch.float64 else chunk.float()
+            yield _ordered(wide.view(torch.int64 if wide.dtype == torch.float64 else torch.int32))
+
+
+def _ordered(bits: Tensor) -> Tensor:
+    """The bits of floats as integers of the same order, and back: negative floats count backwards."""
+    info = torch.iinfo(bits.dtype)
+    return bits ^ ((bits >> (info.bits - 1)) & info.max)
+
+
+def smallest(scores: Tensor, count: int) -> Tensor:
+    """Mask that is False at the `count` smallest scores (and at all that equal the largest of these)."""
+    if count < 1:
+        return torch.ones_like(scores, dtype=torch.bool)
+    return scores > kth_smallest([scores], count)
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """Mask that is True at exactly `count` of the largest scores; of equal ones the first stay."""
+    mask = torch.zeros_like(scores, dtype=torch.bool).flatten()
+    order = scores.flatten().argsort(descending=True, stable=True)
+    mask[order[:count]] = True
+    return mask.view(scores.shape)
+
+
+def largest_of_each(scores: Tensor, group: int, kept: int) -> Tensor:
+    """Mask (out, in) that is True at exactly `kept` of the largest scores in each `group` inputs that follow each
+    other; of equal ones the first stay."""
+    groups = scores.reshape(len(scores), -1, group)
+    order = groups.argsort(dim=-1, descending=True, stable=True)[..., :kept]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True).view(scores.shape)

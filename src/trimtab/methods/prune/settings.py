@@ -1,0 +1,103 @@
+"""Settings that pruners share."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from trimtab.methods.prune.allocations import ALLOCATIONS
+
+DEFAULT_SPARSITY = 0.63
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """Settings of every pruner."""
+
+    sparsity: float | None = None
+    """Share of the prunable weights that become zero, in [0, 1); None: 0.63, or what the pattern or the masks say."""
+    pattern: str | None = None
+    """`n:m`, such as 2:4: exactly n of every m inputs of an output that follow each other are kept; None: any."""
+    allocation: str | None = None
+    """How many weights each tensor gives: uniform, global, modality, multimodal or ecoflap; None: the pruner's own."""
+    batches: int = 32
+    """Calibration batches, for pruners that need them; a step's, for those that work in steps."""
+    batch_size: int = 32
+    """Rows a calibration batch."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """Of passes over calibration data; `auto`: bf16 where the device multiplies it natively. Sums are in fp32."""
+    convolutions: bool = False
+    """Whether convolutions are pruned too, as matrices (out, in * kh * kw / groups) over the patches they read."""
+    allow_empty_tower: bool = False
+    """Whether all the weights of a tower may go; otherwise that is an error."""
+    masks: str | None = None
+    """Masks that this pruner found before: a file, or the folder of a run or adapted model; nothing is calibrated.
+    Until it is there, costs are counted with `sparsity`."""
+
+    def __post_init__(self) -> None:
+        share = DEFAULT_SPARSITY
+        if self.n_of_m:
+            share = 1 - self.n_of_m[0] / self.n_of_m[1]
+            self._check_pattern(share)
+        if self.masks is not None and not self.masks:
+            raise ValueError("masks: expected the path of a file or folder, found an empty text; leave it out")
+        if self.sparsity is None and (self.masks is None or self.n_of_m):
+            object.__setattr__(self, "sparsity", share)  # from here on it is a number
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity must lie in [0, 1), found {self.sparsity}")
+        if self.batches < 1 or self.batch_size < 1:
+            raise ValueError(f"batches and batch_size must be at least 1, found {self.batches} and {self.batch_size}")
+        if self.precision not in ("fp32", "bf16", "auto"):
+            raise ValueError(f"precision must be one of fp32, bf16, auto, found {self.precision!r}")
+        if self.allocation is not None:
+            ALLOCATIONS[self.allocation]
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """The pattern as numbers; None without one."""
+        if self.pattern is None:
+            return None
+        found = re.fullmatch(r"(\d+):(\d+)", self.pattern)
+        n, m = map(int, found.groups()) if found else (0, 0)
+        if not 0 < n < m:
+            raise ValueError(
+                f"pattern: expected 'n:m' with 0 < n < m, such as '2:4' (2 of 4 are kept), found {self.pattern!r}"
+            )
+        return n, m
+
+    def _check_pattern(self, share: float) -> None:
+        if self.sparsity is not None and abs(self.sparsity - share) > 1e-9:
+            raise ValueError(
+                f"pattern {self.pattern!r} sets the sparsity to {share:g}, found sparsity: {self.sparsity}; "
+                "leave out one of them"
+            )
+        if self.allocation is not None:
+            raise ValueError(
+                f"pattern {self.pattern!r} says how many weights each tensor gives, found allocation: "
+                f"{self.allocation!r}; leave out one of them"
+            )
+
+
+@dataclass(frozen=True)
+class StepSettings(PruneSettings):
+    """Settings of pruners that approach the sparsity in steps."""
+
+    steps: int = 4
+    """How many times to prune a little more; the papers take 60."""
+    schedule: str = "exponential"
+    """Sparsity after step i of n: `exponential` 1 - (1 - s)^(i/n), or `linear` s i/n."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, found {self.steps}")
+        if self.schedule not in ("exponential", "linear"):
+            raise ValueError(f"schedule must be 'exponential' or 'linear', found {self.schedule!r}")
+
+    def levels(self, sparsity: float) -> list[float]:
+        """The sparsity after each step; the last is the one asked for."""
+        shares = [(i + 1) / self.steps for i in range(self.steps)]
+        if self.schedule == "linear":
+            return [sparsity * share for share in shares]
+        return [1 - (1 - sparsity) ** share for share in shares]

@@ -1,0 +1,174 @@
+"""The folder of an adapted model: what `Adapted.save` writes and `trimtab.adapt(model, folder)` reads.
+
+fit.json               to which base it belongs, and the methods in order: name, settings, what each found (a plan, say)
+weights.safetensors    method.I.NAME    what method I found: masks as bits, say
+                       learned.PATH     what is trained in the plain model, by its path
+                       kept.PATH        what was added to it and is frozen: adapters that a search has trained
+                       task.PATH        what is trained around it: a task's head
+
+The base itself is not in it. It is told by its class, towers, precision and a hash of every element of its weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trimtab.anatomy import Anatomy, Tower
+from trimtab.files import replace_file
+from trimtab.storage.learned import fingerprint, precision
+from trimtab.storage.shards import open_safetensors
+
+FORMAT = 1
+CONFIG, WEIGHTS = "fit.json", "weights.safetensors"
+KINDS = ("learned", "kept", "task")
+
+
+class FitError(ValueError):
+    """A folder of an adapted model that cannot be used; the message names the file and what differs."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a folder holds.
+
+    Attributes:
+        base: to which model it belongs, see `identity`.
+        methods: in order: `name`, `lever`, `settings`, `state`.
+        tensors: one dictionary a method.
+        learned: what was learned, by names that begin with `learned.`, `kept.` or `task.` (see `Learned`).
+        name: of what was learned.
+    """
+
+    base: dict[str, Any]
+    methods: list[dict[str, Any]]
+    tensors: list[dict[str, Tensor]]
+    learned: dict[str, Tensor]
+    name: str = "default"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT, "base": self.base, "methods": self.methods, "name": self.name,
+            "learned": {kind: sum(k.startswith(f"{kind}.") for k in self.learned) for kind in KINDS},
+        }  # fmt: skip
+
+    def all_tensors(self) -> dict[str, Tensor]:
+        """As the file of weights has them."""
+        found = {f"method.{i}.{k}": v for i, own in enumerate(self.tensors) for k, v in own.items()}
+        return {k: v.detach().cpu().contiguous() for k, v in (found | self.learned).items()}
+
+    def write(self, folder: Path) -> None:
+        """Write both files into a folder that is there, each whole or not at all."""
+        with replace_file(folder / WEIGHTS) as partial:
+            save_file(self.all_tensors(), partial)
+        with replace_file(folder / CONFIG) as partial:
+            partial.write_text(self.text(), encoding="utf-8")
+
+    def text(self) -> str:
+        return json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> Saved:
+        """The content of a folder.
+
+        Raises:
+            FileNotFoundError: if the folder lacks a file.
+            FitError: if a file is of another version, damaged, or the two do not belong together.
+        """
+        config = read_config(folder)
+        open_safetensors(folder / WEIGHTS)  # names a file that is missing or not whole
+        tensors: list[dict[str, Tensor]] = [{} for _ in config["methods"]]
+        learned: dict[str, Tensor] = {}
+        for key, value in load_file(folder / WEIGHTS).items():
+            kind, _, name = key.partition(".")
+            if kind == "method":
+                number, _, name = name.partition(".")
+                if not number.isdigit() or int(number) >= len(tensors):
+                    raise FitError(f"{folder / WEIGHTS}: '{key}' belongs to none of the {len(tensors)} methods of "
+                                   f"{CONFIG}: copy the folder again")  # fmt: skip
+                tensors[int(number)][name] = value
+            elif kind in KINDS:
+                learned[key] = value
+            else:
+                raise FitError(f"{folder / WEIGHTS}: expected tensors of {', '.join(KINDS)} or method, found '{key}'")
+        found = cls(config["base"], config["methods"], tensors, learned, config["name"])
+        if found.to_json()["learned"] != config["learned"]:
+            raise FitError(f"{folder / WEIGHTS}: {CONFIG} tells of {config['learned']} tensors, found "
+                           f"{found.to_json()['learned']}: the two files do not belong together")  # fmt: skip
+        return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`fit.json` of a folder; errors as `Saved.read`."""
+    file = folder / CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder}: expected {CONFIG} and {WEIGHTS}, as `fit.save` writes them; no {CONFIG}")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FitError(f"{file}: no JSON ({error}): the file is not whole; copy the folder again") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise FitError(f"{file}: format {found!r}, this version of trimtab reads {FORMAT}")
+    if missing := [k for k in ("base", "methods", "learned", "name") if k not in config]:
+        raise FitError(f"{file}: lacks {missing[0]!r}: the file was changed; copy the folder again")
+    return config
+
+
+# --- to which base a folder belongs -----------------------------------------------------------------------------------
+
+
+def identity(model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:
+    """What tells a plain model from others, before any method changes it."""
+    return {
+        "model": type(model).__name__, "precision": precision(model), "fingerprint": fingerprint(model),
+        "towers": {t.name: _tower(t) for t in anatomy.towers},
+    }  # fmt: skip
+
+
+def _tower(tower: Tower) -> dict[str, Any]:
+    taps = (tower.output, tower.mask, tower.pooled)
+    return {
+        "layout": tower.layout, "blocks": [b.path for b in tower.blocks], "widths": [b.width for b in tower.blocks],
+        "taps": [None if t is None else f"{t.path} {t.side} {t.key}" for t in taps], "causal": tower.causal,
+    }  # fmt: skip
+
+
+def check_base(theirs: Mapping[str, Any], own: Mapping[str, Any], where: Path) -> None:
+    """Raise a FitError with the difference unless a folder belongs to the model at hand."""
+    start = f"{where}: was made for another base"
+    if theirs["model"] != own["model"]:
+        raise FitError(f"{start}: a {theirs['model']}, this is a {own['model']}")
+    if theirs["towers"].keys() != own["towers"].keys():
+        raise FitError(f"{start}: towers {', '.join(theirs['towers'])}, here {', '.join(own['towers'])}")
+    for name, tower in theirs["towers"].items():
+        for what, value in tower.items():
+            if value != own["towers"][name][what]:
+                here = short(own["towers"][name][what])
+                raise FitError(f"{start}: {what} of tower {name!r} {short(value)}, here {here}")
+    if theirs["precision"] != own["precision"]:
+        raise FitError(
+            f"{start}: the same architecture in another precision: {_types(theirs['precision'])}, here "
+            f"{_types(own['precision'])}; load the base in that precision (`dtype=`), adapt it, then cast the model"
+        )
+    if theirs["fingerprint"] != own["fingerprint"]:
+        raise FitError(
+            f"{start}: the same architecture and precision with other weights (fingerprint {theirs['fingerprint']}, "
+            f"here {own['fingerprint']}): load the checkpoint on which it was made"
+        )
+
+
+def _types(precision: Mapping[str, int]) -> str:
+    total = max(1, sum(precision.values()))
+    return ", ".join(f"{100 * n / total:.0f} % {name}" for name, n in precision.items())
+
+
+def short(value: Any) -> str:
+    """A value for a message: of a long list its length and its ends."""
+    return f"{len(value)}: {value[0]} .. {value[-1]}" if isinstance(value, list) and len(value) > 3 else str(value)

@@ -1,0 +1,264 @@
+"""A side network at its tower: what it is shown of a forward pass, and where its result goes.
+
+A `Listener` collects a tower's hidden maps during a forward pass, without gradients, and puts what the side network
+makes of them in the place of what the tower hands on. It works from hooks, so that no model's code is touched, and
+keeps nothing when the pass is over. Its hooks are bound methods: `copy.deepcopy` of the model copies the listener and
+its side network with it, and the copy computes with its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from trimtab.anatomy import AnatomyError, Tap, Tower, read, rewrite
+
+
+@dataclass
+class Seen:
+    """What a side network gets to see of one forward pass.
+
+    Attributes:
+        maps: the chosen hidden maps in the order of computation, (B, L, D) or (B, C, H, W), as the tower made them.
+        mask: valid tokens as numbers 0 and 1, (B, L), or None if all are valid.
+        value: what the tower was about to hand on, without gradient.
+        position: (B,) of the token from which the tower's vector is read, None for the first.
+        memory: what another side network made for this one to read, (B, M, d).
+        memory_mask: its valid tokens, (B, M).
+    """
+
+    maps: list[Tensor]
+    mask: Tensor | None
+    value: Tensor
+    position: Tensor | None = None
+    memory: Tensor | None = None
+    memory_mask: Tensor | None = None
+
+    def take(self) -> Iterator[Tensor]:
+        """The maps in their order; the list lets go of each, so that one of which a copy is kept is freed at once."""
+        self.maps.reverse()
+        while self.maps:
+            yield self.maps.pop()
+
+
+@dataclass
+class _Pass:
+    """What a listener has seen of the pass that is under way.
+
+    Attributes:
+        shape: of the stream that entered the first block; None before it.
+        found: hidden maps by number.
+        given: tensors with which the first block was called, of a tower that reads another.
+    """
+
+    shape: torch.Size | None = None
+    found: dict[int, Tensor] = field(default_factory=dict)
+    given: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class _Kept:
+    """A result that other side networks read, and the tower's own, by which its rows are known again."""
+
+    result: Tensor
+    mask: Tensor | None
+    value: Tensor
+    taken: int = 0
+
+
+@dataclass(eq=False)
+class Listener:
+    """Hooks on one tower of a model; see the module's text.
+
+    Attributes:
+        method: name, for error messages.
+        tower: to which it listens.
+        side: the side network: `side(seen)` makes a new value from what was seen.
+        maps: which hidden maps are kept: 0 is what enters the first block, i what block i puts out.
+        place: where the value is put, an output; None keeps the result for `readers`.
+        memory: the listener of another tower whose result this one reads.
+        readers: how many others read the result of this one.
+    """
+
+    method: str
+    tower: Tower
+    side: nn.Module
+    maps: Sequence[int]
+    place: Tap | None
+    memory: Listener | None = None
+    readers: int = 0
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.now = _Pass()
+        self.mask: Tensor | None = None
+        self.mask_seen = False
+        self.kept: _Kept | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without what belongs to a pass."""
+        return {**vars(self), "now": _Pass(), "mask": None, "mask_seen": False, "kept": None}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the side network."""
+        return next(self.side.parameters()).dtype
+
+    def attach(self, model: nn.Module) -> None:
+        """Set the hooks."""
+        tower = self.tower
+        first = model.get_submodule(tower.blocks[0].path)
+        self.handles.append(first.register_forward_pre_hook(self._enter, with_kwargs=True))
+        for i, block in enumerate(tower.blocks[: max(self.maps)], 1):
+            self.handles.append(read(model, Tap(block.path), partial(self._next, i)))
+        if tower.mask is not None:
+            self.handles.append(read(model, tower.mask, self._masked))
+        if self.place is None:
+            self.handles.append(read(model, tower.output, self._keep))
+        else:
+            self.handles.append(rewrite(model, self.place, self._replace))
+
+    def detach(self) -> None:
+        """Take the hooks away."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Before the first block: a pass begins. No graph goes through a tower that a side network reads, also where
+        its input has one (transformers sets `requires_grad` on embeddings for gradient checkpointing)."""
+        block = self.tower.blocks[0]
+        refuse_replica(self.method, module)
+        if self.tower.causal and holds_tokens(kwargs):
+            raise AnatomyError(
+                f"{self.method}: block '{block.path}' was called with the newest token alone, and the side network "
+                "reads all: use no key-value cache in generation"
+            )
+        stream = block.stream_of(module, args, kwargs)
+        self.now = _Pass(stream.shape)
+        if 0 in self.maps:
+            self.now.found[0] = stream.detach()
+        if self.memory is not None:
+            self.now.given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        return block.with_stream(module, args, kwargs, stream.detach()) if stream.requires_grad else None
+
+    def _next(self, index: int, value: Tensor) -> None:
+        tower, block, shape = self.tower, self.tower.blocks[index - 1], self.now.shape
+        if shape is None:
+            raise AnatomyError(
+                f"{self.method}: block '{block.path}' ran before the first block of tower {tower.name!r}, "
+                f"'{tower.blocks[0].path}': correct the order of its blocks"
+            )
+        tokens = tower.layout == "tokens"
+        wrong = value.shape != shape if tokens else value.ndim != 4 or value.shape[1] != block.width
+        if wrong:
+            expected = f"{tuple(shape)}, which its tower {tower.name!r} takes in"
+            raise AnatomyError(
+                f"{self.method}: block '{block.path}' put out {tuple(value.shape)}, expected "
+                f"{expected if tokens else f'(B, {block.width}, H, W)'}"
+            )
+        if index in self.maps:
+            self.now.found[index] = value.detach()
+
+    def _masked(self, mask: Tensor | None) -> None:
+        self.mask, self.mask_seen = mask, True
+
+    def _seen(self, value: Tensor) -> Seen:
+        tower, last = self.tower, self.tower.blocks[-1].path
+        now, self.now = self.now, _Pass()  # nothing of this pass outlives it
+        lost = [i for i in self.maps if i not in now.found]
+        if lost:
+            path = tower.blocks[max(lost[0] - 1, 0)].path
+            raise AnatomyError(f"{self.method}: '{path}' of tower {tower.name!r} did not run before its result was due")
+        chosen = [now.found[i] for i in self.maps]
+        out = Seen(chosen, self._valid(tuple(chosen[0].shape[:2])), value.detach().to(self.dtype))
+        if tower.pooled_token == "last":
+            out.position = _last(out.mask, chosen[0])
+        if self.memory is not None:
+            out.memory, out.memory_mask = self.memory.take(last, len(chosen[0]), now.given)
+        return out
+
+    def _valid(self, shape: tuple[int, ...]) -> Tensor | None:
+        """The mask of this pass, for tokens (B, L), as numbers."""
+        tower, last = self.tower, self.tower.blocks[-1].path
+        mask, seen, self.mask, self.mask_seen = self.mask, self.mask_seen, None, False
+        if tower.mask is not None and not seen:
+            raise AnatomyError(
+                f"{self.method}: block '{last}' has run, but the mask of its tower {tower.name!r} was not seen: it is "
+                f"described at '{tower.mask.path}' ({tower.mask.side} {tower.mask.key!r}), which was not called"
+            )
+        if mask is not None and tuple(mask.shape) != shape:
+            raise AnatomyError(
+                f"{self.method}: block '{last}' works on (B, L) = {shape}, but the mask of its tower {tower.name!r} is "
+                f"{tuple(mask.shape)}; give a mask of all tokens, and use no key-value cache in generation"
+            )
+        return None if mask is None else (mask != 0).to(self.dtype)
+
+    def _replace(self, value: Tensor) -> Tensor:
+        return self.side(self._seen(value)).to(value.dtype)
+
+    def _keep(self, value: Tensor) -> None:
+        seen = self._seen(value)
+        mask = seen.mask
+        self.kept = _Kept(self.side(seen), mask, value.detach())
+
+    def take(self, reader: str, rows: int, given: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The kept result, row for row as a reader's tower has it.
+
+        A graph goes with it, so that it is not held longer than until the last reader has it. Generation runs a tower
+        once and reads it at every step, with each of its rows several times for several answers: then the tower's own
+        result must be found in what the reader was called with, so that no row is taken for another.
+
+        Args:
+            reader: path of the block that reads, for error messages.
+            rows: of the reader's batch.
+            given: tensors with which the reader's first block was called.
+        """
+        kept = self.kept
+        if kept is None:
+            raise AnatomyError(
+                f"{self.method}: block '{reader}' reads tower {self.tower.name!r}, which has not run yet"
+            )
+        first, kept.taken = kept.taken < self.readers, kept.taken + 1
+        if kept.result.requires_grad and kept.taken >= self.readers:
+            self.kept = None
+        if first and rows == len(kept.result):
+            return kept.result, kept.mask
+        times = max(1, rows // max(1, len(kept.result)))
+        value = kept.value.repeat_interleave(times, 0)
+        if not any(g.shape == value.shape and torch.equal(g, value) for g in given):
+            raise AnatomyError(
+                f"{self.method}: block '{reader}' works on {rows} rows and reads tower {self.tower.name!r}, whose side "
+                f"network has seen {len(kept.result)} rows of another call or in another order: run both towers in one "
+                "call, on the inputs of the first and not on its outputs"
+            )
+        mask = None if kept.mask is None else kept.mask.repeat_interleave(times, 0)
+        return kept.result.repeat_interleave(times, 0), mask
+
+
+def refuse_replica(method: str, module: nn.Module) -> None:
+    """ValueError in a replica that `nn.DataParallel` made: its hooks would compute with the original's weights."""
+    if getattr(module, "_is_replica", False):
+        raise ValueError(
+            f"{method}: the model runs in replicas of nn.DataParallel, which hooks do not reach: use one GPU "
+            "(CUDA_VISIBLE_DEVICES=0), or DistributedDataParallel with a process for each"
+        )
+
+
+def holds_tokens(kwargs: dict) -> bool:
+    """Whether a block is called with a key-value cache that holds tokens already."""
+    cache = kwargs.get("past_key_values")
+    return cache is not None and bool(cache.get_seq_length())
+
+
+def _last(valid: Tensor | None, tokens: Tensor) -> Tensor:
+    """Position of the last valid token of each sample, (B,)."""
+    if valid is None:
+        return torch.full((len(tokens),), tokens.shape[1] - 1, device=tokens.device)
+    return (valid * torch.arange(1, valid.shape[1] + 1, device=valid.device)).argmax(dim=1)

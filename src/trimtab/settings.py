@@ -1,0 +1,53 @@
+"""Settings from plain values: checked and converted by the signature of the class that defines them.
+
+Recipes, the registry of methods and the shortcuts all build from values here, so that a wrong name or type gets the
+same message everywhere. The types and defaults stand in the classes alone; jsonargparse reads them from there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from trimtab.registry import unknown
+
+
+class SettingsError(ValueError):
+    """A setting that is unknown, missing, or of a wrong type or value; the message says where and what is expected."""
+
+
+@cache
+def _parser(cls: type) -> Any:
+    """jsonargparse's parser of a class; made once, since every run of a study asks for the same few."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, None, as_group=False, fail_untyped=False)
+    return parser
+
+
+def build(cls: type, values: Mapping[str, Any], where: str, what: str = "setting") -> Any:
+    """An instance of `cls` from plain values; a list becomes a tuple where the class asks for one.
+
+    Args:
+        cls: its signature gives names, types and defaults.
+        values: settings by name; those left out keep their defaults.
+        where: what the message of an error starts with.
+        what: what a value is called in the message, `setting` or `key`.
+
+    Raises:
+        SettingsError: if a name is unknown (with the nearest), one is missing, or a value has the wrong type.
+    """
+    from jsonargparse import ArgumentError
+
+    known = [n for n in inspect.signature(cls).parameters if n != "self"]
+    for key in values:
+        if key not in known:
+            raise SettingsError(f"{where}: {unknown(what, key, known)}")
+    try:
+        parsed = _parser(cls).parse_object(dict(values))
+        return cls(**{k: getattr(parsed, k) for k in known if hasattr(parsed, k)})
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise SettingsError(f"{where}: {' '.join(str(error).split())}") from error

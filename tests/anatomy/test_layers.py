@@ -1,0 +1,31 @@
+"""The seam stands low: its files import each other in one direction, and of trimtab only what lies below."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import trimtab.anatomy
+
+FOLDER = Path(trimtab.anatomy.__file__).parent
+BELOW = {"trimtab.registry", "trimtab.files"}
+
+
+def imported(file: Path) -> set[str]:
+    """Modules of trimtab that a file imports anywhere, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "trimtab"}
+
+
+def test_imports_point_one_way():
+    files = {f"trimtab.anatomy.{f.stem}": imported(f) for f in FOLDER.glob("*.py")}
+    own = {name: used - BELOW for name, used in files.items()}
+    assert {used for name in own for used in own[name]} <= set(files)
+    order = list(TopologicalSorter(own).static_order())  # CycleError if there is a circle
+    assert order[-1] == "trimtab.anatomy.__init__"
