@@ -98,16 +98,19 @@ def seconds(sections: list[Section]) -> str:
 
 def shares(run: Path, count: int = 4) -> str:
     """Which matrices a pruning run left least and most of, in percent."""
-    state = json.loads((run / "methods.json").read_text())[0]["state"]
-    masks = {k: v for k, v in load_file(run / "weights.safetensors").items() if v.dtype == torch.uint8}
+    methods = json.loads((run / "fit.json").read_text())["methods"]
+    number, state = next((i, m["state"]) for i, m in enumerate(methods) if m["lever"] == "prune")
+    prefix = f"method.{number}."
+    stored = load_file(run / "weights.safetensors")
+    masks = {k: v for k, v in stored.items() if k.startswith(prefix) and v.dtype == torch.uint8}
     kept = {k: 100 * int(np.unpackbits(v.numpy()).sum()) / (8 * len(v)) for k, v in masks.items()}
     order = sorted(kept, key=kept.__getitem__)
-    rows = [f"{kept[k]:5.1f} % {k.removeprefix('methods.0.')}" for k in (*order[:count], *order[-count:])]
+    rows = [f"{kept[k]:5.1f} % {k.removeprefix(prefix)}" for k in (*order[:count], *order[-count:])]
     return f"{run}: {100 * (1 - state['sparsity']):.1f} % of all\n" + "\n".join(rows)
 
 
 def main(files: list[Path], with_seconds: bool, numbers: list[str]) -> None:
-    for run in (f for f in files if (f / "methods.json").exists()):
+    for run in (f for f in files if (f / "fit.json").exists()):
         print(shares(run))
         return
     found = find_runs(files)[0]

@@ -141,7 +141,8 @@ def test_cost_of_variants(trimtab, file):
     _, out, _ = trimtab("cost", file, "--json")
     everything, head = json.loads(out)
     assert (everything["variant"], head["variant"]) == ("all", "head")
-    assert head["trainable_params"] < everything["trainable_params"] == everything["params"]
+    # What no loss of the task reaches is not trained: ViLT's pooler in a task that reads its first token.
+    assert head["trainable_params"] < everything["trainable_params"] < everything["params"] == head["params"]
     _, out, _ = trimtab("cost", file)
     assert f"{everything['params']:,}" in out and "head" in out
 

@@ -39,8 +39,18 @@ def test_a_tower_owns_its_side_network(tiny_raw):
 
 
 def test_heads_of_the_backbone_can_be_named(tiny_raw):
-    names = trained(assembled(tiny_raw, "unipt", policy=[{"match": "@heads", "do": "train"}, "*"]))
-    assert "backbone.model.visual_projection.weight" in names
+    policy = [{"match": "@heads", "do": "train"}, "*"]
+    assert "backbone.model.visual_projection.weight" in trained(assembled(tiny_raw, "lora", policy=policy))
+
+
+def test_what_no_loss_reaches_is_not_called_trained(tiny_raw):
+    """UniPT takes the place of CLIP's projections: they are frozen, counted as such and named."""
+    parts = assembled(tiny_raw, "unipt", policy=[{"match": "@heads", "do": "train"}, "*"])
+    assert not any("visual_projection" in n for n in trained(parts))
+    assert parts.resolved.rows[0].trained == sum(p.numel() for n, p in parts.model.named_parameters()
+                                                 if n in parts.resolved.names[0] and p.requires_grad)  # fmt: skip
+    assert "backbone.model.visual_projection.weight" in parts.resolved.idle
+    assert "get no gradient and stay frozen: backbone.model." in parts.resolved.table()
 
 
 @pytest.mark.parametrize(
@@ -89,10 +99,11 @@ def test_a_run_prints_and_keeps_the_table_and_comes_back(tiny_raw, tmp_path, cap
     assert [row["match"] for row in table] == ["@text", "*"] and table[0]["trained"] == 0 < table[1]["trained"]
     printed = capsys.readouterr().out
     assert "what is trained" in printed and "@text" in printed
-    assert not any(".unipt.text." in name for name in load_file(folder / "weights.safetensors"))
+    stored = [name for name in load_file(folder / "weights.safetensors") if "unipt.text." in name]
+    assert stored and all(name.startswith("kept.") for name in stored), "frozen as they were drawn, and kept as such"
     assert folder_of_runs.is_finished(folder, r)
     parts = folder_of_runs.load_assembly(folder)
-    assert parts.resolved is not None and not any(".unipt.text." in n for n in trained(parts))
+    assert not any(".unipt.text." in n for n in trained(parts))
 
 
 def test_works_on_a_plain_model():

@@ -56,4 +56,4 @@ def test_every_published_recipe_runs_from_an_official_file(name, tmp_path):
         zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
         assert zeros == pytest.approx(0.63, abs=0.01)
     if "das" in name:
-        assert len(json.loads((folder / "methods.json").read_text())[0]["state"]["skip"]) == 1
+        assert len(json.loads((folder / "fit.json").read_text())["methods"][0]["state"]["skip"]) == 1

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import trimtab
 from trimtab.experiments import assembly, recipe, run
 from trimtab.experiments import folder as folder_of_runs
+from trimtab.methods import saved
 from trimtab.storage.bits import unpack
 
 
@@ -29,9 +30,11 @@ def copy(finished, tmp_path):
 def test_a_run_is_plain_files_and_only_the_learned_part(finished):
     folder, r = finished
     names = {p.name for p in folder.iterdir()}
-    wanted = {"recipe.yaml", "run.json", "metrics.json", "costs.json", "methods.json", "weights.safetensors", "samples"}
+    wanted = {"recipe.yaml", "run.json", "metrics.json", "costs.json", "fit.json", "weights.safetensors", "samples"}
     assert names == wanted
-    assert all(k.startswith(("head.", "backbone.model.unipt.")) for k in load_file(folder / "weights.safetensors"))
+    assert all(
+        k.startswith(("task.head.", "learned.unipt.", "kept.unipt.")) for k in load_file(folder / "weights.safetensors")
+    )
     info = json.loads((folder / "run.json").read_text())
     assert info["seed"] == r.seed and info["versions"]["torch"] and "commit" in info["git"]
     costs = json.loads((folder / "costs.json").read_text())
@@ -75,25 +78,26 @@ def test_no_steps_train_and_store_nothing(tiny_raw, tmp_path):
 def test_another_seed_gives_another_model(finished, tmp_path, tiny_raw):
     other = recipe.expand({**tiny_raw("tiny-vilt", "vqa", ["unipt"]), "seed": 1}, "test")[0]
     first, second = (load_file(f / "weights.safetensors") for f in (finished[0], run.run(other, tmp_path / "other")))
-    assert not torch.equal(first["head.0.weight"], second["head.0.weight"])
+    assert not torch.equal(first["task.head.0.weight"], second["task.head.0.weight"])
 
 
 def test_weights_of_another_model_are_refused(copy):
     tensors = load_file(copy / "weights.safetensors")
-    name = "backbone.model.unipt.fusion.up.weight"
+    name = "learned.unipt.fusion.up.weight"
     tensors[name] = tensors[name][:, :-1].contiguous()
     save_file(tensors, copy / "weights.safetensors")
     with pytest.raises(
-        folder_of_runs.RunError, match=rf"weights.safetensors: .*'{name}' \(128, 64\), found \(128, 63\)"
+        folder_of_runs.RunError,
+        match=rf"weights.safetensors: .*'{name}' has the shape \(128, 63\), expected \(128, 64\)",
     ):
         folder_of_runs.load(copy)
 
 
 def test_missing_weights_are_named(copy):
     tensors = load_file(copy / "weights.safetensors")
-    del tensors["head.3.bias"]
+    del tensors["task.head.3.bias"]
     save_file(tensors, copy / "weights.safetensors")
-    with pytest.raises(folder_of_runs.RunError, match="'head.3.bias' is missing"):
+    with pytest.raises(folder_of_runs.RunError, match=r"fit.json tells of .*'task': 6.*found .*'task': 5"):
         folder_of_runs.load(copy)
 
 
@@ -105,8 +109,9 @@ def test_a_truncated_file_is_named(copy):
 
 
 def test_another_backbone_is_refused(copy):
-    info = json.loads((copy / "run.json").read_text())
-    (copy / "run.json").write_text(json.dumps({**info, "fingerprint": "0" * 16}))
+    config = json.loads((copy / "fit.json").read_text())
+    config["base"]["fingerprint"] = "0" * 16
+    (copy / "fit.json").write_text(json.dumps(config))
     with pytest.raises(folder_of_runs.RunError, match="fingerprint 0000000000000000"):
         folder_of_runs.load(copy)
 
@@ -118,14 +123,14 @@ def test_an_unfinished_run_is_no_run(copy):
         folder_of_runs.load(copy)
 
 
-@pytest.mark.parametrize("broken", ["save_file", "_gallery"])
+@pytest.mark.parametrize("broken", [(saved, "save_file"), (folder_of_runs, "write_gallery")], ids=lambda b: b[1])
 def test_an_interrupted_save_leaves_no_finished_run(broken, finished, copy, monkeypatch):
     """A full disk while an old run is replaced: neither the old nor the new one may be taken for whole."""
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run, broken, full)
+    monkeypatch.setattr(*broken, full)
     with pytest.raises(OSError, match="No space left"):
         run.run(finished[1], copy)
     assert not folder_of_runs.is_finished(copy)
@@ -186,7 +191,7 @@ def test_an_exported_run_is_the_same_model_with_every_zero_and_no_lora(tiny_raw,
     plain = {k.replace(".base_layer", ""): v for k, v in tuned.backbone.model.state_dict().items()}
     masks = {w.path for w in exported.anatomy.weights(exported.model)}
     state = exported.model.state_dict()
-    packed = {k.split(".", 2)[2]: v for k, v in load_file(folder / "weights.safetensors").items() if "methods.0" in k}
+    packed = {k.split(".", 2)[2]: v for k, v in load_file(folder / "weights.safetensors").items() if "method.0" in k}
     assert masks == packed.keys()
     merged = 0
     for path in masks:
@@ -195,7 +200,10 @@ def test_an_exported_run_is_the_same_model_with_every_zero_and_no_lora(tiny_raw,
         merged += int((state[path] != plain[path])[mask].any())
     assert merged == sum(p.endswith(("q_proj.weight", "v_proj.weight")) for p in masks) > 0
     lora = next(m for m in tuned.modules() if hasattr(m, "get_delta_weight"))
-    assert (lora.get_delta_weight("default") != 0).all()  # the masks above did remove something of the update
+    a, b = lora.lora_A["default"].weight, lora.lora_B["default"].weight
+    assert (b @ a != 0).all() and not (
+        lora.get_delta_weight("default") != 0
+    ).all()  # the mask removes some of the update
 
 
 def test_an_exported_lora_run_computes_what_the_run_computes(tiny_raw, tmp_path):

@@ -280,16 +280,16 @@ def _plan(options: Namespace) -> None:
     from rich.console import Console
 
     _quiet()
-    from trimtab.methods.skip.plan import Plan
+    from trimtab.methods.skip.plan import Plan, read_raw
 
-    Console().print(Plan.read(options.plan).table())
+    raw, where = read_raw(options.plan)
+    Console().print(Plan.from_dict(raw, where).table())
     if options.plot:
         from trimtab.report.gates import gates_figure
-        from trimtab.report.runs import read_plan
 
-        picture = gates_figure(read_plan(options.plan))
+        picture = gates_figure(raw)
         if picture is None:
-            raise ValueError(f"{options.plan}: holds no course of a search to draw: it did not search in steps")
+            raise ValueError(f"{where}: holds no course of a search to draw (its method did not search in steps)")
         options.plot.write_bytes(picture)
         print(f"gates: {options.plot}")
 

@@ -66,11 +66,11 @@ def apply(name: str, model: nn.Module, anatomy: Anatomy) -> Method:
 
 
 def cell(model: nn.Module, anatomy: Anatomy, name: str) -> Cell:
-    """Attach a method to each tower in turn, on a copy of the model."""
-    # A pruner's masks keep everything as long as no data were seen: it changes nothing, and needs no copy.
-    copied = model if METHODS[name].lever == "prune" else copy.deepcopy(model).requires_grad_(False)
+    """Attach a method to each tower in turn, each time on a copy of the model."""
     reasons: dict[str, str] = {}
     for tower in anatomy.towers:
+        # A pruner's masks keep everything as long as no data were seen: it changes nothing, and needs no copy.
+        copied = model if METHODS[name].lever == "prune" else copy.deepcopy(model).requires_grad_(False)
         try:
             apply(name, copied, only(anatomy, [tower.name]))
         except ValueError as error:

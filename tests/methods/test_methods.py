@@ -135,7 +135,7 @@ def test_weights_that_a_pruner_changed_come_back_where_they_are_not_trained(name
     methods = ({"name": name, **SETTINGS[name]}, {"name": "linear-probe"})
     folder = run.run(build(tiny_raw, "tiny-clip", *methods), tmp_path / "run", measure_costs=False)
     stored = load_file(folder / "weights.safetensors")
-    values = {k.removeprefix("methods.0."): v for k, v in stored.items() if k.endswith(".values")}
+    values = {k.removeprefix("method.0."): v for k, v in stored.items() if k.endswith(".values")}
     assert values
     model = folder_of_runs.load(folder).backbone.model
     fresh = assembly.assemble(folder_of_runs.load_recipe(folder)).plain
@@ -143,7 +143,7 @@ def test_weights_that_a_pruner_changed_come_back_where_they_are_not_trained(name
     for key, kept in values.items():
         path = key.removesuffix(".values")
         weight = model.get_parameter(path)
-        mask = unpack(stored[f"methods.0.{path}"], weight.shape)
+        mask = unpack(stored[f"method.0.{path}"], weight.shape)
         assert torch.equal(weight[mask], kept) and not weight[~mask].any()
         changed += int((weight[mask] != fresh.get_parameter(path)[mask]).sum())
     assert changed

@@ -74,6 +74,8 @@ REASONS = (
     "use parallel adapters",  # sequential and routed ones need a norm before the part
     "set initialise: random",  # LST's structural start needs plain heads
     "no described part",
+    "has no bias",
+    "no prompts fit before",
 )
 
 

@@ -190,7 +190,7 @@ USES = {
 every = pytest.mark.parametrize("name", USES)
 
 
-def tuned(name: str) -> tuple[Any, trimtab.Tuned]:
+def tuned(name: str) -> tuple[Any, trimtab.Adapted]:
     use = USES[name]
     model = use.build()
     plain = copy.deepcopy(model)
@@ -245,10 +245,10 @@ def test_what_was_trained_comes_back(name, tmp_path):
     model.train()
     use.run(model).square().mean().backward()
     optimiser.step()
-    handle.save_pretrained(tmp_path / "side")
+    handle.save(tmp_path / "side")
     with torch.no_grad():
         wanted = use.run(model.eval())
-        again = trimtab.Tuned.from_pretrained(use.build(), tmp_path / "side")
+        again = trimtab.adapt(use.build(), tmp_path / "side")
         assert torch.equal(use.run(again.model.eval()), wanted)
 
 

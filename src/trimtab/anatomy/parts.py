@@ -142,6 +142,7 @@ class Tower:
             tower).
         reads: names of further towers whose results go into its stream (fused streams, image tokens among words).
         causal: whether a token sees only those before it (then a key-value cache may be in use).
+        starts_blank: whether what enters the first block is zeros, whatever the sample (DETR's queries begin so).
         closed: why no tokens can be set before its own and taken off after the last block, such as that each has a
             place on which the model counts. Empty if they can.
     """
@@ -164,6 +165,7 @@ class Tower:
     memories: tuple[tuple[str, str], ...] = ()
     reads: tuple[str, ...] = ()
     causal: bool = False
+    starts_blank: bool = False
     closed: str = ""
 
     @property

@@ -23,6 +23,7 @@ from trimtab.methods.costs import without_gradient
 from trimtab.methods.stack import refusal
 from trimtab.registry import unknown
 from trimtab.tasks import TASKS, Task, TaskModel
+from trimtab.tasks.base import Batch
 
 
 @dataclass
@@ -72,12 +73,17 @@ class Assembly:
         self.model.backbone.requires_grad_(False)
         for method in self.methods:
             self.fit.pull(method, session)
-        self.settle()
+        with torch.random.fork_rng(devices=[]):  # a task draws wordings
+            batch = next(session.batches("train"))
+        self.settle(batch)
 
-    def settle(self) -> None:
+    def settle(self, batch: Batch | None = None) -> None:
         """Let the policy decide what is trained, when all methods are attached; freeze what no loss reaches.
 
         A recipe of 0 steps trains nothing, its head neither: nothing of it is counted or stored as learned.
+
+        Args:
+            batch: on which it is seen what the loss reaches; None: one of random inputs.
         """
         if self.policy:
             try:
@@ -87,15 +93,18 @@ class Assembly:
         if not self.trains:
             self.model.requires_grad_(False)
             return
-        was, batch = self.model.training, self.model.example(4)
-        place = next(self.model.parameters()).device
+        was, place = self.model.training, next(self.model.parameters()).device
         self.model.train()
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            loss = self.model(**{k: v.to(place) for k, v in batch.items()})["loss"]
+            inputs = self.model.example(4) if batch is None else batch
+            loss = self.model(**{k: v.to(place) for k, v in inputs.items()})["loss"]
+        idle = without_gradient(self.model, loss)
         own = dict(self.model.named_parameters())
-        for name in without_gradient(self.model, loss):
+        for name in idle:
             own[name].requires_grad_(False)
         self.model.train(was)
+        if self.resolved is not None:
+            self.resolved = self.resolved.without(idle, own)
 
 
 def assemble(recipe: Recipe) -> Assembly:

@@ -13,7 +13,7 @@ A parameter that no pattern matches is an error, and so is a pattern that decide
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
@@ -56,17 +56,35 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Resolved:
-    """A policy applied to a model: factors of the learning rate by parameter name, and the table."""
+    """A policy applied to a model.
+
+    Attributes:
+        rates: factors of the learning rate by parameter name.
+        rows: the table, a row a rule.
+        names: the parameters that each rule decides about.
+        idle: parameters that would be trained, but that no loss reaches: they stay frozen.
+    """
 
     rates: Mapping[str, float]
     rows: Sequence[Row]
+    names: Sequence[Sequence[str]]
+    idle: Sequence[str] = ()
+
+    def without(self, idle: Sequence[str], parameters: Mapping[str, nn.Parameter]) -> Resolved:
+        """The same when parameters were frozen that no loss reaches."""
+        trained = [sum(parameters[n].numel() for n in own if parameters[n].requires_grad) for own in self.names]
+        rows = [row._replace(trained=count) for row, count in zip(self.rows, trained, strict=True)]
+        return replace(self, rows=rows, idle=idle)
 
     def table(self) -> str:
         """The table as text: a line a rule, in order."""
         head = Row("match", "do", "rate", "parameters", "numbers", "trained", "first")  # type: ignore[arg-type]
         cells = [[str(v) if not isinstance(v, float) else f"{v:g}" for v in row] for row in (head, *self.rows)]
         widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+        if self.idle:
+            lines.append(f"{len(self.idle)} tensors get no gradient and stay frozen: {', '.join(self.idle[:3])}, ...")
+        return "\n".join(lines)
 
     def to_json(self) -> list[dict[str, Any]]:
         return [row._asdict() for row in self.rows]
@@ -119,7 +137,7 @@ def apply(rules: Sequence[Rule], model: nn.Module, anatomy: Anatomy, prefix: str
         trained = sum(p.numel() for _, p in mine if p.requires_grad)
         numbers = sum(p.numel() for _, p in mine)
         rows.append(Row(rule.match, rule.do, rule.rate, len(mine), numbers, trained, mine[0][0]))
-    return Resolved(rates, rows)
+    return Resolved(rates, rows, [own[id(rule)] for rule in rules])
 
 
 def _owner(name: str, anatomy: Anatomy, prefix: str) -> str | None:

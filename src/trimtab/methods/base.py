@@ -68,7 +68,7 @@ class Method(ABC):
     """One lever. What a method may be combined with is decided in `stack.py`, from the facts below and nothing else.
 
     Attributes:
-        name: registered name.
+        name: registered name, which the registry sets.
         lever: `prune`, `skip` or `tune`.
         Settings: frozen dataclass; its attribute docstrings are the method's help text.
         trains: what it trains: `nothing` (pruners, the linear probe), the model's `own` parameters (full, BitFit),

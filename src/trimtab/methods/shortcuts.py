@@ -23,7 +23,19 @@ Loss = Callable[[Any], Tensor]
 
 
 def _handle(model: nn.Module, anatomy: Anatomy | None, with_task: nn.Module | None) -> Adapted:
-    return handle_of(unwrapped(model)) or adapt(model, anatomy=anatomy, with_task=with_task)
+    plain = unwrapped(model)
+    fit = handle_of(plain)
+    if fit is not None and not fit.methods:  # nothing is attached yet: as if it were not there
+        release(plain)
+        fit = None
+    if fit is None:
+        return adapt(model, anatomy=anatomy, with_task=with_task)
+    if anatomy is not None or with_task not in (None, fit.with_task):
+        raise ValueError(
+            f"this {type(plain).__name__} is adapted already ({', '.join(fit)}), with a description and a model with "
+            "task of its own: leave out `anatomy` and `with_task`"
+        )
+    return fit
 
 
 @overload

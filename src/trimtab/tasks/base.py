@@ -23,7 +23,7 @@ class Task(ABC):
     """One task.
 
     Attributes:
-        name: registered name.
+        name: registered name, which the registry sets.
         columns: columns that its tables must have beside `image`.
         primary: the metric by which methods are compared; larger is better.
         kinds: which kinds of backbone it works on (`dual`, `joint`).

@@ -22,7 +22,6 @@ class Captioning(Task):
     Captions begin with the tokenizer's class token and end with its separator; they are written greedily.
     """
 
-    name = "captioning"
     columns = ("captions",)
     primary = "cider"
     kinds = ("joint",)

@@ -62,7 +62,6 @@ class Grounding(Task):
     patches inside the box, as MDETR aligns phrases and regions. Accuracy: share of boxes with IoU of at least 0.5.
     """
 
-    name = "grounding"
     columns = ("phrase", "box")
     primary = "accuracy@0.5"
     kinds = ("joint",)

@@ -28,7 +28,6 @@ class Matching(Task):
     grows with the pool.
     """
 
-    name = "matching"
     columns = ("captions", "foils")
     primary = "recall@1"
     kinds = ("joint",)

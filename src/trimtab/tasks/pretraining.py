@@ -19,7 +19,6 @@ class Pretraining(Task):
     that of the picture before it in the batch.
     """
 
-    name = "pretraining"
     columns = ("captions",)
     primary = "told apart"
     kinds = ("joint",)

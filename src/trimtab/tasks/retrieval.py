@@ -73,7 +73,6 @@ class Retrieval(Task):
         ValueError: for another word.
     """
 
-    name = "retrieval"
     columns = ("captions",)
     primary = "recall@1"
     kinds = ("dual",)

@@ -27,7 +27,6 @@ class VQA(Task):
         answers: the classes; a recipe that leaves them out takes those of its data source.
     """
 
-    name = "vqa"
     columns = ("question", "answer")
     primary = "accuracy"
     kinds = ("joint",)

@@ -21,7 +21,7 @@ def describe(model: Any) -> Anatomy:
         Tower("encoder", "fusion", tuple(encoder), ("transformer.encoder",), output=Tap(encoder[-1].path),
               mask=Tap("transformer.encoder", "input", "valid"), reads=("vision", "text"), closed=_EMBEDDED),
         Tower("decoder", "fusion", tuple(decoder), ("transformer.decoder",), output=Tap(decoder[-1].path),
-              memory="encoder", levels=Tap("transformer.decoder"), closed=_EMBEDDED),
+              memory="encoder", levels=Tap("transformer.decoder"), starts_blank=True, closed=_EMBEDDED),
     )  # fmt: skip
     heads = [*text.heads, "transformer.resizer", "input_proj", "query_embed", "class_embed", "bbox_embed"]
     heads += [n for n, _ in model.named_children() if n.startswith(("contrastive", "answer", "qa_embed"))]

@@ -59,7 +59,6 @@ def lamp(weight: Tensor, evidence: Evidence) -> Tensor:
 class OMP(Pruner):
     """One-shot magnitude pruning: the smallest |w| of the whole model go."""
 
-    name = "omp"
     score = "magnitude"
     allocation = "global"
 
@@ -68,7 +67,6 @@ class OMP(Pruner):
 class LocalMP(Pruner):
     """Magnitude within each tensor: the same share of every one."""
 
-    name = "local-mp"
     score = "magnitude"
     allocation = "uniform"
 
@@ -78,7 +76,6 @@ class ModalityMP(Pruner):
     """Magnitude within each modality: the smallest |w| of all vision weights go, of all text weights, of all fusion
     ones."""
 
-    name = "modality-mp"
     score = "magnitude"
     allocation = "modality"
 
@@ -87,7 +84,6 @@ class ModalityMP(Pruner):
 class LayerwiseL2(Pruner):
     """Magnitude relative to the tensor's norm, over the whole model."""
 
-    name = "l2"
     score = "l2"
     allocation = "global"
 
@@ -96,7 +92,6 @@ class LayerwiseL2(Pruner):
 class LAMP(Pruner):
     """Layer-adaptive magnitude: each weight against the larger ones of its tensor, over the whole model."""
 
-    name = "lamp"
     score = "lamp"
     allocation = "global"
 
@@ -105,6 +100,5 @@ class LAMP(Pruner):
 class RandomPruning(Pruner):
     """The same share of every tensor, at random."""
 
-    name = "random-pruning"
     score = "chance"
     allocation = "uniform"

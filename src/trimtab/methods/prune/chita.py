@@ -187,7 +187,6 @@ def check_chita(allocation: str | None, ridge: float, block_size: int) -> None:
 class Chita(Pruner):
     """Weights and their new values from a quadratic model of the loss, at once."""
 
-    name = "chita"
     score = "sensitivity"
     allocation = "global"
     changes_weights = True
@@ -239,7 +238,6 @@ class Chita(Pruner):
 class ChitaPP(Chita):
     """CHITA in steps, each on gradients of the model pruned so far."""
 
-    name = "chita++"
     Settings = ChitaPPSettings
     settings: ChitaPPSettings
 

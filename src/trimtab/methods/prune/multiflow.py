@@ -29,6 +29,5 @@ def flow(weight: Tensor, evidence: Evidence) -> Tensor:
 class Multiflow(Pruner):
     """Information-flow scores, multimodal shares."""
 
-    name = "multiflow"
     score = "flow"
     allocation = "multimodal"

@@ -32,7 +32,6 @@ def sensitivity(weight: Tensor, evidence: Evidence) -> Tensor:
 class SNIP(Pruner):
     """Connection sensitivity |w g| at once."""
 
-    name = "snip"
     score = "sensitivity"
     allocation = "global"
 
@@ -41,7 +40,6 @@ class SNIP(Pruner):
 class IterSNIP(Pruner):
     """Connection sensitivity |w g| in steps, each on gradients of the model pruned so far."""
 
-    name = "itersnip"
     score = "sensitivity"
     allocation = "global"
     Settings = StepSettings

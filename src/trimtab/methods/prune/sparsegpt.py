@@ -120,7 +120,6 @@ class SparseGPTSettings(PruneSettings):
 class SparseGPT(Pruner):
     """Column by column, what is kept makes up for what goes."""
 
-    name = "sparsegpt"
     score = "saliency"
     allocation = "uniform"
     changes_weights = True

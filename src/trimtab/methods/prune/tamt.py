@@ -53,7 +53,6 @@ class TAMTSettings(PruneSettings):
 class TAMT(Pruner):
     """Masks learned on the loss, the weights frozen."""
 
-    name = "tamt"
     score = "magnitude"
     allocation = "global"
     shares = False  # each batch is a step of the optimiser

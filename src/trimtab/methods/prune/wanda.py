@@ -67,7 +67,6 @@ class RowPruner(Pruner):
 class Wanda(RowPruner):
     """Weight times input norm, the same share of every output."""
 
-    name = "wanda"
     score = "wanda"
     allocation = "uniform"
 
@@ -84,7 +83,6 @@ class RIASettings(WandaSettings):
 class RIA(RowPruner):
     """Relative importance and activations: shares of input and output, times the root of the input norm."""
 
-    name = "ria"
     score = "ria"
     allocation = "uniform"
     Settings = RIASettings

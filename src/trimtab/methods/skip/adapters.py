@@ -94,11 +94,9 @@ class RoutedAdapter(nn.Module):
         self.begin = True
         self.weights: Tensor | None = None  # (B, 2) of the sequences that are being generated
         nn.init.xavier_uniform_(self.down.weight)
-        experts: list[Any] = list(self.experts)
-        for module in (self.down, *experts):
-            nn.init.zeros_(module.bias)
-        for expert in experts:
-            nn.init.zeros_(expert.weight)
+        nn.init.zeros_(self.down.bias)
+        for parameter in self.experts.parameters():
+            nn.init.zeros_(parameter)
 
     def called(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before the block's call: it begins a sequence if no position is given, or one of the positions is 0."""
@@ -214,7 +212,8 @@ class Skipped(nn.Module):
             self.norm._forward_pre_hooks.clear()
         self.adapter = placed(self._adapter(block, bottleneck, 0), place, place.dtype)
         others = [self._adapter(block, bottleneck, i + 1) for i in range(len(block.also))]
-        self.others: Any = placed(nn.ModuleList(others), place, place.dtype)
+        self.others = nn.ModuleList(others)
+        placed(self.others, place, place.dtype)
         mark_added(self, ADDED)
 
     def _adapter(self, block: Block, bottleneck: int, stream: int) -> nn.Module:
@@ -282,6 +281,5 @@ def train_adapters(model: nn.Module, heads: tuple[str, ...]) -> None:
         if any(name.startswith(h + ".") for h in heads):
             parameter.requires_grad_(True)
     find: Any = getattr(model, "get_output_embeddings", None)
-    words = None if find is None else find()
-    if words is not None:
+    if find is not None and (words := find()) is not None:
         words.requires_grad_(False)

@@ -116,7 +116,7 @@ class Plan:
         Raises:
             PlanError: if the file is not there or holds no plan.
         """
-        raw, where = _read(file)
+        raw, where = read_raw(file)
         return cls.from_dict(raw, where)
 
     def check(self, candidates: Sequence[Block], model: nn.Module, where: str = "plan") -> None:
@@ -174,7 +174,7 @@ class Plan:
         return captured.get()
 
 
-def _read(file: str | Path) -> tuple[Any, str]:
+def read_raw(file: str | Path) -> tuple[Any, str]:
     """A plan as it stands in a file or folder, with what is kept beside it (a search's trace), and where it was found.
 
     Raises:

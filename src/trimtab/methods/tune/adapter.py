@@ -152,7 +152,6 @@ class _Parallel(_Sequential):
 class SequentialAdapter(_Adapters):
     """Bottleneck adapters after the parts of every block (Houlsby's or Pfeiffer's places)."""
 
-    name = "adapter"
     Settings = AdapterSettings
 
     def chosen(self, part: Sublayer) -> bool:
@@ -169,7 +168,6 @@ class SequentialAdapter(_Adapters):
 class ParallelAdapter(_Adapters):
     """Bottleneck adapters that read a part's input and are added to its output."""
 
-    name = "parallel-adapter"
     Settings = ParallelAdapterSettings
 
 
@@ -177,5 +175,4 @@ class ParallelAdapter(_Adapters):
 class ScaledParallelAdapter(_Adapters):
     """The same, scaled, beside the feed-forward parts."""
 
-    name = "scaled-parallel-adapter"
     Settings = ScaledParallelAdapterSettings

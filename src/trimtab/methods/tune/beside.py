@@ -1,7 +1,8 @@
 """What methods share that train a network beside a frozen tower (UniPT, LST, SHERL, Side-Tuning).
 
 A method says with `stand` which side network a tower gets, what it reads and where its result goes, or why the tower
-can have none; the rest is here and in `listener`. A side network is a module with `forward(seen)`.
+can have none; the rest is here and in `listener`. A side network is a module with `forward(seen)`, whose `down` takes
+the maps to its own width.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ class Beside(Method):
         made = {name: self.stand(model, anatomy, anatomy.tower(name)) for name in names}
         sides = keep_modules(model, self.name, {name: m.side for name, m in made.items()})
         placed(sides, next(model.parameters()))
+        for name, stand in made.items():
+            if anatomy.tower(name).starts_blank and 0 in stand.maps:  # a map of zeros: only the bias can learn
+                next(stand.side.down.parameters()).requires_grad_(False)  # type: ignore[union-attr]
         self.listeners = {
             name: Listener(self.name, anatomy.tower(name), m.side, m.maps, m.place) for name, m in made.items()
         }
@@ -70,18 +74,11 @@ class Beside(Method):
     def stand(self, model: nn.Module, anatomy: Anatomy, tower: Tower) -> Stand:
         """The side network of a tower and its place; ValueError if the method does not apply to it."""
 
-    def detaches(self, anatomy: Anatomy) -> tuple[str, ...]:
-        """The towers beside which a side network stands, and those that only such towers read."""
-        cut = set(self.settings.towers or self.towers(anatomy))
-        for tower in reversed(anatomy.towers):
-            readers = anatomy.readers(tower.name)
-            if readers and all(r.name in cut and not self.passes(r, tower) for r in readers):
-                cut.add(tower.name)
-        return tuple(t.name for t in anatomy.towers if t.name in cut)
+    def replaces(self) -> tuple[str, ...]:
+        return tuple(x.place.path for x in self.listeners.values() if x.place is not None)
 
-    def passes(self, reader: Tower, source: Tower) -> bool:
-        """Whether a gradient reaches what a tower reads, though a side network stands beside it."""
-        return False
+    def detaches(self, anatomy: Anatomy) -> tuple[str, ...]:
+        return tuple(self.settings.towers or self.towers(anatomy))
 
     def towers(self, anatomy: Anatomy) -> tuple[str, ...]:
         """The towers that get a side network if the settings name none: those that no other tower reads, since nothing

@@ -23,7 +23,6 @@ class BitFitSettings:
 class BitFit(Method):
     """Every bias in the towers is trained, those of norms included."""
 
-    name = "bitfit"
     lever = "tune"
     trains = "own"
     changes = "values"

@@ -19,7 +19,6 @@ class NoSettings:
 class Full(Method):
     """Full fine-tuning: every parameter is trained."""
 
-    name = "full"
     lever = "tune"
     Settings = NoSettings
     trains = "own"
@@ -34,7 +33,6 @@ class Full(Method):
 class LinearProbe(Method):
     """The backbone stays as it is; only the task's head is trained."""
 
-    name = "linear-probe"
     lever = "tune"
     Settings = NoSettings
     trains = "nothing"

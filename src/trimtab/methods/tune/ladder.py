@@ -70,7 +70,6 @@ class Ladder(nn.Module):
 class LST(Beside):
     """A narrow transformer that climbs beside the frozen tower."""
 
-    name = "lst"
     Settings = LSTSettings
 
     def stand(self, model: nn.Module, anatomy: Anatomy, tower: Tower) -> Stand:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from trimtab.anatomy import AnatomyError, Tap, Tower, read, rewrite
+from trimtab.anatomy import AnatomyError, Tap, Tower, pre_hook, read, rewrite
 
 
 @dataclass
@@ -113,8 +113,7 @@ class Listener:
     def attach(self, model: nn.Module) -> None:
         """Set the hooks."""
         tower = self.tower
-        first = model.get_submodule(tower.blocks[0].path)
-        self.handles.append(first.register_forward_pre_hook(self._enter, with_kwargs=True))
+        self.handles.append(pre_hook(model, tower.blocks[0].path, self._enter))
         for i, block in enumerate(tower.blocks[: max(self.maps)], 1):
             self.handles.append(read(model, Tap(block.path), partial(self._next, i)))
         if tower.mask is not None:
@@ -134,7 +133,6 @@ class Listener:
         """Before the first block: a pass begins. No graph goes through a tower that a side network reads, also where
         its input has one (transformers sets `requires_grad` on embeddings for gradient checkpointing)."""
         block = self.tower.blocks[0]
-        refuse_replica(self.method, module)
         if self.tower.causal and holds_tokens(kwargs):
             raise AnatomyError(
                 f"{self.method}: block '{block.path}' was called with the newest token alone, and the side network "
@@ -240,15 +238,6 @@ class Listener:
             )
         mask = None if kept.mask is None else kept.mask.repeat_interleave(times, 0)
         return kept.result.repeat_interleave(times, 0), mask
-
-
-def refuse_replica(method: str, module: nn.Module) -> None:
-    """ValueError in a replica that `nn.DataParallel` made: its hooks would compute with the original's weights."""
-    if getattr(module, "_is_replica", False):
-        raise ValueError(
-            f"{method}: the model runs in replicas of nn.DataParallel, which hooks do not reach: use one GPU "
-            "(CUDA_VISIBLE_DEVICES=0), or DistributedDataParallel with a process for each"
-        )
 
 
 def holds_tokens(kwargs: dict) -> bool:

@@ -55,7 +55,6 @@ def _naming_its_embeddings(model: Any) -> Iterator[None]:
 class LoRA(Method):
     """Low-rank updates of the attention's query and value maps; everything else is frozen."""
 
-    name = "lora"
     lever = "tune"
     trains = "added"
     changes = "tree"

@@ -37,7 +37,7 @@ class MaskedLinear(lora.Linear):
         return out
 
 
-def follow(layer: lora.LoraLayer, path: str, mask: Tensor) -> None:
+def follow(layer: Any, path: str, mask: Tensor) -> None:
     """Let the update of a layer keep the zeros of a mask.
 
     Raises:

@@ -27,7 +27,6 @@ class NormTuningSettings:
 class NormTuning(Method):
     """Scales and shifts of LayerNorm, RMSNorm, BatchNorm and their like; running statistics stay frozen."""
 
-    name = "norm-tuning"
     lever = "tune"
     trains = "own"
     changes = "values"

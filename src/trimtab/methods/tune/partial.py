@@ -29,7 +29,6 @@ class PartialSettings:
 class Partial(Method):
     """The last blocks of each tower are trained; nothing is back-propagated further."""
 
-    name = "partial"
     lever = "tune"
     trains = "own"
     changes = "values"

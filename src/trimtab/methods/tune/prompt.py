@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.anatomy import Anatomy, Block, Tap, Tower, rewrite
-from trimtab.anatomy.calls import parameter_names
+from trimtab.anatomy import Anatomy, Block, Tap, Tower, parameter_names, pre_hook, rewrite
 from trimtab.methods.base import METHODS, Method
 from trimtab.methods.tune.beside import keep_modules, token_width
-from trimtab.methods.tune.listener import holds_tokens, refuse_replica
+from trimtab.methods.tune.listener import holds_tokens
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class _Prompts(Method):
     def _hook(self, model: nn.Module, tower: Tower, prompts: Prompts) -> None:
         for i, block in enumerate(tower.blocks):
             enter = _Enter(self.name, block, prompts, i, tower.causal)
-            model.get_submodule(block.path).register_forward_pre_hook(enter, with_kwargs=True)
+            pre_hook(model, block.path, enter)
         rewrite(model, Tap(tower.blocks[-1].path), prompts.taken_off)
 
 
@@ -99,7 +98,6 @@ class _Enter:
         self.method, self.block, self.prompts, self.index, self.causal = method, block, prompts, index, causal
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        refuse_replica(self.method, module)
         if self.index == 0 and holds_tokens(kwargs):
             raise ValueError(
                 f"block '{self.block.path}' was called with a key-value cache that holds tokens already: prompts would "
@@ -161,7 +159,6 @@ def widened(value: Any, count: int, length: int, name: str = "", causal: bool = 
 class ShallowPrompt(_Prompts):
     """Prompts before the tokens that enter the first block."""
 
-    name = "shallow-prompt"
     deep = False
 
 
@@ -169,5 +166,4 @@ class ShallowPrompt(_Prompts):
 class DeepPrompt(_Prompts):
     """Prompts of its own before every block."""
 
-    name = "deep-prompt"
     deep = True

@@ -82,7 +82,6 @@ class MultiTier(nn.Module):
 class SHERL(Beside):
     """Merges the inputs of all blocks and gives the result to the last one."""
 
-    name = "sherl"
     Settings = SHERLSettings
 
     def stand(self, model: nn.Module, anatomy: Anatomy, tower: Tower) -> Stand:
@@ -91,7 +90,3 @@ class SHERL(Beside):
             raise ValueError(f"sherl: tower {tower.name!r} has {count} block; it needs one before the last")
         place = Tap(tower.blocks[-2].path)  # what it puts out is what the last block takes in
         return Stand(MultiTier(width, count, self.settings.reduction), range(count), place)
-
-    def passes(self, reader: Tower, source: Tower) -> bool:
-        """The last block, through which a gradient passes, reads memories; the stream is the side network's."""
-        return source.name in (reader.memory, *(name for _, name in reader.memories))

@@ -62,7 +62,6 @@ class Blended(nn.Module):
 class SideTuning(Beside):
     """A small network from a tower's input to its output, blended with the frozen tower's result."""
 
-    name = "side-tuning"
     Settings = SideTuningSettings
 
     def stand(self, model: nn.Module, anatomy: Anatomy, tower: Tower) -> Stand:

@@ -157,14 +157,14 @@ def _step(theta: Tensor, orders: Sequence[Indices], found: Sequence[float], know
     advantages = (rewards - others) / spread
     parameter = theta.clone().requires_grad_(True)
     total = sum(a * log_probability_of_set(parameter, o) for a, o in zip(advantages, orders, strict=True)) / count
-    return theta + rate * torch.autograd.grad(total, parameter)[0]
+    (slope,) = torch.autograd.grad(total, parameter)
+    return theta + rate * slope
 
 
 @METHODS.register("bandit-skip")
 class BanditSkip(Searched):
     """Plans drawn by a Plackett-Luce policy that starts from block influence; stops when its favourite is settled."""
 
-    name = "bandit-skip"
     Settings = BanditSettings
     settings: BanditSettings
 

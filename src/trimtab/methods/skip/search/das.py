@@ -118,7 +118,6 @@ class Gates:
 class DAS(Skipping):
     """Searched skipping, retrained with adapters."""
 
-    name = "das"
     teaches = True
     Settings = DASSettings
     settings: DASSettings

@@ -48,7 +48,6 @@ def _scores(plans: Sequence[Indices], losses: Sequence[float], candidates: int) 
 class ExhaustiveSkip(Searched):
     """Every plan compared on validation rows; for a few blocks."""
 
-    name = "exhaustive-skip"
     Settings = ExhaustiveSettings
     settings: ExhaustiveSettings
 

@@ -29,7 +29,5 @@ def greedy(losses: Losses, goal: Goal) -> Found:
 class GreedySkip(Searched):
     """Blocks taken one by one, each time the one that is missed least on validation rows."""
 
-    name = "greedy-skip"
-
     def compare(self, losses, goal, session, candidates, generator) -> Found:
         return greedy(losses, goal)

@@ -70,7 +70,6 @@ class InfluenceSettings(SkipSettings):
 class BlockInfluence(Skipping):
     """Blocks that turn the stream least (ShortGPT): no training, one forward pass."""
 
-    name = "block-influence"
     Settings = InfluenceSettings
     settings: InfluenceSettings
 

@@ -136,7 +136,6 @@ def _next(mean: Tensor, covariance: Tensor, goal: Goal, generator: torch.Generat
 class LinearSkip(Searched):
     """Plans that are best under a drawn belief that losses of blocks add up; starts from block influence."""
 
-    name = "linear-skip"
     Settings = LinearSettings
     settings: LinearSettings
 

@@ -28,7 +28,6 @@ class RandomSettings(SkipSettings):
 class RandomSkip(Skipping):
     """Blocks drawn evenly; adapters and retraining as in DAS."""
 
-    name = "random-skip"
     Settings = RandomSettings
     settings: RandomSettings
 

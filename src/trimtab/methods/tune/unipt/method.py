@@ -65,7 +65,6 @@ class UniPTSettings:
 class UniPT(Beside):
     """Side networks beside the frozen towers, attached through their taps."""
 
-    name = "unipt"
     Settings = UniPTSettings
     cacheable = True
 

@@ -19,7 +19,7 @@ def output(model: nn.Module) -> torch.Tensor:
     return model.eval()(**words()).last_hidden_state.detach()
 
 
-def train(tuned: trimtab.Tuned, steps: int = 2, seed: int = 0) -> None:
+def train(tuned: trimtab.Adapted, steps: int = 2, seed: int = 0) -> None:
     torch.manual_seed(seed)
     optimizer = torch.optim.SGD(tuned.parameters(), lr=0.1)
     target = torch.randn(2, 7, 32)
@@ -35,12 +35,12 @@ def test_what_was_trained_comes_back_on_a_fresh_model(method, tmp_path):
     tuned = trimtab.tune(bert(), method)
     train(tuned)
     wanted = output(tuned.model)
-    tuned.save_pretrained(tmp_path / "side")
-    assert {p.name for p in (tmp_path / "side").iterdir()} == {"tune.json", "learned.safetensors"}
+    tuned.save(tmp_path / "side")
+    assert {p.name for p in (tmp_path / "side").iterdir()} == {"fit.json", "weights.safetensors"}
     if method != "full":
-        size = (tmp_path / "side" / "learned.safetensors").stat().st_size
+        size = (tmp_path / "side" / "weights.safetensors").stat().st_size
         assert size < 4 * sum(p.numel() for p in bert().parameters())
-    again = trimtab.Tuned.from_pretrained(bert(), tmp_path / "side")
+    again = trimtab.adapt(bert(), tmp_path / "side")
     assert torch.equal(output(again.model), wanted)
 
 
@@ -58,10 +58,10 @@ def test_heads_are_trained_when_they_are_named():
 
     config = BertConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     frozen, trained = (trimtab.tune(BertForSequenceClassification(config), heads=h) for h in (False, True))
-    assert {n.split(".")[1] for n in frozen.tensors()} == {"text"}, "the side networks alone"
-    assert {"classifier.weight", "classifier.bias"} <= set(trained.tensors())
+    assert {n.split(".")[2] for n in frozen.tensors()} == {"text"}, "the side networks alone"
+    assert {"learned.classifier.weight", "learned.classifier.bias"} <= set(trained.tensors())
     some = trimtab.tune(BertForSequenceClassification(config), heads=("classifier.bias",))
-    assert "classifier.bias" in some.tensors() and "classifier.weight" not in some.tensors()
+    assert "learned.classifier.bias" in some.tensors() and "learned.classifier.weight" not in some.tensors()
     with pytest.raises(ValueError, match="unknown head 'clasifier': did you mean 'classifier'"):
         trimtab.tune(BertForSequenceClassification(config), heads=("clasifier",))
 
@@ -76,7 +76,7 @@ def test_several_are_held_and_switched(method, tmp_path):
     train(tuned, seed=1)
     captions = output(tuned.model)
     assert not torch.equal(captions, questions)
-    tuned.save_pretrained(tmp_path / "questions", "questions")
+    tuned.save(tmp_path / "questions", "questions")
     tuned.switch("questions")
     assert torch.equal(output(tuned.model), questions) and tuned.names == ["captions", "questions"]
     tuned.switch("captions")
@@ -90,37 +90,37 @@ def test_several_are_held_and_switched(method, tmp_path):
 
 def test_another_backbone_is_refused_with_the_difference(tmp_path):
     tuned = trimtab.tune(bert(), "unipt")
-    tuned.save_pretrained(tmp_path / "side")
+    tuned.save(tmp_path / "side")
     with pytest.raises(
         ValueError, match=r"blocks of tower 'text' \['encoder.layer.0', .*\], here \['encoder.layer.0', 'enc"
     ):
-        trimtab.Tuned.from_pretrained(bert(2), tmp_path / "side")
+        trimtab.adapt(bert(2), tmp_path / "side")
     other = bert()
     with torch.no_grad():
         other.embeddings.word_embeddings.weight.add_(1)
-    with pytest.raises(ValueError, match="same architecture with other weights"):
-        trimtab.Tuned.from_pretrained(other, tmp_path / "side")
+    with pytest.raises(ValueError, match="same architecture and precision with other weights"):
+        trimtab.adapt(other, tmp_path / "side")
     with pytest.raises(ValueError, match="a BertModel, this is a Linear"):
         tower = trimtab.Tower("t", "text", (trimtab.Block("", 4),), ("",), output=trimtab.Tap(""))
-        trimtab.Tuned.from_pretrained(nn.Linear(4, 4), tmp_path / "side", trimtab.Anatomy((tower,)))
-    (tmp_path / "side" / "learned.safetensors").write_bytes(b"cut off")
-    with pytest.raises(ValueError, match=r"learned.safetensors"):
-        trimtab.Tuned.from_pretrained(bert(), tmp_path / "side")
+        trimtab.adapt(nn.Linear(4, 4), tmp_path / "side", anatomy=trimtab.Anatomy((tower,)))
+    (tmp_path / "side" / "weights.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"weights.safetensors"):
+        trimtab.adapt(bert(), tmp_path / "side")
 
 
 def test_other_settings_are_refused_beside_each_other(tmp_path):
-    trimtab.tune(bert(), "unipt", reduction=4).save_pretrained(tmp_path / "narrow")
+    trimtab.tune(bert(), "unipt", reduction=4).save(tmp_path / "narrow")
     tuned = trimtab.tune(bert(), "unipt")
-    with pytest.raises(ValueError, match=r"'reduction': 4.*tuned with .*'reduction': 2"):
+    with pytest.raises(ValueError, match="unipt with reduction 4, here 2"):
         tuned.load(tmp_path / "narrow", "narrow")
-    config = json.loads((tmp_path / "narrow" / "tune.json").read_text())
-    (tmp_path / "narrow" / "tune.json").write_text(json.dumps({**config, "format": 9}))
-    with pytest.raises(ValueError, match="format 9, this version reads 1"):
+    config = json.loads((tmp_path / "narrow" / "fit.json").read_text())
+    (tmp_path / "narrow" / "fit.json").write_text(json.dumps({**config, "format": 9}))
+    with pytest.raises(ValueError, match="format 9, this version of trimtab reads 1"):
         tuned.load(tmp_path / "narrow", "narrow")
-    with pytest.raises(FileNotFoundError, match=r"expected tune.json"):
+    with pytest.raises(FileNotFoundError, match=r"expected fit.json"):
         tuned.load(tmp_path / "nowhere", "narrow")
     with pytest.raises(FileExistsError):
-        tuned.save_pretrained(tmp_path / "narrow")
+        tuned.save(tmp_path / "narrow")
 
 
 def test_wrong_names_get_the_nearest():
@@ -129,5 +129,5 @@ def test_wrong_names_get_the_nearest():
     with pytest.raises(ValueError, match="unipt: unknown setting 'reductoin': did you mean 'reduction'"):
         trimtab.tune(bert(), reductoin=4)
     tuned = trimtab.tune(bert())
-    with pytest.raises(ValueError, match="this BertModel is tuned already"):
+    with pytest.raises(ValueError, match="tuned already with unipt"):
         trimtab.tune(tuned.model)
