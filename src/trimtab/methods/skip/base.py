@@ -70,7 +70,7 @@ class Skipping(Method):
 
     Attributes:
         trained: what the adapters of the plan have learned in the search, by the parameters' names after `attach`;
-            empty if nothing has trained them. What `keep_trained` has put into a model is in `tensors`.
+            empty if nothing has trained them.
     """
 
     lever = "skip"
@@ -100,18 +100,15 @@ class Skipping(Method):
     @property
     def learns(self) -> bool:
         """Whether its search trains the adapters that it sets: a plan that is given has taught them nothing."""
-        searched = self.settings.plan is None and (self.settings.budget is not None or self.settings.skip > 0)
-        return self.teaches and searched
+        s = self.settings
+        searched = s.plan is None and (s.budget is not None or s.skip > 0)
+        return self.teaches and searched and s.adapters != "none" and getattr(s, "search_steps", 0) > 0
 
     def told(self) -> str:
         plan = self.plan
-        return (
-            self.name
-            if plan is None
-            else (
-                f"{self.name}: {len(plan.skipped)} of {len(plan.blocks)} blocks are skipped ({', '.join(plan.skipped)})"
-            )
-        )
+        if plan is None:
+            return self.name
+        return f"{self.name}: {len(plan.skipped)} of {len(plan.blocks)} blocks are skipped ({', '.join(plan.skipped)})"
 
     @property
     def keeps(self) -> str:  # type: ignore[override]
@@ -307,36 +304,17 @@ class Skipping(Method):
         """
         assert self.plan is not None
         paths = [b.path for b in self.plan.blocks if b.tower in towers]
-        wanted = [f"{path}.{n}" for p in paths for path, m in adapters_in(model, p) for n, _ in m.named_parameters()]
+        wanted = {f"{path}.{n}": p for b in paths for path, m in adapters_in(model, b) for n, p in m.named_parameters()}
         if untrained := [name for name in wanted if name not in self.trained]:
             raise ValueError(
                 f"{self.name}: nothing has trained the adapters in {', '.join(map(repr, sorted(towers)))} "
                 f"('{untrained[0]}', ...), and no gradient reaches them there: skip with `adapters: none`, or by a "
                 "search that trains (das, linear-skip, ...)"
             )
-        _set_frozen(model, paths, {name: self.trained[name] for name in wanted}, self.name)
+        for name, parameter in wanted.items():
+            parameter.data.copy_(self.trained[name])
+            parameter.requires_grad_(False)
 
     def fold(self, model: nn.Module) -> None:
         """Take the places of skipped blocks out of the model: fewer layers, an ordinary configuration."""
         take_out(model)
-
-
-@torch.no_grad()
-def _set_frozen(model: nn.Module, paths: Collection[str], values: dict[str, Tensor], who: str) -> None:
-    """Copy values into adapters below some paths, and freeze those that got one."""
-    left = dict(values)
-    for path in paths:
-        for where, adapter in adapters_in(model, path):
-            for name, parameter in adapter.named_parameters():
-                value = left.pop(f"{where}.{name}", None)
-                if value is None:
-                    continue
-                if value.shape != parameter.shape:
-                    raise ValueError(
-                        f"{who}: '{where}.{name}' has the shape {tuple(parameter.shape)}, what was learned "
-                        f"{tuple(value.shape)}: other settings of the adapters (reduction, skip_width)"
-                    )
-                parameter.copy_(value)
-                parameter.requires_grad_(False)
-    if left:
-        raise ValueError(f"{who}: the model has no adapter for '{next(iter(left))}': another plan, or other settings")
