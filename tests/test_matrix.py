@@ -105,6 +105,17 @@ def test_the_page_is_what_the_command_prints():
     )
 
 
+def test_the_page_has_the_combinations():
+    """Which levers go together is asked of the rules, on this page and in recipes alike."""
+    assert matrix.combinations() in PAGE.read_text(), (
+        "docs/matrix.md is behind: paste what `trimtab list --matrix --markdown` prints"
+    )
+    heads, rows, notes = matrix.together()
+    assert len(heads) == 4 and len(rows) == 4 and len(notes) == 5
+    das = next(row for label, row in rows.items() if "das (adapters)" in label)
+    assert [cell[:3] for cell in das] == ["yes", "no ", "yes", "yes"]
+
+
 def test_the_page_names_every_method_and_backbone():
     page = PAGE.read_text()
     assert not [n for n in (*METHODS, *EXAMPLES) if n not in page]

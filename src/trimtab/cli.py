@@ -349,6 +349,8 @@ def _list(options: Namespace) -> None:
         from trimtab import matrix
 
         matrix.show(matrix.find(options.backbone, options.method), options.markdown)
+        if not (options.backbone or options.method):
+            matrix.show_together(options.markdown)
     else:
         listing.show(options.kind, options.name)
 

@@ -257,6 +257,27 @@ def _grouped(cells: dict[str, tuple[str, ...]]) -> list[list[str]]:
     return list(groups.values())
 
 
+def show_together(as_markdown: bool = False) -> None:
+    """Print which methods go together, for the terminal or as Markdown."""
+    if as_markdown:
+        print("\n" + combinations(), end="")
+        return
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    console = Console()
+    heads, rows, notes = together()
+    table = RichTable("", title="levers together: the row's method first, then the column's", title_justify="left")
+    for head in heads:
+        table.add_column(head.replace("<br>", "\n"))
+    for label, row in rows.items():
+        table.add_row(label.replace(", ", "\n"), *(Text(cell) for cell in row), end_section=True)
+    console.print(table)
+    for i, note in enumerate(notes, 1):
+        console.print(Text(f"[{i}] {note}"))
+
+
 def combinations() -> str:
     """The page of combinations as Markdown."""
     heads, rows, notes = together()

@@ -141,8 +141,10 @@ class Method(ABC):
         return False
 
     def told(self) -> str:
-        """What it did, in a line for a person."""
-        return self.name
+        """What it did, in a line for a person; here: its name, and the settings that are not the defaults."""
+        usual = asdict(self.Settings())
+        own = [f"{k} {v}" for k, v in asdict(self.settings).items() if v != usual[k]]
+        return f"{self.name}: {', '.join(own)}" if own else self.name
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.state, self.tensors = state, tensors
