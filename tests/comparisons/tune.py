@@ -24,7 +24,7 @@ def words(case: Case) -> Iterator[Check | Skipped]:
     """The side network of VSE's texts, on tokens."""
     tensors, info = case.tensors, case.info
     n, factor = info["num_layer"], info["downsample_D_factor"]
-    how = replace(PUBLISHED["vse-text"], skip=False)
+    how = replace(PUBLISHED["vse-text"], skip_padding=False)
     side = TokenUniPT(info["hidden_size"][0], n - 1, factor, how, info["embed_size"])
     names = numbered("downsample_layers", n)
     names |= pairs(**{f"project.{i}": f"projection_layer.{i}" for i in (0, 1)})
@@ -65,7 +65,7 @@ def tokens(case: Case) -> Iterator[Check | Skipped]:
     """The side network of CLIP-ViL, on tokens."""
     tensors, info = case.tensors, case.info
     layers = info["layers"]
-    how = replace(PUBLISHED["clip-vil"], skip=False)
+    how = replace(PUBLISHED["clip-vil"], skip_padding=False)
     side = TokenUniPT(info["hidden_size"], layers, info["reduction_factor"], how)
     names = {}
     for i in range(layers + 1):
@@ -106,8 +106,8 @@ def queries(case: Case) -> Iterator[Check | Skipped]:
     """The side networks of MDETR's encoder and decoder, on their layers' outputs."""
     tensors, info = case.tensors, case.info
     chosen, width = info["select_layers"], info["d_model"]
-    encoder = TokenUniPT(width, len(chosen), 2, replace(PUBLISHED["mdetr-encoder"], skip=False))
-    decoder = DecoderUniPT(width, len(chosen), 2, replace(PUBLISHED["mdetr-decoder"], skip=False), levels=True)
+    encoder = TokenUniPT(width, len(chosen), 2, replace(PUBLISHED["mdetr-encoder"], skip_padding=False))
+    decoder = DecoderUniPT(width, len(chosen), 2, replace(PUBLISHED["mdetr-decoder"], skip_padding=False), levels=True)
     names = {}
     for part, side in (("encoder", encoder), ("decoder", decoder)):
         theirs = [f"side_downsamples_{part}.{i}" for i in range(len(chosen))] + [f"side_downsample0_{part}"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import os
 import pickle
 
 import pytest
@@ -47,7 +48,12 @@ def output(tiny: Tiny, model: torch.nn.Module) -> torch.Tensor:
 
 
 def combinations():
-    """Every pair of (pruner, form), (pruner, tuner), (form, tuner) at least once; the third choice goes round."""
+    """Every pair of (pruner, form), (pruner, tuner), (form, tuner) at least once; the third choice goes round.
+
+    With TRIMTAB_EVERY_COMBINATION set, the whole cross product.
+    """
+    if os.environ.get("TRIMTAB_EVERY_COMBINATION"):
+        return list(itertools.product(PRUNERS, FORMS, TUNERS))
     seen: dict[tuple, None] = {}
     for i, tuner in enumerate(TUNERS):
         for j in range(5):
@@ -230,6 +236,15 @@ def test_adapting_twice_names_the_way_out():
     with pytest.raises(ValueError, match="adapted already .lora.*its handle"):
         trimtab.adapt(fit.model)
     assert trimtab.prune(fit.model, "omp", 0.5) is fit  # the shortcuts go on with it
+
+
+def test_blocks_that_masks_and_side_networks_need_are_not_taken_out_behind_the_handle():
+    for fit in (attached(SINGLE, "omp", None, None, False), attached(SINGLE, None, None, "unipt", False)):
+        block = next(fit.anatomy.blocks()).path
+        before = output(SINGLE, fit.model)
+        with pytest.raises(ValueError, match=r"need its blocks: use `fit.skip\(...\)`"):
+            trimtab.shorten(fit.model, [block])
+        assert torch.equal(output(SINGLE, fit.model), before)
 
 
 def test_a_forgotten_callback_is_noticed_at_save(tmp_path):

@@ -47,10 +47,10 @@ def parts() -> dict[str, literal.Part]:
         queries = literal.states(3, 5, 12, 4)
         return Seen(queries, mask_, queries[-1][None], memory=torch.randn(3, 6, 6), memory_mask=mask)
 
-    how, plain = PUBLISHED["clip-vil"], replace(PUBLISHED["clip-vil"], skip=False)
+    how, plain = PUBLISHED["clip-vil"], replace(PUBLISHED["clip-vil"], skip_padding=False)
     first = replace(how, first=True)
     made = {
-        "vse-text": (TokenUniPT(12, 3, 2, replace(PUBLISHED["vse-text"], skip=False), 8), shown(maps, mask)),
+        "vse-text": (TokenUniPT(12, 3, 2, replace(PUBLISHED["vse-text"], skip_padding=False), 8), shown(maps, mask)),
         "clip-vil": (TokenUniPT(12, 3, 2, plain), shown(maps, mask)),
         "first-token": (TokenUniPT(12, 3, 2, first), shown(maps, mask)),
         "first-of-all": (TokenUniPT(12, 3, 2, replace(first, projection="single")), shown(maps)),
@@ -176,7 +176,7 @@ def test_padding_is_handed_on_as_zeros_and_costs_nothing():
     for m in maps:
         m[mask == 0] = torch.nan
     assert torch.equal(side(shown(list(maps), mask)), out)  # it is not even looked at
-    computed(side, skip=False)
+    computed(side, skip_padding=False)
     assert side(shown(literal.states(4, 12, 32, 4), mask))[mask == 0].any()
 
 

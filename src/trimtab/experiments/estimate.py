@@ -101,8 +101,8 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
     budget takes; a pruner keeps its share.
 
     Returns:
-        `params`, `nonzero_params`, `dense_params`, `trainable_params`, `macs`, `dense_macs`, `checkpoint_bytes`, and for
-        the recipe's batch size, which is in `batch_size`, `saved_activation_bytes` and `training_peak_bytes`.
+        `params`, `nonzero_params`, `dense_params`, `trainable_params`, `macs`, `dense_macs`, `checkpoint_bytes`, and
+        for the recipe's batch size, which is in `batch_size`, `saved_activation_bytes` and `training_peak_bytes`.
     """
     blind = replace(recipe, backbone=replace(recipe.backbone, pretrained=False, start_from=None))
     try:

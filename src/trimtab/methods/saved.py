@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Tower
+from trimtab.anatomy.parts import every_tap
 from trimtab.files import replace_file
 from trimtab.storage.learned import fingerprint, precision
 from trimtab.storage.shards import open_safetensors
@@ -133,10 +134,10 @@ def identity(model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:
 
 
 def _tower(tower: Tower) -> dict[str, Any]:
-    taps = (tower.output, tower.mask, tower.pooled)
     return {
-        "layout": tower.layout, "blocks": [b.path for b in tower.blocks], "widths": [b.width for b in tower.blocks],
-        "taps": [None if t is None else f"{t.path} {t.side} {t.key}" for t in taps], "causal": tower.causal,
+        "layout": tower.layout, "causal": tower.causal, "blocks": [b.path for b in tower.blocks],
+        "widths": [b.width for b in tower.blocks],
+        "taps": [f"{what}: {t.path} {t.side} {t.key}" for t, what in every_tap(replace(tower, blocks=()))],
     }  # fmt: skip
 
 

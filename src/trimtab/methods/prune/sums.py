@@ -81,7 +81,7 @@ class InputSums:
     sums: dict[Weight, list[_Sum]] = field(default_factory=dict)
 
     def __enter__(self) -> InputSums:
-        self.masks: dict[str, Tensor | None] = {}
+        self.attention_masks: dict[str, Tensor | None] = {}
         self.sources: dict[str, Tensor | None] = {}
         self.samples: dict[str, int] = {}
         self.memories: dict[str, dict[tuple[int, torch.Size], str]] = {}
@@ -100,7 +100,7 @@ class InputSums:
             if tower.mask is not None:
                 source = tower.mask_source or tower.mask
                 self._hold(read(self.model, source, partial(self.sources.__setitem__, tower.name)))
-                self._hold(read(self.model, tower.mask, partial(self.masks.__setitem__, tower.name)))
+                self._hold(read(self.model, tower.mask, partial(self.attention_masks.__setitem__, tower.name)))
             if tower.samples is not None:
                 self._hold(read(self.model, tower.samples, partial(self._count, tower.name)))
             for block in tower.blocks if tower.memory else ():
@@ -196,7 +196,7 @@ class InputSums:
         tower = self.towers.get(weight)
         if tower is None:
             return None
-        return self.masks.get(self.memories.get(tower.name, {}).get((x.data_ptr(), x.shape), tower.name))
+        return self.attention_masks.get(self.memories.get(tower.name, {}).get((x.data_ptr(), x.shape), tower.name))
 
     def _sum(self, weight: Weight, totals: list[Tensor], samples: int) -> None:
         """Add the sums of a weight's parts, among which its rows are divided evenly."""
@@ -219,7 +219,7 @@ class InputSums:
             ValueError: if a tower's mask was not given or is none of tokens, or inputs of a module are not finite.
         """
         for own, batch in enumerate(batches):
-            self.masks.clear()
+            self.attention_masks.clear()
             self.sources.clear()
             self.samples.clear()
             yield batch
@@ -248,7 +248,7 @@ class InputSums:
                     f"found the batch's fields {sorted(batch)}; give the mask, or an anatomy whose tower has none"
                 )
             return
-        mask = self.masks.get(tower.name)
+        mask = self.attention_masks.get(tower.name)
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"{where}: expected a mask of valid tokens (B, L), found {found}; give one number a token")

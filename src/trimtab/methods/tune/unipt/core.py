@@ -42,7 +42,7 @@ class _How(NamedTuple):
     identity: bool
     causal: bool
     keep: bool
-    skip: bool
+    skip_padding: bool
 
 
 class _Merge(torch.autograd.Function):
@@ -208,7 +208,7 @@ def _parts(anchor: Tensor, x: Tensor, mask: Tensor | None, how: _How) -> Iterato
     for start in range(0, len(x), max(1, size)):
         samples, index, seen = slice(start, start + size), None, None
         if mask is not None:
-            index = some(mask[samples].any(dim=0)) if how.skip else None
+            index = some(mask[samples].any(dim=0)) if how.skip_padding else None
             if index is None or size > 1:  # else they are the valid ones
                 seen = _take(mask[samples], index)[..., None]
         queries = anchor.shape[1] if index is None or not how.identity else len(index)
@@ -240,7 +240,7 @@ def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
 
 def attend(anchor: Target, targets: Sequence[Target], mask: Tensor | None, eps: float, identity: bool = False,
            causal: bool = False, confidence: Tensor | None = None, keep: Keep = False,
-           skip: bool = False) -> Tensor:  # fmt: skip
+           skip_padding: bool = False) -> Tensor:  # fmt: skip
     """ReLU attention with rows of unit L1 norm, summed over layers: no scale, no softmax, no query, key or value maps.
 
     Args:
@@ -253,17 +253,17 @@ def attend(anchor: Target, targets: Sequence[Target], mask: Tensor | None, eps: 
         confidence: each layer's factor, (B, 1, N) or (B, Q, N).
         keep: keep the scores for the backward pass instead of computing them again: N Q L numbers a sample more. `auto`
             keeps them where they are few beside the layers' tokens, Q <= d / 2.
-        skip: leave padding out of the products: keys that are valid in none of the samples that are looked at together,
-            and with `identity` queries too, whose results are 0.
+        skip_padding: leave padding out of the products: keys that are valid in none of the samples that are looked at
+            together, and with `identity` queries too, whose results are 0.
 
     Returns:
         (B, Q, d).
     """
     if keep == "auto":
         keep = 2 * anchor.x.shape[1] <= anchor.x.shape[2]
-    skip = skip and (identity or not causal)  # causal queries and keys must be the same tokens
+    skip_padding = skip_padding and (identity or not causal)  # causal queries and keys must be the same tokens
     flat = [tensor for target in (anchor, *targets) for tensor in target]
-    return _Merge.apply(_How(eps, identity, causal, bool(keep), skip), mask, confidence, *flat)
+    return _Merge.apply(_How(eps, identity, causal, bool(keep), skip_padding), mask, confidence, *flat)
 
 
 def confidences(anchor: Tensor, pooled_targets: list[Tensor], gate: nn.Linear) -> Tensor:
@@ -273,7 +273,8 @@ def confidences(anchor: Tensor, pooled_targets: list[Tensor], gate: nn.Linear) -
 
 
 def merge(anchor: Target, targets: list[Target], mask: Tensor | None, gate: nn.Linear, eps: float,
-          causal: bool = False, keep: Keep = False, skip: bool = False, first: bool = False) -> Tensor:  # fmt: skip
+          causal: bool = False, keep: Keep = False, skip_padding: bool = False,
+          first: bool = False) -> Tensor:  # fmt: skip
     """The layers' attended tokens with the identity term, summed by confidence.
 
     Args:
@@ -283,7 +284,7 @@ def merge(anchor: Target, targets: list[Target], mask: Tensor | None, gate: nn.L
         gate: Linear(d, 1), shared by the layers.
         eps: see `attend`.
         causal: a token sees those up to itself; a confidence for each token, from running means.
-        keep, skip: see `attend`; one token's scores are always kept.
+        keep, skip_padding: see `attend`; one token's scores are always kept.
         first: of the first token alone, which sees all (not with `causal`).
 
     Returns:
@@ -291,6 +292,6 @@ def merge(anchor: Target, targets: list[Target], mask: Tensor | None, gate: nn.L
     """
     weights = confidences(anchor.pooled(mask, causal), [t.pooled(mask, causal) for t in targets], gate)
     if not first:
-        return attend(anchor, targets, mask, eps, True, causal, weights, keep, skip)
+        return attend(anchor, targets, mask, eps, True, causal, weights, keep, skip_padding)
     own = torch.cat([t.first() for t in targets], dim=1)  # the identity term, (B, N, d)
     return attend(Target(anchor.first()), targets, mask, eps, confidence=weights, keep=True) + weights @ own

@@ -60,7 +60,7 @@ class Site:
     def computation(self, base: Computation) -> Computation:
         """How a side network computes here."""
         s = self.settings
-        return replace(base, keep=s.keep_scores, kept=s.kept, skip=s.skip_padding, causal=self.tower.causal)
+        return replace(base, keep=s.keep_scores, kept=s.kept, skip_padding=s.skip_padding, causal=self.tower.causal)
 
     def linear(self, tap: Tap | None) -> nn.Linear | None:
         """The linear map at a tap, if there is one."""

@@ -44,8 +44,8 @@ class Computation:
         keep: keep the attention scores for the backward pass: faster, L numbers more a token and layer; see `attend`.
         kept: precision in which hidden maps are kept for the backward pass, None for their own. Results are the same;
             gradients of the down-projections' weights see the rounding.
-        skip: leave padding out of all products: what is handed on of it is 0. Otherwise it is what the published code
-            makes of it, which nothing may read.
+        skip_padding: leave padding out of all products: what is handed on of it is 0. Otherwise it is what the
+            published code makes of it, which nothing may read.
         first: hand on the first token alone, (B, 1, out), for heads that read no other: the same numbers without the
             other tokens' attention and projections. Not with `causal`, where the first token sees only itself.
 
@@ -59,7 +59,7 @@ class Computation:
     causal: bool = False
     keep: Keep = "auto"
     kept: torch.dtype | None = None
-    skip: bool = True
+    skip_padding: bool = True
     first: bool = False
 
     def __post_init__(self) -> None:
@@ -126,20 +126,20 @@ class TokenUniPT(nn.Module):
     def forward(self, seen: Seen) -> Tensor:
         """Hidden maps (B, L, D), from the first to the last, and valid tokens (B, L) or None -> (B, L or 1, out)."""
         how, mask = self.how, seen.mask
-        where = some(mask.flatten()) if mask is not None and how.skip else None
+        where = some(mask.flatten()) if mask is not None and how.skip_padding else None
         targets = [down(layer, h, how.kept, where) for layer, h in zip(self.down, seen.take(), strict=True)]
         anchor = targets.pop()
-        merged = merge(anchor, targets, mask, self.gate, how.eps, how.causal, how.keep, how.skip, how.first)
+        merged = merge(anchor, targets, mask, self.gate, how.eps, how.causal, how.keep, how.skip_padding, how.first)
         if how.first:
             out = self.up(anchor.first() + project(self.project, merged).tokens())
-            return out if mask is None or not how.skip else out * mask[:, :1, None].to(out.dtype)
+            return out if mask is None or not how.skip_padding else out * mask[:, :1, None].to(out.dtype)
         tokens = anchor.tokens()
         if where is not None:
             tokens, merged = (x.flatten(0, 1).index_select(0, where) for x in (tokens, merged))
         out = self.up(tokens + project(self.project, merged).tokens())
         if where is not None and mask is not None:
             return spread(out, where, mask.shape)
-        return out if mask is None or not how.skip else out * mask[..., None].to(out.dtype)
+        return out if mask is None or not how.skip_padding else out * mask[..., None].to(out.dtype)
 
 
 class DecoderUniPT(TokenUniPT):
@@ -149,7 +149,7 @@ class DecoderUniPT(TokenUniPT):
     `models/transformer.py`).
 
     Args:
-        as of `TokenUniPT`; `skip` is of the memory's padding. The memory must be d wide.
+        as of `TokenUniPT`; `skip_padding` is of the memory's padding. The memory must be d wide.
         levels: the tower hands on all its levels at once, behind a norm, (N + 1, B, L, out): so does this, every z_l
             beside the result, for auxiliary losses. The anchor is then the last level behind the norm; the other maps
             have none.
@@ -173,7 +173,9 @@ class DecoderUniPT(TokenUniPT):
         anchor = targets.pop()
         crossed = []
         for target, cross in zip(targets, self.cross, strict=True):
-            read = attend(target, [Target(memory)], seen.memory_mask, how.eps, keep=how.keep, skip=how.skip)
+            read = attend(
+                target, [Target(memory)], seen.memory_mask, how.eps, keep=how.keep, skip_padding=how.skip_padding
+            )
             crossed.append(target.tokens() + down(cross, read).tokens())
         merged = merge(anchor, [Target(z) for z in crossed], mask, self.gate, how.eps, how.causal, how.keep)
         final = anchor.tokens() + project(self.project, merged).tokens()
