@@ -67,7 +67,7 @@ def test_every_variant_of_a_shipped_recipe_runs(name, tmp_path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_code_in_documents_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    space: dict = {}
+    space: dict = {"__name__": "__main__"}  # as a program of one's own
     for code in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
         exec(compile(code, str(page), "exec"), space)
 

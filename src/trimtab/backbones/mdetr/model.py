@@ -1,4 +1,4 @@
-"""The modules of MDETR; what they compute is drawn in `trimtab.backbones.mdetr.features`. Everything is batch first."""
+"""The modules of MDETR; what they compute is drawn in `trimtab.backbones.mdetr`. Everything is batch first."""
 
 from __future__ import annotations
 

@@ -104,9 +104,9 @@ class Plan:
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"{where}: not a plan, which has 'format', 'model' and 'blocks' ({error!r})") from error
 
-    def save(self, file: Path, **more: Any) -> None:
+    def save(self, file: str | Path, **more: Any) -> None:
         """Write the JSON file; `more` is kept beside the plan (a trace, say)."""
-        with replace_file(file) as partial:
+        with replace_file(Path(file)) as partial:
             partial.write_text(json.dumps({**self.to_dict(), **more}, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
