@@ -79,7 +79,7 @@ def reader(side: nn.Module, seen: Seen):
     mask = seen.mask
     if side.how.first:
         return lambda out: out[:, :1] if mask is None else out[:, :1] * mask[:, :1, None]
-    return literal.valid(mask) if side.how.skip and mask is not None else lambda out: out
+    return literal.valid(mask) if side.how.skip_padding and mask is not None else lambda out: out
 
 
 def cast(seen: Seen, of: torch.dtype, to: torch.dtype) -> Seen:
