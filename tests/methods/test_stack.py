@@ -230,6 +230,21 @@ def test_a_lever_twice_and_an_order_that_loses_something_are_refused(first, seco
     assert [n for n, _ in fit.model.named_parameters()] == before and list(fit) == [first[1]]
 
 
+def test_what_does_not_fit_changes_nothing_that_is_trained():
+    fit = attached(SINGLE, "omp", "parallel", None, False)
+    trained = [n for n, p in fit.model.named_parameters() if p.requires_grad]
+    before = output(SINGLE, fit.model)
+    with pytest.raises(ValueError, match="unknown tower 'fusoin': did you mean 'fusion'"):
+        fit.tune("adapter", towers=("fusoin",))
+    with pytest.raises(ValueError, match="partial: blocks is 99, but tower 'fusion' has 3"):
+        fit.tune("partial", blocks=99)
+    assert [n for n, p in fit.model.named_parameters() if p.requires_grad] == trained
+    assert torch.equal(output(SINGLE, fit.model), before) and list(fit) == ["omp", "random-skip"]
+    with pytest.raises(ValueError, match="unknown setting 'rnak': did you mean 'rank'"):
+        fit.tune("lora", rnak=2)
+    fit.tune("lora", rank=2)
+
+
 def test_adapting_twice_names_the_way_out():
     fit = trimtab.adapt(SINGLE.make())
     fit.tune("lora")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,13 +130,13 @@ class Stack(Learned):
         self.check(method)
         if not is_fake(self.model):
             _ = self.base
-        if method.lever != "prune" and all(m.lever == "prune" for m in self.methods):
-            self.model.requires_grad_(False)
-        towers = detached(self.anatomy, method.detaches(self.anatomy))
-        if towers:
-            self._detach(towers, restored)
         blocks = {b.path for b in self.anatomy.blocks()}
-        self.anatomy = method.attach(self.model, self.anatomy)
+        with self._unchanged_on_error():
+            if method.lever != "prune" and all(m.lever == "prune" for m in self.methods):
+                self.model.requires_grad_(False)
+            if towers := detached(self.anatomy, method.detaches(self.anatomy)):
+                self._detach(towers, restored)
+            self.anatomy = method.attach(self.model, self.anatomy)
         self.methods.append(method)
         if self.masks is not None and method.lever != "skip":
             for other in self.levers("tune"):
@@ -144,6 +145,20 @@ class Stack(Learned):
             for pruner in self.levers("prune"):
                 pruner.forget(gone, self.anatomy)
         self._take_over()
+
+    @contextmanager
+    def _unchanged_on_error(self) -> Iterator[None]:
+        """What is trained stays as it was if a method does not fit; a model that was changed in part is said to be."""
+        trained = [(p, p.requires_grad) for p in self.model.parameters()]
+        modules = [id(m) for m in self.model.modules()]
+        try:
+            yield
+        except ValueError as error:
+            for parameter, needed in trained:
+                parameter.requires_grad_(needed)
+            if modules != [id(m) for m in self.model.modules()]:
+                raise ValueError(f"{error} (the model was changed in part: load it again)") from error
+            raise
 
     def _detach(self, towers: set[str], restored: bool) -> None:
         """Freeze what no gradient reaches any more; adapters of a search keep what they learned in it."""
