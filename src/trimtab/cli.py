@@ -295,6 +295,7 @@ def _plan(options: Namespace) -> None:
 
 
 def _cost(options: Namespace) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
@@ -308,13 +309,31 @@ def _cost(options: Namespace) -> None:
     if options.json:
         print(json.dumps(found[0] if len(found) == 1 else found, indent=1))
         return
-    table = Table(title=f"{options.recipe}: before any data or weights")
-    for column in found[0]:
-        table.add_column(column.replace("_", " "), justify="left" if column == "variant" else "right")
+    from trimtab.report.runs import BYTES, COUNTS
+    from trimtab.report.tables import amount
+
+    columns = {
+        "params": ("params", COUNTS), "nonzero_params": ("not zero", COUNTS), "trainable_params": ("trained", COUNTS),
+        "macs": ("MACs", COUNTS), "saved_activation_bytes": ("saved", BYTES),
+        "training_peak_bytes": ("peak", BYTES), "checkpoint_bytes": ("on disk", BYTES),
+    }  # fmt: skip
+    first = found[0]
+    dense = f"dense: {amount(first['dense_params'], COUNTS)} numbers, {amount(first['dense_macs'], COUNTS)} MACs"
+    table = Table(
+        title=f"{options.recipe}: before any data or weights; {dense}",
+        title_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("variant", no_wrap=True)
+    for title, _ in columns.values():
+        table.add_column(title, justify="right", no_wrap=True)
     for row in found:
-        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
+        table.add_row(row["variant"], *(amount(row[key], units) for key, (_, units) in columns.items()))
     Console().print(table)
-    print("MACs: one sample, one multiply-add = 1; saved activation bytes: one training batch of `batch size` rows")
+    print(
+        f"MACs: one sample, one multiply-add = 1; saved for backward and peak: a training batch of {first['batch_size']}"
+    )
 
 
 def _anatomy(options: Namespace) -> None:
