@@ -332,7 +332,7 @@ def _cost(options: Namespace) -> None:
         table.add_row(row["variant"], *(amount(row[key], units) for key, (_, units) in columns.items()))
     Console().print(table)
     print(
-        f"MACs: one sample, one multiply-add = 1; saved for backward and peak: a training batch of {first['batch_size']}"
+        f"MACs: one sample, one multiply-add = 1; saved and peak: bytes of a training batch of {first['batch_size']}"
     )
 
 
