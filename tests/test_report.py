@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from trimtab.report import page as report
-from trimtab.report.runs import BYTES, read_plan
+from trimtab.report.runs import BYTES
 from trimtab.report.tables import amount
 
 pytest.importorskip("matplotlib")
@@ -219,12 +219,6 @@ def test_a_section_without_costs_has_no_columns_or_panels_for_them(tmp_path: Pat
     assert read_page(page).rows[0] == ["method", "recall@1 (%)"]
     assert "—" not in page.read_text(encoding="utf-8").split("<footer>")[0].split("<section")[1]
     assert [file.name for file in (tmp_path / "out").glob("*.png")] == ["demo-retrieval-loss.png"]
-
-
-def test_the_plan_of_a_run_is_that_of_its_search(runs_folder: Path) -> None:
-    assert read_plan(runs_folder / "demo/retrieval/unipt/seed-0")["skip"] == ["blocks.3"]
-    with pytest.raises(ValueError, match=r"fit\.json: no method here skips blocks"):
-        read_plan(runs_folder / "demo/retrieval/lora/seed-0")
 
 
 def test_missing_extra_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,13 @@ def test_the_bandit_starts_even_without_influence():
     assert hits >= 8
 
 
+@pytest.mark.parametrize("kind", [BanditSettings, LinearSettings])
+def test_a_prior_that_turns_influence_round_is_refused(kind):
+    assert kind(prior=0).prior == 0
+    with pytest.raises(ValueError, match=r"prior at least 0, found .* and -1$"):
+        kind(prior=-1)
+
+
 def test_searches_take_a_budget():
     goal = Goal((3.0, 1.0, 1.0, 3.0, 1.0, 3.0, 3.0, 1.0), 4.0, "macs")
     best = min(goal.plans(), key=lambda p: losses([p])[0])
