@@ -1,3 +1,5 @@
+"""Reports: which runs they take, their page and their tables."""
+
 from __future__ import annotations
 
 import html
@@ -7,99 +9,17 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
-from PIL import Image
 from rich.console import Console
 
 from trimtab.report import page as report
-from trimtab.report.canvas import assign_styles
-from trimtab.report.plots import Panel, Point, loss_figure, pareto_figure, pareto_front
-from trimtab.report.runs import BYTES, group_runs, read_plan
-from trimtab.report.sparsity import sweep
+from trimtab.report.runs import BYTES
 from trimtab.report.tables import amount
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
-
-VARIANTS = ("zero-shot", "full", "lora", "unipt")
-SCORES = {"zero-shot": 0.10, "full": 0.60, "lora": 0.50, "unipt": 0.55}
-TRAINED = {"zero-shot": 0, "full": 12_000_000, "lora": 120_000, "unipt": 240_000}
-
-
-def write_json(file: Path, value: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(value), encoding="utf-8")
-
-
-def write_run(root: Path, name: str, variant: str, seed: int, changes: dict[str, Any] | None = None) -> Path:
-    """Write a run folder; ``changes`` go into run.json."""
-    folder = root / name / variant / f"seed-{seed}"
-    info = {
-        "format": 1,
-        "name": name,
-        "variant": variant,
-        "seed": seed,
-        "status": "finished",
-        "recipe_title": f"Recipe of {name}",
-        "task": name.split("/")[-1],
-        "data": "pictograms:openmoji",
-        "backbone": "tiny-clip",
-        "git": {"commit": "0123456789abcdef", "dirty": True},
-        "versions": {"torch": "2.13.0", "trimtab": "0.1.0"},
-        "started": f"2026-11-22T14:{VARIANTS.index(variant):02}:{seed:02}+00:00",
-        "seconds": 12.3,
-    }
-    primary = "recall@1" if name.endswith("retrieval") else "accuracy"
-    score = SCORES[variant] + 0.02 * seed
-    history = [{"step": step, "loss": 3 / (1 + step / 20) + 0.1 * seed} for step in range(0, 200, 10)]
-    trained = TRAINED[variant]
-    costs = {
-        "params": 12_000_000,
-        "trainable_params": trained,
-        "macs": 900_000_000 if variant == "unipt" else 1_200_000_000,
-        "dense_macs": 1_200_000_000,
-        "saved_activation_bytes": 1_500_000 + trained,
-        "checkpoint_bytes": 4 * trained,
-        "peak_memory_bytes": None,
-        "latency_ms": None if variant == "full" else {"median": 4.0 + seed, "p10": 3.5, "p90": 6.0},
-        "batch_size": 32,
-    }
-    write_json(folder / "run.json", {**info, **(changes or {})})
-    write_json(
-        folder / "metrics.json",
-        {"primary": primary, "chance": 0.004, "test": {primary: score, "loss": 1.5}, "history": history},
-    )
-    write_json(folder / "costs.json", costs)
-    write_samples(folder / "samples", score)
-    return folder
-
-
-def write_fit(folder: Path, *methods: tuple[str, str, dict[str, Any]]) -> None:
-    entries = [{"name": name, "lever": lever, "settings": {}, "state": state} for name, lever, state in methods]
-    write_json(folder / "fit.json", {"format": 1, "methods": entries})
-
-
-def write_samples(folder: Path, score: float) -> None:
-    samples = []
-    for index in range(8):
-        correct = index / 8 < score
-        samples.append(
-            {
-                "image": f"{index}.png",
-                "query": f"a <b>bold</b> picture {index}",
-                "prediction": "cat" if correct else "dog",
-                "target": "cat",
-                "correct": correct,
-                "box_predicted": [14, 6, 4, 16],
-                "box_target": [5, 5, 15, 15] if index % 2 else None,
-                "images": [f"{(index + 1) % 8}.png", "lost.png"],
-            }
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.new("RGBA", (20, 16), (30 * index, 80, 160, 200)).save(folder / f"{index}.png")
-    write_json(folder / "samples.json", samples)
+from tests.written_runs import VARIANTS, write_fit, write_json, write_run
 
 
 @pytest.fixture(scope="module")
@@ -301,12 +221,6 @@ def test_a_section_without_costs_has_no_columns_or_panels_for_them(tmp_path: Pat
     assert [file.name for file in (tmp_path / "out").glob("*.png")] == ["demo-retrieval-loss.png"]
 
 
-def test_the_plan_of_a_run_is_that_of_its_search(runs_folder: Path) -> None:
-    assert read_plan(runs_folder / "demo/retrieval/unipt/seed-0")["skip"] == ["blocks.3"]
-    with pytest.raises(ValueError, match=r"fit\.json: no method here skips blocks"):
-        read_plan(runs_folder / "demo/retrieval/lora/seed-0")
-
-
 def test_missing_extra_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ImportError, match=re.escape("pip install 'trimtab[report]'")):
@@ -327,68 +241,6 @@ def test_missing_extra_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 )
 def test_amount(mean: float, deviation: float, expected: str) -> None:
     assert amount(mean, BYTES, deviation) == expected
-
-
-def test_figures_cope_with_odd_values() -> None:
-    names = ["_$x", "a name without a single space that is longer than the panel is wide" * 2]
-    styles = assign_styles(names)
-    for xs in ((0, 0), (0, 5), (5, 5), (1, 1e9)):
-        points = [Point(name, x, 0.5, x_error=x) for name, x in zip(names, xs, strict=True)]
-        panels = [Panel("cost", points, str, log=log) for log in (True, False, True)]
-        assert pareto_figure(panels, "score", styles).startswith(b"\x89PNG")
-    curves = {names[0]: [{0: 1e3, 1: 0.1}, {1: 0.2}], names[1]: [{}]}
-    assert loss_figure(curves, styles).startswith(b"\x89PNG")
-
-
-def test_pareto_front() -> None:
-    points = [Point("dear", 3, 3), Point("beaten", 2, 1), Point("cheap", 1, 2), Point("tied", 1, 1)]
-    assert [point.label for point in pareto_front(points)] == ["cheap", "dear"]
-
-
-# --- sweeps over sparsities -------------------------------------------------------------------------------------------
-
-
-def write_pruned(root: Path, pruner: str, sparsity: float, seed: int, seconds: float | None = 1.5) -> None:
-    folder = write_run(root, "prune/retrieval", "full", seed, {"variant": f"{pruner}-{sparsity}"})
-    towers = {
-        "vision": {"prunable": 100, "kept": round(100 * (1 - sparsity))},
-        "text": {"prunable": 50, "kept": 0 if pruner == "omp" else round(50 * (1 - sparsity))},
-    }
-    state = {"pruner": pruner, "sparsity": sparsity + 1e-4, "towers": towers, "seconds": seconds}
-    write_fit(folder, (pruner, "prune", state), ("full", "tune", {}))
-    target = folder.parent.parent / f"{pruner}-{sparsity}" / f"seed-{seed}"
-    target.parent.mkdir(exist_ok=True)
-    folder.rename(target)
-    (target / "costs.json").unlink()
-
-
-def test_a_sweep_gets_figures_of_its_own(tmp_path: Path) -> None:
-    for pruner in ("multiflow", "omp"):
-        for sparsity in (0.63, 0.9):
-            for seed in (0, 1):
-                write_pruned(tmp_path / "runs", pruner, sparsity, seed)
-    write_run(tmp_path / "runs", "prune/retrieval", "full", 0)
-    (section,) = group_runs(report.load_runs([tmp_path / "runs"]))
-    found = sweep(section)
-    assert {p: {s: len(runs) for s, runs in levels.items()} for p, levels in found.items()} == {
-        "multiflow": {0.63: 2, 0.9: 2},
-        "omp": {0.63: 2, 0.9: 2},
-    }
-    out = report.write_report([tmp_path / "runs"], tmp_path / "out").parent
-    pictures = sorted(p.name for p in out.glob("*.png"))
-    assert pictures == [f"prune-retrieval-{kind}.png" for kind in ("seconds", "sparsity", "towers")]
-    for picture in pictures:
-        with Image.open(out / picture) as image:
-            assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 24) or []) > 20
-    assert "one modality is collapsing" in (out / "index.html").read_text(encoding="utf-8")
-
-
-def test_one_sparsity_is_no_sweep(tmp_path: Path) -> None:
-    write_pruned(tmp_path / "runs", "omp", 0.63, 0, seconds=None)
-    (section,) = group_runs(report.load_runs([tmp_path / "runs"]))
-    assert sweep(section) == {}
-    out = report.write_report([tmp_path / "runs"], tmp_path / "out").parent
-    assert [file.name for file in out.glob("*.png")] == ["prune-retrieval-loss.png"]  # it has no costs to draw
 
 
 def test_a_report_can_be_written_again_from_its_results(runs_folder: Path, tmp_path: Path) -> None:

@@ -136,6 +136,12 @@ def plain_module(model: nn.Module, path: str) -> nn.Module:
     return module
 
 
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put another module at a dotted path."""
+    owner, _, name = path.rpartition(".")
+    setattr(model.get_submodule(owner), name, new)
+
+
 def _unwrap(module: nn.Module) -> nn.Module:
     while (inner := _inner(module)) is not None:
         module = inner

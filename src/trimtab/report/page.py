@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from trimtab.files import replace_file
 from trimtab.report import pictures, plots, sparsity
 from trimtab.report.canvas import Style, assign_styles
 from trimtab.report.gates import gates_figure
@@ -95,7 +96,8 @@ def write_report(paths: Iterable[Path], out: Path, title: str | None = None) -> 
     slugs: set[str] = set()
     views = [_section_view(section, styles, _slug(section.name, slugs)) for section in group_runs(runs)]
     for figure in (figure for view in views for figure in view["figures"]):
-        _replace(out / figure["file"], figure["png"])
+        with replace_file(out / figure["file"]) as partial_file:
+            partial_file.write_bytes(figure["png"])
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -114,16 +116,10 @@ def write_report(paths: Iterable[Path], out: Path, title: str | None = None) -> 
         command=shlex.join(["trimtab", "report", *map(str, paths)]),
     )
     index = out / "index.html"
-    _replace(index, page.encode("utf-8"))
+    with replace_file(index) as partial_file:
+        partial_file.write_text(page, encoding="utf-8")
     write_results(runs, out / "results.jsonl")
     return index
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Write a file under a temporary name first, so that a reader never meets half of it."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_bytes(content)
-    Path.replace(temporary, file)
 
 
 def _slug(name: str, taken: set[str]) -> str:

@@ -243,20 +243,6 @@ def _states(file: Path) -> dict[str, dict[str, Any]]:
     return {str(entry.get("lever")): state for entry in entries if (state := mapping(entry.get("state")))}
 
 
-def read_plan(path: Path) -> dict[str, Any]:
-    """The plan in a JSON file, or that of the search in a run folder, with the course of the search if it is there.
-
-    Raises:
-        ValueError: If the file cannot be read, or nothing was skipped in the run.
-    """
-    if not path.is_dir():
-        return _read_json(path, dict)
-    plan = _states(path / "fit.json").get("skip")
-    if plan is None:
-        raise ValueError(f"{path / 'fit.json'}: no method here skips blocks")
-    return plan
-
-
 def _pruning(state: dict[str, Any]) -> dict[str, Any]:
     """A pruner's state if it says which pruner left how much of which tower; else an empty one."""
     whole = isinstance(state.get("towers"), dict) and number(state.get("sparsity")) is not None and "pruner" in state

@@ -52,6 +52,22 @@ def decoder(name: str) -> nn.Module:
     return getattr(hf, f"{name}ForCausalLM")(getattr(hf, f"{name}Config")(**DECODER, head_dim=8))
 
 
+_MROPE: dict[str, Any] = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+_QWEN_TOKENS: dict[str, Any] = {
+    "image_token_id": 29,
+    "video_token_id": 28,
+    "vision_start_token_id": 27,
+    "vision_end_token_id": 26,
+}
+_QWEN_VISION: dict[str, Any] = {
+    "hidden_size": 24,
+    "depth": 3,
+    "num_heads": 2,
+    "intermediate_size": 48,
+    "out_hidden_size": 16,
+}
+
+
 def qwen2_vl() -> nn.Module:
     sizes: dict[str, Any] = {
         "embed_dim": 24,
@@ -65,49 +81,19 @@ def qwen2_vl() -> nn.Module:
 
 
 def qwen25_vl(layers: int = 2) -> nn.Module:
-    sizes: dict[str, Any] = {
-        "hidden_size": 24,
-        "depth": 3,
-        "num_heads": 2,
-        "intermediate_size": 48,
-        "out_hidden_size": 16,
-    }
-    sizes |= {"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1]}
+    sizes = {**_QWEN_VISION, "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1]}
     return hf.Qwen2_5_VLForConditionalGeneration(hf.Qwen2_5_VLConfig(vision_config=sizes, **_qwen_text(layers)))
 
 
 def _qwen_text(layers: int = 2) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-    tokens: dict[str, Any] = {
-        "image_token_id": 29,
-        "video_token_id": 28,
-        "vision_start_token_id": 27,
-        "vision_end_token_id": 26,
-    }
-    return {"text_config": {**DECODER, "num_hidden_layers": layers, "rope_parameters": rope}, **tokens}
-
-
-_MROPE: dict[str, Any] = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    return {"text_config": {**DECODER, "num_hidden_layers": layers, "rope_parameters": {**_MROPE}}, **_QWEN_TOKENS}
 
 
 def qwen3(layers: int = 3) -> hf.PreTrainedModel:
     """Qwen3-VL; the first two text blocks get features of the vision blocks 0 and 2 (DeepStack)."""
-    sizes: dict[str, Any] = {
-        "hidden_size": 24,
-        "depth": 3,
-        "num_heads": 2,
-        "intermediate_size": 48,
-        "out_hidden_size": 16,
-    }
-    sizes |= {"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 2]}
-    tokens: dict[str, Any] = {
-        "image_token_id": 29,
-        "video_token_id": 28,
-        "vision_start_token_id": 27,
-        "vision_end_token_id": 26,
-    }
-    text = sized(num_hidden_layers=layers, rope_parameters=_MROPE)
-    return hf.Qwen3VLForConditionalGeneration(hf.Qwen3VLConfig(vision_config=sizes, text_config=text, **tokens))
+    sizes = {**_QWEN_VISION, "patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 2]}
+    text = sized(num_hidden_layers=layers, rope_parameters={**_MROPE})
+    return hf.Qwen3VLForConditionalGeneration(hf.Qwen3VLConfig(vision_config=sizes, text_config=text, **_QWEN_TOKENS))
 
 
 def florence(layers: int = 2) -> hf.PreTrainedModel:

@@ -265,12 +265,6 @@ class Switch(nn.Module):
         return out
 
 
-def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Put another module at a dotted path."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, new)
-
-
 def train_adapters(model: nn.Module, heads: tuple[str, ...]) -> None:
     """What DAS trains in the model: adapters, and the heads (pooler and projections), but not the map to a vocabulary,
     which LLaVA-DAS and LaVIN-DAS leave frozen."""

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from trimtab.anatomy import Anatomy, Block
+from trimtab.anatomy.structure import replace_module
 from trimtab.methods.base import Method
 from trimtab.methods.session import Session
-from trimtab.methods.skip.adapters import Skipped, adapters_in, add_adapters, replace_module, train_adapters
+from trimtab.methods.skip.adapters import Skipped, adapters_in, add_adapters, train_adapters
 from trimtab.methods.skip.budget import Goal, Indices, parse, with_costs
 from trimtab.methods.skip.plan import Plan, PlanError
 from trimtab.methods.skip.search.evaluate import SearchError

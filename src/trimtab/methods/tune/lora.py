@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy
-from trimtab.anatomy.structure import module_at, plain_modules
+from trimtab.anatomy.structure import module_at, plain_modules, replace_module
 from trimtab.methods.base import METHODS, Method
 from trimtab.registry import unknown
 
@@ -126,12 +126,6 @@ class LoRA(Method):
                 module.merge()
                 done[id(module)] = base
             replace_module(model, path, done[id(module)])
-
-
-def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Put another module at a dotted path."""
-    owner, _, name = path.rpartition(".")
-    setattr(model.get_submodule(owner), name, new)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from trimtab.methods.base import METHODS
 from trimtab.methods.skip.budget import Goal, Indices
-from trimtab.methods.skip.search.influence import block_influence
+from trimtab.methods.skip.search.influence import block_influence, costs_at_first
 from trimtab.methods.skip.search.searched import Found, Losses, Searched, SearchedSettings, validation_batch
 
 
@@ -50,10 +50,10 @@ class BanditSettings(SearchedSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.draws < 2 or self.evaluations < self.draws or self.patience < 1:
+        if self.draws < 2 or self.evaluations < self.draws or self.patience < 1 or self.prior < 0:
             raise ValueError(
-                f"draws must be at least 2, evaluations at least as many and patience at least 1, found {self.draws}, "
-                f"{self.evaluations} and {self.patience}"
+                f"draws must be at least 2, evaluations at least as many, patience at least 1 and prior at least 0, "
+                f"found {self.draws}, {self.evaluations}, {self.patience} and {self.prior:g}"
             )
 
 
@@ -85,10 +85,7 @@ def bandit(losses: Losses, goal: Goal, generator: torch.Generator, settings: Ban
         generator: of the draws.
         influence: of each candidate, for the prior; None starts even.
     """
-    theta = torch.zeros(len(goal), dtype=torch.float64)
-    if influence is not None and settings.prior > 0 and len(goal) > 1:
-        x = torch.tensor(influence, dtype=torch.float64).clamp(min=1e-9).log()
-        theta = -settings.prior * (x - x.mean()) / x.std().clamp(min=1e-9)
+    theta = -settings.prior * costs_at_first(influence, len(goal))
     known: dict[Indices, float] = {}
     trace: list[dict[str, Any]] = []
     favourite, same = goal.fill(_descending(theta)), 0

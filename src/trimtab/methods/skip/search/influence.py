@@ -58,6 +58,15 @@ def block_influence(with_task: nn.Module, plain: nn.Module, blocks: Sequence[Blo
     return mean_over_processes(found, next(with_task.parameters()).device)
 
 
+def costs_at_first(influence: Sequence[float] | None, count: int) -> Tensor:
+    """What skipping each block is believed to cost before anything is measured, (count): the logarithms of their
+    influence, with mean 0 and spread 1. Zeros if influence is not known, or of one block alone."""
+    if influence is None or count < 2:
+        return torch.zeros(count, dtype=torch.float64)
+    x = torch.tensor(influence, dtype=torch.float64).clamp(min=1e-9).log()
+    return (x - x.mean()) / x.std().clamp(min=1e-9)
+
+
 @dataclass(frozen=True)
 class InfluenceSettings(SkipSettings):
     """Settings of skipping by block influence."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trimtab.methods.base import METHODS
 from trimtab.methods.skip.budget import Goal, Indices
-from trimtab.methods.skip.search.influence import block_influence
+from trimtab.methods.skip.search.influence import block_influence, costs_at_first
 from trimtab.methods.skip.search.searched import Found, Losses, Searched, SearchedSettings, validation_batch
 
 
@@ -42,10 +42,10 @@ class LinearSettings(SearchedSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.evaluations < 1 or self.patience < 1 or self.noise <= 0 or self.pairs <= 0:
+        if self.evaluations < 1 or self.patience < 1 or self.noise <= 0 or self.pairs <= 0 or self.prior < 0:
             raise ValueError(
-                f"evaluations and patience must be at least 1, noise and pairs above 0, found {self.evaluations}, "
-                f"{self.patience}, {self.noise:g} and {self.pairs:g}"
+                f"evaluations and patience must be at least 1, noise and pairs above 0, prior at least 0, found "
+                f"{self.evaluations}, {self.patience}, {self.noise:g}, {self.pairs:g} and {self.prior:g}"
             )
 
 
@@ -59,10 +59,7 @@ def linear(losses: Losses, goal: Goal, generator: torch.Generator, settings: Lin
         generator: of the draws.
         influence: of each candidate, for the prior; None starts even.
     """
-    start = torch.zeros(len(goal), dtype=torch.float64)
-    if influence is not None and len(goal) > 1:
-        x = torch.tensor(influence, dtype=torch.float64).clamp(min=1e-9).log()
-        start = settings.prior * (x - x.mean()) / x.std().clamp(min=1e-9)
+    start = settings.prior * costs_at_first(influence, len(goal))
     known: dict[Indices, float] = {}
     trace = []
     mean, covariance = belief(start, known, settings)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from trimtab.anatomy import Block
+from trimtab.anatomy.structure import replace_module
 from trimtab.methods.session import Session
-from trimtab.methods.skip.adapters import Skipped, Switch, adapters_in, add_adapters, replace_module, train_adapters
+from trimtab.methods.skip.adapters import Skipped, Switch, adapters_in, add_adapters, train_adapters
 from trimtab.methods.skip.budget import BlockCosts, Unit, measure
 
 if TYPE_CHECKING:

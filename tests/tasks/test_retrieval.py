@@ -1,0 +1,128 @@
+"""Retrieval: recall, losses, heads, and folding the head into the backbone."""
+
+from __future__ import annotations
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from tests.tasks.parts import rows_of
+from trimtab.tasks.retrieval import Retrieval, recalls
+
+
+@pytest.mark.parametrize(("place", "expected"), [(0, (1, 1, 1)), (2, (0, 1, 1)), (7, (0, 0, 1)), (11, (0, 0, 0))])
+def test_recall_at_k(place, expected):
+    """The right caption stands in the same place of every picture's ranking, and the other way round."""
+    n = 12
+    index = torch.arange(n)
+    similarity = -((index[None, :] - index[:, None] + place) % n).float()
+    found = recalls(similarity, [str(i) for i in range(n)])
+    for direction in ("", "image to text ", "text to image "):
+        assert tuple(found[f"{direction}recall@{k}"] for k in (1, 5, 10)) == expected
+
+
+def test_recall_of_the_two_directions_and_their_mean():
+    found = recalls(torch.tensor([[2.0, 3.0], [0.0, 4.0]]), ["a", "b"])
+    assert found["image to text recall@1"] == 0.5  # picture 0 prefers caption 1
+    assert found["text to image recall@1"] == 1
+    assert found["recall@1"] == 0.75 and found["recall@5"] == 1
+
+
+def test_a_caption_with_the_same_words_is_right():
+    similarity = torch.tensor([[0.0, 3.0, 1.0], [3.0, 0.0, 1.0], [3.0, 2.0, 1.0]])
+    assert recalls(similarity, ["a", "b", "c"])["image to text recall@1"] == 0
+    found = recalls(similarity, ["a", "a", "c"])  # pictures 0 and 1 rank each other's caption first
+    assert found["image to text recall@1"] == pytest.approx(2 / 3)
+    assert found["text to image recall@1"] == pytest.approx(2 / 3)  # caption 2 ties between all: the first wins
+
+
+def test_retrieval_starts_from_the_pretrained_space(clip):
+    task = Retrieval()
+    batch = task.collate(clip, rows_of("retrieval", 4), train=False)
+    with torch.no_grad():
+        records = task.predict(clip, task.head(clip), batch)
+        pooled = clip.image(batch["pixel_values"]).pooled
+    assert torch.allclose(
+        torch.stack([r["image"] for r in records]), pooled / pooled.norm(dim=-1, keepdim=True), atol=1e-6
+    )
+    assert all(r["text"].norm().item() == pytest.approx(1, abs=1e-5) for r in records)
+
+
+def test_retrieval_loss_of_a_perfect_and_a_blind_space():
+    eye = torch.eye(4)
+    head = Retrieval().head(SimpleNamespace(width=4, logit_scale=nn.Parameter(torch.tensor(math.log(50.0)))))
+    features = lambda x: SimpleNamespace(  # noqa: E731
+        image=lambda _: SimpleNamespace(pooled=eye), text=lambda *_: SimpleNamespace(pooled=x)
+    )
+    batch = {"pixel_values": None, "input_ids": None, "attention_mask": None}
+    loss = lambda x: Retrieval().loss(features(x), head, batch).item()  # noqa: E731
+    assert loss(eye) < 1e-6
+    assert loss(torch.ones(4, 4)) == pytest.approx(math.log(4), abs=1e-5)
+    assert loss(eye.roll(1, 0)) > 40
+
+
+def test_triplets_take_the_hardest_wrong_partner_and_at_first_all_of_them():
+    cosines = torch.tensor([[0.9, 0.8, 0.1], [0.0, 0.5, 0.6], [0.2, 0.75, 0.7]])
+    image = torch.eye(3)  # so that texts hold the cosines
+    space = SimpleNamespace(
+        image=lambda _: SimpleNamespace(pooled=image), text=lambda *_: SimpleNamespace(pooled=cosines.T)
+    )
+    task = Retrieval(objective="triplet", margin=0.2, all_negatives=1)
+    task.embed = lambda *_: (image, cosines.T)
+    head = task.head(SimpleNamespace(width=3))
+    batch = {"pixel_values": None, "input_ids": None, "attention_mask": None}
+    # margin + wrong - own; texts of pictures: .1, 0 | 0, .3 | 0, .25; pictures of texts: 0, 0 | .5, .45 | 0, .1
+    assert task.loss(space, head, batch).item() == pytest.approx(0.1 + 0.3 + 0.25 + 0.5 + 0.45 + 0.1, abs=1e-6)
+    assert task.loss(space, head, batch).item() == pytest.approx((0.1 + 0.3 + 0.25) + (0 + 0.5 + 0.1), abs=1e-6)
+    head.eval()
+    seen = int(head.seen)
+    task.loss(space, head, batch)
+    assert int(head.seen) == seen == 2
+
+
+def test_pooled_heads_read_valid_tokens_only(clip):
+    task = Retrieval(pooling="gpo")
+    head = task.head(clip)
+    batch = task.collate(clip, rows_of("retrieval", 4), train=False)
+    with torch.no_grad():
+        image, text = task.embed(clip, head, batch)
+        longer = {**batch, **{k: nn.functional.pad(batch[k], (0, 3)) for k in ("input_ids", "attention_mask")}}
+        assert torch.allclose(task.embed(clip, head, longer)[1], text, atol=1e-5)
+    assert image.shape == text.shape == (4, clip.width)
+    task.loss(clip, head, batch).backward()
+    assert head.image.linear.weight.grad.any() and head.text.pool.linear.weight.grad.any()
+
+
+@pytest.mark.parametrize("settings", [{"pooling": "max"}, {"objective": "hinge"}])
+def test_retrieval_names_the_words_it_knows(settings):
+    with pytest.raises(ValueError, match="must be one of"):
+        Retrieval(**settings)
+
+
+def test_pooled_heads_need_tokens():
+    space = SimpleNamespace(
+        name="vectors", width=4, example=lambda n: {"pixel_values": torch.zeros(n, 3, 2, 2)},
+        image=lambda _: SimpleNamespace(tokens=None),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="'vectors' gives one vector for its images"):
+        Retrieval(pooling="gpo").head(space)
+
+
+def test_folding_the_head_into_the_backbone_changes_no_vector(clip):
+    model, task = copy.deepcopy(clip), Retrieval()
+    head = task.head(model)
+    batch = task.collate(model, rows_of("retrieval", 4), train=False)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        before = task.embed(model, head, batch)
+        plain = task.embed(model, task.head(model), batch)
+        task.fold(model, head)
+        after = task.embed(model, task.head(model), batch)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(before, after, strict=True))
+    assert not any(torch.allclose(a, b, atol=1e-2) for a, b in zip(before, plain, strict=True))
+    assert model.logit_scale.item() == pytest.approx(head.scale.item())
