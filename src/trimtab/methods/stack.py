@@ -27,6 +27,7 @@ from trimtab.methods.prune.masks import Masks
 from trimtab.methods.saved import Saved, identity, short
 from trimtab.methods.session import Session
 from trimtab.methods.skip.plan import Plan
+from trimtab.storage.learned import named_tensors
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -105,6 +106,7 @@ class Stack(Learned):
             if self.methods:
                 raise ValueError("the base was not looked at before methods changed it: adapt a model loaded anew")
             self._base = identity(self.model, self._described)
+            self.note()
         return self._base
 
     def check(self, method: Method) -> None:
@@ -127,8 +129,10 @@ class Stack(Learned):
             restored: from a folder: what it trained, or keeps, is copied into it afterwards.
         """
         self.check(method)
-        if not is_fake(self.model):
+        real = not is_fake(self.model)
+        if real:
             _ = self.base
+            self.carry()
         if method.lever != "prune" and all(m.lever == "prune" for m in self.methods):
             self.model.requires_grad_(False)
         towers = detached(self.anatomy, method.detaches(self.anatomy))
@@ -143,13 +147,16 @@ class Stack(Learned):
         if gone := blocks - {b.path for b in self.anatomy.blocks()}:
             for pruner in self._of("prune"):
                 pruner.forget(gone, self.anatomy)
+        if real:
+            self.note()
         self._take_over()
 
     def _detach(self, towers: set[str], restored: bool) -> None:
         """Freeze what no gradient reaches any more; adapters of a search keep what they learned in it."""
+        changed = {name.removeprefix("kept.") for name in self.changed()}
         for method in self._of("skip"):
             if method.trains == "added" and not restored:
-                method.keep_trained(self.model, towers)
+                method.keep_trained(self.model, towers, changed)
         for path, parameter in self.model.named_parameters():
             owner = self.anatomy.owner(path)
             if owner is None or owner.name in towers:
@@ -230,7 +237,10 @@ class Stack(Learned):
             learned = {"learned": plain, "task": around}.get(kind, {}).get(path)
             if learned is not None:
                 learned.requires_grad_(True)
+        self._carried |= saved.learned.keys() & named_tensors(self.model, self.with_task).keys()
         self.copy(saved.learned, where)
+        self.carry()
+        self.note()
         self._take_over()
 
     def write(self, folder: Path) -> None:

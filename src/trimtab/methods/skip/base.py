@@ -293,14 +293,17 @@ class Skipping(Method):
         towers = tuple(replace(t, blocks=tuple(b for b in t.blocks if b.path not in skipped)) for t in anatomy.towers)
         return replace(anatomy, towers=towers)
 
-    def keep_trained(self, model: nn.Module, towers: Collection[str]) -> None:
+    def keep_trained(self, model: nn.Module, towers: Collection[str], changed: Collection[str] = ()) -> None:
         """Give the adapters in some towers what the search has taught them, and freeze them.
+
+        Adapters that were trained after the search stay as they are.
 
         For a side network over these towers, through which no gradient reaches their adapters.
 
         Args:
             model: to which this is attached.
             towers: names of the towers.
+            changed: names of parameters that were trained since this was attached.
 
         Raises:
             ValueError: if there are adapters in these towers which nothing has trained.
@@ -308,13 +311,15 @@ class Skipping(Method):
         assert self.plan is not None
         paths = [b.path for b in self.plan.blocks if b.tower in towers]
         wanted = [f"{path}.{n}" for p in paths for path, m in adapters_in(model, p) for n, _ in m.named_parameters()]
-        if untrained := [name for name in wanted if name not in self.trained]:
+        own = dict(model.named_parameters())
+        known = {name: own[name].detach() if name in changed else self.trained.get(name) for name in wanted}
+        if untrained := [name for name, value in known.items() if value is None]:
             raise ValueError(
                 f"{self.name}: nothing has trained the adapters in {', '.join(map(repr, sorted(towers)))} "
                 f"('{untrained[0]}', ...), and no gradient reaches them there: skip with `adapters: none`, or by a "
                 "search that trains (das, linear-skip, ...)"
             )
-        _set_frozen(model, paths, {name: self.trained[name] for name in wanted}, self.name)
+        _set_frozen(model, paths, known, self.name)  # type: ignore[arg-type] (None was refused)
 
     def fold(self, model: nn.Module) -> None:
         """Take the places of skipped blocks out of the model: fewer layers, an ordinary configuration."""
