@@ -208,7 +208,8 @@ def discover(model: nn.Module) -> Anatomy | None:
         grid = any(isinstance(m, nn.Conv2d) for m in inner) and not any(isinstance(m, nn.Linear) for m in inner)
         blocks = tuple(Block(c, w, keeps_shape=same) for c, w in zip(children, widths, strict=True))
         towers.append(Tower(_name(path or modality, towers), modality, blocks, (path,) if path else tuple(children),
-                            Tap(children[-1]), "grid" if grid else "tokens", causal=_causal(model, modules[0])))  # fmt: skip
+                            Tap(children[-1]), "grid" if grid else "tokens",
+                            causal=_causal(model, modules[0])))  # fmt: skip
     if not towers:
         return None
     return Anatomy(tuple(towers), source=f"discovered in {type(model).__name__}; check it")

@@ -119,6 +119,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FitError(f"{file}: format {found!r}, this version of trimtab reads {FORMAT}")
     if missing := [k for k in ("base", "methods", "learned", "name") if k not in config]:
         raise FitError(f"{file}: lacks {missing[0]!r}: the file was changed; copy the folder again")
+    kinds = {"name": str, "lever": str, "settings": dict, "state": dict}
+    for i, method in enumerate(config["methods"] if isinstance(config["methods"], list) else [None]):
+        for key, kind in kinds.items():
+            if not isinstance(method, dict) or not isinstance(method.get(key), kind):
+                raise FitError(
+                    f"{file}: methods: number {i} lacks {key!r}: the file was changed; copy the folder again"
+                )
+    if missing := [k for k in ("model", "precision", "fingerprint", "towers") if k not in config["base"]]:
+        raise FitError(f"{file}: base lacks {missing[0]!r}: the file was changed; copy the folder again")
     return config
 
 

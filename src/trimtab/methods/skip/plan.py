@@ -106,7 +106,7 @@ class Plan:
 
     def save(self, file: Path, **more: Any) -> None:
         """Write the JSON file; `more` is kept beside the plan (a trace, say)."""
-        with replace_file(file) as partial:
+        with replace_file(Path(file)) as partial:
             partial.write_text(json.dumps({**self.to_dict(), **more}, indent=1) + "\n", encoding="utf-8")
 
     @classmethod

@@ -141,8 +141,8 @@ class Listener:
         stream = block.stream_of(module, args, kwargs)
         if self.tower.layout == "tokens" and stream.shape[-1] != block.width:
             raise AnatomyError(
-                f"{self.method}: block '{block.path}' takes in {tuple(stream.shape)}, expected the width {block.width}, "
-                f"as tower {self.tower.name!r} is described: correct the `width` of its blocks"
+                f"{self.method}: block '{block.path}' takes in {tuple(stream.shape)}, expected the width "
+                f"{block.width}, as tower {self.tower.name!r} is described: correct the `width` of its blocks"
             )
         self.now = _Pass(stream.shape)
         if 0 in self.maps:

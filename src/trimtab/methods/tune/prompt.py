@@ -106,8 +106,8 @@ class _Enter:
         given = self.block.stream_of(module, args, kwargs)
         if given.shape[-1] != self.prompts.values[0].shape[-1]:
             raise ValueError(
-                f"block '{self.block.path}' takes in {tuple(given.shape)}, expected the width {self.block.width}, as its "
-                "tower is described: correct the `width` of its blocks in the anatomy"
+                f"block '{self.block.path}' takes in {tuple(given.shape)}, expected the width {self.block.width}, as "
+                "its tower is described: correct the `width` of its blocks in the anatomy"
             )
         stream, count = given, self.prompts.count
         if self.index < len(self.prompts.values):
