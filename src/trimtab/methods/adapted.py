@@ -52,7 +52,8 @@ def adapt(model: nn.Module, folder: str | Path | None = None, *, anatomy: Anatom
         AnatomyError: if no anatomy is given and none can be found.
         FileNotFoundError, FitError: if the folder lacks a file, is damaged, of another version or of another base; the
             message says what differs.
-        ValueError: if the model is adapted already, has no values, is no part of `with_task`, or stands in a wrapper that must come after adapting.
+        ValueError: if the model is adapted already, has no values, is no part of `with_task`, or
+            stands in a wrapper that must come after adapting.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected a model (torch.nn.Module), found {type(model).__name__}: load it first")
@@ -236,8 +237,8 @@ class Adapted(Stack):
                 raise ValueError(f"{method.name}: the head '{path}' gets no gradient: the side network takes its place")
             if (owner := self.anatomy.owner(path)) is not None and owner.name in detaching:
                 raise ValueError(
-                    f"{method.name}: the head '{path}' gets no gradient: it stands in the tower {owner.name!r}, through "
-                    "which none passes"
+                    f"{method.name}: the head '{path}' gets no gradient: it stands in the tower {owner.name!r}, "
+                    "through which none passes"
                 )
             part(self.model, path).requires_grad_(True)
 
