@@ -261,3 +261,14 @@ def test_a_folder_that_was_changed_is_named(tmp_path):
     other.more = nn.Linear(2, 2)
     with pytest.raises(FitError, match="parameters, this one has"):  # not: in another precision
         trimtab.adapt(other, folder)
+
+
+def test_the_zeros_are_kept_through_accelerates_optimiser():
+    accelerate = pytest.importorskip("accelerate")
+    fit = trimtab.adapt(SINGLE.make()).prune("omp", 0.5)
+    optimizer = torch.optim.AdamW(list(fit.parameters()), 1e-2, weight_decay=0.1)
+    model, optimizer = accelerate.Accelerator(cpu=True).prepare(fit.model, optimizer)
+    fit.keep(optimizer)
+    model(**SINGLE.batch).loss.backward()
+    optimizer.step()
+    assert fit.masks.revived(fit.model) == []
