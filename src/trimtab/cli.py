@@ -331,9 +331,7 @@ def _cost(options: Namespace) -> None:
     for row in found:
         table.add_row(row["variant"], *(amount(row[key], units) for key, (_, units) in columns.items()))
     Console().print(table)
-    print(
-        f"MACs: one sample, one multiply-add = 1; saved and peak: bytes of a training batch of {first['batch_size']}"
-    )
+    print(f"MACs: one sample, one multiply-add = 1; saved and peak: bytes of a training batch of {first['batch_size']}")
 
 
 def _anatomy(options: Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -207,10 +208,19 @@ def discover(model: nn.Module) -> Anatomy | None:
         grid = any(isinstance(m, nn.Conv2d) for m in inner) and not any(isinstance(m, nn.Linear) for m in inner)
         blocks = tuple(Block(c, w, keeps_shape=same) for c, w in zip(children, widths, strict=True))
         towers.append(Tower(_name(path or modality, towers), modality, blocks, (path,) if path else tuple(children),
-                            Tap(children[-1]), "grid" if grid else "tokens"))  # fmt: skip
+                            Tap(children[-1]), "grid" if grid else "tokens",
+                            causal=_causal(model, modules[0])))  # fmt: skip
     if not towers:
         return None
     return Anatomy(tuple(towers), source=f"discovered in {type(model).__name__}; check it")
+
+
+def _causal(model: nn.Module, block: nn.Module) -> bool:
+    """Whether a token sees only those before it: so it is in blocks that take a key-value cache, of a model of
+    transformers that generates text without an encoder."""
+    takes = inspect.signature(block.forward).parameters.keys() & {"past_key_values", "past_key_value", "layer_past"}
+    generates = getattr(type(model), "can_generate", bool)()
+    return bool(takes and generates) and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 def _modality(name: str) -> Modality:

@@ -27,9 +27,9 @@ from trimtab.methods.prune.base import Pruner
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.masks import Masks
 from trimtab.methods.saved import CONFIG, WEIGHTS, FitError, Saved, check_base
-from trimtab.methods.session import Batch, BatchSession, own_loss
+from trimtab.methods.session import Batch, BatchSession, own_loss, path_in
 from trimtab.methods.skip.plan import Plan
-from trimtab.methods.stack import Stack, differing
+from trimtab.methods.stack import Stack, detached, differing
 from trimtab.registry import unknown
 
 Loss = Callable[[Any], Tensor]
@@ -52,19 +52,32 @@ def adapt(model: nn.Module, folder: str | Path | None = None, *, anatomy: Anatom
         AnatomyError: if no anatomy is given and none can be found.
         FileNotFoundError, FitError: if the folder lacks a file, is damaged, of another version or of another base; the
             message says what differs.
-        ValueError: if the model is adapted already, or stands in a wrapper that must come after adapting.
+        ValueError: if the model is adapted already, has no values, is no part of `with_task`, or
+            stands in a wrapper that must come after adapting.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a model (torch.nn.Module), found {type(model).__name__}: load it first")
     plain = unwrapped(model)
+    if with_task is not None:
+        path_in(with_task, plain)
     if (there := handle_of(plain)) is not None:
         raise ValueError(
             f"this {type(plain).__name__} is adapted already ({', '.join(there) or 'no method yet'}): go on "
             "with its handle, which `trimtab.adapt` returned, or load the model again"
         )
+    if meta := next((n for n, p in plain.named_parameters() if p.is_meta), None):
+        raise ValueError(
+            f"'{meta}' of this {type(plain).__name__} is on the meta device and has no values: load the weights first, "
+            "without offloading"
+        )
     anatomy = anatomy or Anatomy.of(plain)
     fit = Adapted(plain, anatomy, with_task or plain)
-    if folder is not None:
-        restore(fit, Path(folder))
-    setattr(plain, HANDLE, fit)
+    try:
+        if folder is not None:
+            restore(fit, Path(folder))
+    finally:
+        if folder is None or fit.methods:  # also of a folder that failed half-way: the model is no plain one any more
+            setattr(plain, HANDLE, fit)
     return fit
 
 
@@ -123,12 +136,14 @@ class Adapted(Stack):
                 are not finite, a whole tower would be emptied, or the masks are for another model.
         """
         given = settings.pop("masks", None)
+        if given is not None and not isinstance(given, (str, Path, Masks)):
+            raise ValueError(f"masks: expected a `Masks`, a file of them or a folder, found {type(given).__name__}")
         if isinstance(given, (str, Path)):
             settings["masks"] = str(given)
         pruner = METHODS.make(method, lever="prune", sparsity=sparsity, **settings)
         self.check(pruner)
         if isinstance(given, Masks):
-            pruner.take(given, self.anatomy)
+            pruner.take(given, self.anatomy, given=True)
         elif given is not None:
             pruner.take(Masks.read(given, self.model), self.anatomy)
         elif sparsity is None and settings.get("pattern") is None:
@@ -168,6 +183,9 @@ class Adapted(Stack):
             ValueError: if a name or setting is unknown, the lever was pulled before or comes after tuning, no block can
                 go, the data are missing or do not fit, or the search cannot go on.
         """
+        ways = {"skip": skip, "budget": budget, "plan": plan}
+        if len(both := [name for name, value in ways.items() if value is not None]) > 1:
+            raise ValueError(f"{method}: {' and '.join(both)} say twice what is skipped: give one of them")
         asked = {"skip": skip, "budget": budget, "search_steps": steps}
         settings |= {k: v for k, v in asked.items() if v is not None}
         if plan is not None:
@@ -184,7 +202,7 @@ class Adapted(Stack):
         self.attach(made)
         return self
 
-    def tune(self, method: str = "unipt", heads: bool | Sequence[str] = False, name: str = "default",
+    def tune(self, method: str = "unipt", heads: bool | str | Sequence[str] = False, name: str = "default",
              **settings: Any) -> Adapted:  # fmt: skip
         """Say what is trained; the rest is frozen and stays in evaluation mode, whatever `model.train()` is told.
 
@@ -200,12 +218,16 @@ class Adapted(Stack):
         """
         made = METHODS.make(method, lever="tune", **settings)
         self.check(made)
+        heads = [heads] if isinstance(heads, str) else heads
+        for path in () if isinstance(heads, bool) else heads:
+            part(self.model, path)  # named before anything is changed
+        detaching = detached(self.anatomy, made.detaches(self.anatomy))
         self.attach(made)
-        self._train_heads(made, heads)
+        self._train_heads(made, heads, detaching)
         self.active = name
         return self
 
-    def _train_heads(self, method: Method, heads: bool | Sequence[str]) -> None:
+    def _train_heads(self, method: Method, heads: bool | Sequence[str], detaching: set[str]) -> None:
         replaced = method.replaces()
         if heads is True:
             names = {n for n, _ in (*self.model.named_modules(), *self.model.named_parameters())}
@@ -213,6 +235,11 @@ class Adapted(Stack):
         for path in heads or ():
             if under(path, replaced):
                 raise ValueError(f"{method.name}: the head '{path}' gets no gradient: the side network takes its place")
+            if (owner := self.anatomy.owner(path)) is not None and owner.name in detaching:
+                raise ValueError(
+                    f"{method.name}: the head '{path}' gets no gradient: it stands in the tower {owner.name!r}, "
+                    "through which none passes"
+                )
             part(self.model, path).requires_grad_(True)
 
     @property
@@ -270,6 +297,10 @@ class Adapted(Stack):
         folder = Path(folder)
         if folder.exists() or folder.is_symlink():
             raise FileExistsError(f"{folder}: is there already; name a new folder")
+        if not self.methods:
+            raise ValueError(
+                "nothing is attached, so that there is nothing to save: `fit.prune`, `fit.skip`, `fit.tune`"
+            )
         saved = self.saved(name)
         with replace_folder(folder) as partial:
             saved.write(partial)

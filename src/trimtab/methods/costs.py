@@ -68,12 +68,13 @@ def objective(output: Any, loss: Callable[[Any], Tensor] | None = None) -> Tenso
 
 
 def count(fit: Adapted, batch: dict[str, Any], loss: Callable[[Any], Tensor] | None = None) -> Costs:
-    """The costs of an adapted model; the model's mode, its gradients and the random state are as before afterwards."""
+    """The costs of an adapted model; its mode, buffers and gradients and the random state are as before afterwards."""
     model = fit.with_task
     device = next(model.parameters()).device
     batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     modes = {m: m.training for m in model.modules()}
     held = [(p, p.grad) for p in model.parameters()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]  # running statistics move in training mode
     parameters = list(model.parameters())
     with torch.random.fork_rng(devices=[]):
         try:
@@ -93,6 +94,9 @@ def count(fit: Adapted, batch: dict[str, Any], loss: Callable[[Any], Tensor] | N
                 module.training = training
             for parameter, gradient in held:
                 parameter.grad = gradient
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
     pruned = 0 if fit.masks is None else fit.masks.prunable - fit.masks.kept
     total = sum(p.numel() for p in parameters)
     trained = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and n not in idle)

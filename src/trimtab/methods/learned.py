@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trimtab.anatomy.structure import plain_parameters
 from trimtab.registry import unknown
-from trimtab.storage.learned import learned_part
+from trimtab.storage.learned import Trace, learned_part, named_tensors, trace
 
 
 class Learned:
     """Learned weights, held and switched.
 
-    Names of tensors begin with `learned.` (trained in the plain model), `kept.` (added to it, but frozen:
-    adapters that a search has trained) or `task.` (trained around it: a task's head).
+    Names of tensors begin with `learned.` (trained in the plain model), `kept.` (frozen, but not to be had from the
+    base: adapters that a search has trained, weights that were trained before they were frozen) or `task.` (trained
+    around it: a task's head).
 
     Attributes:
         model: the plain model.
@@ -26,6 +26,8 @@ class Learned:
         self.model, self.with_task = model, with_task
         self.active = "default"
         self._held: dict[str, dict[str, Tensor]] = {}
+        self._noted: dict[str, Trace] = {}  # every tensor as the last method left it
+        self._carried: set[str] = set()  # tensors that were changed before that, by training or by hand
 
     @property
     def names(self) -> list[str]:
@@ -74,28 +76,50 @@ class Learned:
     def current(self) -> dict[str, Tensor]:
         """What has to be stored of the model beside what its methods found: the tensors themselves, by name."""
         found = {f"learned.{path}": tensor for path, tensor in learned_part(self.model).items()}
-        own = {id(t) for t in (*plain_parameters(self.model).values(), *found.values())}
-        found |= {f"kept.{path}": p for path, p in self.model.named_parameters() if id(p) not in own}
         if self.with_task is not self.model:
             inside = {id(t) for t in (*self.model.parameters(), *self.model.buffers())}
             around = learned_part(self.with_task)
             found |= {f"task.{path}": tensor for path, tensor in around.items() if id(tensor) not in inside}
-        return found
+        have, own = {id(t) for t in found.values()}, named_tensors(self.model, self.with_task)
+        added = {name for name, (_, plain) in own.items() if not plain}
+        return found | {n: own[n][0] for n in sorted(added | self.changed()) if id(own[n][0]) not in have}
+
+    # --- what was changed and then frozen ---
+
+    def note(self) -> None:
+        """Remember every tensor as it is now, after a method: what differs later was trained, or changed by hand."""
+        self._noted = {name: trace(t) for name, (t, _) in named_tensors(self.model, self.with_task).items()}
+
+    def carry(self) -> None:
+        """Before a method: what was changed since the last one is stored from here on, also when it is frozen."""
+        self._carried |= self.changed()
+
+    def changed(self) -> set[str]:
+        """Names of the tensors whose values cannot be had from the base and what the methods found."""
+        own = named_tensors(self.model, self.with_task)
+        return {n for n, (t, _) in own.items() if n in self._carried or (n in self._noted and self._noted[n].left(t))}
 
     def copy(self, tensors: dict[str, Tensor], where: str) -> None:
         """Copy tensors into the model; ValueError unless they are exactly what is learned here."""
         own = self._fitting(tensors, where)
         with torch.no_grad():
             for key, tensor in tensors.items():
-                own[key].copy_(tensor)
+                own[_place(key)].copy_(tensor)
 
     def _fitting(self, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-        own = self.current()
-        wrong = [f"'{k}' has the shape {tuple(v.shape)}, expected {tuple(own[k].shape)}" for k, v in tensors.items()
-                 if k in own and own[k].shape != v.shape]  # fmt: skip
-        wrong += [f"'{k}' is missing" for k in own if k not in tensors]
-        wrong += [f"'{k}' has no place here" for k in tensors if k not in own]
+        own = {_place(k): v for k, v in self.current().items()}
+        given = {_place(k): (k, v) for k, v in tensors.items()}
+        wrong = [f"'{k}' has the shape {tuple(v.shape)}, expected {tuple(own[p].shape)}" for p, (k, v) in given.items()
+                 if p in own and own[p].shape != v.shape]  # fmt: skip
+        wrong += [f"'{p}' is missing" for p in own if p not in given]
+        wrong += [f"'{k}' has no place here" for p, (k, _) in given.items() if p not in own]
         if wrong:
             more = f" (and {len(wrong) - 1} more)" if wrong[1:] else ""
             raise ValueError(f"{where}: the learned weights do not fit the model: {wrong[0]}{more}")
         return own
+
+
+def _place(key: str) -> str:
+    """The name of a tensor, whether it is trained or was frozen since."""
+    kind, _, path = key.partition(".")
+    return key if kind == "task" else f"learned.{path}"

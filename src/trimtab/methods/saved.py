@@ -3,7 +3,8 @@
 fit.json               to which base it belongs, and the methods in order: name, settings, what each found (a plan, say)
 weights.safetensors    method.I.NAME    what method I found: masks as bits, say
                        learned.PATH     what is trained in the plain model, by its path
-                       kept.PATH        what was added to it and is frozen: adapters that a search has trained
+                       kept.PATH        what is frozen, but not to be had from the base: adapters that a search has
+                                        trained, weights that were trained before they were frozen
                        task.PATH        what is trained around it: a task's head
 
 The base itself is not in it. It is told by its class, towers, precision and a hash of every element of its weights.
@@ -119,6 +120,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FitError(f"{file}: format {found!r}, this version of trimtab reads {FORMAT}")
     if missing := [k for k in ("base", "methods", "learned", "name") if k not in config]:
         raise FitError(f"{file}: lacks {missing[0]!r}: the file was changed; copy the folder again")
+    kinds = {"name": str, "lever": str, "settings": dict, "state": dict}
+    for i, method in enumerate(config["methods"] if isinstance(config["methods"], list) else [None]):
+        for key, kind in kinds.items():
+            if not isinstance(method, dict) or not isinstance(method.get(key), kind):
+                raise FitError(
+                    f"{file}: methods: number {i} lacks {key!r}: the file was changed; copy the folder again"
+                )
+    if missing := [k for k in ("model", "precision", "fingerprint", "towers") if k not in config["base"]]:
+        raise FitError(f"{file}: base lacks {missing[0]!r}: the file was changed; copy the folder again")
     return config
 
 
@@ -153,6 +163,13 @@ def check_base(theirs: Mapping[str, Any], own: Mapping[str, Any], where: Path) -
             if value != own["towers"][name][what]:
                 here = short(own["towers"][name][what])
                 raise FitError(f"{start}: {what} of tower {name!r} {short(value)}, here {here}")
+    if theirs["precision"].keys() == own["precision"].keys() and theirs["precision"] != own["precision"]:
+        numbers, here = (sum(p["precision"].values()) for p in (theirs, own))
+        if numbers != here:
+            raise FitError(
+                f"{start}: {numbers:,} parameters, this one has {here:,} (another vocabulary or head, or a module more "
+                "or less): load the checkpoint on which it was made"
+            )
     if theirs["precision"] != own["precision"]:
         raise FitError(
             f"{start}: the same architecture in another precision: {_types(theirs['precision'])}, here "

@@ -127,7 +127,7 @@ class BatchSession:
         self.folder = None if folder is None else Path(folder)
         self.spec = FitSpec(batch_size, learning_rate, weight_decay)
         self.trainer = trainer
-        self._path = _path_in(self.with_task, plain)
+        self._path = path_in(self.with_task, plain)
         self._of_output = loss or own_loss
         self._keys: dict[str, set[str]] = {}
         self._data: dict[str, Ready | Rows] = {}
@@ -215,7 +215,7 @@ class BatchSession:
         return again(self.trainer, with_task, steps, callbacks)
 
 
-def _path_in(with_task: nn.Module, plain: nn.Module) -> str:
+def path_in(with_task: nn.Module, plain: nn.Module) -> str:
     """Path of the plain model inside the model with its task."""
     for path, module in with_task.named_modules():
         if module is plain:

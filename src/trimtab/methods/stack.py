@@ -28,6 +28,7 @@ from trimtab.methods.prune.masks import Masks
 from trimtab.methods.saved import Saved, identity, short
 from trimtab.methods.session import Session
 from trimtab.methods.skip.plan import Plan
+from trimtab.storage.learned import named_tensors
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -106,6 +107,7 @@ class Stack(Learned):
             if self.methods:
                 raise ValueError("the base was not looked at before methods changed it: adapt a model loaded anew")
             self._base = identity(self.model, self._described)
+            self.note()
         return self._base
 
     def check(self, method: Method) -> None:
@@ -128,8 +130,10 @@ class Stack(Learned):
             restored: from a folder: what it trained, or keeps, is copied into it afterwards.
         """
         self.check(method)
-        if not is_fake(self.model):
+        real = not is_fake(self.model)
+        if real:
             _ = self.base
+            self.carry()
         blocks = {b.path for b in self.anatomy.blocks()}
         with self._unchanged_on_error():
             if method.lever != "prune" and all(m.lever == "prune" for m in self.methods):
@@ -144,6 +148,8 @@ class Stack(Learned):
         if gone := blocks - {b.path for b in self.anatomy.blocks()}:
             for pruner in self.levers("prune"):
                 pruner.forget(gone, self.anatomy)
+        if real:
+            self.note()
         self._take_over()
 
     @contextmanager
@@ -162,9 +168,10 @@ class Stack(Learned):
 
     def _detach(self, towers: set[str], restored: bool) -> None:
         """Freeze what no gradient reaches any more; adapters of a search keep what they learned in it."""
+        changed = {name.removeprefix("kept.") for name in self.changed()}
         for method in self.levers("skip"):
             if method.trains == "added" and not restored:
-                method.keep_trained(self.model, towers)
+                method.keep_trained(self.model, towers, changed)
         for path, parameter in self.model.named_parameters():
             owner = self.anatomy.owner(path)
             if owner is None or owner.name in towers:
@@ -246,7 +253,10 @@ class Stack(Learned):
             learned = {"learned": plain, "task": around}.get(kind, {}).get(path)
             if learned is not None:
                 learned.requires_grad_(True)
+        self._carried |= saved.learned.keys() & named_tensors(self.model, self.with_task).keys()
         self.copy(saved.learned, where)
+        self.carry()
+        self.note()
         self._take_over()
 
     def write(self, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -80,3 +81,71 @@ def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in [*module._parameters.items(), *_stored_buffers(module)]:
             if tensor is not None:
                 yield f"{path}.{name}".lstrip("."), tensor
+
+
+# --- whether tensors are as they were ---------------------------------------------------------------------------------
+
+
+def named_tensors(model: nn.Module, with_task: nn.Module) -> dict[str, tuple[Tensor, bool]]:
+    """Every parameter and stored buffer, each tied one once: name -> tensor, and whether it is the plain model's.
+
+    Names begin with `kept.`, those around the model with `task.`; the plain model's are plain paths.
+    """
+    out: dict[str, tuple[Tensor, bool]] = {}
+    seen: set[int] = set()
+
+    def add(name: str, tensor: Tensor, plain: bool) -> None:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            out[name] = (tensor, plain)
+
+    for path, tensor in _plain_tensors(model):
+        add(f"kept.{path}", tensor, True)
+    for path, parameter in model.named_parameters():
+        add(f"kept.{path}", parameter, False)
+    if with_task is not model:
+        seen |= {id(b) for b in model.buffers()}
+        for path, tensor in _plain_tensors(with_task):
+            add(f"task.{path}", tensor, True)
+    return out
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What is remembered of a tensor, to see whether it was changed.
+
+    Attributes:
+        sums: type -> the sum of the tensor's bits in that type, for the types to which a model may be cast; empty if
+            they cannot be read (fake, quantised or sharded tensors).
+        trained: whether it was to be trained.
+    """
+
+    sums: dict[torch.dtype, int]
+    trained: bool
+
+    def left(self, tensor: Tensor) -> bool:
+        """Whether a tensor has other values now. In a type that was not foreseen: whether it was trained before."""
+        now = _sum_of_bits(tensor)
+        if not self.sums or now is None:
+            return False
+        return now != self.sums[tensor.dtype] if tensor.dtype in self.sums else self.trained
+
+
+def trace(tensor: Tensor) -> Trace:
+    """What to remember of a tensor."""
+    sums = {tensor.dtype: _sum_of_bits(tensor)}
+    if tensor.dtype == torch.float32 and sums[tensor.dtype] is not None:
+        sums |= {kind: _sum_of_bits(tensor.detach().to(kind)) for kind in (torch.bfloat16, torch.float16)}
+    return Trace({kind: n for kind, n in sums.items() if n is not None}, tensor.requires_grad)
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def _sum_of_bits(tensor: Tensor) -> int | None:
+    """The bits of all elements, read as integers, in sum; None of tensors that have none to read."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.element_size() not in _INTEGERS:
+        return None
+    bits = tensor.detach().contiguous().view(-1) if tensor.ndim else tensor.detach().reshape(1)
+    return int(bits.view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64))

@@ -201,8 +201,13 @@ class Pruner(Method):
         """The sparsity that the settings ask for."""
         return DEFAULT_SPARSITY if self.settings.sparsity is None else self.settings.sparsity
 
-    def take(self, masks: Masks, anatomy: Anatomy) -> None:
+    def take(self, masks: Masks, anatomy: Anatomy, given: bool = False) -> None:
         """Take masks over as what this pruner found, with the numbers that a run keeps.
+
+        Args:
+            masks: what was found.
+            anatomy: of the model.
+            given: found before, not just now by this pruner: then the settings must not contradict them.
 
         Raises:
             ValueError: if another pruner found them, or they are of another sparsity than the settings say.
@@ -212,7 +217,11 @@ class Pruner(Method):
         if masks.found_by not in ("", self.name):
             raise ValueError(f"{where} were found by {masks.found_by!r}, not by {self.name!r}: name {masks.found_by!r}")
         # A threshold with ties, or shares that are cut to integers, give a little more or less than was asked for.
-        if settings.masks and settings.sparsity is not None and abs(masks.sparsity - settings.sparsity) > 0.05:
+        if (
+            (given or settings.masks)
+            and settings.sparsity is not None
+            and abs(masks.sparsity - settings.sparsity) > 0.05
+        ):
             raise ValueError(
                 f"{where} have the sparsity {masks.sparsity:.4f}, the settings say {settings.sparsity}: leave out "
                 "`sparsity`, or name other masks"

@@ -184,6 +184,8 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             ValueError: if the masks are for another model, or the optimiser has none of this model's parameters.
         """
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper takes no hooks
         self._places(model)
         steps = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in steps for p in model.parameters()):

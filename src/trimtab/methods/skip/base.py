@@ -291,14 +291,17 @@ class Skipping(Method):
         towers = tuple(replace(t, blocks=tuple(b for b in t.blocks if b.path not in skipped)) for t in anatomy.towers)
         return replace(anatomy, towers=towers)
 
-    def keep_trained(self, model: nn.Module, towers: Collection[str]) -> None:
+    def keep_trained(self, model: nn.Module, towers: Collection[str], changed: Collection[str] = ()) -> None:
         """Give the adapters in some towers what the search has taught them, and freeze them.
+
+        Adapters that were trained after the search stay as they are.
 
         For a side network over these towers, through which no gradient reaches their adapters.
 
         Args:
             model: to which this is attached.
             towers: names of the towers.
+            changed: names of parameters that were trained since this was attached.
 
         Raises:
             ValueError: if there are adapters in these towers which nothing has trained.
@@ -306,14 +309,15 @@ class Skipping(Method):
         assert self.plan is not None
         paths = [b.path for b in self.plan.blocks if b.tower in towers]
         wanted = {f"{path}.{n}": p for b in paths for path, m in adapters_in(model, b) for n, p in m.named_parameters()}
-        if untrained := [name for name in wanted if name not in self.trained]:
+        if untrained := [name for name in wanted if name not in self.trained and name not in changed]:
             raise ValueError(
                 f"{self.name}: nothing has trained the adapters in {', '.join(map(repr, sorted(towers)))} "
                 f"('{untrained[0]}', ...), and no gradient reaches them there: skip with `adapters: none`, or by a "
                 "search that trains (das, linear-skip, ...)"
             )
         for name, parameter in wanted.items():
-            parameter.data.copy_(self.trained[name])
+            if name not in changed:
+                parameter.data.copy_(self.trained[name])
             parameter.requires_grad_(False)
 
     def fold(self, model: nn.Module) -> None:

@@ -133,12 +133,17 @@ class Listener:
         """Before the first block: a pass begins. No graph goes through a tower that a side network reads, also where
         its input has one (transformers sets `requires_grad` on embeddings for gradient checkpointing)."""
         block = self.tower.blocks[0]
-        if self.tower.causal and holds_tokens(kwargs):
+        if holds_tokens(args, kwargs):
             raise AnatomyError(
                 f"{self.method}: block '{block.path}' was called with the newest token alone, and the side network "
                 "reads all: use no key-value cache in generation"
             )
         stream = block.stream_of(module, args, kwargs)
+        if self.tower.layout == "tokens" and stream.shape[-1] != block.width:
+            raise AnatomyError(
+                f"{self.method}: block '{block.path}' takes in {tuple(stream.shape)}, expected the width "
+                f"{block.width}, as tower {self.tower.name!r} is described: correct the `width` of its blocks"
+            )
         self.now = _Pass(stream.shape)
         if 0 in self.maps:
             self.now.found[0] = stream.detach()
@@ -240,10 +245,10 @@ class Listener:
         return kept.result.repeat_interleave(times, 0), mask
 
 
-def holds_tokens(kwargs: dict) -> bool:
-    """Whether a block is called with a key-value cache that holds tokens already."""
-    cache = kwargs.get("past_key_values")
-    return cache is not None and bool(cache.get_seq_length())
+def holds_tokens(args: tuple, kwargs: dict) -> bool:
+    """Whether a block is called with a key-value cache that holds tokens already, in whatever place it takes one."""
+    caches = [v for v in (*args, *kwargs.values()) if hasattr(v, "get_seq_length")]
+    return any(bool(cache.get_seq_length()) for cache in caches)
 
 
 def _last(valid: Tensor | None, tokens: Tensor) -> Tensor:

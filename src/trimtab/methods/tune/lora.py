@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy
-from trimtab.anatomy.structure import module_at, plain_modules, replace_module
+from trimtab.anatomy.structure import is_wrapped, module_at, plain_modules, replace_module
 from trimtab.methods.base import METHODS, Method
 from trimtab.registry import unknown
 
@@ -98,6 +98,11 @@ class LoRA(Method):
                 raise ValueError(
                     f"lora: '{path}' belongs to an nn.MultiheadAttention, which reads its weight and never calls it: "
                     "an update would not be computed; name longer ends of the other paths in `targets`"
+                )
+            if is_wrapped(module_at(model, path)):
+                raise ValueError(
+                    f"lora: '{path}' is wrapped by PEFT already: merge that first (`merge_and_unload`) and adapt the "
+                    "merged model, or name other layers in `targets`"
                 )
         return chosen
 

@@ -98,12 +98,17 @@ class _Enter:
         self.method, self.block, self.prompts, self.index, self.causal = method, block, prompts, index, causal
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if self.index == 0 and holds_tokens(kwargs):
+        if self.index == 0 and holds_tokens(args, kwargs):
             raise ValueError(
                 f"block '{self.block.path}' was called with a key-value cache that holds tokens already: prompts would "
                 "be set before each new token; generate with use_cache=False"
             )
         given = self.block.stream_of(module, args, kwargs)
+        if given.shape[-1] != self.prompts.values[0].shape[-1]:
+            raise ValueError(
+                f"block '{self.block.path}' takes in {tuple(given.shape)}, expected the width {self.block.width}, as "
+                "its tower is described: correct the `width` of its blocks in the anatomy"
+            )
         stream, count = given, self.prompts.count
         if self.index < len(self.prompts.values):
             tokens = stream if self.index == 0 else self.prompts.taken_off(stream)

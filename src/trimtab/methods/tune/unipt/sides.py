@@ -211,10 +211,10 @@ class VectorUniPT(nn.Module):
             with torch.no_grad():  # of the frozen maps alone
                 own, (mean, count) = F.relu(h[rows, at]), pooled(F.relu(h.to(linear.weight.dtype)), mask)
             # Rows of the attended sum, of the own token and of the mean; each gets as much bias as it has weight.
-            tokens = torch.stack([attended, own.to(attended), mean[:, 0]], dim=1)  # (B, 3, D)
+            tokens = torch.stack([attended, own.to(attended), mean[:, 0]], dim=1).to(linear.weight.dtype)  # (B, 3, D)
             ones = torch.ones_like(share)
             valid = ones if count is None else count[:, 0, 0].clamp(max=1).to(ones)
-            amount = torch.stack([share, ones, valid], dim=1)[..., None]  # (B, 3, 1)
+            amount = torch.stack([share, ones, valid], dim=1)[..., None].to(tokens)  # (B, 3, 1)
             attended, own, mean = (tokens @ linear.weight.T + amount * linear.bias).unbind(dim=1)
             merged.append(attended + own)
             means.append(mean)
