@@ -30,13 +30,11 @@ class Rows(torch.utils.data.Dataset):
         return {k: v[i % 2] for k, v in self.batch.items()}
 
 
-def fitted(tune: str | None, levers: tuple[str, ...] = ("prune", "skip")) -> trimtab.Adapted:
+def fitted(tune: str | None, adapters: str = "none") -> trimtab.Adapted:
     torch.manual_seed(0)
     fit = trimtab.adapt(SINGLE.make())
-    if "prune" in levers:
-        fit.prune("omp", 0.5)
-    if "skip" in levers:
-        fit.skip("random-skip", skip=1, adapters="none")
+    fit.prune("omp", 0.5)
+    fit.skip("random-skip", skip=1, adapters=adapters, reduction=4)
     if tune:
         fit.tune(tune, **SMALL.get(tune, {}))
     return fit
@@ -55,13 +53,15 @@ def tensors(fit: trimtab.Adapted) -> dict:
     return dict(fit.model.state_dict())
 
 
-@pytest.mark.parametrize("tune", TUNERS)
-def test_a_trainer_resumes_and_its_checkpoint_is_a_folder_of_the_handle(tune, tmp_path):
-    whole = fitted(tune)
+@pytest.mark.parametrize(
+    ("tune", "adapters"), [*((t, "none") for t in TUNERS), (None, "parallel"), ("lora", "parallel")]
+)
+def test_a_trainer_resumes_and_its_checkpoint_is_a_folder_of_the_handle(tune, adapters, tmp_path):
+    whole = fitted(tune, adapters)
     trainer(whole, tmp_path / "whole").train()
     assert whole.masks.revived(whole.model) == []
 
-    again = fitted(tune)
+    again = fitted(tune, adapters)
     trainer(again, tmp_path / "resumed").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     for name, value in tensors(whole).items():
         torch.testing.assert_close(tensors(again)[name], value, rtol=1e-5, atol=1e-6)
