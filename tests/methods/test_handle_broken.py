@@ -272,3 +272,37 @@ def test_the_zeros_are_kept_through_accelerates_optimiser():
     model(**SINGLE.batch).loss.backward()
     optimizer.step()
     assert fit.masks.revived(fit.model) == []
+
+
+class Paired(nn.Module):
+    """A block that returns a tuple, as some of transformers' do; discovery cannot see it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.map = nn.LayerNorm(16), nn.Linear(16, 16)
+
+    def forward(self, hidden):
+        return hidden + self.map(self.norm(hidden)), None
+
+
+class PairedNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Paired() for _ in range(3)])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)[0]  # of a lone tensor this would be the first sample
+        return {"loss": x.mean(), "logits": x}
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_a_block_that_returns_a_tuple_is_not_skipped_as_one_that_does_not(search):
+    batch = {"x": torch.randn(2, 4, 16)}
+    fit = trimtab.adapt(PairedNet())
+    with pytest.raises(ValueError, match=r"returns a tuple.*set `returns_tuple=True`"):
+        if search:
+            fit.skip("block-influence", skip=1, adapters="none", train=[batch], validation=[batch])
+        else:
+            fit.skip("das", plan=["blocks.1"], adapters="none")
+            fit.model(**batch)

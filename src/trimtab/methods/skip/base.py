@@ -21,7 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from trimtab.anatomy import Anatomy, Block
 from trimtab.methods.base import Method
 from trimtab.methods.session import Session
-from trimtab.methods.skip.adapters import Skipped, adapters_in, add_adapters, replace_module, train_adapters
+from trimtab.methods.skip.adapters import (
+    ReturnsAlone,
+    Skipped,
+    adapters_in,
+    add_adapters,
+    replace_module,
+    train_adapters,
+)
 from trimtab.methods.skip.budget import Goal, Indices, parse, with_costs
 from trimtab.methods.skip.plan import Plan, PlanError
 from trimtab.methods.skip.search.evaluate import SearchError
@@ -287,6 +294,8 @@ class Skipping(Method):
                 replace_module(model, block.path, gone)
             else:
                 add_adapters(model, block, bottleneck, self.settings.adapters)
+                if skipped:
+                    model.get_submodule(block.path).register_forward_hook(ReturnsAlone(block))
         close_gaps(model, anatomy, skipped)
         if self.settings.adapters != "none":
             train_adapters(model, anatomy.heads)
