@@ -209,6 +209,7 @@ def test_arguments_that_contradict_each_other_are_refused(tmp_path):
     masks = trimtab.adapt(SINGLE.make()).prune("omp", 0.5).masks
     with pytest.raises(ValueError, match="have the sparsity 0.5000, the settings say 0.9"):
         trimtab.adapt(SINGLE.make()).prune("omp", 0.9, masks=masks)
+    assert trimtab.adapt(SINGLE.make()).prune("omp", masks=masks).sparsity == masks.sparsity
     with pytest.raises(ValueError, match="masks: expected a `Masks`, a file of them or a folder, found dict"):
         trimtab.adapt(SINGLE.make()).prune("omp", masks={"a": torch.ones(1)})
     with pytest.raises(ValueError, match="skip and budget say twice what is skipped"):
@@ -227,6 +228,13 @@ def test_heads_are_checked_before_anything_is_attached():
     fit.tune("lora", heads="classifier")
     with pytest.raises(ValueError, match="stands in the tower 'fusion', through which none passes"):
         trimtab.adapt(SINGLE.make()).tune("unipt", heads=[BLOCK])
+
+
+def test_a_model_of_which_a_part_is_adapted_is_refused():
+    model = SINGLE.make()
+    trimtab.adapt(model.vilt).tune("bitfit")
+    with pytest.raises(ValueError, match=r"'vilt' of this .* is adapted already \(bitfit\)"):
+        trimtab.adapt(model)
 
 
 def test_what_is_no_model_with_weights_is_refused(tmp_path):

@@ -65,6 +65,12 @@ def adapt(model: nn.Module, folder: str | Path | None = None, *, anatomy: Anatom
             f"this {type(plain).__name__} is adapted already ({', '.join(there) or 'no method yet'}): go on "
             "with its handle, which `trimtab.adapt` returned, or load the model again"
         )
+    inside = {path: handle_of(module) for path, module in plain.named_modules() if path}
+    if part_of_it := next((path for path, fit in inside.items() if fit is not None and fit.methods), ""):
+        raise ValueError(
+            f"'{part_of_it}' of this {type(plain).__name__} is adapted already "
+            f"({', '.join(inside[part_of_it] or ())}): go on with its handle, with the whole as its `with_task`, or load the model again"
+        )
     if meta := next((n for n, p in plain.named_parameters() if p.is_meta), None):
         raise ValueError(
             f"'{meta}' of this {type(plain).__name__} is on the meta device and has no values: load the weights first, "
@@ -143,7 +149,7 @@ class Adapted(Stack):
         pruner = METHODS.make(method, lever="prune", sparsity=sparsity, **settings)
         self.check(pruner)
         if isinstance(given, Masks):
-            pruner.take(given, self.anatomy, given=True)
+            pruner.take(given, self.anatomy, given=sparsity is not None)
         elif given is not None:
             pruner.take(Masks.read(given, self.model), self.anatomy)
         elif sparsity is None and settings.get("pattern") is None:
