@@ -69,7 +69,8 @@ def adapt(model: nn.Module, folder: str | Path | None = None, *, anatomy: Anatom
     if part_of_it := next((path for path, fit in inside.items() if fit is not None and fit.methods), ""):
         raise ValueError(
             f"'{part_of_it}' of this {type(plain).__name__} is adapted already "
-            f"({', '.join(inside[part_of_it] or ())}): go on with its handle, with the whole as its `with_task`, or load the model again"
+            f"({', '.join(inside[part_of_it] or ())}): go on with its handle, with the whole as its `with_task`, "
+            "or load the model again"
         )
     if meta := next((n for n, p in plain.named_parameters() if p.is_meta), None):
         raise ValueError(

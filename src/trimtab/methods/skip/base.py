@@ -328,7 +328,7 @@ class Skipping(Method):
                 f"('{untrained[0]}', ...), and no gradient reaches them there: skip with `adapters: none`, or by a "
                 "search that trains (das, linear-skip, ...)"
             )
-        _set_frozen(model, paths, known, self.name)  # type: ignore[arg-type] (None was refused)
+        _set_frozen(model, paths, {n: v for n, v in known.items() if v is not None}, self.name)
 
     def fold(self, model: nn.Module) -> None:
         """Take the places of skipped blocks out of the model: fewer layers, an ordinary configuration."""
