@@ -209,6 +209,7 @@ def test_arguments_that_contradict_each_other_are_refused(tmp_path):
     masks = trimtab.adapt(SINGLE.make()).prune("omp", 0.5).masks
     with pytest.raises(ValueError, match="have the sparsity 0.5000, the settings say 0.9"):
         trimtab.adapt(SINGLE.make()).prune("omp", 0.9, masks=masks)
+    assert trimtab.adapt(SINGLE.make()).prune("omp", masks=masks).sparsity == masks.sparsity
     with pytest.raises(ValueError, match="masks: expected a `Masks`, a file of them or a folder, found dict"):
         trimtab.adapt(SINGLE.make()).prune("omp", masks={"a": torch.ones(1)})
     with pytest.raises(ValueError, match="skip and budget say twice what is skipped"):
@@ -227,6 +228,13 @@ def test_heads_are_checked_before_anything_is_attached():
     fit.tune("lora", heads="classifier")
     with pytest.raises(ValueError, match="stands in the tower 'fusion', through which none passes"):
         trimtab.adapt(SINGLE.make()).tune("unipt", heads=[BLOCK])
+
+
+def test_a_model_of_which_a_part_is_adapted_is_refused():
+    model = SINGLE.make()
+    trimtab.adapt(model.vilt).tune("bitfit")
+    with pytest.raises(ValueError, match=r"'vilt' of this .* is adapted already \(bitfit\)"):
+        trimtab.adapt(model)
 
 
 def test_what_is_no_model_with_weights_is_refused(tmp_path):
@@ -272,3 +280,37 @@ def test_the_zeros_are_kept_through_accelerates_optimiser():
     model(**SINGLE.batch).loss.backward()
     optimizer.step()
     assert fit.masks.revived(fit.model) == []
+
+
+class Paired(nn.Module):
+    """A block that returns a tuple, as some of transformers' do; discovery cannot see it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.map = nn.LayerNorm(16), nn.Linear(16, 16)
+
+    def forward(self, hidden):
+        return hidden + self.map(self.norm(hidden)), None
+
+
+class PairedNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Paired() for _ in range(3)])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)[0]  # of a lone tensor this would be the first sample
+        return {"loss": x.mean(), "logits": x}
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_a_block_that_returns_a_tuple_is_not_skipped_as_one_that_does_not(search):
+    batch = {"x": torch.randn(2, 4, 16)}
+    fit = trimtab.adapt(PairedNet())
+    with pytest.raises(ValueError, match=r"returns a tuple.*set `returns_tuple=True`"):
+        if search:
+            fit.skip("block-influence", skip=1, adapters="none", train=[batch], validation=[batch])
+        else:
+            fit.skip("das", plan=["blocks.1"], adapters="none")
+            fit.model(**batch)

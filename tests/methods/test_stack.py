@@ -99,7 +99,7 @@ def check(tiny: Tiny, fit: trimtab.Adapted, tmp_path) -> None:
         n for n, p in fit.model.named_parameters() if p.requires_grad
     }
     stored = load_file(folder / "weights.safetensors")
-    learned = sum(v.numel() for k, v in stored.items() if k.startswith("learned.") and v.is_floating_point())
+    learned = sum(v.numel() for k, v in stored.items() if not k.startswith("method.") and v.is_floating_point())
     assert learned >= sum(p.numel() for p in fit.parameters())
     export(tiny, fit, before, tmp_path)
 
@@ -163,6 +163,21 @@ def test_the_three_levers_together(tiny, tmp_path):
     fit = attached(tiny, "multiflow", "none", "lora", False)
     assert list(fit) == ["multiflow", "random-skip", "lora"]
     check(tiny, fit, tmp_path)
+
+
+def test_a_model_that_is_only_pruned_is_saved_as_its_masks(tmp_path):
+    fit = attached(SINGLE, "omp", None, None, False)
+    stored = load_file(fit.save(tmp_path / "fit") / "weights.safetensors")
+    assert all(k.startswith("method.0.") for k in stored), "nothing was trained yet"
+    assert fit.cost(SINGLE.batch).disk_bytes == sum(f.stat().st_size for f in (tmp_path / "fit").iterdir())
+    again = trimtab.adapt(SINGLE.make(), tmp_path / "fit")
+    assert all(p.requires_grad for p in again.model.parameters()), "what is trained is left to the user"
+    optimizer = torch.optim.AdamW(fit.parameters(), 1e-2)
+    fit.keep(optimizer)
+    SINGLE.loss(fit.model.train()(**SINGLE.batch)).backward()
+    optimizer.step()
+    third = trimtab.adapt(SINGLE.make(), fit.save(tmp_path / "trained"))
+    assert torch.equal(output(SINGLE, third.model), output(SINGLE, fit.model))
 
 
 def test_adapters_of_a_search_are_kept_and_frozen_under_a_side_network(tmp_path):

@@ -65,6 +65,13 @@ def adapt(model: nn.Module, folder: str | Path | None = None, *, anatomy: Anatom
             f"this {type(plain).__name__} is adapted already ({', '.join(there) or 'no method yet'}): go on "
             "with its handle, which `trimtab.adapt` returned, or load the model again"
         )
+    inside = {path: handle_of(module) for path, module in plain.named_modules() if path}
+    if part_of_it := next((path for path, fit in inside.items() if fit is not None and fit.methods), ""):
+        raise ValueError(
+            f"'{part_of_it}' of this {type(plain).__name__} is adapted already "
+            f"({', '.join(inside[part_of_it] or ())}): go on with its handle, with the whole as its `with_task`, "
+            "or load the model again"
+        )
     if meta := next((n for n, p in plain.named_parameters() if p.is_meta), None):
         raise ValueError(
             f"'{meta}' of this {type(plain).__name__} is on the meta device and has no values: load the weights first, "
@@ -143,7 +150,7 @@ class Adapted(Stack):
         pruner = METHODS.make(method, lever="prune", sparsity=sparsity, **settings)
         self.check(pruner)
         if isinstance(given, Masks):
-            pruner.take(given, self.anatomy, given=True)
+            pruner.take(given, self.anatomy, given=sparsity is not None)
         elif given is not None:
             pruner.take(Masks.read(given, self.model), self.anatomy)
         elif sparsity is None and settings.get("pattern") is None:
@@ -187,6 +194,12 @@ class Adapted(Stack):
         if len(both := [name for name, value in ways.items() if value is not None]) > 1:
             raise ValueError(f"{method}: {' and '.join(both)} say twice what is skipped: give one of them")
         asked = {"skip": skip, "budget": budget, "search_steps": steps}
+        if (
+            steps is not None
+            and method in METHODS
+            and "search_steps" not in METHODS[method].Settings.__dataclass_fields__
+        ):
+            raise ValueError(f"{method}: its search does not train: leave out `steps`")
         settings |= {k: v for k, v in asked.items() if v is not None}
         if plan is not None:
             settings["plan"] = tuple(plan.skipped) if isinstance(plan, Plan) else plan_setting(plan)

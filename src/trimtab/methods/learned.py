@@ -25,6 +25,7 @@ class Learned:
     def __init__(self, model: nn.Module, with_task: nn.Module):
         self.model, self.with_task = model, with_task
         self.active = "default"
+        self.tuned = False  # whether a method has said what is trained
         self._held: dict[str, dict[str, Tensor]] = {}
         self._noted: dict[str, Trace] = {}  # every tensor as the last method left it
         self._carried: set[str] = set()  # tensors that were changed before that, by training or by hand
@@ -48,7 +49,13 @@ class Learned:
         return self._held[name]
 
     def add(self, name: str) -> None:
-        """Hold a copy of the active weights under another name, and go on with that one."""
+        """Hold a copy of the active weights under another name, and go on with that one.
+
+        Raises:
+            ValueError: if the name is held, or no method has said what is trained.
+        """
+        if not self.tuned:
+            raise ValueError("nothing says what is trained, so that there is nothing to hold: `fit.tune(...)` first")
         self._check_new(name)
         self._held[self.active] = self.tensors()
         self.active = name
@@ -75,7 +82,8 @@ class Learned:
 
     def current(self) -> dict[str, Tensor]:
         """What has to be stored of the model beside what its methods found: the tensors themselves, by name."""
-        found = {f"learned.{path}": tensor for path, tensor in learned_part(self.model).items()}
+        # Of a model that is only pruned everything may be trained: what has not changed is had from the base.
+        found = {f"learned.{path}": t for path, t in learned_part(self.model).items()} if self.tuned else {}
         if self.with_task is not self.model:
             inside = {id(t) for t in (*self.model.parameters(), *self.model.buffers())}
             around = learned_part(self.with_task)

@@ -179,7 +179,8 @@ class Stack(Learned):
 
     def _take_over(self) -> None:
         """Let the model train and save as an adapted one."""
-        if any(m.lever != "prune" for m in self.methods):
+        self.tuned = any(m.lever != "prune" for m in self.methods)
+        if self.tuned:
             self.model.train = Train(self.model)  # type: ignore[method-assign]
             if self.model.training:
                 self.model.train()
@@ -246,7 +247,7 @@ class Stack(Learned):
         """Take over what was learned: what was trained is trained from here on, and nothing else."""
         self.active = saved.name
         plain, around = (dict(m.named_parameters(remove_duplicate=False)) for m in (self.model, self.with_task))
-        for parameter in around.values():
+        for parameter in around.values() if self.tuned else ():
             parameter.requires_grad_(False)
         for key in saved.learned:
             kind, _, path = key.partition(".")

@@ -139,13 +139,14 @@ def trace(tensor: Tensor) -> Trace:
     return Trace({kind: n for kind, n in sums.items() if n is not None}, tensor.requires_grad)
 
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 @torch.no_grad()
 def _sum_of_bits(tensor: Tensor) -> int | None:
-    """The bits of all elements, read as integers, in sum; None of tensors that have none to read."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.element_size() not in _INTEGERS:
+    """The bits of all elements in sum, read as integers of eight bytes; None of tensors that have none to read."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    if not plain or tensor.is_meta or tensor.is_quantized:
         return None
-    bits = tensor.detach().contiguous().view(-1) if tensor.ndim else tensor.detach().reshape(1)
-    return int(bits.view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64))
+    bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    whole = bits.numel() // 8 * 8
+    if bits.storage_offset() % 8:
+        bits = bits.clone()
+    return int(bits[:whole].view(torch.int64).sum()) + int(bits[whole:].sum(dtype=torch.int64))

@@ -180,6 +180,26 @@ def adapters_in(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
             yield f"{path}.{name}", module
 
 
+class ReturnsAlone:
+    """A forward hook on a kept block: what it returns must be what `Skipped` returns in place of others.
+
+    A model that takes the first element of a tuple would take the first sample of a lone tensor, without a word.
+
+    Raises:
+        AnatomyError: if the block returns a tuple and is described otherwise.
+    """
+
+    def __init__(self, block: Block):
+        self.block = block
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if isinstance(output, (tuple, list)) and not (self.block.returns_tuple or self.block.also):
+            raise AnatomyError(
+                f"block '{self.block.path}' returns a {type(output).__name__}, expected the stream by itself, as it is "
+                "described: to skip blocks here, set `returns_tuple=True` in an anatomy of your own"
+            )
+
+
 class Skipped(nn.Module):
     """What stands in place of a skipped block: its adapter on the stream that the block would have carried on.
 

@@ -22,7 +22,13 @@ from trimtab.anatomy import Anatomy, Block
 from trimtab.anatomy.structure import replace_module
 from trimtab.methods.base import Method
 from trimtab.methods.session import Session
-from trimtab.methods.skip.adapters import Skipped, adapters_in, add_adapters, train_adapters
+from trimtab.methods.skip.adapters import (
+    ReturnsAlone,
+    Skipped,
+    adapters_in,
+    add_adapters,
+    train_adapters,
+)
 from trimtab.methods.skip.budget import Goal, Indices, parse, with_costs
 from trimtab.methods.skip.plan import Plan, PlanError
 from trimtab.methods.skip.search.evaluate import SearchError
@@ -285,6 +291,8 @@ class Skipping(Method):
                 replace_module(model, block.path, gone)
             else:
                 add_adapters(model, block, bottleneck, self.settings.adapters)
+                if skipped:
+                    model.get_submodule(block.path).register_forward_hook(ReturnsAlone(block))
         close_gaps(model, anatomy, skipped)
         if self.settings.adapters != "none":
             train_adapters(model, anatomy.heads)

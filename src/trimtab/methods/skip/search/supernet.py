@@ -11,7 +11,14 @@ from torch import Tensor
 from trimtab.anatomy import Block
 from trimtab.anatomy.structure import replace_module
 from trimtab.methods.session import Session
-from trimtab.methods.skip.adapters import Skipped, Switch, adapters_in, add_adapters, train_adapters
+from trimtab.methods.skip.adapters import (
+    ReturnsAlone,
+    Skipped,
+    Switch,
+    adapters_in,
+    add_adapters,
+    train_adapters,
+)
 from trimtab.methods.skip.budget import BlockCosts, Unit, measure
 
 if TYPE_CHECKING:
@@ -65,8 +72,14 @@ class Supernet:
         if one is None:
             raise ValueError(f"{unit} are counted on a batch, and there are no data: pass `train=`, a list of batches")
         blocks = [session.plain.get_submodule(b.path) for b in self.candidates]
-        return measure(unit, (session.with_task, blocks, lambda: session.with_task(**one)),
-                       (self.with_task, self.switches, lambda: self.with_task(**one)))  # fmt: skip
+        pairs = zip(blocks, self.candidates, strict=True)
+        handles = [module.register_forward_hook(ReturnsAlone(block)) for module, block in pairs]
+        try:
+            return measure(unit, (session.with_task, blocks, lambda: session.with_task(**one)),
+                           (self.with_task, self.switches, lambda: self.with_task(**one)))  # fmt: skip
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def learned(self, plan: Collection[int]) -> dict[str, Tensor]:
         """What the adapters of a plan have learned, by the names that they have in a model with the plan attached.
