@@ -101,11 +101,8 @@ def write_report(paths: Iterable[Path], out: Path, title: str | None = None) -> 
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     page = environment.get_template("template.html.j2").render(
         title=title or "trimtab report",
         sections=views,
