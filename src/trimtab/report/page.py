@@ -185,6 +185,7 @@ def _footnote(section: Section, shown: Sequence[Cost]) -> str:
         "saved_activation_bytes": f"Saved activations: what the backward pass of one training batch{batch} keeps in "
         "memory.",
         "macs": f"MACs: for {per}.",
+        "nonzero_params": "Weights kept: numbers that no mask makes zero.",
         "latency_ms": f"Latency: the median for {per}.",
         "checkpoint_bytes": "On disk: the saved checkpoint.",
     }
