@@ -113,7 +113,7 @@ def test_page_text_and_figures(index: Path, runs_folder: Path) -> None:
     assert "mean ± standard deviation over 2 seeds; chance level 0.4 %" in text
     assert "one training batch of 32 samples" in text
     assert "unipt, seeds 0, 1" in text
-    assert 'skips 1 of 2 candidates: <code>blocks.3</code><br><img src="data:image/png;base64,' in text
+    assert 'skips 1 of 2 candidates: <code>blocks.3</code><img class="gates" src="data:image/png;base64,' in text
     assert "torch 2.13.0" in text and "0123456789ab (dirty)" in text
     assert f"trimtab report {runs_folder}" in text
 
