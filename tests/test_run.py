@@ -75,6 +75,18 @@ def test_no_steps_train_and_store_nothing(tiny_raw, tmp_path):
     folder_of_runs.load(folder)
 
 
+@pytest.mark.parametrize("methods", [[], ["omp"]])
+def test_what_a_policy_alone_trains_is_stored(tiny_raw, tmp_path, methods):
+    raw = tiny_raw("tiny-clip", "retrieval", methods, steps=2)
+    raw["policy"] = [{"match": "*.bias", "do": "train"}, {"match": "*", "do": "method"}]
+    folder = run.run(recipe.expand(raw, "test")[0], tmp_path / "run")
+    stored = load_file(folder / "weights.safetensors")
+    kept = [name for name in stored if name.startswith("kept.")]
+    assert kept and all(name.endswith(".bias") for name in kept)
+    own = dict(folder_of_runs.load(folder).backbone.model.named_parameters())
+    assert all(torch.equal(own[name.removeprefix("kept.")], stored[name]) for name in kept)
+
+
 def test_another_seed_gives_another_model(finished, tmp_path, tiny_raw):
     other = recipe.expand({**tiny_raw("tiny-vilt", "vqa", ["unipt"]), "seed": 1}, "test")[0]
     first, second = (load_file(f / "weights.safetensors") for f in (finished[0], run.run(other, tmp_path / "other")))

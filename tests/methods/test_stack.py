@@ -53,12 +53,12 @@ def combinations():
     With TRIMTAB_EVERY_COMBINATION set, the whole cross product.
     """
     if os.environ.get("TRIMTAB_EVERY_COMBINATION"):
-        return list(itertools.product(PRUNERS, FORMS, TUNERS))
+        return list(itertools.product(PRUNERS, FORMS, TUNERS))[1:]  # the first is nothing at all, which `save` refuses
     seen: dict[tuple, None] = {}
     for i, tuner in enumerate(TUNERS):
         for j in range(5):
             seen[PRUNERS[j], FORMS[(i + j) % 5], tuner] = None
-    return list(seen)
+    return list(seen)[1:]
 
 
 @pytest.mark.slow

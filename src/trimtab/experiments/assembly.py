@@ -62,7 +62,7 @@ class Assembly:
     def attach(self, restored: bool = True) -> Anatomy:
         """Freeze the backbone, then attach the methods, which have found what they need (or assume it); returns the
         anatomy that remains."""
-        self.model.backbone.requires_grad_(False)
+        self.freeze()
         for method in self.methods:
             self.fit.attach(method, restored)
         self.settle()
@@ -70,12 +70,21 @@ class Assembly:
 
     def pull(self, session: Session) -> None:
         """As `attach`, but let each method find what it needs in a session's data."""
-        self.model.backbone.requires_grad_(False)
+        self.freeze()
         for method in self.methods:
             self.fit.pull(method, session)
         with torch.random.fork_rng(devices=[]):  # a task draws wordings
             batch = next(session.batches("train"))
         self.settle(batch)
+
+    def freeze(self) -> None:
+        """Leave it to methods and policy what of the backbone is trained.
+
+        The base is looked at here, before anything is trained: what a policy alone trains differs from it later, and so
+        is stored.
+        """
+        self.model.backbone.requires_grad_(False)
+        _ = self.fit.base
 
     def settle(self, batch: Batch | None = None) -> None:
         """Let the policy decide what is trained, when all methods are attached; freeze what no loss reaches.

@@ -75,6 +75,9 @@ def load_assembly(folder: str | Path) -> Assembly:
     if info["format"] != FORMAT:
         raise RunError(f"{folder / 'run.json'}: format {info['format']}, this version reads {FORMAT}")
     parts = assemble(load_recipe(folder))
+    parts.freeze()
+    if not parts.trains:
+        parts.model.requires_grad_(False)
     try:
         restore(parts.fit, folder)
     except (ValueError, FileNotFoundError) as error:
