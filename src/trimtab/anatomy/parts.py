@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from trimtab.anatomy.calls import arguments, passed, replaced, stream_name
 from trimtab.anatomy.structure import AnatomyError, plain_module
 
-Modality = Literal["vision", "text", "fusion"]
+Modality = Literal["vision", "text", "audio", "fusion"]
 T = TypeVar("T")
 
+Unknown = tuple[tuple[str, str], ...]  # (fact, why it is not known)
 PATH = {"path": True}  # of a field that holds a path, or a tuple of paths
 
 
@@ -78,6 +79,7 @@ class Block:
             weights) is None there.
         stays: why it cannot be taken out of the model for good, though it can be skipped: the model around it counts
             its blocks, say. Empty if it can.
+        unknown: (fact, why it could not be seen); a method that needs one of these refuses.
     """
 
     path: str = field(metadata=PATH)
@@ -88,6 +90,7 @@ class Block:
     returns_tuple: bool = False
     also: tuple[str, ...] = ()
     stays: str = ""
+    unknown: Unknown = field(default=(), compare=False)
 
     def stream_of(self, module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
         """The stream among the arguments of a call, (B, L, D) or (B, C, H, W), however it was passed.
@@ -145,6 +148,7 @@ class Tower:
         starts_blank: whether what enters the first block is zeros, whatever the sample (DETR's queries begin so).
         closed: why no tokens can be set before its own and taken off after the last block, such as that each has a
             place on which the model counts. Empty if they can.
+        unknown: (fact, why it could not be seen), of the tower; a method that needs one of these refuses (`need`).
     """
 
     name: str
@@ -167,6 +171,18 @@ class Tower:
     causal: bool = False
     starts_blank: bool = False
     closed: str = ""
+    unknown: Unknown = field(default=(), compare=False)
+
+    def need(self, method: str, *facts: str) -> None:
+        """Raise an AnatomyError if one of these facts about the tower, or about its blocks, has not been seen."""
+        known = [(f"tower {self.name!r}", self.unknown), *((f"block '{b.path}'", b.unknown) for b in self.blocks)]
+        for what, unknown in known:
+            if missing := next(((fact, why) for fact, why in unknown if fact in facts), None):
+                raise AnatomyError(
+                    f"{method}: `{missing[0]}` of {what} is unknown: {missing[1]}. Show the model at work, "
+                    "`trimtab.adapt(model, example=batch)` with a dict of its keyword arguments, or describe it "
+                    "(docs/your-own-model.md)"
+                )
 
     @property
     def sources(self) -> set[str]:

@@ -1,0 +1,163 @@
+"""What a model is called with, for watching: what kind each input is, and the same batch with one place hidden."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.anatomy.calls import signature
+from trimtab.anatomy.parts import Modality
+from trimtab.anatomy.record import Example, rows_of
+from trimtab.anatomy.structure import AnatomyError
+
+# transformers' names of arguments, which its processors and models agree on: what they bring.
+_KINDS: dict[str, Modality] = {
+    **dict.fromkeys(("pixel_values", "pixel_values_videos", "pixel_values_images", "flattened_patches", "visual_feats",
+                     "visual_embeds", "images", "high_res_pixel_values", "image_pixel_values", "conditional_pixel_values",
+                     "query_pixel_values", "image_features"), "vision"),
+    **dict.fromkeys(("input_ids", "decoder_input_ids", "inputs_embeds", "decoder_inputs_embeds", "input_boxes"), "text"),
+    **dict.fromkeys(("input_features", "input_values", "audio_input_features", "audio_values", "spectrogram"), "audio"),
+}  # fmt: skip
+# Those that say something about the others, and bring nothing themselves.
+_BESIDE = ("mask", "position", "type_ids", "grid", "size", "_ids_", "cache", "labels", "bool_", "return_", "use_")
+
+
+def kind_of(key: str, value: Any) -> Modality | None:
+    """What an input brings: pictures, words or sound; None if it only says something about another.
+
+    By transformers' names; of an input of another name by its tensor: four axes or more are pictures, integers are
+    words.
+    """
+    if key in _KINDS:
+        return _KINDS[key]
+    tensor = value[0] if isinstance(value, (list, tuple)) and value else value
+    if not isinstance(tensor, Tensor) or any(word in key for word in _BESIDE) or is_binary(tensor):
+        return None
+    if tensor.is_floating_point():
+        return "vision" if tensor.ndim > 3 else None
+    return "text" if tensor.ndim == 2 else None
+
+
+def is_binary(value: Any) -> bool:
+    """Whether a tensor may be a mask: of whole numbers or truth values, none but 0 and 1."""
+    return isinstance(value, Tensor) and not value.is_floating_point() and value.ndim > 1 and bool((value <= 1).all())
+
+
+def ready(model: nn.Module, example: Example) -> dict[str, Any]:
+    """A batch for watching: no key-value cache, and a mask of ones where the model takes a mask that is not given.
+
+    Raises:
+        AnatomyError: if the example is no dictionary, or holds no tensor.
+    """
+    if not hasattr(example, "items") or not hasattr(example, "keys"):
+        raise AnatomyError(
+            f"example: expected a dict of the model's keyword arguments, such as {{'input_ids': ..., 'pixel_values': "
+            f"...}}, found {type(example).__name__}"
+        )
+    found = dict(example.items())
+    if not any(isinstance(v, Tensor) for v in found.values()):
+        raise AnatomyError(f"example: holds no tensor (keys: {', '.join(found) or 'none'})")
+    known = signature(model)
+    for words in ("input_ids", "decoder_input_ids"):
+        mask = words.replace("input_ids", "attention_mask")
+        if isinstance(found.get(words), Tensor) and mask in known.named and found.get(mask) is None:
+            found[mask] = torch.ones_like(found[words])
+    if "use_cache" in known.named or (known.open and hasattr(model, "generate")):
+        found.setdefault("use_cache", False)
+    return found
+
+
+Place = Literal["middle", "first", "last"]
+
+
+@dataclass
+class Hidden:
+    """An example with one place hidden by its masks, and two relatives.
+
+    Attributes:
+        hidden: the masks are 0 at one place of each row.
+        changed: the same, and what stands at the hidden place is another.
+        shown: the inputs of `changed`, and the masks as they were given.
+        masks: key of an input that may be a mask -> keys of what it hides.
+    """
+
+    hidden: dict[str, Any]
+    changed: dict[str, Any]
+    shown: dict[str, Any]
+    masks: dict[str, list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, example: Example, where: Place = "middle") -> Hidden:
+        rows = rows_of(example)
+        hidden = {k: v.clone() if isinstance(v, Tensor) else copy.copy(v) for k, v in example.items()}
+        found = [k for k, v in example.items() if is_binary(v) and len(v) == rows and bool(v.any())]
+        changed, masks = dict(hidden), {}
+        for key in [k for k in found if _is_of(k, example)] or found:  # kinds of tokens are 0 and 1 too
+            new = _hide(key, hidden, example, where)
+            masks[key] = list(new)
+            changed |= new
+        return cls(hidden, changed, {**changed, **{k: example[k] for k in masks}}, masks)
+
+
+def _is_of(key: str, example: Example) -> bool:
+    """Whether a mask has the name that transformers gives the mask of words or of pixels."""
+    words = key.replace("attention_mask", "input_ids")
+    return (words != key and words in example) or key in ("pixel_mask", "pixel_attention_mask", "padding_mask")
+
+
+def _hide(key: str, hidden: dict[str, Any], example: Example, where: Place) -> dict[str, Any]:
+    """Set one place of a mask to 0 in every row, in place; returns inputs that differ there."""
+    mask = hidden[key]
+    if mask.ndim > 2:  # of pictures: the lower right quarter
+        high, wide = mask.shape[-2] // 2, mask.shape[-1] // 2
+        mask[..., high:, wide:] = 0
+        changed = {}
+        for other, value in example.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and value.shape[-2:] == mask.shape[-2:]:
+                changed[other] = value.clone()
+                changed[other][..., high:, wide:] = value[..., high:, wide:].flip(-1) + 0.5
+        return changed
+    words = next((k for k, v in example.items() if kind_of(k, v) == "text" and isinstance(v, Tensor)
+                  and v.shape == mask.shape and not v.is_floating_point()), None)  # fmt: skip
+    new = None if words is None else example[words].clone()
+    for row in range(len(mask)):
+        places = mask[row].nonzero().flatten().tolist()
+        if len(places) < 3:
+            continue
+        chosen = {"middle": places[1:-1], "first": places[:1], "last": places[-1:]}[where]
+        place = _middle(chosen, None if words is None else example[words], row)
+        mask[row, place] = 0
+        if new is not None:
+            others = [p for p in places if new[row, p] != new[row, place]] or places
+            new[row, place] = example[words][row, _middle(others, example[words], row)]  # type: ignore[index]
+    return {} if words is None else {words: new}
+
+
+def _middle(places: list[int], words: Tensor | None, row: int) -> int:
+    """The place nearest the middle among those whose word is rarest: placeholders of pictures stand in crowds."""
+    if words is None:
+        return places[len(places) // 2]
+    counts = {p: int((words == words[row, p]).sum()) for p in places}
+    rare = [p for p in places if counts[p] == min(counts.values())]
+    return rare[len(rare) // 2]
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, as it was afterwards; random numbers go on as if nothing had happened."""
+    training = [m for m in model.modules() if m.training]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for module in training:
+                module.training = False
+            yield
+    finally:
+        for module in training:
+            module.training = True
