@@ -6,7 +6,7 @@ some tokens of the stream changed -> other tokens move: the part mixes tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -106,11 +106,18 @@ class Proof:
     def _kind(self, part: Part, plain: Tensor) -> Kind:
         assert part.start is not None
         mixes = self._mixes(part, part.start, plain)
-        behind = ancestors(part.value, {part.start})
-        names = self._memories(behind)
+        way = _Way(part.value, part.start)
+        names = self._memories(way, mixes)
         if not names:
-            return "attention" if mixes else "mlp"
-        if mixes and self._asks(behind, names):
+            if mixes:
+                return "attention"
+            if way.products:
+                raise Unknown(
+                    "it multiplies values of tokens with each other, but no token moved another one: give an example "
+                    "with more tokens, or name the arguments that come from another tower"
+                )
+            return "mlp"
+        if mixes and any(way.reads(query, self.trace.given[n]) for query, _ in way.products for n in names):
             raise Unknown(f"it mixes tokens and reads {', '.join(names)} for more than keys and values")
         return "cross-attention"
 
@@ -122,63 +129,113 @@ class Proof:
         """
         generator = torch.Generator().manual_seed(0)
         shape = part.total.node.shape
-        count = shape[:-1].numel()
-        if count < 2:
-            raise Unknown("the example has one token, so that it cannot be told whether tokens mix: give a longer one")
         least = size(plain, largest=True) * torch.finfo(plain.dtype).eps ** 0.5
         moves = False
-        for _ in range(2):
-            some = torch.zeros(count, dtype=torch.bool)
-            some[torch.randperm(count, generator=generator)[: count // 2]] = True
+        for some in _halves(shape[:-1], generator):
             for chosen in (some, ~some):
                 # One step for all tokens, that a mean over tokens shows, and one for each, that differences show.
                 by = torch.randn(shape, generator=generator) + torch.randn(shape[-1:], generator=generator)
-                by = by * chosen.view(*shape[:-1], 1) * size(start.value)
+                by = by * chosen[..., None] * size(start.value)
                 _, kept = self._run(at=start, by=by.to(plain.device, start.value.dtype), taps=[part.write])
-                moved = (kept[part.write] - plain).nan_to_num().abs().amax(-1).flatten().cpu() > least
+                moved = (kept[part.write] - plain).nan_to_num().abs().amax(-1).cpu() > least
                 if bool(moved[~chosen].any()):
                     return True
                 moves = moves or bool(moved.any())
         if not moves:
             raise Unknown("it does not move when the stream changes, so that it cannot be told what it does")
+        if shape[:-1].numel() < 2 or (len(shape) > 2 and shape[1] == 1):
+            raise Unknown("the example has one token, so that it cannot be told whether tokens mix: give a longer one")
         return False
 
-    def _memories(self, behind: set[Node]) -> list[str]:
+    def _memories(self, way: _Way, mixes: bool) -> list[str]:
         """Arguments that a part reads beside the stream: those named, or what looks like another tower's output.
 
-        Args:
-            behind: what the part was computed from, back to the stream that it reads.
+        That is a float (B, M, C) or (M, B, C) that weights multiply before it meets the stream. Position embeddings
+        may be so too: where there is attention, it must give the values, else no token may have moved another one.
         """
-        others = {n: g for n, g in self.trace.given.items() if g in behind and g is not self.source}
+        others = {n: g for n, g in self.trace.given.items() if g in way.nodes and g is not self.source}
         if self.memory:
             return [n for n in others if n.split(".")[0] in self.memory]
         found = []
-        for name, node in others.items():
-            batched = len(node.shape) == 3 and node.shape[0] == self.source.shape[0] and node.value.is_floating_point()
-            if batched and any(_weighs(n, node, self.source) for n in behind):
+        for name, given in others.items():
+            shape, own = given.shape, self.source.shape
+            batched = len(shape) == 3 and (shape[0] == own[0] or (shape[1] == own[1] and not mixes))
+            if not batched or not given.value.is_floating_point() or not way.weighs(given):
+                continue
+            if any(way.reads(value, given) for _, value in way.products) if way.products else not mixes:
                 found.append(name)
-                self.note(f"its argument {name!r} is taken for another tower's output: it has the shape (B, M, C), "
-                          "and weights multiply it before it meets the stream")  # fmt: skip
+                self.note(f"its argument {name!r} is taken for another tower's output: it has the shape (B, M, C), and "
+                          "weights multiply it before it meets the stream")  # fmt: skip
         return found
 
-    def _asks(self, behind: set[Node], names: list[str]) -> bool:
-        """Whether queries are computed from these arguments: of a product of two values, they come first."""
-        for node in behind:
-            if "scaled_dot_product" in node.op or node.op in ("bmm", "baddbmm", "matmul"):
-                sides = [p for p in node.parents if p.sources]
-                if len(sides) < 2 or any(n.op in ("_softmax", "_safe_softmax") for n in ancestors(sides[0])):
-                    continue  # a product with weights of the layer, or with attention weights
-                if not sides[0].sources.isdisjoint(names):
-                    return True
-        return False
+
+class _Way:
+    """How a part was computed from the stream that it reads.
+
+    Attributes:
+        nodes: everything on the way.
+        products: (query, value) of every attention in it: values multiplied by a softmax of the query's products.
+    """
+
+    def __init__(self, value: Node, start: Node):
+        self.start = start
+        self.nodes = ancestors(value, {start})
+        self.products = [pair for node in self.nodes if (pair := self._attention(node)) is not None]
+
+    def reads(self, node: Node, given: Node) -> bool:
+        """Whether a value was computed from an argument, on this way."""
+        return given in self._behind(node)
+
+    def weighs(self, given: Node) -> bool:
+        """Whether weights multiply an argument that has not met the stream, but for standing beside it in one row."""
+        return any(self._beside(side, given) for n in self.nodes if (side := _weighed(n)) is not None)
+
+    def _behind(self, node: Node) -> set[Node]:
+        return ancestors(node, {self.start})
+
+    def _beside(self, node: Node, given: Node) -> bool:
+        while node is not given:
+            sides = [p for p in node.parents if given in self._behind(p)]
+            if not sides:
+                return False
+            others = (p for p in node.parents if p not in sides)
+            if len(sides) > 1 or (node.op != "cat" and any(self.start in self._behind(p) for p in others)):
+                return False
+            (node,) = sides
+        return True
+
+    def _attention(self, node: Node) -> tuple[Node, Node] | None:
+        if "scaled_dot_product" in node.op or node.op == "_native_multi_head_attention":
+            return node.args[0], node.args[2]
+        if node.op not in ("bmm", "baddbmm", "matmul"):
+            return None
+        weights, value = [a for a in node.args if isinstance(a, Node)][-2:]
+        if not value.sources:
+            return None
+        scores = [n for n in self._behind(weights) if n.op in ("_softmax", "_safe_softmax")]
+        products = {n for s in scores for n in self._behind(s) if n.op in ("bmm", "baddbmm", "matmul")}
+        queries = [[a for a in n.args if isinstance(a, Node)][-2] for n in products if len(_data(n)) > 1]
+        return (queries[0], value) if queries else None
 
 
-def _weighs(node: Node, given: Node, stream: Node) -> bool:
-    """Whether an operation multiplies an argument by weights that has not met the stream."""
-    if node.op not in _PRODUCTS:
-        return False
-    sides = [p for p in node.parents if p.sources]
-    return len(sides) == 1 and given in ancestors(sides[0]) and sides[0].sources.isdisjoint(stream.sources)
+def _data(node: Node) -> list[Node]:
+    return [p for p in node.parents if p.sources]
+
+
+def _weighed(node: Node) -> Node | None:
+    """What an operation multiplies by weights; None if it does no such thing."""
+    sides = _data(node)
+    return sides[0] if node.op in _PRODUCTS and len(sides) == 1 else None
+
+
+def _halves(shape: torch.Size, generator: torch.Generator) -> Iterator[Tensor]:
+    """Two ways to choose half of all tokens: every second one along each axis, and any."""
+    places = torch.stack(torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij"))
+    yield places.sum(0) % 2 == 0
+    count = shape.numel()
+    some = torch.zeros(count, dtype=torch.bool)
+    some[torch.randperm(count, generator=generator)[: count // 2]] = True
+    yield some.view(shape)
 
 
 def size(value: Tensor, largest: bool = False) -> float:
