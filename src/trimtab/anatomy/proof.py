@@ -1,0 +1,254 @@
+"""What a part of a block does, told by running the block again with one value changed on the way.
+
+something added at `write`        -> the sum must move by it, times the fixed factors between
+some tokens of the stream changed -> other tokens move: the part mixes tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.anatomy.parts import Block, Sublayer, Tap
+from trimtab.anatomy.provenance import Node, Trace, rerun
+from trimtab.anatomy.residual import Sum, ancestors
+
+Kind = Literal["attention", "cross-attention", "mlp"]
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution")
+
+
+class Unknown(Exception):
+    """Why something stays unknown, as the end of a sentence."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a block while it is looked at.
+
+    Attributes:
+        write: the output that is added to the stream.
+        value: the node of it.
+        total: the sum.
+        factors: by what it is multiplied on the way to the sum.
+        read: where the stream enters the part.
+        start: the node of it.
+        stream: as in `Sublayer`.
+    """
+
+    write: Tap
+    value: Node
+    total: Sum
+    factors: tuple[Tensor | float, ...] = ()
+    read: Tap | None = None
+    start: Node | None = None
+    stream: int = 0
+
+
+class Proof:
+    """Tells the kinds of parts.
+
+    Args:
+        model: the whole model.
+        block: the block.
+        args: what it is called with by position.
+        kwargs: and by keyword.
+        trace: what was recorded of such a call, with the random numbers of `seed`.
+        source: the node of the block's stream.
+        memory: names of arguments from other towers; empty if that is not known.
+        note: called with a sentence for everything that is worth to know.
+    """
+
+    SEED = 1
+
+    def __init__(self, model: nn.Module, block: Block, args: tuple, kwargs: dict, trace: Trace, source: Node,
+                 memory: set[str], note: Callable[[str], None]):  # fmt: skip
+        self.model, self.block, self.args, self.kwargs = model, block, args, kwargs
+        self.trace, self.source, self.memory, self.note = trace, source, memory, note
+
+    def sublayers(self, parts: list[Part]) -> list[Sublayer]:
+        """Those of the parts that can be proved, in their order; a note for each other one."""
+        if not parts:
+            return []
+        before, plain = self._run(watch=[p.total.node for p in parts], taps=list({p.write for p in parts}))
+        found = []
+        for part in parts:
+            assert part.read is not None
+            try:
+                self._arrives(part, before)
+                found.append(Sublayer(self._kind(part, plain[part.write]), part.read, part.write, part.stream))
+            except Unknown as error:
+                self.note(f"the part that '{part.write.path}' puts out stays unknown: {error}")
+        return found
+
+    def _run(self, **options: Any) -> tuple[dict[Node, Tensor], dict[Tap, Tensor]]:
+        torch.manual_seed(self.SEED)
+        seen, kept, _ = rerun(self.model, self.block.path, self.args, self.kwargs, **options)
+        return seen, kept
+
+    def _arrives(self, part: Part, before: dict[Node, Tensor]) -> None:
+        """Unknown unless what is added at a part's write arrives in the sum."""
+        total = part.total.node
+        if total not in before:
+            raise Unknown("the block takes another way each time it runs")
+        delta = torch.randn_like(before[total]) * size(before[total])
+        after, _ = self._run(watch=[total], add=(part.write, delta))
+        if total not in after:
+            raise Unknown("the block takes another way when something is added there")
+        for factor in part.factors:
+            delta = delta * factor
+        if not _close(after[total] - before[total], delta, size(before[total])):
+            raise Unknown("what is added there does not arrive in the sum as it is")
+
+    def _kind(self, part: Part, plain: Tensor) -> Kind:
+        assert part.start is not None
+        mixes = self._mixes(part, part.start, plain)
+        way = _Way(part.value, part.start)
+        names = self._memories(way, mixes)
+        if not names:
+            if mixes:
+                return "attention"
+            if way.products:
+                raise Unknown(
+                    "it multiplies values of tokens with each other, but no token moved another one: give an example "
+                    "with more tokens, or name the arguments that come from another tower"
+                )
+            return "mlp"
+        if mixes and any(way.reads(query, self.trace.given[n]) for query, _ in way.products for n in names):
+            raise Unknown(f"it mixes tokens and reads {', '.join(names)} for more than keys and values")
+        return "cross-attention"
+
+    def _mixes(self, part: Part, start: Node, plain: Tensor) -> bool:
+        """Whether tokens move that were not changed themselves.
+
+        Raises:
+            Unknown: if none moves at all, or if there is only one.
+        """
+        generator = torch.Generator().manual_seed(0)
+        shape = part.total.node.shape
+        least = size(plain, largest=True) * torch.finfo(plain.dtype).eps ** 0.5
+        moves = False
+        for some in _halves(shape[:-1], generator):
+            for chosen in (some, ~some):
+                # One step for all tokens, that a mean over tokens shows, and one for each, that differences show.
+                by = torch.randn(shape, generator=generator) + torch.randn(shape[-1:], generator=generator)
+                by = by * chosen[..., None] * size(start.value)
+                _, kept = self._run(at=start, by=by.to(plain.device, start.value.dtype), taps=[part.write])
+                moved = (kept[part.write] - plain).nan_to_num().abs().amax(-1).cpu() > least
+                if bool(moved[~chosen].any()):
+                    return True
+                moves = moves or bool(moved.any())
+        if not moves:
+            raise Unknown("it does not move when the stream changes, so that it cannot be told what it does")
+        if shape[:-1].numel() < 2 or (len(shape) > 2 and shape[1] == 1):
+            raise Unknown("the example has one token, so that it cannot be told whether tokens mix: give a longer one")
+        return False
+
+    def _memories(self, way: _Way, mixes: bool) -> list[str]:
+        """Arguments that a part reads beside the stream: those named, or what looks like another tower's output.
+
+        That is a float (B, M, C) or (M, B, C) that weights multiply before it meets the stream. Position embeddings
+        may be so too: where there is attention, it must give the values, else no token may have moved another one.
+        """
+        others = {n: g for n, g in self.trace.given.items() if g in way.nodes and g is not self.source}
+        if self.memory:
+            return [n for n in others if n.split(".")[0] in self.memory]
+        found = []
+        for name, given in others.items():
+            shape, own = given.shape, self.source.shape
+            batched = len(shape) == 3 and (shape[0] == own[0] or (shape[1] == own[1] and not mixes))
+            if not batched or not given.value.is_floating_point() or not way.weighs(given):
+                continue
+            if any(way.reads(value, given) for _, value in way.products) if way.products else not mixes:
+                found.append(name)
+                self.note(f"its argument {name!r} is taken for another tower's output: it has the shape (B, M, C), and "
+                          "weights multiply it before it meets the stream")  # fmt: skip
+        return found
+
+
+class _Way:
+    """How a part was computed from the stream that it reads.
+
+    Attributes:
+        nodes: everything on the way.
+        products: (query, value) of every attention in it: values multiplied by a softmax of the query's products.
+    """
+
+    def __init__(self, value: Node, start: Node):
+        self.start = start
+        self.nodes = ancestors(value, {start})
+        self.products = [pair for node in self.nodes if (pair := self._attention(node)) is not None]
+
+    def reads(self, node: Node, given: Node) -> bool:
+        """Whether a value was computed from an argument, on this way."""
+        return given in self._behind(node)
+
+    def weighs(self, given: Node) -> bool:
+        """Whether weights multiply an argument that has not met the stream, but for standing beside it in one row."""
+        return any(self._beside(side, given) for n in self.nodes if (side := _weighed(n)) is not None)
+
+    def _behind(self, node: Node) -> set[Node]:
+        return ancestors(node, {self.start})
+
+    def _beside(self, node: Node, given: Node) -> bool:
+        while node is not given:
+            sides = [p for p in node.parents if given in self._behind(p)]
+            if not sides:
+                return False
+            others = (p for p in node.parents if p not in sides)
+            if len(sides) > 1 or (node.op != "cat" and any(self.start in self._behind(p) for p in others)):
+                return False
+            (node,) = sides
+        return True
+
+    def _attention(self, node: Node) -> tuple[Node, Node] | None:
+        if "scaled_dot_product" in node.op or node.op == "_native_multi_head_attention":
+            return node.args[0], node.args[2]
+        if node.op not in ("bmm", "baddbmm", "matmul"):
+            return None
+        weights, value = [a for a in node.args if isinstance(a, Node)][-2:]
+        if not value.sources:
+            return None
+        scores = [n for n in self._behind(weights) if n.op in ("_softmax", "_safe_softmax")]
+        products = {n for s in scores for n in self._behind(s) if n.op in ("bmm", "baddbmm", "matmul")}
+        queries = [[a for a in n.args if isinstance(a, Node)][-2] for n in products if len(_data(n)) > 1]
+        return (queries[0], value) if queries else None
+
+
+def _data(node: Node) -> list[Node]:
+    return [p for p in node.parents if p.sources]
+
+
+def _weighed(node: Node) -> Node | None:
+    """What an operation multiplies by weights; None if it does no such thing."""
+    sides = _data(node)
+    return sides[0] if node.op in _PRODUCTS and len(sides) == 1 else None
+
+
+def _halves(shape: torch.Size, generator: torch.Generator) -> Iterator[Tensor]:
+    """Two ways to choose half of all tokens: every second one along each axis, and any."""
+    places = torch.stack(torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij"))
+    yield places.sum(0) % 2 == 0
+    count = shape.numel()
+    some = torch.zeros(count, dtype=torch.bool)
+    some[torch.randperm(count, generator=generator)[: count // 2]] = True
+    yield some.view(shape)
+
+
+def size(value: Tensor, largest: bool = False) -> float:
+    """The usual size of a value's elements, or the largest; 1 if they are all 0."""
+    finite = value[value.isfinite()].float().abs()
+    if not len(finite):
+        return 1.0
+    return float(finite.max() if largest else finite.mean()) or 1.0
+
+
+def _close(moved: Tensor, expected: Tensor, usual: float) -> bool:
+    finite = moved.isfinite()
+    if not bool(finite.any()):
+        return False
+    limit = torch.finfo(moved.dtype).eps ** 0.5 * (usual + float(expected.abs().max()))
+    return bool(((moved - expected)[finite].abs() <= limit).all())
