@@ -354,6 +354,8 @@ def _anatomy(options: Namespace) -> None:
     for tower in anatomy.towers:
         first, last = tower.blocks[0].path, tower.blocks[-1].path
         print(f"{tower.name}: {first} ... {last}, handed on at {tower.output.path}")
+    for sentence in anatomy.unknown():
+        print(f"unknown: {sentence}")
 
 
 def _list(options: Namespace) -> None:

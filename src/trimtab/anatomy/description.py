@@ -8,9 +8,8 @@
       heads: modules that belong to a task or to a projection and are never pruned
 
 A model never imports a method and a method never imports a model: each model family registers one function that
-describes it (`@describes("ViltModel")`), and every method works on the description. Models that nobody described are
-discovered from their repeated blocks; `trimtab anatomy` prints the result (`Anatomy.rows`) so that a person can check
-it.
+describes it (`@describes("ViltModel")`), and every method works on the description. A model that nobody described is run
+on an example and watched (`watch`). `trimtab anatomy` prints the result (`Anatomy.rows`, `Anatomy.unknown`).
 
 Everything is named by dotted module paths relative to the plain model. Values inside a forward pass are named by
 `Tap`s; `read` and `rewrite` attach to them from outside with forward hooks, so that no model's code is touched.
@@ -18,7 +17,7 @@ Everything is named by dotted module paths relative to the plain model. Values i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,7 +35,7 @@ from trimtab.anatomy.structure import (
     trained_copies,
     under,
 )
-from trimtab.registry import unknown
+from trimtab import registry
 
 
 @dataclass(frozen=True)
@@ -48,27 +47,35 @@ class Anatomy:
         heads: path prefixes of task heads, projections and poolers: never pruned; a method may train them.
         ignored: path prefixes of repeated modules that are no blocks (a list of classifiers, say).
         source: how the description came about, for error messages and the table.
+        seen: whether it was seen on an example, and not described by hand.
     """
 
     towers: tuple[Tower, ...]
     heads: tuple[str, ...] = field(default=(), metadata=PATH)
     ignored: tuple[str, ...] = field(default=(), metadata=PATH)
     source: str = field(default="given", compare=False)
+    seen: bool = field(default=False, compare=False)
 
     @classmethod
-    def of(cls, model: nn.Module) -> Anatomy:
-        """The registered description of a model's class, or of the base model inside it, or what discovery finds.
+    def of(cls, model: nn.Module, example: Mapping[str, Any] | None = None) -> Anatomy:
+        """The description of a model: by hand if its class has one, else what is seen when it runs on an example.
 
         A model may carry LoRA or be a `PeftModel`; its paths are then plain paths below what is given. Blocks that a
         method has put in another's place are left out.
 
+        Args:
+            model: any module with lists of blocks.
+            example: a batch of its keyword arguments, two rows or more, one of them padded if batches are. Without one,
+                inputs are made from the configuration of a transformers model where that tells all; otherwise only the
+                lists of blocks are known, and what a method needs beyond them is an error of the method.
+
         Raises:
-            AnatomyError: if the model is wrapped (compiled, parallel), if nothing is registered and no repeated blocks
-                are found, or if the description does not fit the model.
+            AnatomyError: if the model is wrapped (compiled, parallel), does not run on the example, if nothing is
+                registered and no blocks are found, or if the description does not fit the model.
         """
         refuse_wrapper(model)
         for find in FINDERS:
-            if (found := find(model)) is not None:
+            if (found := find(model, example)) is not None:
                 found = found._plain(model)
                 found.check(model)
                 return found
@@ -76,6 +83,20 @@ class Anatomy:
             f"{type(model).__name__} has no list of repeated blocks to discover: describe it with an `Anatomy` of its "
             "own, or register a function with `@trimtab.describes('" + type(model).__name__ + "')`"
         )
+
+    def unknown(self) -> list[str]:
+        """A sentence for every fact that is not known, and why."""
+        found: dict[tuple[str, str, str], list[str]] = {}
+        for t in self.towers:
+            for fact, why in t.unknown:
+                found.setdefault((t.name, fact, why), [])
+            for b in t.blocks:
+                for fact, why in b.unknown:
+                    found.setdefault((t.name, fact, why), []).append(b.path)
+        return [
+            f"{fact} of tower {tower!r}{f', {len(at)} of its blocks' if at else ''}: {why}"
+            for (tower, fact, why), at in found.items()
+        ]
 
     def blocks(self, tower: str | None = None) -> Iterator[Block]:
         """All blocks in order, or those of one tower."""
@@ -87,7 +108,7 @@ class Anatomy:
         for t in self.towers:
             if t.name == name:
                 return t
-        raise ValueError(unknown("tower", name, [t.name for t in self.towers]))
+        raise ValueError(registry.unknown("tower", name, [t.name for t in self.towers]))
 
     def readers(self, name: str) -> tuple[Tower, ...]:
         """The towers that are given a tower's result, without those of which it is given the result itself (pairs)."""
@@ -150,7 +171,7 @@ class Anatomy:
             try:
                 module_at(model, path)
             except AttributeError:
-                near = unknown("path", path, [n for n, _ in plain_modules(model)]).split("valid:")[0]
+                near = registry.unknown("path", path, [n for n, _ in plain_modules(model)]).split("valid:")[0]
                 raise AnatomyError(
                     f"the {what} is described at '{path}', but the model has no such module ({near.rstrip()})"
                 ) from None
@@ -223,4 +244,4 @@ class Anatomy:
 
 
 # Ways to find the anatomy of a model that comes without one, in order; each answers None where it knows nothing.
-FINDERS: list[Callable[[nn.Module], Anatomy | None]] = []
+FINDERS: list[Callable[[nn.Module, Mapping[str, Any] | None], Anatomy | None]] = []

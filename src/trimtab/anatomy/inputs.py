@@ -161,3 +161,42 @@ def watched(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def made_inputs(model: nn.Module) -> dict[str, Any] | None:
+    """Inputs made from the configuration of a transformers model: words, pictures, or both side by side.
+
+    None where the configuration does not tell all: of models that want placeholders of pictures among the words, flat
+    patches, sound; of modules without a configuration, or without values (meta and fake tensors).
+    """
+    config = getattr(model, "config", None)
+    first = next(model.parameters(), None)
+    if not hasattr(config, "to_dict") or type(first) not in (nn.Parameter,) or first.is_meta:
+        return None
+    known = signature(model)
+    wanted = [k for k in known.named if k not in known.defaults]  # what it cannot do without
+    if "input_ids" not in known.named and "pixel_values" not in known.named:
+        return None
+    if any(hasattr(config, k) for k in ("image_token_id", "image_token_index", "audio_config", "vision_start_token_id")):
+        return None
+    draw = torch.Generator().manual_seed(0)
+    made: dict[str, Any] = {}
+    if "input_ids" in known.named:
+        text = config.get_text_config()
+        special = {getattr(text, k, None) for k in ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id")}
+        words = [i for i in range(min(int(getattr(text, "vocab_size", 0) or 0), 1000)) if i not in special]
+        if len(words) < 20:
+            return None
+        made["input_ids"] = torch.tensor(words)[torch.randperm(len(words), generator=draw)[:20]].view(2, 10)
+        made["attention_mask"] = torch.ones(2, 10, dtype=torch.long)
+        made["attention_mask"][1, 8:] = 0
+        if getattr(config, "is_encoder_decoder", False):
+            made["decoder_input_ids"] = made["input_ids"][:, :8].flip(1).clone()
+    if "pixel_values" in known.named:
+        vision = getattr(config, "vision_config", config)
+        size, channels = getattr(vision, "image_size", None), getattr(vision, "num_channels", 3)
+        high, wide = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
+        if not isinstance(high, int) or not isinstance(wide, int):
+            return None if "pixel_values" in wanted or not made else made
+        made["pixel_values"] = torch.randn(2, channels, high, wide, generator=draw).to(first.dtype)
+    return {k: v.to(first.device) for k, v in made.items()}

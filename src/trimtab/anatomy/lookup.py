@@ -1,10 +1,8 @@
-"""Where the anatomy of a model comes from: registered by its class, or discovered from its repeated blocks."""
+"""Where the anatomy of a model comes from: registered by its class, seen on an example, or its lists of blocks alone."""
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
@@ -14,7 +12,9 @@ from torch import nn
 
 from trimtab.anatomy.description import FINDERS, Anatomy
 from trimtab.anatomy.parts import Block, Modality, Tap, Tower
-from trimtab.anatomy.structure import AnatomyError, added_by, multiplies, plain_module, plain_modules, repeated
+from trimtab.anatomy.structure import AnatomyError, added_by, plain_module, repeated
+from trimtab.anatomy.inputs import made_inputs
+from trimtab.anatomy.watch import watch
 
 # --- registered descriptions ------------------------------------------------------------------------------------------
 
@@ -186,48 +186,39 @@ def part_of(model: nn.Module, path: str, name: Modality) -> Anatomy:
     return replace(found, towers=(replace(found.towers[0], name=name, modality=name),)).prefixed(path)
 
 
-# --- discovery --------------------------------------------------------------------------------------------------------
-
-# Words in the path or class of a list of blocks that tell its modality; the first pattern that is found counts.
-_MODALITIES: dict[Modality, re.Pattern] = {
-    "fusion": re.compile(r"cross|fusion|joint|multi_?modal|lxmert|qformer"),
-    "vision": re.compile(r"vis|image|img|patch|pixel|vit|swin|resnet|conv|stage"),
-    "text": re.compile(r"text|lang|bert|gpt|t5|llama|decoder|word|token|lm"),
-}
+# --- models that nobody described -------------------------------------------------------------------------------------
 
 
-def discover(model: nn.Module) -> Anatomy | None:
-    """Every list of repeated blocks as a tower; None if there is none."""
+def described_by_hand(model: nn.Module, example: Mapping[str, Any] | None) -> Anatomy | None:
+    """The registered description; what is seen overrides none, but an example makes known what it leaves open."""
+    found = _registered(model)
+    return None if found is not None and example is not None and found.unknown() else found
+
+
+def seen(model: nn.Module, example: Mapping[str, Any] | None) -> Anatomy | None:
+    """What is seen when the model runs on the example, or on inputs made from its configuration; None without either."""
+    if example is not None:
+        return watch(model, example)
+    if (made := made_inputs(model)) is None:
+        return None
+    try:
+        return watch(model, made)
+    except AnatomyError:
+        return None
+
+
+def discover(model: nn.Module, example: Mapping[str, Any] | None = None) -> Anatomy | None:
+    """Every list of repeated blocks as a tower, of which nothing else is known; None if there is none."""
     towers: list[Tower] = []
+    why = "the model was not seen at work"
     for path, children in repeated(model):
-        modules = [plain_module(model, c) for c in children]
-        modality = _modality(f"{path} {type(modules[0]).__name__}".lower())
-        widths = [_width(m) for m in modules]
-        same = len({*widths, *map(_width_in, modules)}) == 1
-        inner = [m for _, m in plain_modules(modules[0])]
-        grid = any(isinstance(m, nn.Conv2d) for m in inner) and not any(isinstance(m, nn.Linear) for m in inner)
-        blocks = tuple(Block(c, w, keeps_shape=same) for c, w in zip(children, widths, strict=True))
-        towers.append(Tower(_name(path or modality, towers), modality, blocks, (path,) if path else tuple(children),
-                            Tap(children[-1]), "grid" if grid else "tokens",
-                            causal=_causal(model, modules[0])))  # fmt: skip
+        blocks = tuple(Block(c, 0) for c in children)
+        unknown = tuple((fact, why) for fact in ("blocks", "layout", "mask", "causal", "samples", "modality"))
+        towers.append(Tower(_name(path or "tower", towers), "fusion", blocks, (path,) if path else tuple(children),
+                            Tap(children[-1]), unknown=unknown))  # fmt: skip
     if not towers:
         return None
-    return Anatomy(tuple(towers), source=f"discovered in {type(model).__name__}; check it")
-
-
-def _causal(model: nn.Module, block: nn.Module) -> bool:
-    """Whether a token sees only those before it: so it is in blocks that take a key-value cache, of a model of
-    transformers that generates text without an encoder."""
-    takes = inspect.signature(block.forward).parameters.keys() & {"past_key_values", "past_key_value", "layer_past"}
-    generates = getattr(type(model), "can_generate", bool)()
-    return bool(takes and generates) and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-
-
-def _modality(name: str) -> Modality:
-    for modality, pattern in _MODALITIES.items():
-        if pattern.search(name):
-            return modality
-    return "vision"
+    return Anatomy(tuple(towers), source=f"lists of blocks in {type(model).__name__}, which was not seen at work")
 
 
 def _name(path: str, towers: list[Tower]) -> str:
@@ -240,40 +231,4 @@ def _name(path: str, towers: list[Tower]) -> str:
     return name
 
 
-# Norms of queries and keys, which have the width of a head; most stand in an attention, some directly in the block.
-_HEAD_NORM = re.compile(r"^(q|k|v|query|key|value)(_|norm|layernorm)|norm_?(q|k|query|key)$")
-
-
-def _width(block: nn.Module) -> int:
-    """Channels that a block puts out: those of the first norm directly in it, else of its last linear or convolution.
-
-    Norms deeper inside may be of a part of the stream (a head), or of what is inside an MLP.
-    """
-    for name, child in block.named_children():
-        if added_by(child) is None and not _HEAD_NORM.search(name) and (width := _norm_width(plain_module(child, ""))):
-            return width
-    last = 0
-    for _, module in plain_modules(block):
-        for field in ("out_features", "out_channels", "nf"):  # the last is the width of transformers' `Conv1D`
-            last = getattr(module, field, last)
-    return last
-
-
-def _width_in(block: nn.Module) -> int:
-    """Channels that the first matrix or convolution of a block reads; stages that end with fewer or more differ."""
-    first = next(m for path, m in plain_modules(block) if path and multiplies(m))
-    read = getattr(first, "in_features", None) or getattr(first, "in_channels", None)
-    return read or first.weight.shape[0]  # type: ignore[index, return-value, union-attr]
-
-
-def _norm_width(module: nn.Module) -> int | None:
-    """Channels of a norm; None if the module is no norm, or nothing in it tells."""
-    if "norm" not in type(module).__name__.lower():
-        return None
-    if shape := getattr(module, "normalized_shape", None):
-        return shape[-1]
-    weight = getattr(module, "weight", None)
-    return weight.numel() if isinstance(weight, nn.Parameter) and weight.ndim == 1 else None
-
-
-FINDERS.extend((_registered, discover))
+FINDERS.extend((described_by_hand, seen, discover))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 
 from torch import Tensor, nn
 
@@ -92,6 +92,10 @@ class Block:
     stays: str = ""
     unknown: Unknown = field(default=(), compare=False)
 
+    def knows(self, *facts: str) -> bool:
+        """Whether these facts about it are known."""
+        return not any(fact in facts for fact, _ in self.unknown)
+
     def stream_of(self, module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
         """The stream among the arguments of a call, (B, L, D) or (B, C, H, W), however it was passed.
 
@@ -172,6 +176,10 @@ class Tower:
     starts_blank: bool = False
     closed: str = ""
     unknown: Unknown = field(default=(), compare=False)
+
+    def knows(self, *facts: str) -> bool:
+        """Whether these facts about it are known; those of its blocks are asked for one by one."""
+        return not any(fact in facts for fact, _ in self.unknown)
 
     def need(self, method: str, *facts: str) -> None:
         """Raise an AnatomyError if one of these facts about the tower, or about its blocks, has not been seen."""
@@ -259,3 +267,31 @@ def _label(part: Any, of: str) -> str:
     if isinstance(part, Block):
         return f"block '{part.path}'"
     return f"{part.kind} in {of}" if isinstance(part, Sublayer) else ""
+
+
+# --- as JSON ----------------------------------------------------------------------------------------------------------
+
+
+def to_plain(part: Any) -> Any:
+    """A description, or part of one, as plain JSON: what has its default is left out."""
+    if isinstance(part, (tuple, list)):
+        return [to_plain(item) for item in part]
+    if not is_dataclass(part):
+        return part
+    return {f.name: to_plain(getattr(part, f.name)) for f in fields(part) if getattr(part, f.name) != f.default}
+
+
+def from_plain(kind: type[T], plain: Any) -> T:
+    """The inverse of `to_plain`; TypeError, KeyError or ValueError if it is of another kind."""
+    hints = get_type_hints(kind)
+    return kind(**{key: _from(hints[key], value) for key, value in plain.items()})
+
+
+def _from(hint: Any, value: Any) -> Any:
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    if isinstance(value, list):
+        inner = [a for a in get_args(hint) if a is not Ellipsis]
+        return tuple(_from(inner[0] if len(inner) == 1 else inner[i], v) for i, v in enumerate(value))
+    of = [a for a in (hint, *get_args(hint)) if is_dataclass(a)]
+    return from_plain(of[0], value)  # type: ignore[arg-type]

@@ -268,7 +268,7 @@ def hooked(model: nn.Module, before: Any, after: Any) -> Iterator[None]:
 
 def shapes(example: Example) -> str:
     """What an example holds, for messages."""
-    return ", ".join(f"{k} {tuple(v.shape)}" if isinstance(v, Tensor) else k for k, v in example.items())
+    return ", ".join(f"{k} {tuple(v.shape)}" for k, v in example.items() if isinstance(v, Tensor))
 
 
 def rows_of(example: Example) -> int:

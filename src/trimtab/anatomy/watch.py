@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from trimtab.anatomy.chains import LISTS, Link, candidates, chains
+from trimtab.anatomy.chains import Link, candidates, chains
 from trimtab.anatomy.description import Anatomy
 from trimtab.anatomy.inputs import Hidden, kind_of, ready, watched
 from trimtab.anatomy.parts import Block, Modality, Tap, Tower
 from trimtab.anatomy.probe import Ends, Sight, hiding, sight
 from trimtab.anatomy.record import Call, Example, Recording, Trace, record, shapes
-from trimtab.anatomy.structure import AnatomyError, plain_module, plain_modules, refuse_wrapper, repeated, under
+from trimtab.anatomy.structure import AnatomyError, plain_modules, refuse_wrapper, repeated, under
+from trimtab.anatomy.sublayers import see_sublayers
 
 
 def watch(model: nn.Module, example: Example) -> Anatomy:
@@ -176,12 +177,13 @@ class _Watch:
         described = [b.path for t in towers for b in t.blocks]
         ignored = tuple(
             p for p, children in repeated(self.model)
-            if not under(p, heads) and any(c not in described for c in children)
-            and not any(d.startswith(f"{p}.") or p.startswith(f"{d}.") for d in described)
+            if not under(p, heads) and any(
+                c not in described and not any(d.startswith(f"{c}.") for d in described) for c in children
+            ) and not any(p.startswith(f"{d}.") for d in described)
         )  # fmt: skip
         ignored += tuple(sorted({link.path.rpartition(".")[0] for t in self.towers for link in t.links[t.used :]}))
         source = f"seen on an example ({shapes(self.example)})"
-        return Anatomy(towers, tuple(heads), ignored, source)
+        return Anatomy(towers, tuple(heads), ignored, source, seen=True)
 
     def _tower(self, tower: _Seen, scope: tuple[str, ...]) -> Tower:
         links = tower.links[: tower.used]
@@ -196,7 +198,7 @@ class _Watch:
             tower.unknown["layout"] = why
         if (repeats := self._repeats(links)) is not None:
             tower.unknown["blocks"] = f"'{repeats}' runs several times in one pass, each time on what it made before"
-        blocks = [_block(self.recording, link, i, tower, layout) for i, link in enumerate(links)]
+        blocks = [self._parts(tower, _block(self.recording, link, i, tower, layout), link) for i, link in enumerate(links)]
         causal, blocks = self._causal(tower, links, blocks, layout)
         blank = links[0].call.held is not None and self._blank(links[0], blocks[0])
         memory = tower.beside[0][1] if tower.beside else None
@@ -206,6 +208,22 @@ class _Watch:
             memories=tuple(dict.fromkeys(p for p in tower.beside if p[1] != memory)), reads=tuple(tower.reads),
             causal=causal, starts_blank=blank, closed=_closed(links, tower), unknown=tuple(tower.unknown.items()),
         )  # fmt: skip
+
+    def _parts(self, tower: _Seen, block: Block, link: Link) -> Block:
+        """With the parts that are seen in a block, which runs alone."""
+        if link.call.held is None or block.unknown and block.unknown[0][0] == "blocks":
+            return block
+        memory = {name for name, _ in tower.beside}
+        try:
+            seen = see_sublayers(self.model, block, *_copied(link.call.held), memory=memory)
+        except AnatomyError as error:
+            return replace(block, unknown=(*block.unknown, ("sublayers", str(error))))
+        if seen.layout is None:
+            block = replace(block, unknown=(*block.unknown, ("layout", "; ".join(seen.notes))))
+        if seen.sublayers:
+            return replace(block, sublayers=seen.sublayers)
+        why = "; ".join(seen.notes) or "nothing is added into its stream"
+        return replace(block, unknown=(*block.unknown, ("sublayers", why)))
 
     def _repeats(self, links: Sequence[Link]) -> str | None:
         """A block that runs again on what it has made (ALBERT's)."""
@@ -337,6 +355,10 @@ class _Watch:
             if any(t.origins >> call.bit & 1 for t in (tower.entry, *(x for _, x in tower.given))):
                 return tower.name
         return ""
+
+
+def _copied(held: tuple[tuple, dict]) -> tuple[tuple, dict]:
+    return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, held)
 
 
 def compress(chosen: Collection[str], every: Collection[str]) -> tuple[str, ...]:

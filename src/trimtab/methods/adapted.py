@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from trimtab.methods.costs import Costs, count, described
 from trimtab.methods.prune.base import Pruner
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.masks import Masks
-from trimtab.methods.saved import CONFIG, WEIGHTS, FitError, Saved, check_base
+from trimtab.methods.saved import CONFIG, WEIGHTS, FitError, Saved, check_base, seen_before
 from trimtab.methods.session import Batch, BatchSession, own_loss, path_in
 from trimtab.methods.skip.plan import Plan
 from trimtab.methods.stack import Stack, detached, differing
@@ -35,8 +36,8 @@ from trimtab.registry import unknown
 Loss = Callable[[Any], Tensor]
 
 
-def adapt(model: nn.Module, folder: str | Path | None = None, *, anatomy: Anatomy | None = None,
-          with_task: nn.Module | None = None) -> Adapted:  # fmt: skip
+def adapt(model: nn.Module, folder: str | Path | None = None, *, example: Batch | None = None,
+          anatomy: Anatomy | None = None, with_task: nn.Module | None = None) -> Adapted:  # fmt: skip
     """The handle on a model: levers are pulled on it, and what they change is saved and loaded by it.
 
     The model is changed in place and called as before.
@@ -45,7 +46,9 @@ def adapt(model: nn.Module, folder: str | Path | None = None, *, anatomy: Anatom
         model: the plain model: any module with an anatomy, single or half precision or quantised. Of a `PeftModel` the
             model inside is adapted.
         folder: what `fit.save` wrote, or a run: attached as it was, with the same outputs bit for bit.
-        anatomy: the model's description; None: the registered one of its class, or one discovered.
+        example: a batch of the model's keyword arguments, on which a model that nobody described is watched at work;
+            two rows or more, padded as batches are. Not needed with `folder`, which keeps what was seen.
+        anatomy: the model's description; None: the registered one of its class, or what is seen.
         with_task: what is called with batches, if it is not the model itself: a module that holds it.
 
     Raises:
@@ -77,7 +80,9 @@ def adapt(model: nn.Module, folder: str | Path | None = None, *, anatomy: Anatom
             f"'{meta}' of this {type(plain).__name__} is on the meta device and has no values: load the weights first, "
             "without offloading"
         )
-    anatomy = anatomy or Anatomy.of(plain)
+    if anatomy is None and example is None and folder is not None:
+        anatomy = seen_before(Path(folder), plain)
+    anatomy = anatomy or Anatomy.of(plain, example)
     fit = Adapted(plain, anatomy, with_task or plain)
     try:
         if folder is not None:
@@ -124,6 +129,16 @@ class Adapted(Stack):
     def __str__(self) -> str:
         return described(self)
 
+    def _look(self, batches: Any) -> Any:
+        """Watch the model on the first of some batches, if nothing but its lists of blocks is known yet."""
+        if self.methods or batches is None or not any(fact == "blocks" for t in self.anatomy.towers for fact, _ in t.unknown):
+            return batches
+        iterator = iter(batches)
+        first = next(iterator, None)
+        if isinstance(first, Mapping) and self.with_task is self.model:
+            self.anatomy = self._described = Anatomy.of(self.model, first)
+        return batches if iterator is not batches else chain([] if first is None else [first], iterator)
+
     # --- the levers ---
 
     def prune(self, method: str = "multiflow", sparsity: float | None = None, batches: Iterable[Batch] | None = None,
@@ -149,6 +164,7 @@ class Adapted(Stack):
             settings["masks"] = str(given)
         pruner = METHODS.make(method, lever="prune", sparsity=sparsity, **settings)
         self.check(pruner)
+        batches = self._look(batches)
         if isinstance(given, Masks):
             pruner.take(given, self.anatomy, given=sparsity is not None)
         elif given is not None:
@@ -207,6 +223,7 @@ class Adapted(Stack):
         self.check(made)
         if isinstance(plan, Plan):
             plan.check(made.candidates(self.anatomy), self.model, "plan")
+        train = self._look(train) if collate is None else train
         session = BatchSession(
             self.model, self.anatomy, train, validation, with_task=self.with_task, loss=loss, collate=collate,
             batch_size=batch_size, learning_rate=learning_rate, seed=seed, trainer=trainer, folder=folder,

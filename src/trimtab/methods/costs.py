@@ -124,6 +124,7 @@ def described(fit: Adapted) -> str:
     rows = [(t.name, t.modality, f"{len(t.blocks)} blocks", _widths(t), t.layout) for t in fit.anatomy.towers]
     widths = [max(len(row[i]) for row in rows) for i in range(5)] if rows else []
     lines += ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += [f"  unknown: {sentence}" for sentence in fit.anatomy.unknown()]
     lines += [f"  {m.lever}: {m.told()}" for m in fit.methods] or ["  nothing is attached yet"]
     parameters = list(fit.with_task.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Tower
-from trimtab.anatomy.parts import every_tap
+from trimtab.anatomy.parts import every_tap, from_plain, to_plain
 from trimtab.files import replace_file
 from trimtab.storage.learned import fingerprint, precision
 from trimtab.storage.shards import open_safetensors
@@ -137,10 +137,29 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def identity(model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:
     """What tells a plain model from others, before any method changes it."""
-    return {
+    found = {
         "model": type(model).__name__, "precision": precision(model), "fingerprint": fingerprint(model),
         "towers": {t.name: _tower(t) for t in anatomy.towers},
     }  # fmt: skip
+    return found | ({"seen": to_plain(anatomy)} if anatomy.seen else {})
+
+
+def seen_before(folder: Path, model: nn.Module) -> Anatomy | None:
+    """The anatomy that a folder keeps of a model that nobody described; None if it keeps none.
+
+    Raises:
+        FileNotFoundError, FitError: if the folder is none, or its anatomy cannot be read.
+        AnatomyError: if it does not fit the model.
+    """
+    kept = read_config(folder)["base"].get("seen")
+    if kept is None:
+        return None
+    try:
+        found = from_plain(Anatomy, kept)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise FitError(f"{folder / CONFIG}: base.seen is no anatomy ({error}): copy the folder again") from error
+    found.check(model)
+    return found
 
 
 def _tower(tower: Tower) -> dict[str, Any]:

@@ -80,11 +80,13 @@ class _Adapters(Method):
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
         for name in self.settings.towers or [t.name for t in anatomy.towers]:
             tower = anatomy.tower(name)
+            tower.need(self.name, "blocks", "layout")
             if tower.layout != "tokens":
                 raise ValueError(f"{self.name}: tower {name!r} is a grid tower; adapters need tokens: name others")
             for block in tower.blocks:
                 parts = [p for p in block.sublayers if self.chosen(p)]
                 if not parts:
+                    tower.need(self.name, "sublayers")
                     raise ValueError(
                         f"{self.name}: block '{block.path}' has no described part for it: give its `sublayers` in the "
                         "anatomy (docs/your-own-model.md)"

@@ -56,6 +56,7 @@ class _Prompts(Method):
         return anatomy
 
     def _prompts(self, tower: Tower, device: torch.device) -> Prompts:
+        tower.need(self.name, "blocks", "layout", "samples", "mask", "causal")
         width = token_width(self.name, tower)
         if tower.closed:
             raise ValueError(
