@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import json
 
 import pytest
@@ -182,8 +184,11 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize(("tune", "settings"), [("unipt", {}), ("deep-prompt", {"prompts": 2})])
-def test_a_width_that_was_discovered_wrongly_is_named(tune, settings):
-    fit = trimtab.adapt(Net()).tune(tune, **settings)
+def test_a_width_that_is_described_wrongly_is_named(tune, settings):
+    batch = {"x": torch.randn(2, 4, 32)}
+    (tower,) = trimtab.Anatomy.of(Net(), batch).towers
+    wrong = trimtab.Anatomy((replace(tower, blocks=tuple(replace(b, width=48) for b in tower.blocks)),))
+    fit = trimtab.adapt(Net(), anatomy=wrong).tune(tune, **settings)
     with pytest.raises(ValueError, match=r"'blocks.0' takes in \(2, 4, 32\), expected the width 48"):
         fit.cost({"x": torch.randn(2, 4, 32)})
 
@@ -283,7 +288,7 @@ def test_the_zeros_are_kept_through_accelerates_optimiser():
 
 
 class Paired(nn.Module):
-    """A block that returns a tuple, as some of transformers' do; discovery cannot see it."""
+    """A block that returns a tuple, as some of transformers' do."""
 
     def __init__(self):
         super().__init__()
@@ -307,7 +312,9 @@ class PairedNet(nn.Module):
 @pytest.mark.parametrize("search", [False, True])
 def test_a_block_that_returns_a_tuple_is_not_skipped_as_one_that_does_not(search):
     batch = {"x": torch.randn(2, 4, 16)}
-    fit = trimtab.adapt(PairedNet())
+    (tower,) = trimtab.Anatomy.of(PairedNet(), batch).towers
+    wrong = tuple(replace(b, returns_tuple=False, also=()) for b in tower.blocks)
+    fit = trimtab.adapt(PairedNet(), anatomy=trimtab.Anatomy((replace(tower, blocks=wrong),)))
     with pytest.raises(ValueError, match=r"returns a tuple.*set `returns_tuple=True`"):
         if search:
             fit.skip("block-influence", skip=1, adapters="none", train=[batch], validation=[batch])

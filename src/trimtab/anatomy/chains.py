@@ -47,9 +47,10 @@ class Link:
 
 
 def candidates(model: nn.Module) -> set[str]:
-    """Paths of modules that may be blocks: children of lists that hold two matrices or more."""
+    """Paths of modules that may be blocks: children of lists that hold two matrices or more; if none does, one."""
     lists = {p for p, m in plain_modules(model) if isinstance(m, LISTS)}
-    return {p for p, m in plain_modules(model) if p and p.rpartition(".")[0] in lists and _matrices(m) > 1}
+    found = {p: _matrices(m) for p, m in plain_modules(model) if p and p.rpartition(".")[0] in lists}
+    return {p for p, n in found.items() if n > 1} or {p for p, n in found.items() if n}
 
 
 def _matrices(module: nn.Module) -> int:

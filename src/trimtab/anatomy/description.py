@@ -35,7 +35,7 @@ from trimtab.anatomy.structure import (
     trained_copies,
     under,
 )
-from trimtab import registry
+from trimtab.registry import unknown as nearest
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Anatomy:
         for t in self.towers:
             if t.name == name:
                 return t
-        raise ValueError(registry.unknown("tower", name, [t.name for t in self.towers]))
+        raise ValueError(nearest("tower", name, [t.name for t in self.towers]))
 
     def readers(self, name: str) -> tuple[Tower, ...]:
         """The towers that are given a tower's result, without those of which it is given the result itself (pairs)."""
@@ -171,7 +171,7 @@ class Anatomy:
             try:
                 module_at(model, path)
             except AttributeError:
-                near = registry.unknown("path", path, [n for n, _ in plain_modules(model)]).split("valid:")[0]
+                near = nearest("path", path, [n for n, _ in plain_modules(model)]).split("valid:")[0]
                 raise AnatomyError(
                     f"the {what} is described at '{path}', but the model has no such module ({near.rstrip()})"
                 ) from None

@@ -194,7 +194,7 @@ def made_inputs(model: nn.Module) -> dict[str, Any] | None:
             made["decoder_input_ids"] = made["input_ids"][:, :8].flip(1).clone()
     if "pixel_values" in known.named:
         vision = getattr(config, "vision_config", config)
-        size, channels = getattr(vision, "image_size", None), getattr(vision, "num_channels", 3)
+        size, channels = getattr(vision, "image_size", None) or 64, getattr(vision, "num_channels", 3)
         high, wide = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
         if not isinstance(high, int) or not isinstance(wide, int):
             return None if "pixel_values" in wanted or not made else made

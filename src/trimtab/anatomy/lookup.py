@@ -196,29 +196,34 @@ def described_by_hand(model: nn.Module, example: Mapping[str, Any] | None) -> An
 
 
 def seen(model: nn.Module, example: Mapping[str, Any] | None) -> Anatomy | None:
-    """What is seen when the model runs on the example, or on inputs made from its configuration; None without either."""
+    """What is seen when the model runs on the example, or on inputs made from its configuration; without either, or if
+    those do not serve, its lists of blocks alone."""
     if example is not None:
         return watch(model, example)
     if (made := made_inputs(model)) is None:
-        return None
+        return lists_of_blocks(model, "the model was not seen at work")
     try:
         return watch(model, made)
-    except AnatomyError:
-        return None
+    except AnatomyError as error:
+        return lists_of_blocks(model, f"inputs made from its configuration do not show it at work ({error})")
 
 
-def discover(model: nn.Module, example: Mapping[str, Any] | None = None) -> Anatomy | None:
-    """Every list of repeated blocks as a tower, of which nothing else is known; None if there is none."""
+def lists_of_blocks(model: nn.Module, why: str) -> Anatomy | None:
+    """Every list of repeated blocks as a tower, of which nothing else is known; None if there is none.
+
+    Args:
+        model: any module.
+        why: nothing else is known.
+    """
     towers: list[Tower] = []
-    why = "the model was not seen at work"
+    unknown = tuple((fact, why) for fact in ("blocks", "layout", "mask", "causal", "samples", "modality"))
     for path, children in repeated(model):
         blocks = tuple(Block(c, 0) for c in children)
-        unknown = tuple((fact, why) for fact in ("blocks", "layout", "mask", "causal", "samples", "modality"))
         towers.append(Tower(_name(path or "tower", towers), "fusion", blocks, (path,) if path else tuple(children),
                             Tap(children[-1]), unknown=unknown))  # fmt: skip
     if not towers:
         return None
-    return Anatomy(tuple(towers), source=f"lists of blocks in {type(model).__name__}, which was not seen at work")
+    return Anatomy(tuple(towers), source=f"lists of blocks in {type(model).__name__}: {why}")
 
 
 def _name(path: str, towers: list[Tower]) -> str:
@@ -231,4 +236,4 @@ def _name(path: str, towers: list[Tower]) -> str:
     return name
 
 
-FINDERS.extend((described_by_hand, seen, discover))
+FINDERS.extend((described_by_hand, seen))

@@ -122,6 +122,8 @@ def sight(model: nn.Module, block: Block, link: Link) -> Sight:
     if bool(moved(again, link.call.result).any()):
         return Sight(problem="it computes differently when it is run again")
     length = stream.shape[-2]
+    if length < 4:
+        return Sight(problem=f"its stream has {length} tokens, by which it cannot be told who sees whom; give 4 or more")
     draw = torch.Generator(device="cpu").manual_seed(0)
     # The latest place decides at which tokens mix at all: of a prefix that sees all of itself the end is causal.
     for place in dict.fromkeys((length - 2, length - 3, 3 * length // 4, length // 2, length // 3, 1)):

@@ -71,10 +71,15 @@ class _Seen:
     reads: list[str] = field(default_factory=list)
     beside: list[tuple[str, str]] = field(default_factory=list)  # argument, tower
     unknown: dict[str, str] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)  # tower -> how many arguments of its blocks come from it
 
     @property
     def entry(self) -> Trace:
         return self.links[0].stream
+
+    def readers(self, name: str) -> int:
+        """How many arguments of its blocks come from another tower."""
+        return self.counts.get(name, 0)
 
     @property
     def given(self) -> Iterable[tuple[str, Trace]]:
@@ -125,6 +130,7 @@ class _Watch:
             if not trace.floats:
                 continue
             for other in self._nearest(self._reach(trace.origins, tower)):
+                tower.counts[other.name] = tower.counts.get(other.name, 0) + 1
                 if (name, other.name) not in tower.beside and other.name not in tower.reads:
                     tower.beside.append((name, other.name))
 
@@ -201,7 +207,7 @@ class _Watch:
         blocks = [self._parts(tower, _block(self.recording, link, i, tower, layout), link) for i, link in enumerate(links)]
         causal, blocks = self._causal(tower, links, blocks, layout)
         blank = links[0].call.held is not None and self._blank(links[0], blocks[0])
-        memory = tower.beside[0][1] if tower.beside else None
+        memory = max((name for _, name in tower.beside), key=tower.readers, default=None)
         return Tower(
             tower.name, modality or "fusion", tuple(blocks), scope, self._output(tower, links), layout,
             mask=self._mask(tower, links), samples=self._samples(tower, links, layout), memory=memory,
@@ -221,7 +227,8 @@ class _Watch:
         if seen.layout is None:
             block = replace(block, unknown=(*block.unknown, ("layout", "; ".join(seen.notes))))
         if seen.sublayers:
-            return replace(block, sublayers=seen.sublayers)
+            rest = () if seen.complete else (("other sublayers", "; ".join(seen.notes)),)
+            return replace(block, sublayers=seen.sublayers, unknown=(*block.unknown, *rest))
         why = "; ".join(seen.notes) or "nothing is added into its stream"
         return replace(block, unknown=(*block.unknown, ("sublayers", why)))
 
