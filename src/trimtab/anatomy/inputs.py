@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trimtab.anatomy.calls import signature
 from trimtab.anatomy.parts import Modality
-from trimtab.anatomy.record import Example, rows_of
+from trimtab.anatomy.record import Example, is_binary, rows_of
 from trimtab.anatomy.structure import AnatomyError
 
 # transformers' names of arguments, which its processors and models agree on: what they bring.
@@ -42,11 +42,6 @@ def kind_of(key: str, value: Any) -> Modality | None:
     if tensor.is_floating_point():
         return "vision" if tensor.ndim > 3 else None
     return "text" if tensor.ndim == 2 else None
-
-
-def is_binary(value: Any) -> bool:
-    """Whether a tensor may be a mask: of whole numbers or truth values, none but 0 and 1."""
-    return isinstance(value, Tensor) and not value.is_floating_point() and value.ndim > 1 and bool((value <= 1).all())
 
 
 def ready(model: nn.Module, example: Example) -> dict[str, Any]:
@@ -78,18 +73,17 @@ Place = Literal["middle", "first", "last"]
 
 @dataclass
 class Hidden:
-    """An example with one place hidden by its masks, and two relatives.
+    """An example with one place of each row hidden by its masks.
 
     Attributes:
-        hidden: the masks are 0 at one place of each row.
-        changed: the same, and what stands at the hidden place is another.
-        shown: the inputs of `changed`, and the masks as they were given.
+        hidden: the masks are 0 at that place.
+        changed: the same with something else at the hidden place; words and pictures one after the other, since what
+            is hidden in a picture may still stand among the words.
         masks: key of an input that may be a mask -> keys of what it hides.
     """
 
     hidden: dict[str, Any]
-    changed: dict[str, Any]
-    shown: dict[str, Any]
+    changed: list[dict[str, Any]] = field(default_factory=list)
     masks: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
@@ -97,12 +91,18 @@ class Hidden:
         rows = rows_of(example)
         hidden = {k: v.clone() if isinstance(v, Tensor) else copy.copy(v) for k, v in example.items()}
         found = [k for k, v in example.items() if is_binary(v) and len(v) == rows and bool(v.any())]
-        changed, masks = dict(hidden), {}
+        others: dict[bool, dict[str, Any]] = {}
+        masks = {}
         for key in [k for k in found if _is_of(k, example)] or found:  # kinds of tokens are 0 and 1 too
             new = _hide(key, hidden, example, where)
             masks[key] = list(new)
-            changed |= new
-        return cls(hidden, changed, {**changed, **{k: example[k] for k in masks}}, masks)
+            for name, value in new.items():
+                others.setdefault(value.is_floating_point(), {})[name] = value
+        return cls(hidden, [{**hidden, **new} for new in others.values()], masks)
+
+    def alters(self, changed: dict[str, Any], mask: str) -> bool:
+        """Whether what a mask hides is another in a relative."""
+        return any(changed[key] is not self.hidden[key] for key in self.masks[mask])
 
 
 def _is_of(key: str, example: Example) -> bool:
@@ -125,7 +125,9 @@ def _hide(key: str, hidden: dict[str, Any], example: Example, where: Place) -> d
         return changed
     words = next((k for k, v in example.items() if kind_of(k, v) == "text" and isinstance(v, Tensor)
                   and v.shape == mask.shape and not v.is_floating_point()), None)  # fmt: skip
-    new = None if words is None else example[words].clone()
+    patches = [k for k, v in example.items() if isinstance(v, Tensor) and v.is_floating_point()
+               and v.ndim > 2 and v.shape[:2] == mask.shape]  # fmt: skip
+    changed = {k: example[k].clone() for k in (patches if words is None else [words])}
     for row in range(len(mask)):
         places = mask[row].nonzero().flatten().tolist()
         if len(places) < 3:
@@ -133,10 +135,13 @@ def _hide(key: str, hidden: dict[str, Any], example: Example, where: Place) -> d
         chosen = {"middle": places[1:-1], "first": places[:1], "last": places[-1:]}[where]
         place = _middle(chosen, None if words is None else example[words], row)
         mask[row, place] = 0
-        if new is not None:
+        for name, new in changed.items():
+            if name != words:
+                new[row, place] = -new[row, place] - 0.5
+                continue
             others = [p for p in places if new[row, p] != new[row, place]] or places
-            new[row, place] = example[words][row, _middle(others, example[words], row)]  # type: ignore[index]
-    return {} if words is None else {words: new}
+            new[row, place] = example[name][row, _middle(others, example[name], row)]
+    return changed
 
 
 def _middle(places: list[int], words: Tensor | None, row: int) -> int:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from trimtab.anatomy.chains import Link
-from trimtab.anatomy.inputs import Hidden
 from trimtab.anatomy.parts import Block
 from trimtab.anatomy.record import Example, hooked, run
 from trimtab.anatomy.structure import module_at
@@ -54,34 +53,22 @@ def element(out: Any, where: tuple) -> Tensor:
     return out
 
 
-def hiding(model: nn.Module, hidden: Hidden, first: dict[str, Ends], towers: dict[str, Sequence[Link]]
-           ) -> dict[str, bool | None]:  # fmt: skip
-    """Whether the masks hide what they should in each tower: True, False, or None if they say nothing there.
-
-    Two passes. In the first another thing stands at the hidden place: where that is not seen, nothing else moves. In the
-    second it is not hidden: then something else does.
+def leaks(model: nn.Module, changed: Example, first: dict[str, Ends], towers: dict[str, Sequence[Link]]
+          ) -> dict[str, bool]:  # fmt: skip
+    """One pass: whether other tokens of a tower move when another thing stands at the hidden place.
 
     Args:
         model: as it is watched.
-        hidden: the example with a hidden place, and its relatives.
-        first: of the pass with `hidden.hidden`.
-        towers: the blocks of each.
+        changed: the example with a hidden place, and something else there.
+        first: of the pass without the change.
+        towers: the blocks of each; one that changes the number of its tokens is left out.
     """
-    if not hidden.masks or not first:
-        return dict.fromkeys(towers)
-    changed = ends(model, hidden.changed, towers)
-    shown = ends(model, hidden.shown, towers)
-    found: dict[str, bool | None] = {}
-    for name in towers:
-        passes = [x[name] for x in (first, changed, shown) if name in x]
-        alike = {e.entry.shape for e in passes} | {e.result.shape for e in passes}
-        if len(passes) < 3 or len({shape[:-1] for shape in alike}) > 1:  # a tower that changes the number of tokens
-            found[name] = None
-            continue
-        own = moved(first[name].entry, changed[name].entry)
-        leaks = (moved(first[name].result, changed[name].result) & ~own).any()
-        matters = (moved(changed[name].result, shown[name].result) & ~own).any()
-        found[name] = None if not matters else not bool(leaks)
+    found = {}
+    for name, now in ends(model, changed, towers).items():
+        before = first.get(name)
+        if before is not None and len({x.shape[:-1] for x in (*before, *now)}) == 1:
+            own = moved(before.entry, now.entry)
+            found[name] = bool((moved(before.result, now.result) & ~own).any())
     return found
 
 

@@ -33,12 +33,14 @@ class Trace:
         origins: what it was computed from, as bits.
         shape: of the tensor.
         kind: its dtype.
+        binary: whether it is of whole numbers or truth values, none but 0 and 1.
     """
 
     number: int
     origins: int
     shape: tuple[int, ...]
     kind: torch.dtype
+    binary: bool = False
 
     @property
     def floats(self) -> bool:
@@ -133,7 +135,7 @@ class Recording:
 
     def trace(self, tensor: Tensor) -> Trace:
         number, origins = self.origins(tensor)
-        return Trace(number, origins, tuple(tensor.shape), tensor.dtype)
+        return Trace(number, origins, tuple(tensor.shape), tensor.dtype, is_binary(tensor))
 
     # --- calls ---
 
@@ -275,6 +277,12 @@ def rows_of(example: Example) -> int:
     """How many samples an example has: the length of most of its tensors."""
     lengths = [len(v) for v in example.values() if isinstance(v, Tensor) and v.ndim]
     return max(set(lengths), key=lambda n: (lengths.count(n), -n)) if lengths else 0
+
+
+def is_binary(value: Any) -> bool:
+    """Whether something may be a mask: a tensor of whole numbers or truth values, none but 0 and 1."""
+    whole = isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex() and value.ndim > 1
+    return whole and (value.dtype is torch.bool or bool(((value == 0) | (value == 1)).all()))
 
 
 def _storage(tensor: Tensor) -> int:

@@ -17,7 +17,7 @@ from trimtab.anatomy.chains import Link, candidates, chains
 from trimtab.anatomy.description import Anatomy
 from trimtab.anatomy.inputs import Hidden, kind_of, ready, watched
 from trimtab.anatomy.parts import Block, Modality, Tap, Tower
-from trimtab.anatomy.probe import Ends, Sight, hiding, sight
+from trimtab.anatomy.probe import Ends, Sight, leaks, sight
 from trimtab.anatomy.record import Call, Example, Recording, Trace, record, shapes
 from trimtab.anatomy.structure import AnatomyError, plain_modules, refuse_wrapper, repeated, under
 from trimtab.anatomy.sublayers import see_sublayers
@@ -56,8 +56,8 @@ def _recorded(model: nn.Module, given: Example) -> tuple[Hidden, Recording]:
         except AnatomyError:
             if not hidden.masks:
                 raise
-    masks = {k: [] for k in hidden.masks}
-    return Hidden(dict(given), dict(given), dict(given), masks), record(model, given, blocks)
+    masks: dict[str, list[str]] = {k: [] for k in hidden.masks}
+    return Hidden(dict(given), [], masks), record(model, given, blocks)
 
 
 @dataclass(eq=False)
@@ -98,7 +98,15 @@ class _Watch:
         for tower in self.towers:
             self._relate(tower)
             tower.used = self._used(tower)
-        self.hides = hiding(model, hidden, self._ends(), {t.name: t.links for t in self.towers})
+        first, links = self._ends(), {t.name: t.links for t in self.towers}
+        self.leaks = [self._leaks(changed, first, links) for changed in hidden.changed]
+
+    def _leaks(self, changed: Example, first: dict[str, Ends], links: dict[str, list[Link]]) -> dict[str, bool]:
+        """As `leaks`; of a model that refuses the change (another number of placeholders, say) nothing."""
+        try:
+            return leaks(self.model, changed, first, links)
+        except AnatomyError:
+            return {}
 
     def _begin(self, links: list[Link]) -> _Seen:
         paths = {link.path for link in links}
@@ -296,8 +304,12 @@ class _Watch:
         acting = [k for k, bit in bits.items() if any(t.origins & bit for _, t in tower.given)]
         if not acting:
             return None
-        if (hides := self.hides.get(tower.name)) is not True:
-            why = "but what stands there is still seen" if hides is False else "but what changes by that was not seen"
+        seen = [
+            found[tower.name] for found, changed in zip(self.leaks, self.hidden.changed, strict=True)
+            if tower.name in found and any(self.hidden.alters(changed, k) for k in acting)
+        ]  # fmt: skip
+        if not seen or any(seen):
+            why = "but what stands there is still seen by others" if seen else "but that could not be seen"
             tower.unknown["mask"] = f"{' and '.join(acting)} reach it and were made to hide a token, {why}"
             return None
         blocks = [link.path for link in links]
@@ -318,11 +330,12 @@ class _Watch:
         return None
 
     def _is_mask(self, trace: Trace, stream: tuple[int, ...], acting: Collection[str]) -> bool:
-        """Whether a tensor has one number a token of a stream, and comes from masks alone."""
+        """Whether a tensor has one number a token of a stream, and comes from masks alone, or is nothing but 0 and 1."""
         sources = [key for key, bit in self.recording.inputs.items() if trace.origins >> bit & 1]
         if len(stream) < 3 or trace.shape[:1] != stream[:1] or _numbers(trace.shape) != stream[1]:
             return False
-        return bool(sources) and set(sources) <= set(self.hidden.masks) and not set(sources).isdisjoint(acting)
+        alone = set(sources) <= set(self.hidden.masks)
+        return not set(sources).isdisjoint(acting) and (alone or trace.binary)
 
     # --- what belongs to which tower ---
 
