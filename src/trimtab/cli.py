@@ -352,8 +352,8 @@ def _anatomy(options: Namespace) -> None:
         table.add_row(*(f"{shown[c]:,}" if isinstance(shown[c], int) else str(shown[c]) for c in columns))
     Console().print(table)
     for tower in anatomy.towers:
-        first, last = tower.blocks[0].path, tower.blocks[-1].path
-        print(f"{tower.name}: {first} ... {last}, handed on at {tower.output.path}")
+        how = "seen" if anatomy.seen else "described"
+        print(f"{tower.name}: {tower.blocks[0].path} ... {tower.blocks[-1].path}; {how}: {tower.told()}")
     for sentence in anatomy.unknown():
         print(f"unknown: {sentence}")
 

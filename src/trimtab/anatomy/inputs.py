@@ -157,6 +157,8 @@ def _middle(places: list[int], words: Tensor | None, row: int) -> int:
 def watched(model: nn.Module) -> Iterator[None]:
     """In evaluation mode, as it was afterwards; random numbers go on as if nothing had happened."""
     training = [m for m in model.modules() if m.training]
+    fast = torch.backends.mha.get_fastpath_enabled()  # torch's fused encoder layers go around the modules in them
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -164,6 +166,7 @@ def watched(model: nn.Module) -> Iterator[None]:
                 module.training = False
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module in training:
             module.training = True
 

@@ -192,6 +192,21 @@ class Tower:
                     "(docs/your-own-model.md)"
                 )
 
+    def told(self) -> str:
+        """What is known of it beyond its blocks, in words."""
+        kinds = dict.fromkeys(tuple(p.kind for p in b.sublayers) for b in self.blocks)
+        parts = " or ".join("+".join(k) or "none" for k in kinds)
+        mask = "all tokens valid" if self.mask is None else f"mask {_place(self.mask)}"
+        order = "causal" if self.causal else "not causal"
+        facts = {
+            "causal": order if self.layout == "tokens" else "", "mask": mask if self.layout == "tokens" else "",
+            "sublayers": f"parts {parts}", "samples": "" if self.samples is None else f"samples {_place(self.samples)}",
+            "reads": f"reads {', '.join(self.reads)} in its stream" if self.reads else "",
+            "memory": f"attends to {', '.join(sorted(self.sources - set(self.reads)))}" if self.memory else "",
+            "output": f"handed on at {_place(self.output)}",
+        }  # fmt: skip
+        return "; ".join(text for fact, text in facts.items() if text and self.knows(fact, "blocks"))
+
     @property
     def sources(self) -> set[str]:
         """Names of the towers whose results it is given, in its stream or beside it."""
@@ -259,6 +274,11 @@ def with_paths(part: T, change: Callable[[str], str]) -> T:
         else:
             new[f.name] = change(value) if isinstance(value, str) else tuple(map(change, value))
     return replace(part, **new)  # type: ignore[type-var]
+
+
+def _place(tap: Tap) -> str:
+    """A tap in words: 'norm', or 'attention_mask of the model'."""
+    return f"'{tap.path}'" if tap.side == "output" and tap.path else f"{tap.key!r} of {tap.path or 'the model'}"
 
 
 def _label(part: Any, of: str) -> str:

@@ -428,9 +428,11 @@ def _also(recording: Recording, links: Sequence[Link], index: int) -> tuple[list
         if used.isdisjoint(t.number for t in traces):
             names.append(f"none_{place}")  # nobody asked for it, such as attention weights
             continue
-        takers = [call, after] if after is not None else [call]
-        taken = (n for c in takers for n, ts in c.given.items() if len(traces) == 1 and any(t.number == traces[0].number for t in ts))
-        name = next(taken, None)
+        (number, *more) = (t.number for t in traces)
+        name = next((n for n, ts in call.given.items() if not more and any(t.number == number for t in ts)), None)
+        if name is None and after is not None:  # changed, and handed on by its name; not what the block makes itself
+            taken = (n for n, ts in after.given.items() if not more and any(t.number == number for t in ts))
+            name = next((n for n in taken if n in call.given), None)
         if name is None and index:
             name = next(iter(_also(recording, links, index - 1)[0][place - 1 : place]), None)
         if name is None:

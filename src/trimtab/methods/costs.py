@@ -123,7 +123,10 @@ def described(fit: Adapted) -> str:
     lines = [f"{type(fit.model).__name__}, {fit.anatomy.source}"]
     rows = [(t.name, t.modality, f"{len(t.blocks)} blocks", _widths(t), t.layout) for t in fit.anatomy.towers]
     widths = [max(len(row[i]) for row in rows) for i in range(5)] if rows else []
-    lines += ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    how = "seen" if fit.anatomy.seen else "described"
+    for tower, row in zip(fit.anatomy.towers, rows, strict=True):
+        lines.append("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+        lines += [f"    {how}: {told}"] if (told := tower.told()) else []
     lines += [f"  unknown: {sentence}" for sentence in fit.anatomy.unknown()]
     lines += [f"  {m.lever}: {m.told()}" for m in fit.methods] or ["  nothing is attached yet"]
     parameters = list(fit.with_task.parameters())
