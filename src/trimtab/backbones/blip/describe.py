@@ -23,13 +23,15 @@ def describe(model: Any) -> Anatomy:
         if text is None:
             continue
         path = f"{attribute}.bert" if hasattr(text, "bert") else attribute
+        alone = attribute == "text_model"  # BlipModel's, whose layers have a cross-attention that it never calls
         blocks = tuple(
-            _text_block(f"{path}.encoder.layer.{i}", model.config.text_config.hidden_size, hasattr(b, "crossattention"))
+            _text_block(f"{path}.encoder.layer.{i}", model.config.text_config.hidden_size,
+                        hasattr(b, "crossattention") and not alone)
             for i, b in enumerate(model.get_submodule(path).encoder.layer)
-        )
+        )  # fmt: skip
         # MULTIFLOW counts BLIP's encoder and decoder to one modality. A decoder of answers reads the question, which
         # has read the picture.
-        memory = "text" if name == "decoder" and hasattr(model, "text_encoder") else "vision"
+        memory = "text" if name == "decoder" and hasattr(model, "text_encoder") else None if alone else "vision"
         towers.append(Tower(name, "text", blocks, (f"{path}.embeddings", f"{path}.encoder"), Tap(blocks[-1].path),
                             mask=Tap(path, "input", "attention_mask"), memory=memory,
                             causal=name == "decoder"))  # fmt: skip
