@@ -23,8 +23,12 @@ def imported(file: Path) -> set[str]:
     return {name for name in found if name.split(".")[0] == "trimtab"}
 
 
+def named(file: Path) -> str:
+    return ".".join(("trimtab.anatomy", *file.relative_to(FOLDER).with_suffix("").parts))
+
+
 def test_imports_point_one_way():
-    files = {f"trimtab.anatomy.{f.stem}": imported(f) for f in FOLDER.glob("*.py")}
+    files = {named(f): imported(f) for f in FOLDER.rglob("*.py") if f.stem != "__init__" or f.parent == FOLDER}
     own = {name: used - BELOW for name, used in files.items()}
     assert {used for name in own for used in own[name]} <= set(files)
     order = list(TopologicalSorter(own).static_order())  # CycleError if there is a circle

@@ -14,7 +14,7 @@ import trimtab
 from tests.models.four import FOUR
 from trimtab.anatomy import Anatomy, AnatomyError, Tap, read
 from trimtab.anatomy.parts import from_plain, to_plain
-from trimtab.anatomy.watch import watch
+from trimtab.anatomy.seen.watch import watch
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 4], [9, 8, 7, 3, 0, 0]])
 MASK = (IDS > 0).long()
@@ -180,7 +180,8 @@ DIFFERENT = {
     "dual encoder": {"output", "pooled", "pooled_token"},
     # The first blocks of paired towers read what is no block of the other.
     "fusion": {"sources"},
-    # A block that the model finds by its number is described as one that cannot be skipped; an adapter in its place can.
+    # A block that the model finds by its number is described as one that cannot be skipped; in its place an adapter can
+    # stand.
     "decoder": {"modality", "keeps_shape"},
 }
 
@@ -262,7 +263,7 @@ def test_a_short_example_does_not_tell_causality():
         hf.T5Model(hf.T5Config(num_layers=2, d_model=16, d_kv=8, d_ff=32, num_heads=2, vocab_size=30)),
         {**WORDS, "decoder_input_ids": IDS[:, :3]},
     ).towers
-    assert encoder.knows("causal") and "3 tokens" in dict(decoder.unknown)["causal"]
+    assert encoder.knows("causal") and "has 3 tokens" in dict(decoder.unknown)["causal"]
 
 
 def test_one_row_does_not_tell_the_samples():
@@ -279,7 +280,7 @@ def test_a_tower_that_does_not_run_is_left_out():
             self.both = TwoStacks()
 
         def forward(self, words):
-            return [layer(None, self.both.words(words)) for layer in self.both.image_layers][0]
+            return self.both.image_layers[0](None, self.both.words(words))
 
     with pytest.raises(AnatomyError, match="no blocks were seen|misses"):
         Anatomy.of(Half(), {"words": IDS})

@@ -8,8 +8,8 @@
       heads: modules that belong to a task or to a projection and are never pruned
 
 A model never imports a method and a method never imports a model: each model family registers one function that
-describes it (`@describes("ViltModel")`), and every method works on the description. A model that nobody described is run
-on an example and watched (`watch`). `trimtab anatomy` prints the result (`Anatomy.rows`, `Anatomy.unknown`).
+describes it (`@describes("ViltModel")`), and every method works on the description. A model that nobody described runs
+on an example and is watched (`seen`). `trimtab anatomy` prints the result (`Anatomy.rows`, `Anatomy.unknown`).
 
 Everything is named by dotted module paths relative to the plain model. Values inside a forward pass are named by
 `Tap`s; `read` and `rewrite` attach to them from outside with forward hooks, so that no model's code is touched.

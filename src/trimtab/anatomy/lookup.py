@@ -1,4 +1,4 @@
-"""Where the anatomy of a model comes from: registered by its class, seen on an example, or its lists of blocks alone."""
+"""Where the anatomy of a model comes from: registered by its class, seen on an example, or its lists of blocks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import nn
 
 from trimtab.anatomy.description import FINDERS, Anatomy
 from trimtab.anatomy.parts import Block, Modality, Tap, Tower
+from trimtab.anatomy.seen.inputs import made_inputs
+from trimtab.anatomy.seen.watch import watch
 from trimtab.anatomy.structure import AnatomyError, added_by, plain_module, repeated
-from trimtab.anatomy.inputs import made_inputs
-from trimtab.anatomy.watch import watch
 
 # --- registered descriptions ------------------------------------------------------------------------------------------
 

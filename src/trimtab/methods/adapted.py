@@ -131,7 +131,11 @@ class Adapted(Stack):
 
     def _look(self, batches: Any) -> Any:
         """Watch the model on the first of some batches, if nothing but its lists of blocks is known yet."""
-        if self.methods or batches is None or not any(fact == "blocks" for t in self.anatomy.towers for fact, _ in t.unknown):
+        if (
+            self.methods
+            or batches is None
+            or not any(fact == "blocks" for t in self.anatomy.towers for fact, _ in t.unknown)
+        ):
             return batches
         iterator = iter(batches)
         first = next(iterator, None)

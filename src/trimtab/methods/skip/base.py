@@ -136,12 +136,16 @@ class Skipping(Method):
             for name in towers
             for b in anatomy.blocks(name)
             # Without adapters what is skipped goes for good when the model is exported: only what can.
-            if b.keeps_shape and b.knows("blocks", "layout") and anatomy.tower(name).knows("blocks", "layout")
+            if b.keeps_shape
+            and b.knows("blocks", "layout")
+            and anatomy.tower(name).knows("blocks", "layout")
             and (not b.stays if s.adapters == "none" else b.sublayers)
         ]
         if not found:
             for name in towers:
-                anatomy.tower(name).need(self.name, "blocks", "layout", "skip", *(() if s.adapters == "none" else ("sublayers",)))
+                anatomy.tower(name).need(
+                    self.name, "blocks", "layout", "skip", *(() if s.adapters == "none" else ("sublayers",))
+                )
             blocks = [b for name in towers for b in anatomy.blocks(name)]
             fixed = sum(not b.keeps_shape for b in blocks)
             rest = f"; {len(blocks) - fixed} have no described parts for adapters: set `adapters: none`"

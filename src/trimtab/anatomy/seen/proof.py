@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy.parts import Block, Sublayer, Tap
-from trimtab.anatomy.provenance import Node, Trace, rerun
-from trimtab.anatomy.residual import Sum, ancestors
+from trimtab.anatomy.seen.provenance import Node, Trace, rerun
+from trimtab.anatomy.seen.residual import Sum, ancestors
 
 Kind = Literal["attention", "cross-attention", "mlp"]
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution")

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from trimtab.anatomy.calls import signature
 from trimtab.anatomy.parts import Modality
-from trimtab.anatomy.record import Example, is_binary, rows_of
+from trimtab.anatomy.seen.record import Example, is_binary, rows_of
 from trimtab.anatomy.structure import AnatomyError
 
 # transformers' names of arguments, which its processors and models agree on: what they bring.
 _KINDS: dict[str, Modality] = {
     **dict.fromkeys(("pixel_values", "pixel_values_videos", "pixel_values_images", "flattened_patches", "visual_feats",
-                     "visual_embeds", "images", "high_res_pixel_values", "image_pixel_values", "conditional_pixel_values",
-                     "query_pixel_values", "image_features"), "vision"),
-    **dict.fromkeys(("input_ids", "decoder_input_ids", "inputs_embeds", "decoder_inputs_embeds", "input_boxes"), "text"),
-    **dict.fromkeys(("input_features", "input_values", "audio_input_features", "audio_values", "spectrogram"), "audio"),
+                     "visual_embeds", "images", "high_res_pixel_values", "image_pixel_values", "image_features",
+                     "conditional_pixel_values", "query_pixel_values"), "vision"),
+    **dict.fromkeys(("input_ids", "decoder_input_ids", "inputs_embeds", "decoder_inputs_embeds"), "text"),
+    **dict.fromkeys(("input_features", "input_values", "audio_input_features", "audio_values"), "audio"),
 }  # fmt: skip
 # Those that say something about the others, and bring nothing themselves.
 _BESIDE = ("mask", "position", "type_ids", "grid", "size", "_ids_", "cache", "labels", "bool_", "return_", "use_")
@@ -185,7 +185,9 @@ def made_inputs(model: nn.Module) -> dict[str, Any] | None:
     wanted = [k for k in known.named if k not in known.defaults]  # what it cannot do without
     if "input_ids" not in known.named and "pixel_values" not in known.named:
         return None
-    if any(hasattr(config, k) for k in ("image_token_id", "image_token_index", "audio_config", "vision_start_token_id")):
+    if any(
+        hasattr(config, k) for k in ("image_token_id", "image_token_index", "audio_config", "vision_start_token_id")
+    ):
         return None
     draw = torch.Generator().manual_seed(0)
     made: dict[str, Any] = {}

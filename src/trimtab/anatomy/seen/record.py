@@ -71,7 +71,7 @@ class Call:
     bit: int = -1
     given: dict[str, tuple[Trace, ...]] = field(default_factory=dict)
     made: list[tuple[tuple, Trace]] = field(default_factory=list)
-    kind: type = type(None)
+    kind: type = object
     size: int = 1
     held: tuple[tuple, dict] | None = None
     result: Any = None

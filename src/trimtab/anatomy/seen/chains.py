@@ -11,7 +11,7 @@ from itertools import pairwise
 from torch import nn
 
 from trimtab.anatomy.calls import parameter_names
-from trimtab.anatomy.record import Call, Recording, Trace
+from trimtab.anatomy.seen.record import Call, Recording, Trace
 from trimtab.anatomy.structure import plain_module, plain_modules, under
 
 LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)

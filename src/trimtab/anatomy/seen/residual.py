@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trimtab.anatomy.provenance import Node
+from trimtab.anatomy.seen.provenance import Node
 
 # Operations after which the same values stand in the same order, whatever the shape is.
 _SAME = {"view", "_unsafe_view", "reshape", "_reshape_alias", "alias", "detach", "clone", "_to_copy", "squeeze",

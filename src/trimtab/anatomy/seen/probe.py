@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from trimtab.anatomy.chains import Link
 from trimtab.anatomy.parts import Block
-from trimtab.anatomy.record import Example, hooked, run
+from trimtab.anatomy.seen.chains import Link
+from trimtab.anatomy.seen.record import Example, hooked, run
 from trimtab.anatomy.structure import module_at
 from trimtab.anatomy.taps import pick
 
@@ -110,7 +110,9 @@ def sight(model: nn.Module, block: Block, link: Link) -> Sight:
         return Sight(problem="it computes differently when it is run again")
     length = stream.shape[-2]
     if length < 4:
-        return Sight(problem=f"its stream has {length} tokens, by which it cannot be told who sees whom; give 4 or more")
+        return Sight(
+            problem=f"its stream has {length} tokens, by which it cannot be told who sees whom; give 4 or more"
+        )
     draw = torch.Generator(device="cpu").manual_seed(0)
     # The latest place decides at which tokens mix at all: of a prefix that sees all of itself the end is causal.
     for place in dict.fromkeys((length - 2, length - 3, 3 * length // 4, length // 2, length // 3, 1)):

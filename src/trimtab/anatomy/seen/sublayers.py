@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from trimtab.anatomy.calls import parameter_names, passed, stream_name
 from trimtab.anatomy.parts import Block, Sublayer, Tap
-from trimtab.anatomy.proof import Part, Proof, Unknown
-from trimtab.anatomy.provenance import Node, elements, record, rerun
-from trimtab.anatomy.residual import (
+from trimtab.anatomy.seen.proof import Part, Proof, Unknown
+from trimtab.anatomy.seen.provenance import Node, elements, record, rerun
+from trimtab.anatomy.seen.residual import (
     BrokenStream,
     Stream,
     Sum,
