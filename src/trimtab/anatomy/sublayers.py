@@ -84,7 +84,7 @@ def see_sublayers(
         AnatomyError: if a part of the block is in training mode, or if it was called without its stream.
     """
     module = module_at(model, block.path)
-    if training := next((n for n, m in module.named_modules() if m.training), None):
+    if (training := next((n for n, m in module.named_modules() if m.training), None)) is not None:
         raise AnatomyError(
             f"block '{block.path}': expected it in evaluation mode, found '{training or 'itself'}' in training mode: "
             "call model.eval() first"
@@ -123,11 +123,11 @@ class _Watch:
         keeps = also is not None and not made and out is not None and out.shape == self.source.shape
         axis = None if out is None else self._axis(out)
         layout = self._layout(axis)
-        found, complete = self._parts(out, also or ()) if out is not None else ([], False)
-        if (found or complete) and (why := self._unprovable(same, layout, axis)):
+        found, complete = ([], False) if out is None or layout == "grid" else self._parts(out, also or ())
+        if (found or complete or layout == "grid") and (why := self._unprovable(same, layout, axis)):
             self._note(why)
             found, complete = [], False
-        proof = Proof(self.model, self.block, self.args, self.kwargs, self.trace, self.source, self.memory, self._note)
+        proof = Proof(self.model, self.block, self.args, self.kwargs, self.trace, self.memory, self._note)
         sublayers = proof.sublayers(found)
         return SeenBlock(
             self.block.path, tuple(sublayers), complete and len(sublayers) == len(found), keeps,
@@ -243,7 +243,7 @@ class _Watch:
             self._note(f"{where}'{total.node.op}' multiplies and adds at once, so that no module puts it out")
             return [], False
         try:
-            parts = self._addends(total.addend, total)
+            parts = self._addends(total.addend, total, stream)
         except Unknown as error:
             self._note(where + str(error))
             return [], False
@@ -255,17 +255,17 @@ class _Watch:
                 self._note(where + str(error))
         return found, len(found) == len(parts)
 
-    def _addends(self, node: Node, total: Sum) -> list[Part]:
+    def _addends(self, node: Node, total: Sum, stream: Stream) -> list[Part]:
         """The values of modules that a node is the sum of; Unknown if it is not one of such values."""
         node = root(node)
-        if self.source.sources.isdisjoint(node.sources) and not self._streams() & node.sources:
+        if stream.source.sources.isdisjoint(node.sources):
             raise Unknown("it does not depend on the stream")
-        computing, passing = self._putting_out(node, total)
+        computing, passing = self._putting_out(node, total, stream)
         if computing:
             return [Part(computing[0], node, total, (total.factor,))]
         if (pair := summed(node)) is not None:
             try:
-                found = [p for side, factor in pair for p in self._times(self._addends(side, total), factor)]
+                found = [p for side, factor in pair for p in self._times(self._addends(side, total, stream), factor)]
                 return [replace(p, value=root(p.value)) for p in found]
             except Unknown:
                 if not passing:
@@ -273,38 +273,35 @@ class _Watch:
         if passing:
             return [Part(passing[-1], node, total, (total.factor,))]
         if (inner := shifted(node)) is not None:
-            return self._addends(inner, total)
+            return self._addends(inner, total, stream)
         if (times := scaled(node)) is not None:
             value, factor = times
             known = factor_of(factor, self.own) if isinstance(factor, Node) else factor
             if isinstance(known, str):
                 raise Unknown(known)
-            found = self._times(self._addends(value, total), known)
+            found = self._times(self._addends(value, total, stream), known)
             self._note(f"what '{found[0].write.path}' puts out is multiplied by a fixed factor before it is added to "
                        "the stream, and what is added to it is too")  # fmt: skip
             return found
         raise Unknown(f"no module that runs once puts it out in the shape of the stream (it comes from '{node.op}' in "
                        f"'{node.where}')")  # fmt: skip
 
-    def _streams(self) -> frozenset[str]:
-        return frozenset(n for n, g in self.trace.given.items() if g.shape == self.source.shape)
-
     @staticmethod
     def _times(parts: list[Part], factor: Tensor | float) -> list[Part]:
         return [replace(p, factors=(*p.factors, factor)) for p in parts]
 
-    def _putting_out(self, node: Node, total: Sum) -> tuple[list[Tap], list[Tap]]:
+    def _putting_out(self, node: Node, total: Sum, stream: Stream) -> tuple[list[Tap], list[Tap]]:
         """Outputs of modules that are this value: of those that compute it, outermost first; of those that hand it on.
 
-        Only in the shape of the sum, and of modules that are called once: a hook there meets this value alone.
+        Only in the shape of the stream, and of modules that are called once: a hook there meets this value alone.
         """
         computing: list[Tap] = []
         passing: list[Tap] = []
         for call in self.trace.calls[1:]:
             for key, value in call.outputs.items():
-                if root(value) is not node or value.shape != total.node.shape or not self.trace.once(call):
+                if root(value) is not node or value.shape != stream.source.shape or not self.trace.once(call):
                     continue
-                if call.exit > total.node.index:
+                if call.exit > total.node.index:  # it was changed in place since
                     continue
                 handed_on = any(root(given) is node for given in call.inputs.values())
                 (passing if handed_on else computing).append(Tap(call.path, key=key))
@@ -321,12 +318,12 @@ class _Watch:
         if len(starts) > 1:
             raise Unknown(f"what '{part.write.path}' puts out was computed from the stream at {len(starts)} places")
         (start,) = starts
-        tap = self._taking_in(start, behind, part.total) or self._given_out(start, part)
+        tap = self._taking_in(start, behind, part.total, stream) or self._given_out(start, part, stream)
         if tap is None:
             raise Unknown(f"no module takes the stream in where the part before '{part.write.path}' begins")
         return replace(part, read=tap, start=start, stream=number)
 
-    def _taking_in(self, start: Node, behind: set[Node], total: Sum) -> Tap | None:
+    def _taking_in(self, start: Node, behind: set[Node], total: Sum, stream: Stream) -> Tap | None:
         """The first and outermost module that takes the stream in and leads to the part, without the sum itself."""
         for call in self.trace.calls[1:]:
             if call.enter <= total.node.index < call.exit or not self.trace.once(call):
@@ -334,11 +331,11 @@ class _Watch:
             if not any(root(v) in behind and root(v) is not start for v in call.outputs.values()):
                 continue
             for key, value in call.inputs.items():
-                if root(value) is start and value.shape == total.node.shape:
+                if root(value) is start and value.shape == stream.source.shape:
                     return Tap(call.path, "input", key)
         return None
 
-    def _given_out(self, start: Node, part: Part) -> Tap | None:
+    def _given_out(self, start: Node, part: Part, stream: Stream) -> Tap | None:
         """The outermost module that puts the stream out there; the block itself where its argument is meant."""
         if start.op == "argument":
             name = next(iter(start.sources))
@@ -348,7 +345,7 @@ class _Watch:
         written = next(c.exit for c in self.trace.calls if c.path == part.write.path)
         for call in self.trace.calls[1:]:
             for key, value in call.outputs.items():
-                if root(value) is start and value.shape == part.total.node.shape and call.exit <= written:
+                if root(value) is start and value.shape == stream.source.shape and call.exit <= written:
                     return Tap(call.path, key=key) if self.trace.once(call) else None
         return None
 
