@@ -150,7 +150,27 @@ def spread(b: Parts, x: Tensor) -> Tensor:
     return x + x.mean(1, keepdim=True)
 
 
+def shared(b: Parts, x: Tensor) -> Tensor:
+    x = x + b.attn(b.n1(x))
+    y = b.mlp(b.n2(x))
+    return x + y + y
+
+
+def used(b: Parts, x: Tensor) -> Tensor:
+    x = x + b.attn(b.n1(x))
+    y = b.mlp(b.n2(x))
+    return (x + y) * y.mean(-1, keepdim=True)
+
+
+def silent(b: Parts, x: Tensor) -> Tensor:
+    x = x + b.attn(b.n1(x))
+    return torch.add(x, b.mlp(b.n2(x)), alpha=0.0)
+
+
 UNKNOWN = {
+    "silent": (silent, "it is multiplied by 0 before it is added"),
+    "shared": (shared, "what is added there goes elsewhere too"),
+    "used": (used, "what is added there goes elsewhere too"),
     "fused": (fused, "'addmm' multiplies and adds at once"),
     "gated": (gated, "multiplied by a factor that 'tanh' computes, which may be 0"),
     "zero": (zero, "multiplied by a parameter that has zeros"),
@@ -225,11 +245,13 @@ def test_positions_are_no_memory():
     assert [p.kind for p in seen.sublayers] == ["attention"] and seen.notes == ()
 
 
-def test_torch_layers_with_tokens_first():
-    """The fused path of torch's encoder layer is not taken where hooks are set; its streams are (L, B, D) here."""
-    layer = nn.TransformerEncoderLayer(8, 2, 16)
-    encoder = see(layer, X.transpose(0, 1), stream="src")
-    assert parts(encoder) == [("attention", "self_attn>", "self_attn", 0), ("mlp", "linear1>", "linear2", 0)]
+def test_torch_layers():
+    """The fused path of torch's encoder layer is not taken where hooks are set; streams may be (L, B, D)."""
+    for first in (True, False):
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=first)
+        encoder = see(layer, X if first else X.transpose(0, 1), stream="src")
+        assert parts(encoder) == [("attention", "self_attn>", "self_attn", 0), ("mlp", "linear1>", "linear2", 0)]
+        assert encoder.complete and encoder.deterministic and torch.backends.mha.get_fastpath_enabled()
     decoder = see(nn.TransformerDecoderLayer(8, 2, 16), X.transpose(0, 1), torch.randn(3, 2, 8), stream="tgt")
     assert [p.kind for p in decoder.sublayers] == ["attention", "cross-attention", "mlp"] and decoder.complete
 
@@ -246,6 +268,18 @@ def test_tokens_that_all_look_at_themselves_do_not_make_an_mlp():
 
     seen = see(Parts(alone), X)
     assert seen.sublayers == () and "no token moved another one" in seen.notes[0]
+
+
+def test_tokens_in_one_row_are_told():
+    """OPT: the feed-forward part works on (B L, D), in and out."""
+
+    def flat(b: Parts, x: Tensor) -> Tensor:
+        x = (x + b.attn(b.n1(x))).view(-1, 8)
+        return (x + b.mlp(b.n2(x))).view(2, 5, 8)
+
+    seen = see(Parts(flat), X)
+    assert parts(seen) == [("attention", "n1>", "attn", 0), ("mlp", "n2>", "mlp", 0)] and seen.complete
+    assert len(seen.notes) == 1 and "puts its part out in the shape (10, 8)" in seen.notes[0]
 
 
 def test_dead_parts_stay_unknown():
@@ -278,6 +312,8 @@ def test_what_is_made_anew_is_told():
     seen = see(Parts(weights), X)
     assert seen.made == (1,) and not seen.keeps_shape and seen.complete and len(seen.sublayers) == 2
     assert "element 1 of what it returns is none of its arguments" in seen.notes[0]
+    second = see(Parts(lambda b, x: (None, pre(b, x))), X)
+    assert second.sublayers == () and not second.keeps_shape and not second.complete
     shaped = see(Parts(lambda b, x: {"out": pre(b, x)}), X)
     assert not shaped.keeps_shape and "it returns a dict" in shaped.notes[0]
 

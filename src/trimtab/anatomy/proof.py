@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy.parts import Block, Sublayer, Tap
-from trimtab.anatomy.provenance import Node, Trace, rerun
+from trimtab.anatomy.provenance import Node, Trace, elements, rerun
 from trimtab.anatomy.residual import Sum, ancestors
 
 Kind = Literal["attention", "cross-attention", "mlp"]
@@ -72,7 +72,7 @@ class Proof:
         """Those of the parts that can be proved, in their order; a note for each other one."""
         if not parts:
             return []
-        before, plain = self._run(watch=[p.total.node for p in parts], taps=list({p.write for p in parts}))
+        before, plain, _ = self._run(watch=[p.total.node for p in parts], taps=list({p.write for p in parts}))
         found = []
         for part in parts:
             assert part.read is not None
@@ -83,24 +83,29 @@ class Proof:
                 self.note(f"the part that '{part.write.path}' puts out stays unknown: {error}")
         return found
 
-    def _run(self, **options: Any) -> tuple[dict[Node, Tensor], dict[Tap, Tensor]]:
+    def _run(self, **options: Any) -> tuple[dict[Node, Tensor], dict[Tap, Tensor], Any]:
         torch.manual_seed(self.SEED)
-        seen, kept, _ = rerun(self.model, self.block.path, self.args, self.kwargs, **options)
-        return seen, kept
+        return rerun(self.model, self.block.path, self.args, self.kwargs, **options)
 
     def _arrives(self, part: Part, plain: Tensor, before: dict[Node, Tensor]) -> None:
-        """Unknown unless what is added at a part's write arrives in the sum."""
+        """Unknown unless what is added at a part's write arrives in the sum, and nowhere else."""
         total = part.total.node
         if total not in before:
             raise Unknown("the block takes another way each time it runs")
         delta = torch.randn(plain.shape, device=plain.device, dtype=plain.dtype) * size(before[total])
-        after, _ = self._run(watch=[total], add=(part.write, delta))
+        after, _, out = self._run(watch=[total], add=(part.write, delta))
         if total not in after:
             raise Unknown("the block takes another way when something is added there")
         for factor in part.factors:
             delta = delta * factor
+        if not bool(delta.any()):
+            raise Unknown("it is multiplied by 0 before it is added")
         if not _moved_by(before[total], after[total], delta.reshape(before[total].shape)):
             raise Unknown("what is added there does not arrive in the sum as it is")
+        _, _, direct = self._run(at=total, by=delta)
+        for (key, one), (_, two) in zip(elements(out), elements(direct), strict=True):
+            if isinstance(one, Tensor) and one.is_floating_point() and not _moved_by(one, two, torch.zeros_like(one)):
+                raise Unknown(f"what is added there goes elsewhere too, not only into the sum (output {key})")
 
     def _kind(self, part: Part, plain: Tensor) -> Kind:
         assert part.start is not None
@@ -136,7 +141,7 @@ class Proof:
                 # One step for all tokens, that a mean over tokens shows, and one for each, that differences show.
                 by = torch.randn(shape, generator=generator) + torch.randn(shape[-1:], generator=generator)
                 by = by * chosen[..., None] * size(start.value)
-                _, kept = self._run(at=start, by=by.to(plain.device, start.value.dtype), taps=[part.write])
+                _, kept, _ = self._run(at=start, by=by.to(plain.device, start.value.dtype), taps=[part.write])
                 moved = (kept[part.write] - plain).nan_to_num().abs().amax(-1).cpu() > least
                 if bool(moved[~chosen].any()):
                     return True
@@ -262,5 +267,5 @@ def _moved_by(before: Tensor, after: Tensor, delta: Tensor) -> bool:
     """Whether a value has moved by `delta`, up to what rounding does to it."""
     finite = before.isfinite() & after.isfinite()
     eps = torch.finfo(before.dtype).eps
-    limit = eps**0.5 * (size(before) + delta.abs().max()) + 4 * eps * torch.maximum(before.abs(), after.abs())
+    limit = 2 * eps**0.5 * (size(before) + delta.abs().max()) + 4 * eps * torch.maximum(before.abs(), after.abs())
     return bool(finite.any()) and bool(((after - before - delta).abs() <= limit)[finite].all())
