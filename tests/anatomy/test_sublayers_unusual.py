@@ -33,7 +33,7 @@ class Parts(nn.Module):
 
     def __init__(self, how: Callable):
         super().__init__()
-        self.n1, self.n2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.n1, self.n2, self.n3 = (nn.LayerNorm(8) for _ in range(3))
         self.attn, self.mlp = Mixer(), nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
         self.drop = nn.Dropout(0.5)
         self.gate = nn.Parameter(torch.zeros(1))
@@ -167,10 +167,23 @@ def silent(b: Parts, x: Tensor) -> Tensor:
     return torch.add(x, b.mlp(b.n2(x)), alpha=0.0)
 
 
+def through_a_view(b: Parts, x: Tensor) -> Tensor:
+    x = x + b.attn(b.n1(x))
+    flat = x.view(-1, 8)
+    flat += b.mlp(b.n2(x)).view(-1, 8)
+    return x
+
+
+def at_two_places(b: Parts, x: Tensor) -> Tensor:
+    y = x + b.attn(b.n1(x))
+    return y + b.mlp(b.n2(x) + b.n3(y))
+
+
 UNKNOWN = {
+    "at two places": (at_two_places, "was computed from the stream at 2 places"),
     "silent": (silent, "it is multiplied by 0 before it is added"),
-    "shared": (shared, "what is added there goes elsewhere too"),
-    "used": (used, "what is added there goes elsewhere too"),
+    "shared": (shared, "it goes elsewhere too"),
+    "used": (used, "it goes elsewhere too"),
     "fused": (fused, "'addmm' multiplies and adds at once"),
     "gated": (gated, "multiplied by a factor that 'tanh' computes, which may be 0"),
     "zero": (zero, "multiplied by a parameter that has zeros"),
@@ -197,7 +210,8 @@ def none(b: Parts, x: Tensor) -> Tensor:
     return b.mlp(x)
 
 
-BROKEN = {"both": (both, "both sides of a sum in 'block' carry the stream on"),
+BROKEN = {"through a view": (through_a_view, "the stream cannot be followed through 'changed' in 'block'"),
+          "both": (both, "both sides of a sum in 'block' carry the stream on"),
           "none": (none, "the stream cannot be followed through 'addmm' in 'block.mlp.2'")}  # fmt: skip
 
 
@@ -207,6 +221,27 @@ def test_a_stream_that_cannot_be_followed_has_no_parts(name):
     seen = see(Parts(how), X)
     assert seen.sublayers == () and not seen.complete and seen.keeps_shape
     assert any(why in note for note in seen.notes), seen.notes
+
+
+def test_a_module_that_returns_its_part_after_the_sum_is_not_where_to_write():
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.inner = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> tuple:
+            y = self.inner(self.norm(x))
+            return x + y, y
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.late = Late()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.late(x)[0]
+
+    assert parts(see(Around(), X)) == [("mlp", "late.norm>", "late.inner", 0)]
 
 
 # --- kinds ------------------------------------------------------------------------------------------------------------
@@ -235,6 +270,21 @@ def test_cross_attention_is_told_from_attention():
     assert [n.split("argument ")[1][:8] for n in with_places.notes] == ["'memory'"]
 
 
+def test_memory_beside_the_stream_in_one_row_is_memory():
+    """Perceivers: tokens look at memory and at each other."""
+
+    def joined(b: Parts, x: Tensor, memory: Tensor) -> Tensor:
+        row = torch.cat([memory, b.n1(x)], 1)
+        return x + b.drop(F.scaled_dot_product_attention(b.n2(x), row @ b.weight, row @ b.weight))
+
+    class Joined(Parts):
+        def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+            return self.how(self, x, memory)
+
+    seen = see(Joined(joined), X, torch.randn(2, 3, 8))
+    assert [p.kind for p in seen.sublayers] == ["cross-attention"] and "'memory'" in seen.notes[0]
+
+
 def test_positions_are_no_memory():
     def placed(b: Parts, x: Tensor, places: Tensor) -> Tensor:
         normed = b.n1(x)
@@ -260,6 +310,8 @@ def test_one_token_does_not_tell_whether_tokens_mix():
     seen = see(Parts(pre), X[:, :1])
     assert seen.sublayers == () and not seen.complete
     assert sum("the example has one token" in note for note in seen.notes) == 2
+    row = see(Parts(lambda b, x: x + b.mlp(b.n2(x))), X[0, :1])
+    assert row.sublayers == () and "the example has one token" in row.notes[0]
 
 
 def test_tokens_that_all_look_at_themselves_do_not_make_an_mlp():

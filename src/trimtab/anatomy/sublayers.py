@@ -322,7 +322,7 @@ class _Watch:
             for key, value in call.outputs.items():
                 if root(value) is not node or value.shape != place.shape or not self.trace.once(call):
                     continue
-                if call.exit > place.total.node.index:  # it was changed in place since
+                if call.exit > place.total.node.index:  # it has been added before the module returns it
                     continue
                 handed_on = any(root(given) is node for given in call.inputs.values())
                 (passing if handed_on else computing).append(Tap(call.path, key=key))
