@@ -78,8 +78,9 @@ def see_sublayers(
         block: which; only `path` and `stream` are read.
         args: what it was called with by position in a forward pass, without a key-value cache; nothing is changed.
         kwargs: and by keyword.
-        memory: names, or positions, of arguments that come from another tower. Empty if that is not known: then a float
-            (B, M, C) that weights multiply before it meets the stream is taken for one, with a note.
+        memory: names, or positions, of all arguments that come from another tower. Empty if that is not known: then a
+            float (B, M, C) that weights multiply before it meets the stream is taken for one, with a note, if it gives
+            the values of an attention.
 
     Raises:
         AnatomyError: if a part of the block is in training mode, or if it was called without its stream.
