@@ -10,4 +10,5 @@ from trimtab.anatomy.taps import argument, pick, pre_hook, put, read, read_strea
 
 __all__ = ["Anatomy", "AnatomyError", "Block", "Modality", "SeenBlock", "Sublayer", "Tap", "Tower", "Weight",
            "argument", "arguments", "called_like", "describes", "mark_added", "mark_wraps", "parameter_names",
-           "part_of", "pick", "pre_hook", "put", "read", "read_stream", "rewrite", "see_sublayers", "unwrapped"]  # fmt: skip
+           "part_of", "pick", "pre_hook", "put", "read", "read_stream", "rewrite", "see_sublayers",
+           "unwrapped"]  # fmt: skip
