@@ -271,7 +271,7 @@ def test_one_row_does_not_tell_the_samples():
     assert all("one row" in dict(t.unknown)["samples"] for t in found.towers)
 
 
-def test_a_tower_that_does_not_run_is_left_out():
+def test_a_tower_that_does_not_run_is_said():
     model = hf.CLIPModel(hf.CLIPConfig(text_config=SIZE, vision_config={**SIZE, "image_size": 32, "patch_size": 16}))
 
     class Half(nn.Module):
@@ -282,8 +282,9 @@ def test_a_tower_that_does_not_run_is_left_out():
         def forward(self, words):
             return self.both.image_layers[0](None, self.both.words(words))
 
-    with pytest.raises(AnatomyError, match="no blocks were seen|misses"):
-        Anatomy.of(Half(), {"words": IDS})
+    (tower,) = (found := Anatomy.of(Half(), {"words": IDS})).towers
+    assert tower.modality == "text" and found.idle == ("both.text_layers",)
+    assert any("'both.text_layers': they did not run" in sentence for sentence in found.unknown())
     assert len(Anatomy.of(model).towers) == 2
 
 

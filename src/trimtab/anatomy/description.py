@@ -48,6 +48,7 @@ class Anatomy:
         ignored: path prefixes of repeated modules that are no blocks (a list of classifiers, say).
         source: how the description came about, for error messages and the table.
         seen: whether it was seen on an example, and not described by hand.
+        idle: of a seen one, lists of blocks that did not run on the example; they are `ignored` too.
     """
 
     towers: tuple[Tower, ...]
@@ -55,6 +56,7 @@ class Anatomy:
     ignored: tuple[str, ...] = field(default=(), metadata=PATH)
     source: str = field(default="given", compare=False)
     seen: bool = field(default=False, compare=False)
+    idle: tuple[str, ...] = field(default=(), metadata=PATH, compare=False)
 
     @classmethod
     def of(cls, model: nn.Module, example: Mapping[str, Any] | None = None) -> Anatomy:
@@ -93,7 +95,8 @@ class Anatomy:
             for b in t.blocks:
                 for fact, why in b.unknown:
                     found.setdefault((t.name, fact, why), []).append(b.path)
-        return [
+        idle = [f"the blocks in '{path}': they did not run on the example" for path in self.idle]
+        return idle + [
             f"{fact} of tower {tower!r}{f', {len(at)} of its blocks' if at else ''}: {why}"
             for (tower, fact, why), at in found.items()
         ]

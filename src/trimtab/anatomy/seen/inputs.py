@@ -179,7 +179,7 @@ def made_inputs(model: nn.Module) -> dict[str, Any] | None:
     """
     config = getattr(model, "config", None)
     first = next(model.parameters(), None)
-    if not hasattr(config, "to_dict") or type(first) not in (nn.Parameter,) or first.is_meta:
+    if config is None or not hasattr(config, "to_dict") or type(first) is not nn.Parameter or first.is_meta:
         return None
     known = signature(model)
     wanted = [k for k in known.named if k not in known.defaults]  # what it cannot do without

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ class Ends(NamedTuple):
     result: Tensor
 
 
-def ends(model: nn.Module, example: Example, towers: dict[str, Sequence[Link]]) -> dict[str, Ends]:
+def ends(model: nn.Module, example: Example, towers: Mapping[str, Sequence[Link]]) -> dict[str, Ends]:
     """One pass: of each tower what enters its first block and what its last block makes; without what did not run."""
     first, last = ({links[i].path: (name, links[i]) for name, links in towers.items()} for i in (0, -1))
     entries: dict[str, Tensor] = {}
@@ -53,7 +53,7 @@ def element(out: Any, where: tuple) -> Tensor:
     return out
 
 
-def leaks(model: nn.Module, changed: Example, first: dict[str, Ends], towers: dict[str, Sequence[Link]]
+def leaks(model: nn.Module, changed: Example, first: Mapping[str, Ends], towers: Mapping[str, Sequence[Link]]
           ) -> dict[str, bool]:  # fmt: skip
     """One pass: whether other tokens of a tower move when another thing stands at the hidden place.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy.parts import Block, Sublayer, Tap
-from trimtab.anatomy.seen.provenance import Node, Trace, rerun
+from trimtab.anatomy.seen.provenance import Node, Trace, elements, rerun
 from trimtab.anatomy.seen.residual import Sum, ancestors
 
 Kind = Literal["attention", "cross-attention", "mlp"]
@@ -57,51 +57,52 @@ class Proof:
         args: what it is called with by position.
         kwargs: and by keyword.
         trace: what was recorded of such a call, with the random numbers of `seed`.
-        source: the node of the block's stream.
         memory: names of arguments from other towers; empty if that is not known.
         note: called with a sentence for everything that is worth to know.
     """
 
     SEED = 1
 
-    def __init__(self, model: nn.Module, block: Block, args: tuple, kwargs: dict, trace: Trace, source: Node,
+    def __init__(self, model: nn.Module, block: Block, args: tuple, kwargs: dict, trace: Trace,
                  memory: set[str], note: Callable[[str], None]):  # fmt: skip
         self.model, self.block, self.args, self.kwargs = model, block, args, kwargs
-        self.trace, self.source, self.memory, self.note = trace, source, memory, note
+        self.trace, self.memory, self.note = trace, memory, note
 
     def sublayers(self, parts: list[Part]) -> list[Sublayer]:
         """Those of the parts that can be proved, in their order; a note for each other one."""
         if not parts:
             return []
-        before, plain = self._run(watch=[p.total.node for p in parts], taps=list({p.write for p in parts}))
+        before, plain, _ = self._run(watch=[p.total.node for p in parts], taps=list({p.write for p in parts}))
         found = []
         for part in parts:
             assert part.read is not None
             try:
-                self._arrives(part, before)
+                self._arrives(part, plain[part.write], before)
                 found.append(Sublayer(self._kind(part, plain[part.write]), part.read, part.write, part.stream))
             except Unknown as error:
                 self.note(f"the part that '{part.write.path}' puts out stays unknown: {error}")
         return found
 
-    def _run(self, **options: Any) -> tuple[dict[Node, Tensor], dict[Tap, Tensor]]:
+    def _run(self, **options: Any) -> tuple[dict[Node, Tensor], dict[Tap, Tensor], Any]:
         torch.manual_seed(self.SEED)
-        seen, kept, _ = rerun(self.model, self.block.path, self.args, self.kwargs, **options)
-        return seen, kept
+        return rerun(self.model, self.block.path, self.args, self.kwargs, **options)
 
-    def _arrives(self, part: Part, before: dict[Node, Tensor]) -> None:
-        """Unknown unless what is added at a part's write arrives in the sum."""
+    def _arrives(self, part: Part, plain: Tensor, before: dict[Node, Tensor]) -> None:
+        """Unknown unless adding something at a part's write is the same as adding it to the sum."""
         total = part.total.node
         if total not in before:
             raise Unknown("the block takes another way each time it runs")
-        delta = torch.randn_like(before[total]) * size(before[total])
-        after, _ = self._run(watch=[total], add=(part.write, delta))
-        if total not in after:
-            raise Unknown("the block takes another way when something is added there")
+        delta = torch.randn(plain.shape, device=plain.device, dtype=plain.dtype) * size(before[total])
+        _, _, out = self._run(add=(part.write, delta))
         for factor in part.factors:
             delta = delta * factor
-        if not _close(after[total] - before[total], delta, size(before[total])):
-            raise Unknown("what is added there does not arrive in the sum as it is")
+        if not bool(delta.any()):
+            raise Unknown("it is multiplied by 0 before it is added")
+        _, _, direct = self._run(at=total, by=delta)
+        for (key, one), (_, two) in zip(elements(out), elements(direct), strict=True):
+            if isinstance(one, Tensor) and one.is_floating_point() and not _alike(one, two):
+                raise Unknown(f"output {key} of the block is another one when something is added there than when it is "
+                              "added to the sum: it goes elsewhere too")  # fmt: skip
 
     def _kind(self, part: Part, plain: Tensor) -> Kind:
         assert part.start is not None
@@ -117,7 +118,7 @@ class Proof:
                     "with more tokens, or name the arguments that come from another tower"
                 )
             return "mlp"
-        if mixes and any(way.reads(query, self.trace.given[n]) for query, _ in way.products for n in names):
+        if mixes and any(query in way.made_of(self.trace.given[n]) for query, _ in way.products for n in names):
             raise Unknown(f"it mixes tokens and reads {', '.join(names)} for more than keys and values")
         return "cross-attention"
 
@@ -128,15 +129,16 @@ class Proof:
             Unknown: if none moves at all, or if there is only one.
         """
         generator = torch.Generator().manual_seed(0)
-        shape = part.total.node.shape
-        least = size(plain, largest=True) * torch.finfo(plain.dtype).eps ** 0.5
+        shape = plain.shape
+        eps = torch.finfo(plain.dtype).eps
+        least = (plain.nan_to_num().abs().amax(-1) * eps**0.5).clamp_min(size(plain) * eps).cpu()
         moves = False
         for some in _halves(shape[:-1], generator):
             for chosen in (some, ~some):
                 # One step for all tokens, that a mean over tokens shows, and one for each, that differences show.
                 by = torch.randn(shape, generator=generator) + torch.randn(shape[-1:], generator=generator)
                 by = by * chosen[..., None] * size(start.value)
-                _, kept = self._run(at=start, by=by.to(plain.device, start.value.dtype), taps=[part.write])
+                _, kept, _ = self._run(at=start, by=by.to(plain.device, start.value.dtype), taps=[part.write])
                 moved = (kept[part.write] - plain).nan_to_num().abs().amax(-1).cpu() > least
                 if bool(moved[~chosen].any()):
                     return True
@@ -153,16 +155,16 @@ class Proof:
         That is a float (B, M, C) or (M, B, C) that weights multiply before it meets the stream. Position embeddings
         may be so too: where there is attention, it must give the values, else no token may have moved another one.
         """
-        others = {n: g for n, g in self.trace.given.items() if g in way.nodes and g is not self.source}
+        others = {n: g for n, g in self.trace.given.items() if g in way.nodes and g is not way.start}
         if self.memory:
             return [n for n in others if n.split(".")[0] in self.memory]
         found = []
         for name, given in others.items():
-            shape, own = given.shape, self.source.shape
-            batched = len(shape) == 3 and (shape[0] == own[0] or (shape[1] == own[1] and not mixes))
+            shape, own = given.shape, way.start.shape
+            batched = len(shape) == 3 and (shape[0] == own[0] or shape[1] == own[1])
             if not batched or not given.value.is_floating_point() or not way.weighs(given):
                 continue
-            if any(way.reads(value, given) for _, value in way.products) if way.products else not mixes:
+            if any(value in way.made_of(given) for _, value in way.products) if way.products else not mixes:
                 found.append(name)
                 self.note(f"its argument {name!r} is taken for another tower's output: it has the shape (B, M, C), and "
                           "weights multiply it before it meets the stream")  # fmt: skip
@@ -180,29 +182,43 @@ class _Way:
     def __init__(self, value: Node, start: Node):
         self.start = start
         self.nodes = ancestors(value, {start})
+        self._children: dict[Node, list[Node]] = {}
+        for node in self.nodes - {start}:
+            for parent in node.parents:
+                self._children.setdefault(parent, []).append(node)
+        self._made: dict[Node, set[Node]] = {}
         self.products = [pair for node in self.nodes if (pair := self._attention(node)) is not None]
 
-    def reads(self, node: Node, given: Node) -> bool:
-        """Whether a value was computed from an argument, on this way."""
-        return given in self._behind(node)
+    def made_of(self, given: Node) -> set[Node]:
+        """What was computed from a value, on this way; the value included."""
+        if given not in self._made:
+            found, todo = {given}, [given]
+            while todo:
+                new = [n for n in self._children.get(todo.pop(), ()) if n not in found]
+                found.update(new)
+                todo.extend(new)
+            self._made[given] = found
+        return self._made[given]
 
     def weighs(self, given: Node) -> bool:
         """Whether weights multiply an argument that has not met the stream, but for standing beside it in one row."""
-        return any(self._beside(side, given) for n in self.nodes if (side := _weighed(n)) is not None)
-
-    def _behind(self, node: Node) -> set[Node]:
-        return ancestors(node, {self.start})
+        return any(self._beside(side, given) for n in self.made_of(given) if (side := _weighed(n)) is not None)
 
     def _beside(self, node: Node, given: Node) -> bool:
-        while node is not given:
-            sides = [p for p in node.parents if given in self._behind(p)]
-            if not sides:
-                return False
-            others = (p for p in node.parents if p not in sides)
-            if len(sides) > 1 or (node.op != "cat" and any(self.start in self._behind(p) for p in others)):
-                return False
-            (node,) = sides
-        return True
+        """Whether a value was made of an argument alone, or of it and the stream in one row."""
+        todo, done = [node], set()
+        while todo:
+            node = todo.pop()
+            if node is given:
+                return True
+            if node in done or node not in self.made_of(given):
+                continue
+            done.add(node)
+            if node.op == "cat" or node not in self.made_of(self.start):
+                todo.extend(node.parents)
+            elif len(whole := [p for p in _data(node) if p.shape == node.shape or len(_data(node)) == 1]) == 1:
+                todo.extend(whole)  # a norm multiplies a value by its own mean
+        return False
 
     def _attention(self, node: Node) -> tuple[Node, Node] | None:
         if "scaled_dot_product" in node.op or node.op == "_native_multi_head_attention":
@@ -210,10 +226,10 @@ class _Way:
         if node.op not in ("bmm", "baddbmm", "matmul"):
             return None
         weights, value = [a for a in node.args if isinstance(a, Node)][-2:]
-        if not value.sources:
+        if not value.sources or not weights.sources:
             return None
-        scores = [n for n in self._behind(weights) if n.op in ("_softmax", "_safe_softmax")]
-        products = {n for s in scores for n in self._behind(s) if n.op in ("bmm", "baddbmm", "matmul")}
+        scores = [n for n in ancestors(weights, {self.start}) if n.op in ("_softmax", "_safe_softmax")]
+        products = {n for s in scores for n in ancestors(s, {self.start}) if n.op in ("bmm", "baddbmm", "matmul")}
         queries = [[a for a in n.args if isinstance(a, Node)][-2] for n in products if len(_data(n)) > 1]
         return (queries[0], value) if queries else None
 
@@ -238,17 +254,15 @@ def _halves(shape: torch.Size, generator: torch.Generator) -> Iterator[Tensor]:
     yield some.view(shape)
 
 
-def size(value: Tensor, largest: bool = False) -> float:
-    """The usual size of a value's elements, or the largest; 1 if they are all 0."""
+def size(value: Tensor) -> float:
+    """The usual size of a value's elements; 1 if they are all 0."""
     finite = value[value.isfinite()].float().abs()
-    if not len(finite):
-        return 1.0
-    return float(finite.max() if largest else finite.mean()) or 1.0
+    return (float(finite.mean()) if len(finite) else 0.0) or 1.0
 
 
-def _close(moved: Tensor, expected: Tensor, usual: float) -> bool:
-    finite = moved.isfinite()
-    if not bool(finite.any()):
-        return False
-    limit = torch.finfo(moved.dtype).eps ** 0.5 * (usual + float(expected.abs().max()))
-    return bool(((moved - expected)[finite].abs() <= limit).all())
+def _alike(one: Tensor, two: Tensor) -> bool:
+    """Whether two values differ by no more than rounding."""
+    finite = one.isfinite() & two.isfinite()
+    eps = torch.finfo(one.dtype).eps
+    limit = 2 * eps**0.5 * size(one) + 4 * eps * torch.maximum(one.abs(), two.abs())
+    return bool(finite.any()) and bool(((one - two).abs() <= limit)[finite].all())

@@ -69,6 +69,10 @@ class Stream:
     sums: list[Sum]
     notes: list[str]
 
+    @property
+    def source(self) -> Node:
+        return self.nodes[0]
+
 
 class BrokenStream(Exception):
     """What a block returns does not come from its argument by sums; the message says where that ends."""

@@ -8,7 +8,8 @@ the stream are changed tells whether the part mixes tokens. Names of modules dec
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -77,26 +78,46 @@ def see_sublayers(
         block: which; only `path` and `stream` are read.
         args: what it was called with by position in a forward pass, without a key-value cache; nothing is changed.
         kwargs: and by keyword.
-        memory: names, or positions, of arguments that come from another tower. Empty if that is not known: then a float
-            (B, M, C) that weights multiply before it meets the stream is taken for one, with a note.
+        memory: names, or positions, of all arguments that come from another tower. Empty if that is not known: then a
+            float (B, M, C) that weights multiply before it meets the stream is taken for one, with a note, if it gives
+            the values of an attention.
 
     Raises:
         AnatomyError: if a part of the block is in training mode, or if it was called without its stream.
     """
     module = module_at(model, block.path)
-    if training := next((n for n, m in module.named_modules() if m.training), None):
+    if (training := next((n for n, m in module.named_modules() if m.training), None)) is not None:
         raise AnatomyError(
             f"block '{block.path}': expected it in evaluation mode, found '{training or 'itself'}' in training mode: "
             "call model.eval() first"
         )
     block.stream_of(module, args, kwargs)
-    with torch.no_grad(), torch.random.fork_rng(devices=_devices(args, kwargs)):
+    with torch.no_grad(), torch.random.fork_rng(devices=_devices()), _module_by_module():
         return _Watch(model, block, args, kwargs, memory).see()
 
 
-def _devices(args: tuple, kwargs: dict) -> list[int]:
-    found = {t.get_device() for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_cuda}
-    return sorted(found)
+@contextmanager
+def _module_by_module() -> Iterator[None]:
+    """Torch's transformer layers compute all at once where no hook is set; what a method sets hooks on does not."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _devices() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A sum on a stream, and the shape in which its values are looked for."""
+
+    stream: Stream
+    total: Sum
+    shape: torch.Size
 
 
 class _Watch:
@@ -119,15 +140,15 @@ class _Watch:
         same = _equal(first, self.trace.output)
         self.source = self.trace.given[self.stream_argument]
         also, made = self._returned()
-        out = next(iter(self.trace.outputs.values()), None)
+        out = self.trace.outputs.get(next((key for key, _ in elements(self.trace.output)), 0))
         keeps = also is not None and not made and out is not None and out.shape == self.source.shape
         axis = None if out is None else self._axis(out)
         layout = self._layout(axis)
-        found, complete = self._parts(out, also or ()) if out is not None else ([], False)
-        if (found or complete) and (why := self._unprovable(same, layout, axis)):
+        found, complete = ([], False) if out is None or layout == "grid" else self._parts(out, also or ())
+        if (found or complete or layout == "grid") and (why := self._unprovable(same, layout, axis)):
             self._note(why)
             found, complete = [], False
-        proof = Proof(self.model, self.block, self.args, self.kwargs, self.trace, self.source, self.memory, self._note)
+        proof = Proof(self.model, self.block, self.args, self.kwargs, self.trace, self.memory, self._note)
         sublayers = proof.sublayers(found)
         return SeenBlock(
             self.block.path, tuple(sublayers), complete and len(sublayers) == len(found), keeps,
@@ -242,69 +263,67 @@ class _Watch:
         if total.addend is None:
             self._note(f"{where}'{total.node.op}' multiplies and adds at once, so that no module puts it out")
             return [], False
-        try:
-            parts = self._addends(total.addend, total)
-        except Unknown as error:
-            self._note(where + str(error))
-            return [], False
-        found = []
-        for part in parts:
+        why = ""
+        for shape in dict.fromkeys((stream.source.shape, total.node.shape)):  # as it is, else as the sum has it
             try:
-                found.append(self._reading(stream, part, number))
+                place = _Place(stream, total, shape)
+                found = [self._reading(part, place, number) for part in self._addends(total.addend, place)]
             except Unknown as error:
-                self._note(where + str(error))
-        return found, len(found) == len(parts)
+                why = why or str(error)
+                continue
+            if shape != stream.source.shape:
+                self._note(f"'{found[0].write.path}' puts its part out in the shape {tuple(shape)}, the tokens of all "
+                           "samples in one row")  # fmt: skip
+            return found, True
+        self._note(where + why)
+        return [], False
 
-    def _addends(self, node: Node, total: Sum) -> list[Part]:
+    def _addends(self, node: Node, place: _Place) -> list[Part]:
         """The values of modules that a node is the sum of; Unknown if it is not one of such values."""
         node = root(node)
-        if self.source.sources.isdisjoint(node.sources) and not self._streams() & node.sources:
+        if place.stream.source.sources.isdisjoint(node.sources):
             raise Unknown("it does not depend on the stream")
-        computing, passing = self._putting_out(node, total)
+        computing, passing = self._putting_out(node, place)
         if computing:
-            return [Part(computing[0], node, total, (total.factor,))]
+            return [Part(computing[0], node, place.total, (place.total.factor,))]
         if (pair := summed(node)) is not None:
             try:
-                found = [p for side, factor in pair for p in self._times(self._addends(side, total), factor)]
-                return [replace(p, value=root(p.value)) for p in found]
+                return [p for side, factor in pair for p in self._times(self._addends(side, place), factor)]
             except Unknown:
                 if not passing:
                     raise
         if passing:
-            return [Part(passing[-1], node, total, (total.factor,))]
+            return [Part(passing[-1], node, place.total, (place.total.factor,))]
         if (inner := shifted(node)) is not None:
-            return self._addends(inner, total)
+            return self._addends(inner, place)
         if (times := scaled(node)) is not None:
             value, factor = times
             known = factor_of(factor, self.own) if isinstance(factor, Node) else factor
             if isinstance(known, str):
                 raise Unknown(known)
-            found = self._times(self._addends(value, total), known)
+            found = self._times(self._addends(value, place), known)
             self._note(f"what '{found[0].write.path}' puts out is multiplied by a fixed factor before it is added to "
                        "the stream, and what is added to it is too")  # fmt: skip
             return found
         raise Unknown(f"no module that runs once puts it out in the shape of the stream (it comes from '{node.op}' in "
                        f"'{node.where}')")  # fmt: skip
 
-    def _streams(self) -> frozenset[str]:
-        return frozenset(n for n, g in self.trace.given.items() if g.shape == self.source.shape)
-
     @staticmethod
     def _times(parts: list[Part], factor: Tensor | float) -> list[Part]:
         return [replace(p, factors=(*p.factors, factor)) for p in parts]
 
-    def _putting_out(self, node: Node, total: Sum) -> tuple[list[Tap], list[Tap]]:
+    def _putting_out(self, node: Node, place: _Place) -> tuple[list[Tap], list[Tap]]:
         """Outputs of modules that are this value: of those that compute it, outermost first; of those that hand it on.
 
-        Only in the shape of the sum, and of modules that are called once: a hook there meets this value alone.
+        Only in that shape, and of modules that are called once: a hook there meets this value alone.
         """
         computing: list[Tap] = []
         passing: list[Tap] = []
         for call in self.trace.calls[1:]:
             for key, value in call.outputs.items():
-                if root(value) is not node or value.shape != total.node.shape or not self.trace.once(call):
+                if root(value) is not node or value.shape != place.shape or not self.trace.once(call):
                     continue
-                if call.exit > total.node.index:
+                if call.exit > place.total.node.index:  # it has been added before the module returns it
                     continue
                 handed_on = any(root(given) is node for given in call.inputs.values())
                 (passing if handed_on else computing).append(Tap(call.path, key=key))
@@ -312,35 +331,35 @@ class _Watch:
 
     # --- where a part reads -------------------------------------------------------------------------------------------
 
-    def _reading(self, stream: Stream, part: Part, number: int) -> Part:
-        on_way = set(stream.nodes)
+    def _reading(self, part: Part, place: _Place, number: int) -> Part:
+        on_way = set(place.stream.nodes)
         behind = ancestors(part.value, on_way)
-        starts = [n for n in stream.nodes if n in behind]
+        starts = [n for n in place.stream.nodes if n in behind]
         if not starts:
             raise Unknown(f"what '{part.write.path}' puts out does not depend on the stream")
         if len(starts) > 1:
             raise Unknown(f"what '{part.write.path}' puts out was computed from the stream at {len(starts)} places")
         (start,) = starts
-        tap = self._taking_in(start, behind, part.total) or self._given_out(start, part)
+        tap = self._taking_in(start, behind, place) or self._given_out(start, part, place)
         if tap is None:
             raise Unknown(f"no module takes the stream in where the part before '{part.write.path}' begins")
         return replace(part, read=tap, start=start, stream=number)
 
-    def _taking_in(self, start: Node, behind: set[Node], total: Sum) -> Tap | None:
+    def _taking_in(self, start: Node, behind: set[Node], place: _Place) -> Tap | None:
         """The first and outermost module that takes the stream in and leads to the part, without the sum itself."""
         for call in self.trace.calls[1:]:
-            if call.enter <= total.node.index < call.exit or not self.trace.once(call):
+            if call.enter <= place.total.node.index < call.exit or not self.trace.once(call):
                 continue
             if not any(root(v) in behind and root(v) is not start for v in call.outputs.values()):
                 continue
             for key, value in call.inputs.items():
-                if root(value) is start and value.shape == total.node.shape:
+                if root(value) is start and value.shape == place.shape:
                     return Tap(call.path, "input", key)
         return None
 
-    def _given_out(self, start: Node, part: Part) -> Tap | None:
+    def _given_out(self, start: Node, part: Part, place: _Place) -> Tap | None:
         """The outermost module that puts the stream out there; the block itself where its argument is meant."""
-        if start.op == "argument":
+        if start.op == "argument" and start.shape == place.shape:
             name = next(iter(start.sources))
             names = parameter_names(self.module)
             key = names.index(name) if name in names[: len(self.args)] else name
@@ -348,7 +367,7 @@ class _Watch:
         written = next(c.exit for c in self.trace.calls if c.path == part.write.path)
         for call in self.trace.calls[1:]:
             for key, value in call.outputs.items():
-                if root(value) is start and value.shape == part.total.node.shape and call.exit <= written:
+                if root(value) is start and value.shape == place.shape and call.exit <= written:
                     return Tap(call.path, key=key) if self.trace.once(call) else None
         return None
 

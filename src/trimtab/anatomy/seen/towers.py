@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -44,6 +44,21 @@ class SeenTower:
             for name, traces in link.call.given.items():
                 if name != link.name:
                     yield from ((name, t) for t in traces)
+
+
+_NUMBERS = {"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "block_index", "idx", "index"}
+
+
+def likeness(link: Link) -> Hashable:
+    """What blocks have in common that compute in the same way: class, shapes, plain settings, what they are given."""
+    module = link.call.module
+    settings = [
+        (path, type(m).__name__, key, value) for path, m in module.named_modules() for key, value in vars(m).items()
+        if isinstance(value, (bool, int, float, str)) and not key.startswith("_") and key not in _NUMBERS
+    ]  # fmt: skip
+    shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+    given = tuple((name, tuple(t.shape for t in traces)) for name, traces in link.call.given.items())
+    return type(module), shapes, tuple(settings), given, link.call.size
 
 
 def copied(held: tuple[tuple, dict]) -> tuple[tuple, dict]:

@@ -6,19 +6,29 @@ What could not be seen is noted as unknown, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
 
 from trimtab.anatomy.description import Anatomy
-from trimtab.anatomy.parts import Block, Modality, Tap, Tower
+from trimtab.anatomy.parts import Block, Modality, Tap, Tower, with_paths
 from trimtab.anatomy.seen.chains import Link, candidates, chains
 from trimtab.anatomy.seen.inputs import Hidden, kind_of, ready, watched
 from trimtab.anatomy.seen.probe import Ends, Sight, leaks, sight
 from trimtab.anatomy.seen.record import Call, Example, Recording, Trace, record, shapes
 from trimtab.anatomy.seen.sublayers import see_sublayers
-from trimtab.anatomy.seen.towers import SeenTower, block_of, closed, compress, copied, layout_of, numbers, stem
+from trimtab.anatomy.seen.towers import (
+    SeenTower,
+    block_of,
+    closed,
+    compress,
+    copied,
+    layout_of,
+    likeness,
+    numbers,
+    stem,
+)
 from trimtab.anatomy.structure import AnatomyError, plain_modules, refuse_wrapper, repeated, under
 
 
@@ -64,6 +74,8 @@ class _Watch:
         self, model: nn.Module, example: Example, hidden: Hidden, recording: Recording, found: list[list[Link]]
     ):
         self.model, self.example, self.hidden, self.recording = model, example, hidden, recording
+        self.kinds: dict[Hashable, Block] = {}  # of blocks that are alike, the first, with its parts
+        self.sights: dict[Hashable, Sight] = {}
         self.towers = [self._begin(links) for links in found]
         self._name()
         for tower in self.towers:
@@ -169,8 +181,10 @@ class _Watch:
             ) and not any(p.startswith(f"{d}.") for d in described)
         )  # fmt: skip
         ignored += tuple(sorted({link.path.rpartition(".")[0] for t in self.towers for link in t.links[t.used :]}))
+        ran = {call.path for call in self.recording.calls}
+        idle = tuple(p for p, children in repeated(self.model) if not ran & set(children))
         source = f"seen on an example ({shapes(self.example)})"
-        return Anatomy(towers, tuple(heads), ignored, source, seen=True)
+        return Anatomy(towers, tuple(heads), ignored, source, seen=True, idle=idle)
 
     def _tower(self, tower: SeenTower, scope: tuple[str, ...]) -> Tower:
         links = tower.links[: tower.used]
@@ -199,7 +213,16 @@ class _Watch:
         )  # fmt: skip
 
     def _parts(self, tower: SeenTower, block: Block, link: Link) -> Block:
-        """With the parts that are seen in a block, which runs alone."""
+        """With the parts that are seen in a block, which runs alone; of blocks of one kind, in the first."""
+        kind = likeness(link)
+        if kind in self.kinds:
+            old, path = self.kinds[kind], block.path
+            moved = with_paths(old.sublayers, lambda p: path + p.removeprefix(old.path))
+            return replace(block, sublayers=moved, unknown=tuple(dict.fromkeys((*block.unknown, *old.unknown))))
+        self.kinds[kind] = found = self._seen_parts(tower, block, link)
+        return found
+
+    def _seen_parts(self, tower: SeenTower, block: Block, link: Link) -> Block:
         if link.call.held is None or (block.unknown and block.unknown[0][0] == "blocks"):
             return block
         memory = {name for name, _ in tower.beside}
@@ -229,15 +252,16 @@ class _Watch:
         assert link.call.held is not None
         return not bool(block.stream_of(link.call.module, *link.call.held).any())
 
-    def _causal(
-        self, tower: SeenTower, links: Sequence[Link], blocks: list[Block], layout: str
-    ) -> bool:
+    def _causal(self, tower: SeenTower, links: Sequence[Link], blocks: list[Block], layout: str) -> bool:
         """Whether a token sees only those before it: in every block in which tokens mix, no earlier one moves."""
         if layout != "tokens" or len(links[0].stream.shape) < 2:
             return False
         found: list[Sight] = []
         for block, link in zip(blocks, links, strict=True):
-            seen = sight(self.model, block, link) if link.call.held is not None else Sight(problem="it was not kept")
+            kind = likeness(link)
+            if kind not in self.sights:
+                self.sights[kind] = sight(self.model, block, link)
+            seen = self.sights[kind]
             if seen.problem:
                 tower.unknown["causal"] = f"'{block.path}': {seen.problem}"
             found.append(seen)
