@@ -160,13 +160,14 @@ class Pruner(Method):
         if self.settings.n_of_m:
             _, group = self.settings.n_of_m
             kept = math.ceil(group * (1 - sparsity) - 1e-6)
-            return {w: largest_of_each(s, group, kept) for w, s in scores.items()}
+            return {w: largest_of_each(s, group, kept, weights[w]) for w, s in scores.items()}
         counts = self.counts(scores, weights, sparsity)
-        return {w: self.remove(s, counts[w]) for w, s in scores.items()}
+        return {w: self.remove(s, counts[w], weights[w]) for w, s in scores.items()}
 
-    def remove(self, scores: Tensor, count: int) -> Tensor:
-        """The mask (out, in) of one tensor that gives `count` weights."""
-        return smallest(scores, count)
+    def remove(self, scores: Tensor, count: int, weight: Tensor) -> Tensor:
+        """The mask (out, in) of one tensor that gives exactly `count` weights: those of the smallest scores, of equal
+        ones the smallest weights."""
+        return smallest(scores, count, weight)
 
     def check(self, masks: Masks, anatomy: Anatomy) -> None:
         """Raise a ValueError if a whole tower is gone, unless the settings allow it."""

@@ -67,7 +67,16 @@ class TAMT(Pruner):
         for sparsity in sparsities:
             *_, (_, last) = self.trace(calibration, sparsity)
             values = {w: v.abs() for w, v in last.items()}
-            yield found_masks(self.cut(values, values, sparsity))
+            yield found_masks(self.cut(values, self.prunable(calibration), sparsity))
+
+    def counts(self, scores: Values, weights: Values, sparsity: float) -> dict[Weight, int]:
+        """As every pruner; as the authors count if `faithful`: all that equals the threshold goes."""
+        found = super().counts(scores, weights, sparsity)
+        count = sum(found.values())
+        if not self.settings.faithful or not count:
+            return found
+        threshold = kth_smallest(list(scores.values()), count)
+        return {w: int((s <= threshold).sum()) for w, s in scores.items()}
 
     def trace(self, calibration: Calibration, sparsity: float) -> Iterator[tuple[Values, Values]]:
         """Mask values (out, in) at the start and now, after each step of the optimiser."""
