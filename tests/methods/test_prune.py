@@ -95,8 +95,11 @@ def test_what_a_threshold_takes_from_tensors_is_what_they_then_give(seed):
     count = int(torch.randint(1, 17 * 7, (), generator=draw))
     given = below(scores, count, weights)
     assert sum(given) == count
-    keys = [list(zip(s.flatten().tolist(), w.flatten().tolist(), strict=True)) for s, w in zip(scores, weights, strict=True)]
-    last = sorted(sum(keys, []))[count - 1]
+    keys = [
+        [(float(a), float(b)) for a, b in zip(s.flatten(), w.flatten(), strict=True)]
+        for s, w in zip(scores, weights, strict=True)
+    ]
+    last = sorted(k for own in keys for k in own)[count - 1]
     for own, number, score, weight in zip(keys, given, scores, weights, strict=True):
         assert sum(k < last for k in own) <= number <= sum(k <= last for k in own)
         gone = ~smallest(score, number, weight)

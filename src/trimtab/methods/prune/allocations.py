@@ -4,7 +4,8 @@
 
 Both arguments are dictionaries over the same prunable matrices (out, in) in the order of the anatomy. A threshold over
 several tensors is the k-th smallest score of them all, k = int(sparsity * their number), and exactly k weights go: of
-those that equal it the smaller ones (`selection.below`). The published pruners let all of these go. Adding an allocation is one function with `@ALLOCATIONS.register(name)`.
+those that equal it the smaller ones (`selection.below`). The published pruners let all of these go.
+Adding an allocation is one function with `@ALLOCATIONS.register(name)`.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from trimtab.methods.prune.allocations import ALLOCATIONS
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import Evidence, collect
 from trimtab.methods.prune.masks import VALUES, Masks, keep_zeros
-from trimtab.methods.prune.prunable import left_out, matrices, prunable
+from trimtab.methods.prune.prunable import check_stored, left_out, matrices, prunable
 from trimtab.methods.prune.scores import SCORES
 from trimtab.methods.prune.selection import largest_of_each, smallest
 from trimtab.methods.prune.settings import DEFAULT_SPARSITY, PruneSettings
@@ -79,8 +79,8 @@ class Pruner(Method):
         """
         plain, anatomy = calibration.plain, calibration.anatomy
         _, group = self.settings.n_of_m or (1, 1)
-        weights = self.matrices(plain, anatomy)
-        self._warn(plain, anatomy, weights)
+        weights = list(self.prunable(calibration))
+        self._warn(calibration, weights)
         for weight in weights:
             _, inputs = rows_and_columns(plain, weight)
             if inputs % group:
@@ -103,15 +103,17 @@ class Pruner(Method):
             found.found_by = self.name
             yield found.from_first_process()
 
-    def _warn(self, model: nn.Module, anatomy: Anatomy, weights: list[Weight]) -> None:
+    def _warn(self, calibration: Calibration, weights: list[Weight]) -> None:
         """Warn if much of the blocks is stored in a way that this pruner leaves whole."""
-        share, first = left_out(model, anatomy, weights)
+        share, first = left_out(calibration.plain, calibration.anatomy, weights)
         if share > 0.05:
-            experts = "" if self.takes_experts else "; experts of mixtures take scores of weights or gradients alone"
+            unseen = ""
+            if calibration.blind:
+                unseen = "; matrices that a module multiplies by itself are found where `batches` are given"
             convolutions = "" if self.settings.convolutions else "; for convolutions set `convolutions: true`"
             warnings.warn(
                 f"{self.name}: {share:.0%} of the weights in the towers' blocks stay whole, the first is '{first}': "
-                f"the sparsity is that of the others{experts}{convolutions}",
+                f"the sparsity is that of the others{unseen}{convolutions}",
                 stacklevel=2,
             )
 
@@ -132,20 +134,16 @@ class Pruner(Method):
             yield found_masks(self.cut(scores, weights, sparsity))
 
     def prunable(self, calibration: Calibration) -> dict[Weight, Tensor]:
-        """The prunable matrices (out, in) of the calibrated model, convolutions among them if the settings say so."""
-        return prunable(calibration.plain, calibration.anatomy, self.settings.convolutions, self.takes_experts)
+        """The prunable matrices (out, in) of the calibrated model, convolutions among them if the settings say so, and
+        those that its first batch shows."""
+        plain, anatomy, convolutions = calibration.plain, calibration.anatomy, self.settings.convolutions
+        check_stored(plain, anatomy, convolutions)
+        seen = calibration.seen(anatomy.weights(plain, convolutions))
+        return prunable(plain, anatomy, convolutions, seen)
 
     def matrices(self, model: nn.Module, anatomy: Anatomy) -> list[Weight]:
-        """What `prunable` finds, without the values."""
-        return matrices(model, anatomy, self.settings.convolutions, self.takes_experts)
-
-    @property
-    def takes_experts(self) -> bool:
-        """Whether experts of mixtures, whose inputs no hook sees, can be scored: by weights and gradients alone.
-
-        Patterns need to know on which axis the inputs lie, and models differ in that.
-        """
-        return not SCORES[self.score].needs & {"squares", "gram"} and self.settings.n_of_m is None
+        """What `prunable` finds without data, and without the values."""
+        return matrices(model, anatomy, self.settings.convolutions)
 
     def counts(self, scores: dict[Weight, Tensor], weights: dict[Weight, Tensor], sparsity: float) -> dict[Weight, int]:
         """How many weights each tensor gives, by the allocation that was set or the pruner's own."""
@@ -302,5 +300,13 @@ def summary(masks: Masks, anatomy: Anatomy) -> dict[str, Any]:
 
 def found_masks(masks: dict[Weight, Tensor], weights: dict[Weight, Tensor] | None = None) -> Masks:
     """Masks, and changed weights, from matrices (out, in)."""
-    changed = {w.path: w.stored(t) for w, t in (weights or {}).items()}
-    return Masks({w.path: w.stored(m) for w, m in masks.items()}, changed)
+    return Masks(_stored(masks), _stored(weights or {}))
+
+
+def _stored(matrices: dict[Weight, Tensor]) -> dict[str, Tensor]:
+    """Matrices (out, in) as their parameters store them, all experts of a parameter together."""
+    pieces: dict[str, list[Tensor]] = {}
+    stacks = {w.path for w in matrices if w.expert is not None}
+    for weight, matrix in matrices.items():
+        pieces.setdefault(weight.path, []).append(weight.stored(matrix))
+    return {path: torch.stack(several) if path in stacks else several[0] for path, several in pieces.items()}
