@@ -360,7 +360,7 @@ def test_everything_that_is_not_pruned_is_counted_by_what_it_is():
     model = mixtral()
     anatomy = Anatomy.of(model)
     weights = anatomy.weights(model)
-    kinds = {w.what.split(" (")[0]: w.numbers for w in left_whole(anatomy, model, weights)}
+    kinds = {w.what.split(" (")[0]: w.numbers for w in left_whole(anatomy, model)}
     pruned = {w.path: w.of(model).numel() for w in weights}
     assert sum(kinds.values()) + sum(pruned.values()) == sum(p.numel() for p in model.parameters())
     assert kinds["embeddings"] == 50 * 16 and kinds["of unknown use"] == 2 * 4 * 16  # the routers

@@ -7,7 +7,7 @@ matrix or a table of positions: only a forward pass shows it (`methods/prune/pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
@@ -23,6 +23,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _IN_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
+SHARED = "of layers that share them with embeddings or heads"
+
+
 class Whole(NamedTuple):
     """Parameters that are never pruned: what they are, how many numbers, how many parameters, and the first's path."""
 
@@ -30,6 +33,10 @@ class Whole(NamedTuple):
     numbers: int
     parameters: int
     first: str
+
+    def __str__(self) -> str:
+        several = f" and {self.parameters - 1} more" if self.parameters > 1 else ""
+        return f"{self.numbers:,} {self.what}: '{self.first}'{several}"
 
 
 def matrices(anatomy: Anatomy, model: nn.Module, convolutions: bool = False) -> list[Weight]:
@@ -113,19 +120,43 @@ def bare(anatomy: Anatomy, model: nn.Module, weights: list[Weight]) -> dict[str,
     return found  # type: ignore[return-value]
 
 
-def left_whole(anatomy: Anatomy, model: nn.Module, weights: list[Weight]) -> list[Whole]:
-    """Everything of the plain model that these weights leave out, by kind, each parameter once."""
-    pruned = {w.path for w in weights}
+def left_whole(anatomy: Anatomy, model: nn.Module, also: Collection[str] = ()) -> list[Whole]:
+    """Everything of the plain model that is never pruned, by kind, the most numbers first; each parameter once.
+
+    Args:
+        anatomy: of the model.
+        model: the plain model.
+        also: paths that are prunable beside `anatomy.weights`: of convolutions, where these were asked for, and of what
+            a pass showed.
+
+    Raises:
+        AnatomyError: as `Anatomy.weights`.
+    """
+    weights = anatomy.weights(model)
+    pruned = {*also, *(w.path for w in weights)}
     sums: dict[str, list] = {}
     done = {id(w.of(model)) for w in weights}
+    shared = _shared(anatomy, model)
     for path, module, name, parameter in _parameters(model):
-        if f"{path}.{name}".lstrip(".") in pruned or id(parameter) in done:
+        own = f"{path}.{name}".lstrip(".")
+        if own in pruned or id(parameter) in done:
             continue
         done.add(id(parameter))
-        entry = sums.setdefault(_kind(anatomy, path, module, parameter), [0, 0, f"{path}.{name}".lstrip(".")])
+        kind = SHARED if id(parameter) in shared else _kind(anatomy, path, module, parameter)
+        entry = sums.setdefault(kind, [0, 0, shared.get(id(parameter), own)])
         entry[0] += 0 if isinstance(parameter, UninitializedParameter) else parameter.numel()
         entry[1] += 1
     return sorted((Whole(what, *entry) for what, entry in sums.items()), key=lambda w: -w.numbers)
+
+
+def _shared(anatomy: Anatomy, model: nn.Module) -> dict[int, str]:
+    """Parameters of embeddings and heads that a matrix in a tower shares, and the path of that matrix."""
+    whole = _kept_whole(anatomy, model)
+    return {
+        id(parameter): f"{path}.{name}"
+        for path, module, name, parameter in reversed(list(_parameters(model)))
+        if id(parameter) in whole and anatomy.owner(path) is not None and own_matrices(path, module)
+    }
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
@@ -148,9 +179,7 @@ def _kind(anatomy: Anatomy, path: str, module: nn.Module, parameter: nn.Paramete
     if parameter.ndim < 2 or (parameter.ndim == 2 and stored_transposed(module) is not None):  # a bias an expert
         return "vectors (norms, biases, scales)"
     if isinstance(module, nn.modules.conv._ConvNd):
-        return "convolutions"
+        return "convolutions (pruned where they are asked for)"
     if isinstance(module, nn.RNNBase):
         return "recurrent layers"
-    if own_matrices(path, module):
-        return "shared with embeddings or heads"
-    return "of unknown use (positions, state spaces, tables, matrices that a module multiplies by itself)"
+    return "of unknown use (positions, tables, state spaces; matrices, if a calibration batch shows that they are)"

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from trimtab import processes
 from trimtab.anatomy import Anatomy, Weight
 from trimtab.anatomy.structure import under
+from trimtab.anatomy.weights import SHARED, left_whole
 from trimtab.methods.base import Method
 from trimtab.methods.prune.allocations import ALLOCATIONS
 from trimtab.methods.prune.calibration import Calibration
@@ -104,7 +105,14 @@ class Pruner(Method):
             yield found.from_first_process()
 
     def _warn(self, calibration: Calibration, weights: list[Weight]) -> None:
-        """Warn if much of the blocks is stored in a way that this pruner leaves whole."""
+        """Warn of layers that share their weights with what is never pruned, and if much of the blocks stays whole."""
+        whole = left_whole(calibration.anatomy, calibration.plain, {w.path for w in weights})
+        if shared := next((kind for kind in whole if kind.what == SHARED), None):
+            warnings.warn(
+                f"{self.name}: {shared}, which are never pruned: they stay whole; to prune such a layer give it a "
+                "parameter of its own",
+                stacklevel=2,
+            )
         share, first = left_out(calibration.plain, calibration.anatomy, weights)
         if share > 0.05:
             unseen = ""
