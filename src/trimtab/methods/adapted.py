@@ -23,6 +23,7 @@ from trimtab.anatomy.structure import HANDLE, under, unwrapped
 from trimtab.files import replace_folder
 from trimtab.methods.base import METHODS, Method
 from trimtab.methods.costs import Costs, count, described
+from trimtab.methods.modes import note_idle
 from trimtab.methods.prune.base import Pruner
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.masks import Masks
@@ -273,6 +274,7 @@ class Adapted(Stack):
         own = dict(self.with_task.named_parameters())
         for name in idle:
             own[name].requires_grad_(False)
+        note_idle(self.model, [own[name] for name in idle])
         return list(idle)
 
     def cost(self, batch: Batch, loss: Loss | None = None) -> Costs:
