@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from trimtab.methods.stack import Stack
 
 
+def keep_dense(model: nn.Module) -> None:
+    """Keep torch's encoders from packing padded tokens away in evaluation: hooks and blocks in training mode then would
+    be given nested tensors, without padding, which nothing but torch's own fused layer can compute with."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
 def release(model: nn.Module) -> None:
     """Let a model train and save as its class does again."""
     drop_again(model)

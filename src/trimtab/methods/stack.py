@@ -24,7 +24,7 @@ from trimtab.anatomy.structure import HANDLE, is_wrapped
 from trimtab.methods.base import Method
 from trimtab.methods.learned import Learned
 from trimtab.methods.modes import note_idle
-from trimtab.methods.patches import SavePretrained, Train, checkpoint_callback, release
+from trimtab.methods.patches import SavePretrained, Train, checkpoint_callback, keep_dense, release
 from trimtab.methods.prune.masks import Masks
 from trimtab.methods.saved import Saved, identity, short
 from trimtab.methods.session import Session
@@ -182,6 +182,7 @@ class Stack(Learned):
         """Let the model train and save as an adapted one."""
         self.tuned = any(m.lever != "prune" for m in self.methods)
         if self.tuned:
+            keep_dense(self.model)
             self.model.train = Train(self.model)  # type: ignore[method-assign]
             if self.model.training:
                 self.model.train()
