@@ -196,6 +196,14 @@ def test_without_a_gradient_exactly_the_asked_number_goes_and_the_matrix_is_name
     assert grow.all() or not grow.any() or sizes[grow].min() >= sizes[~grow].max()
 
 
+@pytest.mark.parametrize("name", ["snip", "itersnip", "chita", "tamt"])
+def test_every_pruner_of_gradients_names_a_matrix_without_one(name):
+    model = Idle()
+    with pytest.warns(UserWarning, match="1 of 4 matrices had no gradient .* first 'blocks.1.grow.weight'"):
+        settings = {"steps": 1} if name == "itersnip" else {}
+        trimtab.prune(model, name, 0.3, BATCHES, model.anatomy(), allow_empty_tower=True, **settings)
+
+
 @pytest.mark.parametrize("name", ["omp", "local-mp", "lamp", "l2", "wanda", "ria", "multiflow", "sparsegpt", "tamt"])
 def test_a_model_of_equal_weights_loses_as_many_as_asked(name):
     model = Model()

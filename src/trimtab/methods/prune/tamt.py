@@ -20,6 +20,7 @@ from trimtab.anatomy import Weight
 from trimtab.methods.base import METHODS
 from trimtab.methods.prune.base import Pruner, found_masks
 from trimtab.methods.prune.calibration import Batch, Calibration, gradients
+from trimtab.methods.prune.evidence import warn_without
 from trimtab.methods.prune.masks import Masks
 from trimtab.methods.prune.scores import borrowed
 from trimtab.methods.prune.selection import kth_smallest
@@ -98,12 +99,15 @@ class TAMT(Pruner):
                     self.mask(current, own, values, count)
                     yield batch
 
+            idle = set(own)
             for found in gradients(calibration, weights, masked(), train=True):
+                idle -= {w for w in idle if found[w].any()}
                 for weight, value in values.items():
                     value.grad = found[weight] * own[weight] * value.sign()
                 optimizer.step()
                 schedule.step()
                 yield first, values
+            warn_without([str(w) for w in own if w in idle], len(own), "gradient")
 
     def begin(self, weights: Values, sparsity: float, count: int) -> Values:
         """Mask values at the start: one number where magnitude keeps a weight of its tensor, elsewhere 0."""
