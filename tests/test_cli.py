@@ -154,6 +154,7 @@ def test_anatomy_prints_the_towers(trimtab):
     lines = {name: next(line for line in out.splitlines() if name in line.split()) for name in ("vision", "text")}
     assert "8" in lines["vision"].split() and "4" in lines["text"].split()  # blocks
     assert all("128" in line.split() for line in lines.values())  # width
+    assert "never pruned: " in out and "heads: 'visual_projection.weight' and 1 more" in " ".join(out.split())
 
 
 def test_anatomy_of_an_unknown_model(trimtab):

@@ -339,6 +339,7 @@ def _anatomy(options: Namespace) -> None:
     from rich.table import Table
 
     _quiet()
+    from trimtab.anatomy.weights import left_whole
     from trimtab.backbones import load_model
 
     model, anatomy = load_model(options.model)
@@ -351,6 +352,8 @@ def _anatomy(options: Namespace) -> None:
         shown = {**row, "share": f"{100 * row['share']:.1f} %"}
         table.add_row(*(f"{shown[c]:,}" if isinstance(shown[c], int) else str(shown[c]) for c in columns))
     Console().print(table)
+    for kind in left_whole(anatomy, model):
+        print(f"never pruned: {kind}")
     for tower in anatomy.towers:
         how = "seen" if anatomy.seen else "described"
         print(f"{tower.name}: {tower.blocks[0].path} ... {tower.blocks[-1].path}; {how}: {tower.told()}")

@@ -10,7 +10,7 @@ from torch import nn
 
 import trimtab
 from tests.methods.small import Stack, check_zeros
-from trimtab import Anatomy, Block, Masks, Tap, Tower
+from trimtab import Masks
 from trimtab.anatomy.structure import mark_added
 from trimtab.methods import METHODS
 from trimtab.methods.prune.calibration import Calibration
@@ -272,56 +272,6 @@ def test_whole_numbers_are_not_pruned(model):
         ValueError, match="'blocks.1.query.weight' is stored as int8 .quantised.: prune the model before"
     ):
         found(model)
-
-
-# --- mixtures of experts ----------------------------------------------------------------------------------------------
-
-
-class SomeExperts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Parameter(torch.randn(4, 12, 8)), nn.Parameter(torch.randn(4, 8, 12))
-
-    def forward(self, x):
-        return sum(((x @ u.T).relu() @ d.T) for u, d in zip(self.up, self.down, strict=True)) / 4
-
-
-class Mixture(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), SomeExperts()) for _ in range(2))
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = x + block(x)
-        return {"loss": x.square().mean()}
-
-    def anatomy(self) -> Anatomy:
-        blocks = tuple(Block(f"blocks.{i}", 8) for i in range(2))
-        return Anatomy((Tower("text", "text", blocks, ("blocks",), Tap("blocks.1")),))
-
-
-@pytest.mark.parametrize("name", ["omp", "lamp", "snip", "tamt", "random-pruning"])
-def test_experts_are_pruned_by_scores_of_weights_and_gradients(name, recwarn, tmp_path):
-    model = Mixture()
-    batches = [{"x": torch.randn(3, 8)} for _ in range(2)]
-    masks = trimtab.prune(model, name, 0.5, batches, model.anatomy(), allow_empty_tower=True).masks
-    assert list(masks) == [f"blocks.{i}.{n}" for i in range(2) for n in ("0.weight", "1.up", "1.down")]
-    assert masks.sparsity == pytest.approx(0.5, abs=0.01) and not recwarn.list
-    assert masks["blocks.0.1.up"].shape == (4, 12, 8) and not model.blocks[0][1].up[~masks["blocks.0.1.up"]].any()
-    masks.save(tmp_path / "m.safetensors")
-    assert all(torch.equal(m, masks[p]) for p, m in Masks.read(tmp_path / "m.safetensors", model).items())
-
-
-@pytest.mark.parametrize(("name", "pattern"), [("wanda", None), ("omp", "2:4")])
-def test_experts_that_are_left_out_are_said(name, pattern):
-    model = Mixture()
-    batches = [{"x": torch.randn(3, 8)} for _ in range(2)]
-    sparsity = None if pattern else 0.5
-    with pytest.warns(UserWarning, match=rf"{name}: 92% of the weights .* first is 'blocks.0.1.up': .*experts of mix"):
-        masks = trimtab.prune(model, name, sparsity, batches, model.anatomy(), pattern=pattern).masks
-    assert list(masks) == ["blocks.0.0.weight", "blocks.1.0.weight"]
 
 
 def test_inputs_are_those_of_the_plain_layer(model):

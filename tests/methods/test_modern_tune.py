@@ -83,7 +83,7 @@ def test_unipt_stands_beside_each_tower_alone(name, tower):
         ("florence2", "adapter", {}, "tower 'vision' is a grid tower; adapters need tokens"),
         ("grounding-dino", "unipt", {"towers": ("vision",)}, "it needs tokens of one width"),
         ("grounding-dino", "shallow-prompt", {"towers": ("decoder",)}, "around which deformable attention samples"),
-        ("paligemma", "bitfit", {}, "tower 'text' has no bias"),
+        ("paligemma", "bitfit", {}, "blocks of tower 'text' have no bias"),
         ("qwen2.5-vl", "lst", {"towers": ("vision",)}, "does not begin with the samples"),
     ],
 )

@@ -80,7 +80,7 @@ REASONS = (
     "use parallel adapters",  # sequential and routed ones need a norm before the part
     "set initialise: random",  # LST's structural start needs plain heads
     "no described part",
-    "has no bias",
+    "have no bias",
     "no prompts fit before",
 )
 

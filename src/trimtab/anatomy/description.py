@@ -32,9 +32,9 @@ from trimtab.anatomy.structure import (
     plain_parameters,
     refuse_wrapper,
     repeated,
-    trained_copies,
     under,
 )
+from trimtab.anatomy.weights import matrices
 from trimtab.registry import unknown as nearest
 
 
@@ -133,9 +133,10 @@ class Anatomy:
     def weights(self, model: nn.Module, convolutions: bool = False) -> list[Weight]:
         """The prunable matrices of the plain model in the order of `named_modules`, each tied one once.
 
-        Every `nn.Linear` in a tower's scope, transformers' transposed `Conv1D`, and the input projections of every
-        `nn.MultiheadAttention`; biases, norms, embeddings and heads are left out (as MULTIFLOW's code does), and
-        convolutions too, unless they are asked for.
+        Every `nn.Linear` in a tower's scope, transformers' transposed `Conv1D`, the input projections of every
+        `nn.MultiheadAttention`, and each expert of a mixture that says how it stores them; biases, norms, embeddings,
+        heads and what shares its parameter with these are left out (as MULTIFLOW's code does), and convolutions too,
+        unless they are asked for. `left_whole` tells what is left out.
 
         Args:
             model: the model that this describes.
@@ -144,28 +145,7 @@ class Anatomy:
         Raises:
             AnatomyError: if PEFT trains a copy of a module in a tower (`modules_to_save`), which masks would not reach.
         """
-        for path in trained_copies(model):
-            if self.modality(path) is not None:
-                raise AnatomyError(
-                    f"PEFT trains a copy of '{path}' (`modules_to_save`), and the model's own matrices there are not "
-                    "used: call `merge_and_unload` first, or leave it out of `modules_to_save`"
-                )
-        found, seen = [], set()
-        for path, module in plain_modules(model):
-            transposed = type(module).__name__ == "Conv1D"
-            convolves = convolutions and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-            names = ["weight"] if isinstance(module, nn.Linear) or transposed or convolves else []
-            if isinstance(module, nn.MultiheadAttention):
-                names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
-            modality = self.modality(path) if names else None
-            if modality is None:
-                continue
-            for name in names:
-                parameter = getattr(module, name)
-                if parameter is not None and id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    found.append(Weight(path, name, modality, transposed, parameter.shape[1:] if convolves else ()))
-        return found
+        return matrices(self, model, convolutions)
 
     def check(self, model: nn.Module) -> None:
         """Raise an AnatomyError unless names fit, every path exists and no repeated block is left out."""
@@ -229,7 +209,7 @@ class Anatomy:
         once = {id(p): (name, p.numel()) for name, p in reversed(plain_parameters(model).items())}  # tied ones too
         sizes = dict(reversed(once.values()))
         total = sum(sizes.values())
-        prunable = {w.path: w.of(model).numel() for w in self.weights(model)}
+        prunable = {w.path: w.of(model).numel() for w in self.weights(model)}  # all experts of a parameter are there
         rows: list[dict[str, Any]] = []
         for t in self.towers:
             own = {n: s for n, s in sizes.items() if under(n, t.scope) and not under(n, self.heads)}

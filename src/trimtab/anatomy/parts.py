@@ -217,7 +217,8 @@ class Weight(NamedTuple):
     """A prunable matrix (out, in): plain path of the module that holds it, the parameter's name in it, its modality.
 
     Its parameter has the shape (out, in), or (in, out) when `transposed` (transformers' `Conv1D`), or that of a
-    convolution, (out, *kernel) with the kernel (in / groups, kh, kw): its matrix is (out, in * kh * kw / groups).
+    convolution, (out, *kernel) with the kernel (in / groups, kh, kw): its matrix is (out, in * kh * kw / groups). Of a
+    parameter that holds several matrices, (experts, out, in), each is a weight of its own with the number `expert`.
     """
 
     module: str
@@ -225,21 +226,27 @@ class Weight(NamedTuple):
     modality: Modality
     transposed: bool = False
     kernel: tuple[int, ...] = ()
+    expert: int | None = None
 
     @property
     def path(self) -> str:
-        return f"{self.module}.{self.parameter}"
+        """Of the parameter, which several experts share."""
+        return f"{self.module}.{self.parameter}".lstrip(".")
+
+    def __str__(self) -> str:
+        return self.path if self.expert is None else f"{self.path}[{self.expert}]"
 
     def of(self, model: nn.Module) -> nn.Parameter:
         """The parameter itself, behind whatever wraps its layer; AttributeError if the model has no such layer."""
         return getattr(plain_module(model, self.module), self.parameter)
 
     def matrix(self, stored: Tensor) -> Tensor:
-        """A tensor of the parameter's shape as (out, in); a view where that needs no copy."""
+        """The matrix (out, in) in a tensor of the parameter's shape; a view where that needs no copy."""
+        stored = stored if self.expert is None else stored[self.expert]
         return stored.t() if self.transposed else stored.flatten(1)
 
     def stored(self, matrix: Tensor) -> Tensor:
-        """The inverse of `matrix`."""
+        """The inverse of `matrix`; of an expert its own piece."""
         if self.kernel:
             return matrix.unflatten(1, self.kernel)
         return matrix.t().contiguous() if self.transposed else matrix

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from trimtab.anatomy.calls import arguments, passed, signature
 from trimtab.anatomy.parts import Block, Tap
-from trimtab.anatomy.structure import AnatomyError, module_at
+from trimtab.anatomy.structure import AnatomyError, module_at, plain_module
 
 
 def pick(value: Any, key: int | str) -> Any:
@@ -149,10 +149,22 @@ def read(model: nn.Module, tap: Tap, then: Callable[[Tensor], Any]) -> Removable
 
     For copies of the model see the module's text.
     """
-    module = module_at(model, tap.path)
+    module = _called(model, tap.path)
     if tap.side == "output":
         return module.register_forward_hook(_ReadOutput(tap, then))
     return module.register_forward_pre_hook(_ReadInput(tap, then), with_kwargs=True)
+
+
+def _called(model: nn.Module, path: str) -> nn.Module:
+    """The module at a plain path; AnatomyError if it is one that a forward pass goes around."""
+    owner, _, name = path.rpartition(".")
+    attention = plain_module(model, owner)
+    if name == "out_proj" and isinstance(attention, nn.MultiheadAttention):
+        raise AnatomyError(
+            f"the tap at '{path}' sees nothing: nn.MultiheadAttention reads that layer's weight and never calls it; "
+            f"name the attention's own output, Tap('{owner}', key=0), which is the projection's"
+        )
+    return module_at(model, path)
 
 
 def read_stream(model: nn.Module, block: Block, then: Callable[[Tensor], Any]) -> RemovableHandle:
@@ -167,7 +179,7 @@ def rewrite(model: nn.Module, tap: Tap, change: Callable[[Tensor], Tensor]) -> R
     """
     if tap.side != "output":
         raise AnatomyError(f"only outputs can be rewritten, the tap at '{tap.path}' is an input")
-    module = module_at(model, tap.path)
+    module = _called(model, tap.path)
     handle = module.register_forward_hook(_Rewrite(tap, change))
     hooks: Any = module._forward_hooks
     for key, hook in list(hooks.items()):

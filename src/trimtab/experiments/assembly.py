@@ -20,6 +20,7 @@ from trimtab.experiments.schema import Recipe, RecipeError
 from trimtab.methods import METHODS, Method, Session
 from trimtab.methods.adapted import Adapted, adapt
 from trimtab.methods.costs import without_gradient
+from trimtab.methods.modes import note_idle
 from trimtab.methods.stack import refusal
 from trimtab.registry import unknown
 from trimtab.tasks import TASKS, Task, TaskModel
@@ -111,6 +112,7 @@ class Assembly:
         own = dict(self.model.named_parameters())
         for name in idle:
             own[name].requires_grad_(False)
+        note_idle(self.fit.model, [own[name] for name in idle])
         self.model.train(was)
         if self.resolved is not None:
             self.resolved = self.resolved.without(idle, own)

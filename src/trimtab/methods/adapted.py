@@ -24,6 +24,7 @@ from trimtab.anatomy.structure import HANDLE, under, unwrapped
 from trimtab.files import replace_folder
 from trimtab.methods.base import METHODS, Method
 from trimtab.methods.costs import Costs, count, described
+from trimtab.methods.modes import note_idle
 from trimtab.methods.prune.base import Pruner
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.masks import Masks
@@ -153,7 +154,7 @@ class Adapted(Stack):
             method: name of a pruner (`trimtab list methods`).
             sparsity: share of the prunable weights that go, in [0, 1); None: what `pattern` or `masks` says.
             batches: calibration data, dictionaries of the model's keyword arguments, all of which are used. Not needed
-                by pruners of weights alone.
+                by pruners of weights alone, which see on the first what a module multiplies by itself.
             loss: from the model's output to a scalar, for pruners that need gradients; None: the output's own `loss`.
             settings: of the method; `masks`: a `Masks`, a file of them or a folder, found before.
 
@@ -294,6 +295,7 @@ class Adapted(Stack):
         own = dict(self.with_task.named_parameters())
         for name in idle:
             own[name].requires_grad_(False)
+        note_idle(self.model, [own[name] for name in idle])
         return list(idle)
 
     def cost(self, batch: Batch, loss: Loss | None = None) -> Costs:
@@ -383,12 +385,12 @@ def calibration(fit: Stack, pruner: Any, batches: Iterable[Batch] | None, loss: 
         several: masks for several sparsities are asked for.
     """
     source: Callable[[], Iterable[Batch]] = list
-    if pruner.rounds:
-        if batches is None:
-            raise ValueError(
-                f"{pruner.name!r} needs calibration data: pass `batches`, dictionaries of the model's arguments"
-            )
-        once = pruner.rounds == 1 and not (several and type(pruner).find is not Pruner.find)
+    if pruner.rounds and batches is None:
+        raise ValueError(
+            f"{pruner.name!r} needs calibration data: pass `batches`, dictionaries of the model's arguments"
+        )
+    if batches is not None:
+        once = pruner.rounds <= 1 and not (several and type(pruner).find is not Pruner.find)
         data = batches if once or hasattr(batches, "__len__") else list(batches)
         source = partial(Moved, data, next(fit.model.parameters()).device)
     return Calibration(fit.with_task, fit.model, fit.anatomy, source, None, loss or own_loss, pruner.settings.precision)

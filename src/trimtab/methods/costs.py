@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from trimtab.anatomy import AnatomyError
+from trimtab.anatomy.weights import left_whole
 from trimtab.counting import count_macs, safetensors_size, saved_bytes
 
 if TYPE_CHECKING:
@@ -128,11 +130,25 @@ def described(fit: Adapted) -> str:
         lines.append("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
         lines += [f"    {how}: {told}"] if (told := tower.told()) else []
     lines += [f"  unknown: {sentence}" for sentence in fit.anatomy.unknown()]
+    lines += _prunable(fit)
     lines += [f"  {m.lever}: {m.told()}" for m in fit.methods] or ["  nothing is attached yet"]
     parameters = list(fit.with_task.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     lines.append(f"  trained: {trained:,} of {sum(p.numel() for p in parameters):,} parameters")
     return "\n".join(lines)
+
+
+def _prunable(fit: Adapted) -> list[str]:
+    """What can be pruned and what never is, as lines."""
+    try:
+        weights = fit.anatomy.weights(fit.model)
+        whole = left_whole(fit.anatomy, fit.model, fit.masks or ())
+    except AnatomyError as error:
+        return [f"  prunable: nothing: {error}"]
+    matrices = {(w.path, w.expert): w.matrix(w.of(fit.model)).numel() for w in weights}
+    return [f"  prunable: {sum(matrices.values()):,} numbers in {len(matrices)} matrices"] + [
+        f"  never pruned: {kind}" for kind in whole
+    ]
 
 
 def _widths(tower: Any) -> str:

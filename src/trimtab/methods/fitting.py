@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from trimtab.methods.session import BatchSession
 
+from trimtab.methods.modes import drop_again, frozen_in_evaluation
+
 log = logging.getLogger(__name__)
 
 
@@ -30,14 +32,6 @@ def evaluating(model: nn.Module, train: bool = False) -> Iterator[None]:
     finally:
         for module, training in was.items():
             module.training = training
-
-
-def frozen_in_evaluation(model: nn.Module) -> None:
-    """Frozen parts of a model in training mode evaluate: no dropout, and their statistics stay."""
-    for module in model.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(p.requires_grad for p in parameters):
-            module.eval()
 
 
 class Loop:
@@ -89,6 +83,7 @@ class Loop:
                     log.info("step %d of %d: %s", self.state.global_step, self.steps, logged)
                     self.tell("on_log", logs=dict(logged))
             self.tell("on_train_end")
+        drop_again(self.model)
         return history
 
     def step(self, batch: dict[str, Any]) -> dict[str, float]:

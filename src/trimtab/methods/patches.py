@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from trimtab.anatomy.structure import HANDLE
+from trimtab.methods.modes import drop_again, frozen_in_evaluation
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -18,24 +19,33 @@ if TYPE_CHECKING:
     from trimtab.methods.stack import Stack
 
 
+def keep_dense(model: nn.Module) -> None:
+    """Keep torch's encoders from packing padded tokens away in evaluation: hooks and blocks in training mode then would
+    be given nested tensors, without padding, which nothing but torch's own fused layer can compute with."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
 def release(model: nn.Module) -> None:
     """Let a model train and save as its class does again."""
+    drop_again(model)
     for name in ("train", "save_pretrained", HANDLE):
         vars(model).pop(name, None)
 
 
 class Train:
-    """`model.train` of an adapted model: what is frozen stays in evaluation mode (dropout, running statistics)."""
+    """`model.train` of an adapted model: what is frozen stays in evaluation mode (see `modes.py`)."""
 
     def __init__(self, model: nn.Module):
         self.model = model
 
     def __call__(self, mode: bool = True) -> nn.Module:
         type(self.model).train(self.model, mode)
-        for module in self.model.modules() if mode else ():
-            parameters = list(module.parameters())
-            if parameters and not any(p.requires_grad for p in parameters):
-                module.eval()
+        if mode:
+            frozen_in_evaluation(self.model)
+        else:
+            drop_again(self.model)
         return self.model
 
 

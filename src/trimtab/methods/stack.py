@@ -23,7 +23,8 @@ from trimtab.anatomy import Anatomy
 from trimtab.anatomy.structure import HANDLE, is_wrapped
 from trimtab.methods.base import Method
 from trimtab.methods.learned import Learned
-from trimtab.methods.patches import SavePretrained, Train, checkpoint_callback, release
+from trimtab.methods.modes import note_idle
+from trimtab.methods.patches import SavePretrained, Train, checkpoint_callback, keep_dense, release
 from trimtab.methods.prune.masks import Masks
 from trimtab.methods.saved import Saved, identity, short
 from trimtab.methods.session import Session
@@ -181,6 +182,7 @@ class Stack(Learned):
         """Let the model train and save as an adapted one."""
         self.tuned = any(m.lever != "prune" for m in self.methods)
         if self.tuned:
+            keep_dense(self.model)
             self.model.train = Train(self.model)  # type: ignore[method-assign]
             if self.model.training:
                 self.model.train()
@@ -247,6 +249,7 @@ class Stack(Learned):
         """Take over what was learned: what was trained is trained from here on, and nothing else."""
         self.active = saved.name
         plain, around = (dict(m.named_parameters(remove_duplicate=False)) for m in (self.model, self.with_task))
+        before = [p for p in plain.values() if p.requires_grad]
         for parameter in around.values() if self.tuned else ():
             parameter.requires_grad_(False)
         for key in saved.learned:
@@ -254,6 +257,7 @@ class Stack(Learned):
             learned = {"learned": plain, "task": around}.get(kind, {}).get(path)
             if learned is not None:
                 learned.requires_grad_(True)
+        note_idle(self.model, [p for p in before if not p.requires_grad])
         self._carried |= saved.learned.keys() & named_tensors(self.model, self.with_task).keys()
         self.copy(saved.learned, where)
         self.carry()

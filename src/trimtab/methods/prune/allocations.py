@@ -3,8 +3,9 @@
     allocate(scores, weights, sparsity) -> number of weights that each tensor gives, by weight
 
 Both arguments are dictionaries over the same prunable matrices (out, in) in the order of the anatomy. A threshold over
-several tensors is the k-th smallest score of them all, k = int(sparsity * their number); every weight at or below it
-goes, as the published pruners count. Adding an allocation is one function with `@ALLOCATIONS.register(name)`.
+several tensors is the k-th smallest score of them all, k = int(sparsity * their number), and exactly k weights go: of
+those that equal it the smaller ones (`selection.below`). The published pruners let all of these go.
+Adding an allocation is one function with `@ALLOCATIONS.register(name)`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from trimtab.anatomy import Weight
-from trimtab.methods.prune.selection import kth_smallest
+from trimtab.methods.prune.selection import below
 from trimtab.registry import Registry
 
 Matrices = dict[Weight, Tensor]
@@ -23,23 +24,21 @@ Allocation = Callable[[Matrices, Matrices, float], dict[Weight, int]]
 ALLOCATIONS: Registry[Allocation] = Registry("allocation")
 
 
-def below(scores: Sequence[Tensor], count: int) -> list[int]:
-    """How many elements of each tensor lie at or below the `count`-th smallest of them all."""
-    if count < 1:
-        return [0] * len(scores)
-    threshold = kth_smallest(scores, count)
-    return [int((s <= threshold).sum()) for s in scores]
+def threshold(scores: Sequence[Tensor], weights: Sequence[Tensor], sparsity: float) -> list[int]:
+    """What one threshold takes from each of several tensors."""
+    count = int(sum(s.numel() for s in scores) * sparsity)
+    return below(scores, count, weights)
 
 
-def by_modality(scores: Matrices, sparsity: float) -> dict[Weight, int]:
+def by_modality(scores: Matrices, weights: Matrices, sparsity: float) -> dict[Weight, int]:
     """What one threshold per modality takes from each tensor."""
     groups: dict[str, list[Weight]] = defaultdict(list)
     for weight in scores:
         groups[weight.modality].append(weight)
     counts: dict[Weight, int] = {}
     for members in groups.values():
-        values = [scores[w] for w in members]
-        counts |= dict(zip(members, below(values, int(sum(v.numel() for v in values) * sparsity)), strict=True))
+        given = threshold([scores[w] for w in members], [weights[w] for w in members], sparsity)
+        counts |= dict(zip(members, given, strict=True))
     return counts
 
 
@@ -52,14 +51,13 @@ def uniform(scores: Matrices, weights: Matrices, sparsity: float) -> dict[Weight
 @ALLOCATIONS.register("global")
 def everywhere(scores: Matrices, weights: Matrices, sparsity: float) -> dict[Weight, int]:
     """One threshold on the scores of all tensors. It may empty a modality whose scores are smaller than another's."""
-    values = list(scores.values())
-    return dict(zip(scores, below(values, int(sum(v.numel() for v in values) * sparsity)), strict=True))
+    return dict(zip(scores, threshold(list(scores.values()), [weights[w] for w in scores], sparsity), strict=True))
 
 
 @ALLOCATIONS.register("modality")
 def modality(scores: Matrices, weights: Matrices, sparsity: float) -> dict[Weight, int]:
     """One threshold on the scores of each modality."""
-    return by_modality(scores, sparsity)
+    return by_modality(scores, weights, sparsity)
 
 
 @ALLOCATIONS.register("multimodal")
@@ -70,7 +68,7 @@ def multimodal(scores: Matrices, weights: Matrices, sparsity: float) -> dict[Wei
     The share is a quotient and its product with the size is cut to an integer, as the published code does: where that
     is not exact, a tensor keeps one weight more than the threshold would leave.
     """
-    counts = by_modality({w: t.abs() for w, t in weights.items()}, sparsity)
+    counts = by_modality({w: t.abs() for w, t in weights.items()}, weights, sparsity)
     return {w: int((1 - (n - count) / n) * n) for w, count in counts.items() for n in [scores[w].numel()]}
 
 

@@ -24,12 +24,13 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from trimtab import processes
 from trimtab.anatomy import Anatomy, Weight
 from trimtab.anatomy.structure import under
+from trimtab.anatomy.weights import SHARED, left_whole
 from trimtab.methods.base import Method
 from trimtab.methods.prune.allocations import ALLOCATIONS
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import Evidence, collect
 from trimtab.methods.prune.masks import VALUES, Masks, keep_zeros
-from trimtab.methods.prune.prunable import left_out, matrices, prunable
+from trimtab.methods.prune.prunable import check_stored, left_out, matrices, prunable
 from trimtab.methods.prune.scores import SCORES
 from trimtab.methods.prune.selection import largest_of_each, smallest
 from trimtab.methods.prune.settings import DEFAULT_SPARSITY, PruneSettings
@@ -79,8 +80,8 @@ class Pruner(Method):
         """
         plain, anatomy = calibration.plain, calibration.anatomy
         _, group = self.settings.n_of_m or (1, 1)
-        weights = self.matrices(plain, anatomy)
-        self._warn(plain, anatomy, weights)
+        weights = list(self.prunable(calibration))
+        self._warn(calibration, weights)
         for weight in weights:
             _, inputs = rows_and_columns(plain, weight)
             if inputs % group:
@@ -103,15 +104,24 @@ class Pruner(Method):
             found.found_by = self.name
             yield found.from_first_process()
 
-    def _warn(self, model: nn.Module, anatomy: Anatomy, weights: list[Weight]) -> None:
-        """Warn if much of the blocks is stored in a way that this pruner leaves whole."""
-        share, first = left_out(model, anatomy, weights)
+    def _warn(self, calibration: Calibration, weights: list[Weight]) -> None:
+        """Warn of layers that share their weights with what is never pruned, and if much of the blocks stays whole."""
+        whole = left_whole(calibration.anatomy, calibration.plain, {w.path for w in weights})
+        if shared := next((kind for kind in whole if kind.what == SHARED), None):
+            warnings.warn(
+                f"{self.name}: {shared}, which are never pruned: they stay whole; to prune such a layer give it a "
+                "parameter of its own",
+                stacklevel=2,
+            )
+        share, first = left_out(calibration.plain, calibration.anatomy, weights)
         if share > 0.05:
-            experts = "" if self.takes_experts else "; experts of mixtures take scores of weights or gradients alone"
+            unseen = ""
+            if calibration.blind:
+                unseen = "; matrices that a module multiplies by itself are found where `batches` are given"
             convolutions = "" if self.settings.convolutions else "; for convolutions set `convolutions: true`"
             warnings.warn(
                 f"{self.name}: {share:.0%} of the weights in the towers' blocks stay whole, the first is '{first}': "
-                f"the sparsity is that of the others{experts}{convolutions}",
+                f"the sparsity is that of the others{unseen}{convolutions}",
                 stacklevel=2,
             )
 
@@ -132,20 +142,16 @@ class Pruner(Method):
             yield found_masks(self.cut(scores, weights, sparsity))
 
     def prunable(self, calibration: Calibration) -> dict[Weight, Tensor]:
-        """The prunable matrices (out, in) of the calibrated model, convolutions among them if the settings say so."""
-        return prunable(calibration.plain, calibration.anatomy, self.settings.convolutions, self.takes_experts)
+        """The prunable matrices (out, in) of the calibrated model, convolutions among them if the settings say so, and
+        those that its first batch shows."""
+        plain, anatomy, convolutions = calibration.plain, calibration.anatomy, self.settings.convolutions
+        check_stored(plain, anatomy, convolutions)
+        seen = calibration.seen(anatomy.weights(plain, convolutions))
+        return prunable(plain, anatomy, convolutions, seen)
 
     def matrices(self, model: nn.Module, anatomy: Anatomy) -> list[Weight]:
-        """What `prunable` finds, without the values."""
-        return matrices(model, anatomy, self.settings.convolutions, self.takes_experts)
-
-    @property
-    def takes_experts(self) -> bool:
-        """Whether experts of mixtures, whose inputs no hook sees, can be scored: by weights and gradients alone.
-
-        Patterns need to know on which axis the inputs lie, and models differ in that.
-        """
-        return not SCORES[self.score].needs & {"squares", "gram"} and self.settings.n_of_m is None
+        """What `prunable` finds without data, and without the values."""
+        return matrices(model, anatomy, self.settings.convolutions)
 
     def counts(self, scores: dict[Weight, Tensor], weights: dict[Weight, Tensor], sparsity: float) -> dict[Weight, int]:
         """How many weights each tensor gives, by the allocation that was set or the pruner's own."""
@@ -160,13 +166,14 @@ class Pruner(Method):
         if self.settings.n_of_m:
             _, group = self.settings.n_of_m
             kept = math.ceil(group * (1 - sparsity) - 1e-6)
-            return {w: largest_of_each(s, group, kept) for w, s in scores.items()}
+            return {w: largest_of_each(s, group, kept, weights[w]) for w, s in scores.items()}
         counts = self.counts(scores, weights, sparsity)
-        return {w: self.remove(s, counts[w]) for w, s in scores.items()}
+        return {w: self.remove(s, counts[w], weights[w]) for w, s in scores.items()}
 
-    def remove(self, scores: Tensor, count: int) -> Tensor:
-        """The mask (out, in) of one tensor that gives `count` weights."""
-        return smallest(scores, count)
+    def remove(self, scores: Tensor, count: int, weight: Tensor) -> Tensor:
+        """The mask (out, in) of one tensor that gives exactly `count` weights: those of the smallest scores, of equal
+        ones the smallest weights."""
+        return smallest(scores, count, weight)
 
     def check(self, masks: Masks, anatomy: Anatomy) -> None:
         """Raise a ValueError if a whole tower is gone, unless the settings allow it."""
@@ -301,5 +308,13 @@ def summary(masks: Masks, anatomy: Anatomy) -> dict[str, Any]:
 
 def found_masks(masks: dict[Weight, Tensor], weights: dict[Weight, Tensor] | None = None) -> Masks:
     """Masks, and changed weights, from matrices (out, in)."""
-    changed = {w.path: w.stored(t) for w, t in (weights or {}).items()}
-    return Masks({w.path: w.stored(m) for w, m in masks.items()}, changed)
+    return Masks(_stored(masks), _stored(weights or {}))
+
+
+def _stored(matrices: dict[Weight, Tensor]) -> dict[str, Tensor]:
+    """Matrices (out, in) as their parameters store them, all experts of a parameter together."""
+    pieces: dict[str, list[Tensor]] = {}
+    stacks = {w.path for w in matrices if w.expert is not None}
+    for weight, matrix in matrices.items():
+        pieces.setdefault(weight.path, []).append(weight.stored(matrix))
+    return {path: torch.stack(several) if path in stacks else several[0] for path, several in pieces.items()}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from trimtab import processes
 from trimtab.anatomy import Anatomy, Weight
+from trimtab.anatomy.weights import bare
 from trimtab.methods.fitting import evaluating
+from trimtab.methods.prune.products import Products, one_by_one
 from trimtab.methods.session import Session, own_loss
 from trimtab.precision import native_bf16
 
@@ -41,6 +43,9 @@ class Calibration:
     batches: int | None = None
     loss: Callable[[Any], Tensor] = own_loss
     precision: str = "fp32"
+    _ahead: tuple[Batch, Iterator[Batch]] | None = field(default=None, init=False, repr=False)
+    _seen: list[Weight] | None = field(default=None, init=False, repr=False)
+    blind: bool = field(default=False, init=False)  # whether there was something to look at, and no data to see it on
 
     @classmethod
     def of(cls, session: Session, batches: int, batch_size: int, precision: str = "fp32") -> Calibration:
@@ -54,6 +59,47 @@ class Calibration:
         with torch.autocast(next(self.with_task.parameters()).device.type, torch.bfloat16, enabled=half):
             return self.with_task(**batch)
 
+    def seen(self, weights: list[Weight]) -> list[Weight]:
+        """Matrices among the parameters of which nothing but a pass tells what they are, as the first batch shows them.
+
+        Args:
+            weights: the prunable matrices that are known without a pass.
+
+        Returns:
+            Parameters in blocks that are multiplied by and not used in any other way, one `Weight` an expert where a
+            parameter holds several; none without data.
+        """
+        if self._seen is None:
+            parameters = bare(self.anatomy, self.plain, weights)
+            self._seen = self._watch(parameters) if parameters else []
+        return self._seen
+
+    def _watch(self, parameters: dict[str, nn.Parameter]) -> list[Weight]:
+        iterator = iter(self.source())
+        batch = next(iterator, None)
+        if batch is None:
+            self.blind = True
+            return []
+        self._ahead = (batch, iterator)
+        ways: dict[str, set[bool]] = {}
+        products = Products(parameters, lambda p: ways.setdefault(p.path, set()).add(p.transposed))
+        with evaluating(self.with_task), one_by_one(self.plain), torch.no_grad(), products:
+            self.output(_checked(batch, 1))
+        found = []
+        for path, (transposed, *more) in ways.items():
+            if not more and path not in products.other:
+                module, _, name = path.rpartition(".")
+                modality = self.anatomy.modality(module)
+                assert modality is not None  # of parameters in blocks of towers
+                parts = range(len(parameters[path])) if parameters[path].ndim == 3 else (None,)
+                found += [Weight(module, name, modality, transposed, expert=i) for i in parts]
+        return found
+
+    def _source(self) -> Iterable[Batch]:
+        """The batches from the first on, what was looked at ahead among them."""
+        ahead, self._ahead = self._ahead, None
+        return self.source() if ahead is None else chain(ahead[:1], ahead[1])
+
     def rounds(self, count: int = 1) -> Iterator[Iterator[Batch]]:
         """The batches of each of `count` rounds, beginning with the first batch; take all of a round before the next.
 
@@ -61,7 +107,7 @@ class Calibration:
             ValueError: while a round is taken, if the data end before it does, or there are none.
         """
         size = self.batches
-        source = self.source()
+        source = self._source()
         if size is None and count > 1:
             source = source if hasattr(source, "__len__") else list(source)
             size = len(source) // count  # type: ignore[arg-type]
@@ -77,13 +123,8 @@ class Calibration:
     def _round(self, iterator: Iterator[Batch], size: int | None, number: int) -> Iterator[Batch]:
         found = 0
         for batch in islice(iterator, size):
-            if not isinstance(batch, Mapping):
-                raise ValueError(
-                    f"calibration batch {found + 1}: expected a dict of the model's keyword arguments, found "
-                    f"{type(batch).__name__}; give dicts such as {{'pixel_values': ..., 'input_ids': ...}}"
-                )
             found += 1
-            yield dict(batch)
+            yield _checked(batch, found)
         if not found and not number:
             raise ValueError("the calibration data are empty: expected at least one batch (was an iterator used up?)")
         if size is not None and found < size:
@@ -91,6 +132,15 @@ class Calibration:
                 f"the calibration data ended after {found} of the {size} batches of round {number + 1}: "
                 "give more data, or ask for fewer batches"
             )
+
+
+def _checked(batch: Any, number: int) -> Batch:
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"calibration batch {number}: expected a dict of the model's keyword arguments, found "
+            f"{type(batch).__name__}; give dicts such as {{'pixel_values': ..., 'input_ids': ...}}"
+        )
+    return dict(batch)
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
@@ -113,7 +163,8 @@ def gradients(calibration: Calibration, weights: Iterable[Weight], batches: Iter
     Raises:
         ValueError: if the loss or a gradient is not finite, or depends on none of the weights.
     """
-    found = {w: w.of(calibration.plain) for w in weights}
+    weights = list(weights)
+    found = {w.path: w.of(calibration.plain) for w in weights}
     everything = list(calibration.with_task.parameters()) + list(found.values())
     required = [(p, p.requires_grad) for p in everything]
     held = [(p, p.grad) for p in found.values()]
@@ -133,7 +184,8 @@ def gradients(calibration: Calibration, weights: Iterable[Weight], batches: Iter
                 loss = calibration.loss(calibration.output(batch))
                 _check_loss(loss, number, calibration, batch)
                 loss.backward()
-            yield {w: _gradient(w, p, number) for w, p in found.items()}
+            whole = {path: _gradient(path, p, number) for path, p in found.items()}
+            yield {w: w.matrix(whole[w.path]) for w in weights}
     finally:
         for p, needed in required:
             p.requires_grad_(needed)
@@ -172,13 +224,12 @@ def _first_not_finite(calibration: Calibration, batch: Batch) -> str:
     return f"the first output that is not finite is that of '{found[0]}': check the batch and that module's weights"
 
 
-def _gradient(weight: Weight, parameter: nn.Parameter, number: int) -> Tensor:
+def _gradient(path: str, parameter: nn.Parameter, number: int) -> Tensor:
     found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     parameter.grad = None
     if not torch.isfinite(found).all():
         raise ValueError(
-            f"calibration batch {number}: the gradient of '{weight.path}' is not finite; "
+            f"calibration batch {number}: the gradient of '{path}' is not finite; "
             "use single precision, or a loss that stays finite"
         )
-    found = found if found.dtype == torch.float64 else found.float()
-    return weight.matrix(found)
+    return found if found.dtype == torch.float64 else found.float()

@@ -25,6 +25,7 @@ from trimtab.anatomy import Weight
 from trimtab.methods.base import METHODS
 from trimtab.methods.prune.base import Pruner, found_masks
 from trimtab.methods.prune.calibration import Batch, Calibration, gradients
+from trimtab.methods.prune.evidence import warn_without
 from trimtab.methods.prune.masks import Masks
 from trimtab.methods.prune.scores import borrowed
 from trimtab.methods.prune.selection import largest
@@ -208,6 +209,10 @@ class Chita(Pruner):
                 alive = torch.ones(sum(sizes), dtype=torch.bool, device=next(iter(current.values())).device)
                 for level, batches in zip(levels, calibration.rounds(len(levels)), strict=True):
                     quadratic = self.quadratic(calibration, current, batches, alive)
+                    if level == levels[0]:
+                        found = quadratic.rows.any(dim=0).split(sizes)
+                        idle = [str(w) for w, part in zip(weights, found, strict=True) if not part.any()]
+                        warn_without(idle, len(weights), "gradient")
                     count = int((1 - level) * sum(sizes))
                     new = prune_round(quadratic, blocks, count, self.settings.faithful)
                     alive = new != 0

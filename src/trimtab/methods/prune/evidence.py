@@ -12,6 +12,7 @@ whichever process computed them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -84,7 +85,21 @@ def collect(calibration: Calibration, weights: Iterable[Weight], needs: frozense
     for weight, gradient in mean.items():
         for part, g in zip(evidence[weight], gradient.split([e.rows for e in evidence[weight]]), strict=True):
             part.gradient = g
+    for need in needs:
+        named = [str(w) for w in weights if not any(getattr(e, need).any() for e in evidence[w])]
+        warn_without(named, len(weights), "gradient" if need == "gradient" else "input")
     return evidence
+
+
+def warn_without(names: list[str], total: int, what: str) -> None:
+    """Warn of matrices about which calibration found out nothing."""
+    if names:
+        warnings.warn(
+            f"{len(names)} of {total} matrices had no {what} on the calibration data, first '{names[0]}': nothing but "
+            "the magnitudes of their weights tells which matter. Give batches that use them, or leave them out of the "
+            "anatomy's towers",
+            stacklevel=2,
+        )
 
 
 def _mean(

@@ -2,56 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from trimtab.anatomy import Anatomy, Weight
 from trimtab.anatomy.structure import is_wrapped, plain_modules, under
 from trimtab.methods.prune.scores import matrix
 
+# What computes a layer's weight anew before each pass, and how to make it a plain parameter again.
+_COMPUTED = {
+    "parametrizations": "torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})",
+    "_g": "torch.nn.utils.remove_weight_norm(module, {name!r})",
+    "_u": "torch.nn.utils.remove_spectral_norm(module, {name!r})",
+    "_mask": "torch.nn.utils.prune.remove(module, {name!r})",
+}
+_PACKED = (torch.uint8, torch.int8, torch.int16, torch.int32)  # of quantised weights; tables of indices are int64
+
 
 def prunable(
-    model: nn.Module, anatomy: Anatomy, convolutions: bool = False, experts: bool = False
+    model: nn.Module, anatomy: Anatomy, convolutions: bool = False, seen: Sequence[Weight] = ()
 ) -> dict[Weight, Tensor]:
     """The prunable matrices (out, in) of a model.
 
+    Args:
+        model: the plain model.
+        anatomy: of the model.
+        convolutions: those of the towers too.
+        seen: further matrices, which a pass over the model showed.
+
     Raises:
-        ValueError: if there is none, one is not finite or not stored as floating point, or LoRA's update is merged into
-            the model at the moment.
+        ValueError: if there is none, one is not finite or not stored as a plain parameter of floating point, or LoRA's
+            update is merged into the model at the moment.
     """
-    weights = {}
     for path, module in model.named_modules():
         if is_wrapped(module) and getattr(module, "merged", False):
             raise ValueError(
                 f"the update of '{path}' is merged into its weight, and taking it off again would revive what was "
                 "pruned: call `unmerge_adapter()`, or merge for good (`merge_and_unload()`) before pruning"
             )
-    for weight in matrices(model, anatomy, convolutions, experts):
+    check_stored(model, anatomy, convolutions)
+    weights: dict[Weight, Tensor] = {}
+    looked_at = set()
+    for weight in matrices(model, anatomy, convolutions, seen):
         parameter = weight.of(model)
-        if not parameter.is_floating_point():
-            raise ValueError(
-                f"the weight '{weight.path}' is stored as {str(parameter.dtype).removeprefix('torch.')} (quantised): "
-                "prune the model before it is quantised"
-            )
-        if not torch.isfinite(parameter).all():
+        if weight.path not in looked_at and not torch.isfinite(parameter).all():
             raise ValueError(f"the weight '{weight.path}' is not finite (NaN or infinite): check the checkpoint")
+        looked_at.add(weight.path)
         weights[weight] = matrix(model, weight)
     return weights
 
 
-def matrices(model: nn.Module, anatomy: Anatomy, convolutions: bool = False, experts: bool = False) -> list[Weight]:
+def matrices(
+    model: nn.Module, anatomy: Anatomy, convolutions: bool = False, seen: Sequence[Weight] = ()
+) -> list[Weight]:
     """The prunable weights of a model, in the order of its modules; ValueError if there is none.
 
-    Args:
-        model: the plain model.
-        anatomy: of the model.
-        convolutions: those of the towers too.
-        experts: the experts of mixtures too, where one parameter (experts, ., .) holds them all.
+    Arguments as of `prunable`.
     """
     weights = anatomy.weights(model, convolutions)
-    if experts and (found := _experts(model, anatomy)):
+    if seen:
         order = {path: i for i, (path, _) in enumerate(plain_modules(model))}
-        weights = sorted(weights + found, key=lambda w: order[w.module])
+        weights = sorted([*weights, *seen], key=lambda w: order[w.module])
     if not weights:
         kinds = "linear layer or convolution" if convolutions else "linear layer"
         stay = "embeddings stay whole" if convolutions else "embeddings stay whole, convolutions without `convolutions`"
@@ -62,19 +76,64 @@ def matrices(model: nn.Module, anatomy: Anatomy, convolutions: bool = False, exp
     return weights
 
 
-def _experts(model: nn.Module, anatomy: Anatomy) -> list[Weight]:
-    """Parameters (experts, ., .) of modules inside blocks whose class says that they are experts.
-
-    As a matrix, each has one row an expert: scores that compare the weights of one matrix compare all its experts.
-    """
-    blocks = [b.path for b in anatomy.blocks()]
-    found = []
+def check_stored(model: nn.Module, anatomy: Anatomy, convolutions: bool = False) -> None:
+    """Raise a ValueError if weights in a tower are no plain numbers: quantised, computed anew, or not there."""
     for path, module in plain_modules(model):
-        modality = anatomy.modality(path) if "expert" in type(module).__name__.lower() and under(path, blocks) else None
-        if modality is not None:
-            own = [(n, p) for n, p in module._parameters.items() if p is not None and p.ndim == 3]
-            found += [Weight(path, name, modality, kernel=tuple(p.shape[1:])) for name, p in own]
-    return found
+        if anatomy.owner(path) is None:
+            continue
+        for name, tensor in _numbers(module):
+            own = f"{path}.{name}".lstrip(".")
+            if tensor.is_meta:
+                raise ValueError(
+                    f"'{own}' is on the meta device and has no values (offloaded, or not loaded): load the model whole "
+                    "into memory, without `device_map` to disk or CPU offloading, prune it, and offload it afterwards"
+                )
+            if kind := _packed(tensor):
+                raise ValueError(f"the weight '{own}' is stored as {kind} (quantised): prune the model before it is "
+                                 "quantised")  # fmt: skip
+        if type(module).__module__.startswith("torch.ao.nn.") and hasattr(module, "_packed_params"):
+            raise ValueError(f"'{path}' is a {type(module).__name__} of packed numbers (quantised): prune the model "
+                             "before it is quantised")  # fmt: skip
+        if name := _computed(module, convolutions):
+            end = next(e for e in _COMPUTED if _names_end(module, name, e))
+            raise ValueError(
+                f"the weight '{path}.{name}' ({type(module).__name__}) is computed anew before each pass, and zeros in "
+                f"it would be lost: make it a plain parameter first, `{_COMPUTED[end].format(name=name)}`"
+            )
+
+
+def _numbers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's own matrices: parameters, and the buffers that quantised layers keep theirs in."""
+    yield from ((n, p) for n, p in module._parameters.items() if p is not None and p.ndim > 1)
+    for name, buffer in module._buffers.items():
+        stored = buffer is not None and name not in module._non_persistent_buffers_set
+        if stored and buffer.ndim > 1 and buffer.dtype in _PACKED:  # type: ignore[union-attr]
+            yield name, buffer  # type: ignore[misc]
+
+
+def _packed(tensor: Tensor) -> str:
+    """How a tensor that holds something else than plain numbers is stored; empty for plain ones."""
+    if is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "device_mesh"):  # torchao's; DTensor is plain
+        return type(tensor).__name__
+    plain = tensor.is_floating_point() and tensor.dtype.itemsize > 1  # numbers of 8 bits have a scale beside them
+    return "" if plain else str(tensor.dtype).removeprefix("torch.")
+
+
+def _computed(module: nn.Module, convolutions: bool) -> str:
+    """The name of a matrix that a layer computes anew for each pass; empty if there is none."""
+    kinds = (nn.Linear, nn.MultiheadAttention, *((nn.modules.conv._ConvNd,) if convolutions else ()))
+    if not isinstance(module, kinds):
+        return ""
+    names = ("in_proj_weight",) if isinstance(module, nn.MultiheadAttention) else ("weight",)
+    return next((n for n in names if any(_names_end(module, n, end) for end in _COMPUTED)), "")
+
+
+def _names_end(module: nn.Module, name: str, end: str) -> bool:
+    if end == "parametrizations":
+        return name in module._modules.get(end, ())  # type: ignore[operator]
+    return name not in module._parameters and (
+        f"{name}{end}" in module._parameters or f"{name}{end}" in module._buffers
+    )
 
 
 def left_out(model: nn.Module, anatomy: Anatomy, weights: list[Weight]) -> tuple[float, str]:

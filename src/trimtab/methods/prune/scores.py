@@ -64,15 +64,17 @@ def borrowed(model: nn.Module, weights: Iterable[Weight]) -> Iterator[dict[Weigh
     Yields:
         Views of the parameters themselves, not of copies: what is written is what the model computes with.
     """
-    parameters = {w: w.of(model) for w in weights}
-    own = {w: p.detach().clone() for w, p in parameters.items()}
-    held = {w: p.data for w, p in parameters.items() if w.kernel and not p.is_contiguous()}
-    for weight, data in held.items():  # channels last: (out, in * kh * kw) is no view of it
-        parameters[weight].data = data.contiguous()
+    weights = list(weights)
+    parameters = {w.path: w.of(model) for w in weights}  # once, though several experts stand in it
+    own = {path: p.detach().clone() for path, p in parameters.items()}
+    kernels = {w.path for w in weights if w.kernel}
+    held = {path: p.data for path, p in parameters.items() if path in kernels and not p.is_contiguous()}
+    for path, data in held.items():  # channels last: (out, in * kh * kw) is no view of it
+        parameters[path].data = data.contiguous()
     try:
-        yield {w: w.matrix(p.detach()) for w, p in parameters.items()}
+        yield {w: w.matrix(parameters[w.path].detach()) for w in weights}
     finally:
         with torch.no_grad():
-            for weight, p in parameters.items():
-                p.data = held.get(weight, p.data)
-                p.copy_(own[weight])
+            for path, p in parameters.items():
+                p.data = held.get(path, p.data)
+                p.copy_(own[path])

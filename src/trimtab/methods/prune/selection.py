@@ -1,4 +1,8 @@
-"""Selection: the k-th smallest of many scores, and masks of the smallest or largest ones. True = kept."""
+"""Selection: the k-th smallest of many scores, and masks of the smallest or largest ones. True = kept.
+
+Exactly the number that is asked for goes. Which of several equal scores go is the same in every run: first those of
+smaller weights, then the last in the matrix. Published pruners compare with a threshold and take all that equal it.
+"""
 
 from __future__ import annotations
 
@@ -69,11 +73,59 @@ def _ordered(bits: Tensor) -> Tensor:
     return bits ^ ((bits >> (info.bits - 1)) & info.max)
 
 
-def smallest(scores: Tensor, count: int) -> Tensor:
-    """Mask that is False at the `count` smallest scores (and at all that equal the largest of these)."""
+def below(scores: Sequence[Tensor], count: int, weights: Sequence[Tensor] | None = None) -> list[int]:
+    """How many elements each of several tensors gives, so that exactly the `count` smallest of them all go.
+
+    Of equal scores those of smaller weights go first. What is equal in both is given by the tensors in proportion to
+    how much of it they have, so that a model of equal weights loses the same share everywhere.
+
+    Args:
+        scores: floating point tensors of one type and any shapes, without NaN.
+        count: up to the number of elements.
+        weights: tensors of the same shapes, whose magnitudes tell equal scores apart; None: nothing does.
+    """
+    if count < 1:
+        return [0] * len(scores)
+    threshold = kth_smallest(scores, count)
+    given = [int((s < threshold).sum()) for s in scores]
+    equal = [int((s == threshold).sum()) for s in scores]
+    wanted = count - sum(given)
+    if weights is not None and wanted < sum(equal):
+        more = below([w[s == threshold].abs() for w, s in zip(weights, scores, strict=True)], wanted)
+    else:
+        more, before = [], 0
+        for number in equal:
+            more.append(wanted * (before + number) // sum(equal) - wanted * before // sum(equal))
+            before += number
+    return [a + b for a, b in zip(given, more, strict=True)]
+
+
+def going(scores: Tensor, sizes: Tensor | None = None) -> Tensor:
+    """Places along the last axis in the order in which they go: the smallest score first, of equal scores the smaller
+    size, of what is equal in both the last."""
+    count = scores.shape[-1]
+    if sizes is None:
+        order = torch.arange(count - 1, -1, -1, device=scores.device).expand(scores.shape)
+    else:
+        order = count - 1 - sizes.flip(-1).argsort(dim=-1, stable=True)
+    return order.gather(-1, scores.gather(-1, order).argsort(dim=-1, stable=True))
+
+
+def smallest(scores: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
+    """Mask that is False at exactly `count` of the smallest scores.
+
+    Of equal scores those of smaller weights go first, of what is equal in both the last.
+    """
     if count < 1:
         return torch.ones_like(scores, dtype=torch.bool)
-    return scores > kth_smallest([scores], count)
+    threshold = kth_smallest([scores], count)
+    mask = scores > threshold
+    tied = (scores == threshold).flatten().nonzero()[:, 0]
+    stay = len(tied) - (count - int((scores < threshold).sum()))
+    if stay:
+        order = going(torch.zeros_like(tied) if weights is None else weights.flatten()[tied].abs())
+        mask.view(-1)[tied[order[len(tied) - stay :]]] = True
+    return mask
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
@@ -84,9 +136,9 @@ def largest(scores: Tensor, count: int) -> Tensor:
     return mask.view(scores.shape)
 
 
-def largest_of_each(scores: Tensor, group: int, kept: int) -> Tensor:
+def largest_of_each(scores: Tensor, group: int, kept: int, weights: Tensor | None = None) -> Tensor:
     """Mask (out, in) that is True at exactly `kept` of the largest scores in each `group` inputs that follow each
-    other; of equal ones the first stay."""
+    other; of equal ones the larger weights stay, then the first."""
     groups = scores.reshape(len(scores), -1, group)
-    order = groups.argsort(dim=-1, descending=True, stable=True)[..., :kept]
+    order = going(groups, None if weights is None else weights.abs().reshape(groups.shape))[..., group - kept :]
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True).view(scores.shape)

@@ -10,22 +10,23 @@ applied outside.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from trimtab import processes
 from trimtab.anatomy import Anatomy, Block, Tower, Weight, read
 from trimtab.anatomy.calls import arguments
-from trimtab.anatomy.structure import plain_module
+from trimtab.anatomy.structure import plain_module, plain_modules
+from trimtab.methods.prune.attention import batch_first, projecting_outside
 from trimtab.methods.prune.calibration import Batch
 from trimtab.methods.prune.convolutions import Convolutions, patch_sums
+from trimtab.methods.prune.products import Product, Products, one_by_one
 
 _PIECE = 1 << 17  # numbers squared together on a CPU: half a megabyte in single precision
 
@@ -33,6 +34,7 @@ _PIECE = 1 << 17  # numbers squared together on a CPU: half a megabyte in single
 def rows_and_columns(model: nn.Module, weight: Weight) -> tuple[int, int]:
     """(out, in) of a prunable matrix, however its parameter is stored."""
     shape = weight.of(model).shape
+    shape = shape if weight.expert is None else shape[1:]
     return (shape[1], shape[0]) if weight.transposed else (shape[0], shape[1:].numel())
 
 
@@ -88,6 +90,10 @@ class InputSums:
         self.valid: dict[str, bool] = {}  # whether a masked tower was given a valid token in any batch
         self.last: _Reduced | None = None
         self.stack = ExitStack()
+        self.holders: dict[int, list[nn.Module]] = {}
+        for _, module in plain_modules(self.model):
+            if (own := module._parameters.get("weight")) is not None:
+                self.holders.setdefault(id(own), []).append(module)
         self.rows = {w: rows_and_columns(self.model, w)[0] for w in self.weights}
         self.towers = {w: tower for w in self.weights if (tower := self.anatomy.owner(w.module))}
         names = {t.name for t in self.towers.values()} | {t.memory for t in self.towers.values() if t.memory}
@@ -106,13 +112,19 @@ class InputSums:
             for block in tower.blocks if tower.memory else ():
                 hook = partial(self._memory, tower, block)
                 self._hold(self.model.get_submodule(block.path).register_forward_pre_hook(hook, with_kwargs=True))
-        convolutions = [w for w in self.weights if w.kernel]
+        self.stacked: dict[tuple[str, int | None], Weight] = {}
         for weight in self.weights:
-            if not weight.kernel:
+            if not weight.kernel and _called(plain_module(self.model, weight.module)):
                 self._watch(weight)
-        if convolutions:
-            parameters = [w.of(self.model) for w in convolutions]
-            self.stack.enter_context(Convolutions(parameters, lambda i, call: self._convolve(convolutions[i], call)))
+            elif not weight.kernel:
+                self.stacked[weight.path, weight.expert] = weight
+        if self.stacked:
+            parameters = {w.path: w.of(self.model) for w in self.stacked.values()}
+            self.stack.enter_context(one_by_one(self.model))
+            self.products = self.stack.enter_context(Products(parameters, self._product))
+        if convolutions := [w for w in self.weights if w.kernel]:
+            kernels = [w.of(self.model) for w in convolutions]
+            self.stack.enter_context(Convolutions(kernels, lambda i, call: self._convolve(convolutions[i], call)))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -144,13 +156,25 @@ class InputSums:
             hook = partial(self._attention, weight)
             self._hold(module.register_forward_pre_hook(hook, with_kwargs=True))
         elif isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
-            self.stack.enter_context(_projecting_outside(parent, module, lambda x: self._add(weight, [x])))
+            self.stack.enter_context(projecting_outside(parent, module, lambda x: self._add(weight, [x])))
         else:
-            self._hold(module.register_forward_pre_hook(partial(self._layer, weight), with_kwargs=True))
+            for layer in self.holders[id(weight.of(self.model))]:  # several layers may share a weight
+                self._hold(layer.register_forward_pre_hook(partial(self._layer, weight), with_kwargs=True))
 
     def _layer(self, weight: Weight, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Add what a linear layer, which has one argument, is given."""
         self._add(weight, [args[0] if args else next(iter(kwargs.values()))])
+
+    def _product(self, product: Product) -> None:
+        """Add what a bare parameter, or an expert, is multiplied with."""
+        weight = self.stacked[product.path, product.expert]
+        if product.transposed != weight.transposed:
+            stored = "(in, out)" if product.transposed else "(out, in)"
+            raise ValueError(
+                f"'{weight}' was expected as {'(in, out)' if weight.transposed else '(out, in)'}, and is multiplied as "
+                f"{stored}: leave '{weight.module}' out of the towers' scopes"
+            )
+        self._add(weight, [product.input])
 
     def _attention(self, weight: Weight, module: nn.MultiheadAttention, args: tuple, kwargs: dict) -> None:
         names = ("query", "key", "value")
@@ -159,7 +183,7 @@ class InputSums:
             given = [given["qkv".index(weight.parameter[0])]]
         elif given[0] is given[1] is given[2]:
             given = given[:1]
-        self._add(weight, [_batch_first(x, module) for x in given])
+        self._add(weight, [batch_first(x, module) for x in given])
 
     def _add(self, weight: Weight, inputs: list[Tensor]) -> None:
         """Add the inputs (..., in) of a weight's parts."""
@@ -258,12 +282,12 @@ class InputSums:
         """Sum over processes. One that had no batch, or whose batches missed a module, has nothing to add to it."""
         if processes.world()[1] == 1:
             return
-        own = {w.path: [(p.rows, p.samples, p.dtype, p.total.shape) for p in parts] for w, parts in self.sums.items()}
+        own = {str(w): [(p.rows, p.samples, p.dtype, p.total.shape) for p in parts] for w, parts in self.sums.items()}
         every = processes.everywhere(own)
         seen = processes.everywhere(self.valid)
         self.valid = {tower: any(one.get(tower) for one in seen) for one in seen for tower in one}
         for weight in self.weights:
-            described = [parts for one in every if (parts := one.get(weight.path))]
+            described = [parts for one in every if (parts := one.get(str(weight)))]
             if not described:
                 continue
             if any(len(parts) != len(described[0]) for parts in described):
@@ -284,16 +308,29 @@ class InputSums:
         """For each part of a weight its rows and what was summed, over all processes, divided by the samples' number.
 
         Raises:
-            ValueError: if a module was never called during calibration.
+            ValueError: if a module was never called during calibration. An expert to which no token was routed, of a
+                module that was called, has sums of 0.
         """
         self._gather()
+        if self.stacked and self.products.other:
+            path, function = next(iter(self.products.other.items()))
+            raise ValueError(
+                f"'{path}' is not only multiplied by, it is also given to `{function}`: what its inputs are cannot be "
+                "told; leave its module out of the towers' scopes"
+            )
+        reached = {path for (path, _), weight in self.stacked.items() if weight in self.sums}
+        for (path, _), weight in self.stacked.items():
+            if path in reached and weight not in self.sums:
+                rows, columns = rows_and_columns(self.model, weight)
+                size = (columns, columns) if self.gram else (columns,)
+                self.sums[weight] = [_Sum(rows, torch.zeros(size, device=weight.of(self.model).device), 1)]
         for tower, valid in self.valid.items():
             if not valid:
                 raise ValueError(
                     f"calibration, tower {tower!r}: no batch's mask marks a token as valid; expected non-zero where a "
                     "token counts"
                 )
-        silent = sorted(w.path for w in self.weights if w not in self.sums)
+        silent = sorted(str(w) for w in self.weights if w not in self.sums)
         if silent:
             raise ValueError(
                 f"calibration never reached {len(silent)} layers, first '{silent[0]}': give batches that use "
@@ -303,6 +340,11 @@ class InputSums:
             weight: [(part.rows, (part.total / part.samples).to(part.dtype)) for part in self.sums[weight]]
             for weight in self.weights
         }
+
+
+def _called(module: nn.Module) -> bool:
+    """Whether a module's inputs are what it is called with, or torch's attention, which is read around."""
+    return isinstance(module, (nn.Linear, nn.MultiheadAttention)) or type(module).__name__ == "Conv1D"
 
 
 def _single(x: Tensor) -> Tensor:
@@ -328,40 +370,3 @@ def _gram(x: Tensor) -> Tensor:
     """Sum of x x^T over the rows of (n, in)."""
     x = _single(x)
     return x.t() @ x
-
-
-def _batch_first(x: Tensor, attention: nn.MultiheadAttention) -> Tensor:
-    """(B, L, D), however the attention is called."""
-    if x.ndim == 2:
-        return x[None]
-    return x if attention.batch_first else x.transpose(0, 1)
-
-
-@contextmanager
-def _projecting_outside(
-    attention: nn.MultiheadAttention, projection: Any, then: Callable[[Tensor], None]
-) -> Iterator[None]:
-    """Compute an attention with an identity as its output projection, which is applied afterwards: `then` sees its
-    input.
-
-    The module hands its output projection's weight to a fused function, so there is no call to hook.
-    """
-    real = dict(projection._parameters)
-    weight = projection.weight
-    identity = nn.Parameter(torch.eye(len(weight), dtype=weight.dtype, device=weight.device), requires_grad=False)
-
-    def before(module: nn.Module, args: tuple) -> None:
-        projection._parameters.update(weight=identity, bias=None)
-
-    def after(module: nn.Module, args: tuple, output: tuple) -> tuple:
-        projection._parameters.update(real)
-        then(_batch_first(output[0], attention))
-        return F.linear(output[0], projection.weight, projection.bias), *output[1:]
-
-    handles = [attention.register_forward_pre_hook(before), attention.register_forward_hook(after)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        projection._parameters.update(real)

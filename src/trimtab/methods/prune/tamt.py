@@ -20,6 +20,7 @@ from trimtab.anatomy import Weight
 from trimtab.methods.base import METHODS
 from trimtab.methods.prune.base import Pruner, found_masks
 from trimtab.methods.prune.calibration import Batch, Calibration, gradients
+from trimtab.methods.prune.evidence import warn_without
 from trimtab.methods.prune.masks import Masks
 from trimtab.methods.prune.scores import borrowed
 from trimtab.methods.prune.selection import kth_smallest
@@ -67,7 +68,16 @@ class TAMT(Pruner):
         for sparsity in sparsities:
             *_, (_, last) = self.trace(calibration, sparsity)
             values = {w: v.abs() for w, v in last.items()}
-            yield found_masks(self.cut(values, values, sparsity))
+            yield found_masks(self.cut(values, self.prunable(calibration), sparsity))
+
+    def counts(self, scores: Values, weights: Values, sparsity: float) -> dict[Weight, int]:
+        """As every pruner; as the authors count if `faithful`: all that equals the threshold goes."""
+        found = super().counts(scores, weights, sparsity)
+        count = sum(found.values())
+        if not self.settings.faithful or not count:
+            return found
+        threshold = kth_smallest(list(scores.values()), count)
+        return {w: int((s <= threshold).sum()) for w, s in scores.items()}
 
     def trace(self, calibration: Calibration, sparsity: float) -> Iterator[tuple[Values, Values]]:
         """Mask values (out, in) at the start and now, after each step of the optimiser."""
@@ -89,12 +99,15 @@ class TAMT(Pruner):
                     self.mask(current, own, values, count)
                     yield batch
 
+            idle = set(own)
             for found in gradients(calibration, weights, masked(), train=True):
+                idle -= {w for w in idle if found[w].any()}
                 for weight, value in values.items():
                     value.grad = found[weight] * own[weight] * value.sign()
                 optimizer.step()
                 schedule.step()
                 yield first, values
+            warn_without([str(w) for w in own if w in idle], len(own), "gradient")
 
     def begin(self, weights: Values, sparsity: float, count: int) -> Values:
         """Mask values at the start: one number where magnitude keeps a weight of its tensor, elsewhere 0."""

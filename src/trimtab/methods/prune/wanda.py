@@ -18,7 +18,7 @@ from trimtab.methods.base import METHODS
 from trimtab.methods.prune.base import Pruner
 from trimtab.methods.prune.evidence import Evidence
 from trimtab.methods.prune.scores import score
-from trimtab.methods.prune.selection import smallest
+from trimtab.methods.prune.selection import going, smallest
 from trimtab.methods.prune.settings import PruneSettings
 
 
@@ -51,14 +51,16 @@ class RowPruner(Pruner):
     Settings = WandaSettings
     settings: WandaSettings
 
-    def remove(self, scores: Tensor, count: int) -> Tensor:
+    def remove(self, scores: Tensor, count: int, weight: Tensor) -> Tensor:
         if not self.settings.per_output:
-            return smallest(scores, count)
+            return smallest(scores, count, weight)
         each, rest = divmod(count, len(scores))  # weights that every output gives, and how many outputs give one more
-        ordered, order = scores.sort(dim=1, stable=True)
+        sizes = weight.abs()
+        order = going(scores, sizes)
         mask = torch.ones_like(scores, dtype=torch.bool).scatter_(1, order[:, :each], False)
         if rest:
-            more = ordered[:, each].argsort(stable=True)[:rest]
+            next_to_go = order[:, each : each + 1]
+            more = going(scores.gather(1, next_to_go)[:, 0], sizes.gather(1, next_to_go)[:, 0])[:rest]
             mask[more, order[more, each]] = False
         return mask
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from trimtab.anatomy import Anatomy
-from trimtab.anatomy.structure import plain_parameters
+from trimtab.anatomy.structure import plain_parameters, under
 from trimtab.methods.base import METHODS, Method
 
 
@@ -31,13 +31,18 @@ class BitFit(Method):
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
         for name in self.settings.towers or [t.name for t in anatomy.towers]:
             tower = anatomy.tower(name)
-            biases = [
-                p
+            biases = {
+                path: p
                 for path, p in plain_parameters(model).items()
                 if path.rsplit(".", 1)[-1].endswith("bias") and anatomy.owner(path) == tower
-            ]
-            if not biases:
-                raise ValueError(f"bitfit: tower {name!r} has no bias (T5 has none): name others in `towers`")
-            for bias in biases:
+            }
+            blocks = [b.path for b in tower.blocks]
+            if not any(under(path, blocks) for path in biases):
+                rest = f", only {', '.join(biases)} outside of them" if biases else ""
+                raise ValueError(
+                    f"bitfit: the blocks of tower {name!r} have no bias{rest} (so it is in T5 and LLaMA): name other "
+                    "towers in `towers`, or tune its norms (norm-tuning)"
+                )
+            for bias in biases.values():
                 bias.requires_grad_(True)
         return anatomy

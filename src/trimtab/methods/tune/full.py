@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,6 +16,19 @@ class NoSettings:
     """A method without settings."""
 
 
+def train(parameters: Iterable[tuple[str, nn.Parameter]], by: str) -> None:
+    """Let parameters be trained; ValueError if one is stored as something that has no gradient (quantised)."""
+    found = list(parameters)
+    for path, parameter in found:
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            raise ValueError(
+                f"{by}: '{path}' is stored as {str(parameter.dtype).removeprefix('torch.')} (quantised) and cannot be "
+                "trained: load the model unquantised, or train beside it (lora, unipt, adapter)"
+            )
+    for _, parameter in found:
+        parameter.requires_grad_(True)
+
+
 @METHODS.register("full")
 class Full(Method):
     """Full fine-tuning: every parameter is trained."""
@@ -25,7 +39,7 @@ class Full(Method):
     changes = "values"
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
-        model.requires_grad_(True)
+        train(model.named_parameters(), self.name)
         return anatomy
 
 

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trimtab.anatomy import Anatomy
-from trimtab.anatomy.structure import is_wrapped, module_at, plain_modules, replace_module
+from trimtab.anatomy import Anatomy, Tower
+from trimtab.anatomy.structure import is_wrapped, module_at, plain_modules, replace_module, under
 from trimtab.methods.base import METHODS, Method
+from trimtab.methods.tune.roles import is_linear, queries_and_values, silent_attentions
 from trimtab.registry import unknown
 
 
@@ -27,9 +28,12 @@ class LoRASettings:
     """The update is scaled by alpha / r."""
     dropout: float = 0.0
     """Dropout of the input of A."""
-    targets: tuple[str, ...] = ("query", "value", "q_proj", "v_proj", "q", "v", "qkv")
+    targets: tuple[str, ...] | None = None
     """Last names, or longer ends of paths, of the linear layers inside the towers that get an update; those a model
-    lacks are passed over. A fused `qkv` gets one update for all three."""
+    lacks are passed over. None: the layers that give an attention's queries and values, in every tower. A fused layer
+    gets one update for all three."""
+    towers: tuple[str, ...] | None = None
+    """Which towers; None for all."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -85,14 +89,63 @@ class LoRA(Method):
         return anatomy
 
     def _chosen(self, model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:
-        """The layers that get an update, by path; ValueError if there are none, or one is never called."""
+        """The layers that get an update, by path.
+
+        Raises:
+            ValueError: if there are none, or none in one of the towers, or one is never called or no plain layer.
+        """
         s = self.settings
-        linears = {p: m for p, m in plain_modules(model) if _is_linear(m) and anatomy.modality(p)}
-        chosen = {p: m for p, m in linears.items() if any(p == t or p.endswith("." + t) for t in s.targets)}
+        towers = [anatomy.tower(name) for name in s.towers or [t.name for t in anatomy.towers]]
+        linears: dict[str, dict[str, nn.Module]] = {t.name: {} for t in towers}
+        for path, module in plain_modules(model):
+            owner = anatomy.owner(path)
+            if is_linear(module) and owner is not None and owner.name in linears:
+                linears[owner.name][path] = module
+        chosen: dict[str, nn.Module] = {}
+        for tower in towers:
+            own = linears[tower.name]
+            if s.targets is None:
+                paths = self._by_role(model, tower, own, [t.name for t in towers])
+            else:
+                paths = [p for p in own if any(p == t or p.endswith("." + t) for t in s.targets)]
+            chosen |= {path: own[path] for path in paths}
         if not chosen:
-            valid = sorted({p.rsplit(".", 1)[-1] for p in linears})
-            raise ValueError(f"lora found none of its targets: {unknown('target', s.targets[0], valid)}")
-        for path in chosen:
+            valid = sorted({p.rsplit(".", 1)[-1] for own in linears.values() for p in own})
+            raise ValueError(f"lora found none of its targets: {unknown('target', (s.targets or ('',))[0], valid)}")
+        self._check(model, chosen)
+        return chosen
+
+    def _by_role(self, model: nn.Module, tower: Tower, linears: dict[str, nn.Module], towers: list[str]) -> list[str]:
+        """The layers of a tower's blocks that give queries and values; ValueError if it has none that is known."""
+        blocks = [b.path for b in tower.blocks]
+        inside = {path: m for path, m in linears.items() if under(path, blocks)}
+        if found := queries_and_values(inside):
+            return found
+        names = sorted({path.rpartition(".")[2] for path in inside})
+        have = f"its blocks have the linear layers {', '.join(names)}" if names else "its blocks have no linear layer"
+        if silent := [p for b in blocks for p in silent_attentions(model, b)]:
+            have += f"; '{silent[0]}' is an nn.MultiheadAttention, which multiplies without calling a layer"
+        others = [name for name in towers if name != tower.name]
+        raise ValueError(
+            f"lora: tower {tower.name!r} has no layer that is known to give queries or values ({have}): name layers "
+            f"in `targets`, or {f'leave it out: towers {others}' if others else 'tune it in another way'}"
+        )
+
+    def _check(self, model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+        for path, module in chosen.items():
+            weight: Any = module._parameters.get("weight")
+            if weight is None:
+                raise ValueError(
+                    f"lora: the weight of '{path}' ({type(module).__name__}) is computed anew before each pass: "
+                    "an update could not be merged; make it a plain parameter first "
+                    "(`torch.nn.utils.parametrize.remove_parametrizations`), or name other layers in `targets`"
+                )
+            if type(module) is nn.Linear and not weight.is_floating_point():
+                raise ValueError(
+                    f"lora: the weight of '{path}' is stored as {str(weight.dtype).removeprefix('torch.')} (quantised) "
+                    "in a plain nn.Linear, which cannot compute with it: load the model in a quantised form that PEFT "
+                    "knows (bitsandbytes, GPTQ, ...), or unquantised"
+                )
             owner = model.get_submodule(path.rpartition(".")[0])
             if isinstance(owner, nn.MultiheadAttention):
                 raise ValueError(
@@ -104,7 +157,6 @@ class LoRA(Method):
                     f"lora: '{path}' is wrapped by PEFT already: merge that first (`merge_and_unload`) and adapt the "
                     "merged model, or name other layers in `targets`"
                 )
-        return chosen
 
     def follow(self, masks: Mapping[str, Tensor], model: nn.Module) -> None:
         """Multiply updates of pruned weights by their masks, so that what is trained is what can be merged."""
@@ -131,10 +183,6 @@ class LoRA(Method):
                 module.merge()
                 done[id(module)] = base
             replace_module(model, path, done[id(module)])
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's, with its weight transposed
 
 
 def _places(model: nn.Module, chosen: dict[str, nn.Module]) -> dict[str, list[str]]:

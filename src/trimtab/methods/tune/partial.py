@@ -9,6 +9,7 @@ from torch import nn
 from trimtab.anatomy import Anatomy
 from trimtab.anatomy.structure import plain_parameters
 from trimtab.methods.base import METHODS, Method
+from trimtab.methods.tune.full import train
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,6 @@ class Partial(Method):
             if k > len(blocks):
                 raise ValueError(f"partial: blocks is {k}, but tower {name!r} has {len(blocks)}")
             for block in blocks[-k:]:
-                for parameter in plain_parameters(model.get_submodule(block.path)).values():
-                    parameter.requires_grad_(True)
+                own = plain_parameters(model.get_submodule(block.path))
+                train(((f"{block.path}.{name}", p) for name, p in own.items()), self.name)
         return anatomy

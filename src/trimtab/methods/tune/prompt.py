@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.anatomy import Anatomy, Block, Tap, Tower, parameter_names, pre_hook, rewrite
+from trimtab.anatomy import Anatomy, Block, Tap, Tower, arguments, parameter_names, pre_hook, rewrite
 from trimtab.methods.base import METHODS, Method
 from trimtab.methods.tune.beside import keep_modules, token_width
 from trimtab.methods.tune.listener import holds_tokens
@@ -89,6 +89,9 @@ class Prompts(nn.Module):
         return tokens[:, self.count :]
 
 
+_TORCHS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
 class _Enter:
     """Changes what a block is called with: prompts before the stream, masks as wide as it.
 
@@ -105,6 +108,8 @@ class _Enter:
                 "be set before each new token; generate with use_cache=False"
             )
         given = self.block.stream_of(module, args, kwargs)
+        if isinstance(module, _TORCHS):
+            self._check_torchs(module, args, kwargs)
         if given.shape[-1] != self.prompts.values[0].shape[-1]:
             raise ValueError(
                 f"block '{self.block.path}' takes in {tuple(given.shape)}, expected the width {self.block.width}, as "
@@ -121,12 +126,29 @@ class _Enter:
         kwargs = {k: self._widened(v, given, length, k) for k, v in kwargs.items()}
         return self.block.with_stream(module, args, kwargs, stream)
 
+    def _check_torchs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Raise a ValueError for what cannot be widened around one of torch's own layers."""
+        where = f"{self.method}: block '{self.block.path}' ({type(module).__name__})"
+        if not module.self_attn.batch_first:  # type: ignore[union-attr]
+            raise ValueError(f"{where} takes tokens as (L, B, D), expected (B, L, D): make it with batch_first=True")
+        known = arguments(module, args, kwargs)
+        for name in ("src_mask", "tgt_mask", "is_causal", "tgt_is_causal"):
+            if known.get(name) is not None and known[name] is not False:
+                raise ValueError(
+                    f"{where} is given `{name}`, which says what tokens see by their places, and prompts have none: "
+                    "use a method without prompts"
+                )
+
     def _widened(self, value: Any, stream: Tensor, length: int, name: str) -> Any:
         if type(value).__name__ == "BlockMask":
             raise ValueError(
                 f"{self.method}: block '{self.block.path}' is given its mask as flex attention's BlockMask, which "
                 "cannot be widened for prompts: load the model with attn_implementation='sdpa'"
             )
+        own = name.endswith("key_padding_mask") and not name.startswith("memory")
+        if own and isinstance(value, Tensor) and value.shape[-1] == length:
+            # torch's attention is told what is hidden, by True or by what is added to scores: prompts are not
+            return torch.cat([value.new_zeros(*value.shape[:-1], self.prompts.count), value], dim=-1)
         return value if value is stream else widened(value, self.prompts.count, length, name, self.causal)
 
 

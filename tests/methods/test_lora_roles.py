@@ -1,0 +1,144 @@
+"""LoRA finds what gives queries and values by the layers that stand beside each other, or says what it found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+import trimtab
+from tests.models.zoo import ZOO
+from trimtab import Anatomy, Block, Tap, Tower
+from trimtab.methods.tune.roles import ATTENTIONS, queries_and_values
+
+WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
+DEEP = {"d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 60}
+
+# a model -> the layers of each of its attentions that get an update
+FAMILIES = {
+    "phi3": (lambda: hf.Phi3Model(hf.Phi3Config(**WIDE, num_key_value_heads=2, pad_token_id=0)), {"qkv_proj"}),
+    "gpt2": (lambda: hf.GPT2Model(hf.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4)), {"c_attn"}),
+    "gpt2 that reads": (
+        lambda: hf.GPT2Model(hf.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, add_cross_attention=True)),
+        {"c_attn", "q_attn"},
+    ),
+    "bloom": (lambda: hf.BloomModel(hf.BloomConfig(vocab_size=60, hidden_size=32, n_layer=2, n_head=4)),
+              {"query_key_value"}),
+    "mpt": (lambda: hf.MptModel(hf.MptConfig(**DEEP)), {"Wqkv"}),
+    "modernbert": (lambda: hf.ModernBertModel(hf.ModernBertConfig(**WIDE, pad_token_id=0)), {"Wqkv"}),
+    "distilbert": (lambda: hf.DistilBertModel(hf.DistilBertConfig(vocab_size=60, dim=32, n_layers=2, n_heads=4,
+                                                                  hidden_dim=64)), {"q_lin", "v_lin"}),
+    "deberta": (lambda: hf.DebertaV2Model(hf.DebertaV2Config(**WIDE)), {"query_proj", "value_proj"}),
+    "deepseek": (lambda: hf.DeepseekV2Model(hf.DeepseekV2Config(
+        **WIDE, num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8,
+        v_head_dim=8, first_k_dense_replace=2, head_dim=8)), {"q_b_proj", "kv_b_proj"}),
+    "swin": (lambda: hf.SwinModel(hf.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[2, 2],
+                                                num_heads=[2, 2], window_size=4)), {"q_proj", "v_proj"}),
+    "blip": (lambda: hf.BlipVisionModel(hf.BlipVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                                            num_attention_heads=4, image_size=16, patch_size=8)),
+             {"qkv"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_attention_of_every_tower_gets_updates(name):
+    make, layers = FAMILIES[name]
+    model = make()
+    anatomy = Anatomy.of(model)
+    blocks = [b.path for b in anatomy.blocks()]
+    trimtab.tune(model, "lora")
+    wrapped = [p for p, m in model.named_modules() if hasattr(m, "lora_A")]
+    assert {p.rpartition(".")[2] for p in wrapped} == layers
+    for block in blocks:
+        assert {p.rpartition(".")[2] for p in wrapped if p.startswith(block + ".")} == layers, block
+
+
+# Towers whose attention multiplies by itself; they are named, and the rest is tuned by name.
+SILENT = {"bridgetower": ["vision"], "bridgetower mlm": ["vision"]}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_no_tower_is_left_out_without_a_word(name):
+    model = ZOO[name].build()
+    anatomy = Anatomy.of(model)
+    silent = SILENT.get(name, [])
+    for tower in silent:
+        with pytest.raises(
+            ValueError, match=f"lora: tower '{tower}' has no layer that is known .*linear layers c_fc, "
+        ):
+            trimtab.tune(ZOO[name].build(), "lora")
+    rest = [t.name for t in anatomy.towers if t.name not in silent]
+    trimtab.tune(model, "lora", towers=rest)
+    wrapped = [p for p, m in model.named_modules() if hasattr(m, "lora_A")]
+    for tower in anatomy.towers:
+        within = [p for p in wrapped if anatomy.owner(p) == tower]
+        assert bool(within) == (tower.name in rest), tower.name
+        assert len({p for b in tower.blocks for p in within if p.startswith(b.path + ".")}) == len(within)
+
+
+class Blocks(nn.Module):
+    def __init__(self, *kinds):
+        super().__init__()
+        self.blocks = nn.ModuleList(kind() for kind in kinds)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def anatomy(self) -> Anatomy:
+        blocks = tuple(Block(f"blocks.{i}", 8) for i in range(len(self.blocks)))
+        return Anatomy((Tower("text", "text", blocks, ("blocks",), Tap("blocks.0")),))
+
+
+def named(*names):
+    return lambda: nn.ModuleDict({name: nn.Linear(8, 8) for name in names})
+
+
+@pytest.mark.parametrize(
+    "names", [("v", "gate"), ("query", "other"), ("value_proj", "up"), ("fc1", "fc2"), ("q_proj",)]
+)
+def test_a_name_alone_says_nothing(names):
+    model = Blocks(named(*names), named(*names))
+    listed = ", ".join(sorted(names))
+    with pytest.raises(ValueError, match=rf"tower 'text' has no layer that is known .* linear layers {listed}\): name"):
+        trimtab.tune(model, "lora", anatomy=model.anatomy())
+    trimtab.tune(model, "lora", anatomy=model.anatomy(), targets=names[:1])
+    assert sum(hasattr(m, "lora_A") for m in model.modules()) == 2
+
+
+def test_layers_outside_of_the_blocks_are_no_attention_of_theirs():
+    model = Blocks(named("q", "k", "v"), named("qkv"))
+    model.pool = named("q_proj", "k_proj", "v_proj")()
+    anatomy = model.anatomy()
+    tower = Tower("text", "text", anatomy.towers[0].blocks, ("blocks", "pool"), Tap("blocks.0"))
+    trimtab.tune(model, "lora", anatomy=Anatomy((tower,)))
+    wrapped = [p for p, m in model.named_modules() if hasattr(m, "lora_A")]
+    assert wrapped == ["blocks.0.q", "blocks.0.v", "blocks.1.qkv"]
+
+
+def test_torchs_own_attention_is_named():
+    model = Blocks(*[lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)] * 2)
+    with pytest.raises(
+        ValueError, match="linear1, linear2, out_proj; 'blocks.0.self_attn' is an nn.MultiheadAttention"
+    ):
+        trimtab.tune(model, "lora", anatomy=model.anatomy())
+
+
+def test_of_an_attention_the_query_and_value_are_chosen_and_nothing_else():
+    for attention in ATTENTIONS:
+        layers = {f"block.attention.{name}": nn.Linear(2, 2) for name in sorted(attention.layers)}
+        found = {p.rpartition(".")[2] for p in queries_and_values({**layers, "block.mlp.up": nn.Linear(2, 2)})}
+        assert found and found <= attention.layers
+
+
+def test_what_cannot_be_merged_or_computed_is_refused():
+    model = Blocks(named("q", "k", "v"), named("q", "k", "v"))
+    nn.utils.parametrizations.weight_norm(model.blocks[1]["v"])
+    with pytest.raises(ValueError, match=r"'blocks.1.v' \(ParametrizedLinear\) is computed anew .*remove_parametri"):
+        trimtab.tune(model, "lora", anatomy=model.anatomy())
+    model = Blocks(named("q", "k", "v"), named("q", "k", "v"))
+    model.blocks[0]["q"].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="'blocks.0.q' is stored as int8 .*quantised.* PEFT knows"):
+        trimtab.tune(model, "lora", anatomy=model.anatomy())
