@@ -90,6 +90,10 @@ class Pruner(Method):
                     f"{group} do not divide: choose another pattern, or name '{weight.module}' in the `heads` of an "
                     "anatomy of your own, which leaves it whole"
                 )
+        allocation = getattr(self.settings, "allocation", None) or self.allocation
+        if allocation in ("modality", "multimodal") and len(anatomy.towers) > 1:
+            for tower in anatomy.towers:
+                tower.need(self.name, "modality")
         _, size = processes.world()
         if size > 1 and self.rounds and not self.shares:
             raise ValueError(

@@ -99,6 +99,8 @@ class InputSums:
         names = {t.name for t in self.towers.values()} | {t.memory for t in self.towers.values() if t.memory}
         names |= {read for t in self.towers.values() for _, read in t.memories}
         self.watched = [t for t in self.anatomy.towers if t.name in names]
+        for tower in self.watched:
+            tower.need("calibration", "samples")
         # torch's fused encoder layers call no module inside; hooks would see nothing.
         self.stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
@@ -262,6 +264,7 @@ class InputSums:
     def _check_mask(self, tower: Tower, number: int, batch: Batch) -> None:
         tap = tower.mask_source or tower.mask
         if tap is None:
+            self._check_unmasked(tower, number, batch)
             return
         where = f"calibration batch {number}, tower {tower.name!r}"
         if self.sources.get(tower.name) is None:
@@ -277,6 +280,16 @@ class InputSums:
             found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"{where}: expected a mask of valid tokens (B, L), found {found}; give one number a token")
         self.valid[tower.name] = self.valid.get(tower.name, False) or bool(mask.any())
+
+    def _check_unmasked(self, tower: Tower, number: int, batch: Batch) -> None:
+        """Where it is not known which tokens of a tower a mask hides, nothing may be hidden."""
+        unknown = dict(tower.unknown).get("mask")
+        masks = {k: v for k, v in batch.items() if "mask" in k and isinstance(v, Tensor)}
+        if unknown and (holes := next((k for k, v in masks.items() if not v.all()), None)):
+            raise ValueError(
+                f"calibration batch {number}: {holes!r} hides tokens, and which of tower {tower.name!r} these are is "
+                f"unknown: {unknown}; give batches without padding, or describe the tower's mask"
+            )
 
     def _gather(self) -> None:
         """Sum over processes. One that had no batch, or whose batches missed a module, has nothing to add to it."""
