@@ -1,0 +1,25 @@
+"""Families of transformers and the class that stands for each."""
+
+from __future__ import annotations
+
+from transformers.models.auto import modeling_auto
+
+_TASKS = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "ZERO_SHOT_IMAGE_CLASSIFICATION", "ZERO_SHOT_OBJECT_DETECTION",
+          "VISUAL_QUESTION_ANSWERING", "DOCUMENT_QUESTION_ANSWERING", "TABLE_QUESTION_ANSWERING", "RETRIEVAL")  # fmt: skip
+# Multimodal models that no such mapping names.
+_FURTHER = {
+    "bridgetower": "BridgeTowerModel", "flava": "FlavaModel", "groupvit": "GroupViTModel", "lxmert": "LxmertModel",
+    "visual_bert": "VisualBertModel", "vision-text-dual-encoder": "VisionTextDualEncoderModel", "xclip": "XCLIPModel",
+    "trocr": "TrOCRForCausalLM", "llava_next_video": "LlavaNextVideoForConditionalGeneration",
+}  # fmt: skip
+
+
+def _families() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for task in _TASKS:
+        for family, name in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").items():
+            found.setdefault(family, name if isinstance(name, str) else name[0])
+    return _FURTHER | found
+
+
+FAMILIES = dict(sorted(_families().items()))

@@ -1,0 +1,246 @@
+"""Tiny configurations of any family of transformers: every field of the default one is made small, by rules.
+
+    config = tiny_config("qwen2_vl")         # a few layers, 16 to 64 wide, a vocabulary of 128
+    model = build("Qwen2VLForConditionalGeneration", config)
+
+Fields that were equal stay equal (a projection as wide as the text model, say), which keeps most of what fits together.
+What the rules get wrong for a family stands in `tests.models.exceptions`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from tests.models.exceptions import CHANGED, SAME_WIDTH, SETTINGS
+
+LAYERS, VOCABULARY, HEADS, HEAD, PATCH, PICTURE, POSITIONS = 3, 128, 4, 8, 4, 16, 128
+WIDTHS = (32, 48, 64, 40, 56, 80, 72)  # of towers, the largest first: 4 heads of an even width each
+
+# The first pattern that is found in a field's name says what the number is.
+KINDS: list[tuple[str, str]] = [
+    ("keep", r"^(chunk_size_feed_forward|pretraining_tp|model_parallel_size|seed|num_channels|audio_channels"
+             r"|num_return|decoder_sparse_step|scale_factor|merge_factor|subsampling_factor|type_vocab_size"
+             r"|sampling_rate|hidden_expansion|num_labels)$"),
+    ("token", r"(token|start|end|begin|image_patch|nothink|think_bos|think_eos|codec_pad|codec_bos|im_newline)"
+              r"_(id|index|ids)$|^forced_eos_token_id$"),
+    ("layers", r"^(num_hidden_layers|n_layers?|num_layers|depth|layers|(en|de)coder_layers|num_decoder_layers|num_blocks"
+               r"|resampler_depth|\w+_num_hidden_layers|decoder_num_layers|num_(spatial|temporal|auxiliary|global)_layers"
+               r"|num_timestamp_prediction_layers|aligner_num_add_layers|max_window_layers|n_layer)$"),
+    ("indices", r"(indexes|indices|_idxs|layer_ids|target_layers|attention_layers|extract_layers|moe_layers"
+                r"|mlp_only_layers)$"),
+    ("layer", r"^(vision_feature_layer|feature_layer|insert_layer_id|accept_hidden_layer|spatial_vision_layer"
+              r"|first_k_dense_replace|vision_feature_select_layer)$"),
+    ("heads", r"(attention_heads|^num_heads|_num_heads|_n_heads|linear_num_(key|value)_heads|resampler_heads|^n_head)$"),
+    ("kv_heads", r"(key_value_heads|kv_heads)$"),
+    ("head", r"(head_dim|dim_head|^d_kv)$"),
+    ("experts", r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts)$"),
+    ("few", r"^(num_experts_per_tok|moe_topk|moe_k|n_shared_experts|moe_num_shared_experts|moe_top_k)$"),
+    ("one", r"^(n_group|topk_group|num_nextn_predict_layers|num_residual_layers|merger_times)$"),
+    ("vocabulary", r"(vocab_size|vocab_size_per_layer_input|^vocab_offset|num_embeddings|codebook_size)$"),
+    ("positions", r"(max_position_embeddings|max_2d_position_embeddings|^seq_len|original_max_position\w+)$"),
+    ("patch", r"^patch_size$"),
+    ("picture", r"^(image_size|img_size|input_size|max_image_size|resolution)$"),
+    ("queries", r"(num_query_tokens|n_latents|num_latents|num_queries|latent_query_num)$"),
+    ("window", r"(sliding_window|sliding_window_size|attention_chunk_size|local_attention)$"),
+    ("rank", r"(lora_rank|lowrank|laurel_rank|_rank)$"),
+    ("mel", r"(num_mel_bins|mel_dim|n_mel_bins|input_feat_size|feature_size)$"),
+    ("inner", r"(intermediate_size|intermediate_size_mlp|ffn_dim|mlp_dim|^d_ff|dim_feedforward|expert_dim)$"),
+    ("width", r"(hidden_size|hidden_dim|d_model|embed_dim|_dim|hidden|_size|output_channels|_channels|query_dim|_width"
+              r"|pos_feats)$"),
+]  # fmt: skip
+_DROPS = re.compile(r"layerdrop|layer_drop|drop_path|depth_dropout")
+_SAVED = {"_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id", "problem_type",
+          "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward"}  # fmt: skip
+
+
+def kind_of(name: str) -> str:
+    """What the number in a field is, by the field's name; "other" if no rule knows it."""
+    return next((kind for kind, pattern in KINDS if re.search(pattern, name)), "other")
+
+
+def configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A configuration and all that it holds."""
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from configs(value)
+
+
+class Shrinker:
+    """Makes one family's configuration small; what must stay equal across its parts is decided once."""
+
+    def __init__(self, config: PreTrainedConfig, family: str):
+        self.family = family
+        parts = list(configs(config))
+        widths = [v for c in parts for n in ("hidden_size", "d_model", "hidden_dim", "n_embd")
+                  if isinstance(v := getattr(c, n, None), int) and v > 0]  # fmt: skip
+        ordered = sorted(set(widths), reverse=True)
+        same = family in SAME_WIDTH
+        self.widths = {w: WIDTHS[0 if same else i % len(WIDTHS)] for i, w in enumerate(ordered)}
+        tokens = sorted({v for c in parts for n, v in self._fields(c) if kind_of(n) == "token" for v in _ints(v)})
+        large = [v for v in tokens if v > 9]
+        self.tokens = {v: VOCABULARY - len(large) + i for i, v in enumerate(large)}
+
+    @staticmethod
+    def _fields(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
+        return ((n, v) for n, v in vars(config).items() if not n.startswith("_") and n not in _SAVED)
+
+    def shrink(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """The small configuration's fields; those that are configurations themselves as such dictionaries."""
+        depth = _depth(config)
+        few = _few(config)
+        out: dict[str, Any] = {}
+        for name, value in self._fields(config):
+            if isinstance(value, PreTrainedConfig):
+                out[name] = self.shrink(value)
+            elif name in ("out_features", "_out_features", "stage_names"):
+                continue
+            elif _DROPS.search(name):
+                out[name] = 0.0 if isinstance(value, float) else value
+            else:
+                out[name] = self.value(name, value, config, depth, few)
+        if getattr(config, "model_type", ""):
+            out["model_type"] = config.model_type
+        out |= {k: v for k, v in SETTINGS.get(config.model_type, {}).items()}
+        return out
+
+    def value(self, name: str, value: Any, config: PreTrainedConfig, depth: int, few: int) -> Any:
+        """The small value of one field."""
+        if isinstance(value, dict):
+            return self.dictionary(value, config)
+        if isinstance(value, (list, tuple)):
+            return self.sequence(name, value, depth, few)
+        if isinstance(value, bool) or not isinstance(value, int):
+            return value
+        return self.number(name, value, config, depth, few)
+
+    def number(self, name: str, value: int, config: PreTrainedConfig, depth: int, few: int) -> int:
+        kind = kind_of(name)
+        if kind == "token":
+            return self.tokens.get(value, value)
+        if kind == "layer":
+            return _scaled(value, depth, few)
+        if kind == "width" and value not in self.widths:
+            return value if value <= 16 else max(16, WIDTHS[0])
+        if kind in ("width", "inner") and value in self.widths and kind == "width":
+            return self.widths[value]
+        if kind == "kv_heads":
+            heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", value)
+            return min(value, HEADS if value == heads else HEADS // 2)
+        small = {
+            "layers": few, "heads": HEADS, "head": HEAD, "experts": 4, "few": 2, "one": 1, "vocabulary": VOCABULARY,
+            "positions": POSITIONS, "patch": PATCH, "picture": PICTURE, "queries": 4, "window": 8, "rank": 8,
+            "mel": 16, "inner": 40,
+        }.get(kind)  # fmt: skip
+        return value if small is None else min(value, small)
+
+    def sequence(self, name: str, value: Any, depth: int, few: int) -> Any:
+        kind, of = kind_of(name), type(value)
+        if kind == "indices":
+            return of(sorted({_scaled(v, depth, few) for v in value})) if value and _ints(value) else value
+        if depth and len(value) == depth and not (value and isinstance(value[0], (list, tuple))):
+            return of(_per_layer(list(value), few))
+        if kind == "layer":
+            return of(_scaled(v, depth, few) for v in value)
+        if kind == "token":
+            return of(self.tokens.get(v, v) for v in value)
+        if kind in ("patch", "picture") and all(isinstance(v, int) for v in value):
+            return of(min(v, PATCH if kind == "patch" else PICTURE) for v in value)
+        if name == "depths":
+            return of(1 for _ in value)
+        return value
+
+    def dictionary(self, value: dict, config: PreTrainedConfig) -> dict:
+        """Settings of rotary positions: sections of a head are made to fit the small head."""
+        out = {}
+        for name, item in value.items():
+            if isinstance(item, dict):
+                item = self.dictionary(item, config)
+            elif name == "mrope_section":
+                half = _rotary(config, value) // 2
+                first = max(1, half // 4)
+                item = [half - 2 * ((half - first) // 2), (half - first) // 2, (half - first) // 2]
+            elif name in ("short_factor", "long_factor"):
+                item = [1.0] * (_rotary(config, value) // 2)
+            out[name] = item
+        return out
+
+
+def _rotary(config: PreTrainedConfig, rope: dict) -> int:
+    """Channels of a small head that are rotated."""
+    factor = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1.0
+    head = HEAD if getattr(config, "head_dim", None) else 8
+    return int(head * factor)
+
+
+def _ints(value: Any) -> list[int]:
+    found = value if isinstance(value, (list, tuple)) else [value]
+    return [v for v in found if isinstance(v, int) and not isinstance(v, bool)]
+
+
+def _depth(config: PreTrainedConfig) -> int:
+    """How many layers a configuration asks for."""
+    for name in ("num_hidden_layers", "depth", "num_layers", "n_layer", "layers", "n_layers", "encoder_layers"):
+        if isinstance(value := getattr(config, name, None), int) and not isinstance(value, bool):
+            return value
+    inner = [_depth(c) for c in vars(config).values() if isinstance(c, PreTrainedConfig)]
+    return max(inner, default=0)
+
+
+def _few(config: PreTrainedConfig) -> int:
+    """How many layers stay: one more where layers are of several kinds."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    depth = _depth(config)
+    return min(depth, max(LAYERS, len(set(kinds)) + 1 if len(set(kinds)) > 1 else LAYERS)) if depth else LAYERS
+
+
+def _scaled(index: int, depth: int, few: int) -> int:
+    """The number of a layer among fewer; negative ones count from the end."""
+    if index < 0 or not depth:
+        return max(index, -few)
+    return min(few - (index < depth), round(index * few / depth))
+
+
+def _per_layer(values: list, few: int) -> list:
+    """One entry a layer, every kind of entry among them."""
+    out = values[:few]
+    try:
+        missing = [v for v in dict.fromkeys(values) if v not in out]
+    except TypeError:
+        return out
+    for i, value in enumerate(reversed(missing[: few - 1])):
+        out[few - 1 - i] = value
+    return out
+
+
+def tiny_config(family: str) -> PreTrainedConfig:
+    """The small configuration of a family of transformers (`model_type`).
+
+    Raises:
+        Exception: whatever the family's configuration class raises, if no exception of ours helps it.
+    """
+    kind = CONFIG_MAPPING[family]
+    default = kind()
+    fields = Shrinker(default, family).shrink(default)
+    config = kind.from_dict(fields)
+    if (change := CHANGED.get(family)) is not None:
+        change(config)
+    return config
+
+
+def build(name: str, config: PreTrainedConfig, seed: int = 0) -> Any:
+    """A model of a class of transformers, with random weights, in evaluation mode."""
+    torch.manual_seed(seed)
+    kind: Callable = getattr(transformers, name)
+    model = kind(config).float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():  # biases and small initial weights would make ties
+        if p.is_floating_point():
+            p.data = p.data + torch.randn(p.shape, generator=generator) * 0.05
+    return model
