@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from tests.models.exceptions import CHANGED, SAME_WIDTH, SETTINGS
+from tests.models.exceptions import DEFAULTS, SAME_WIDTH, SETTINGS
 
 LAYERS, VOCABULARY, HEADS, HEAD, PATCH, PICTURE, POSITIONS = 3, 128, 4, 8, 4, 16, 128
 WIDTHS = (32, 48, 64, 40, 56, 80, 72)  # of towers, the largest first: 4 heads of an even width each
@@ -26,7 +26,7 @@ WIDTHS = (32, 48, 64, 40, 56, 80, 72)  # of towers, the largest first: 4 heads o
 KINDS: list[tuple[str, str]] = [
     ("keep", r"^(chunk_size_feed_forward|pretraining_tp|model_parallel_size|seed|num_channels|audio_channels"
              r"|num_return|decoder_sparse_step|scale_factor|merge_factor|subsampling_factor|type_vocab_size"
-             r"|sampling_rate|hidden_expansion|num_labels)$"),
+             r"|sampling_rate|hidden_expansion|num_labels|\w+_tokenizer_chunk_size)$"),
     ("token", r"(token|start|end|begin|image_patch|nothink|think_bos|think_eos|codec_pad|codec_bos|im_newline)"
               r"_(id|index|ids)$|^forced_eos_token_id$"),
     ("layers", r"^(num_hidden_layers|n_layers?|num_layers|depth|layers|(en|de)coder_layers|num_decoder_layers|num_blocks"
@@ -36,6 +36,7 @@ KINDS: list[tuple[str, str]] = [
                 r"|mlp_only_layers)$"),
     ("layer", r"^(vision_feature_layer|feature_layer|insert_layer_id|accept_hidden_layer|spatial_vision_layer"
               r"|first_k_dense_replace|vision_feature_select_layer)$"),
+    ("text_width", r"^(out_hidden_size|text_hidden_size|adapter_out_dim|projector_output_dim|image_text_hidden_size)$"),
     ("heads", r"(attention_heads|^num_heads|_num_heads|_n_heads|linear_num_(key|value)_heads|resampler_heads|^n_head)$"),
     ("kv_heads", r"(key_value_heads|kv_heads)$"),
     ("head", r"(head_dim|dim_head|^d_kv)$"),
@@ -79,17 +80,23 @@ class Shrinker:
         self.family = family
         parts = list(configs(config))
         widths = [v for c in parts for n in ("hidden_size", "d_model", "hidden_dim", "n_embd")
-                  if isinstance(v := getattr(c, n, None), int) and v > 0]  # fmt: skip
+                  if isinstance(v := found(c, n), int) and v > 0]  # fmt: skip
         ordered = sorted(set(widths), reverse=True)
         same = family in SAME_WIDTH
         self.widths = {w: WIDTHS[0 if same else i % len(WIDTHS)] for i, w in enumerate(ordered)}
+        text = getattr(config.get_text_config(), "hidden_size", 0)
+        self.text_width = self.widths.get(text, WIDTHS[0])
         tokens = sorted({v for c in parts for n, v in self._fields(c) if kind_of(n) == "token" for v in _ints(v)})
         large = [v for v in tokens if v > 9]
         self.tokens = {v: VOCABULARY - len(large) + i for i, v in enumerate(large)}
 
     @staticmethod
     def _fields(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
-        return ((n, v) for n, v in vars(config).items() if not n.startswith("_") and n not in _SAVED)
+        """What a configuration takes; what it works out for itself is left to it."""
+        known = getattr(type(config), "__dataclass_fields__", {}).keys()
+        for name, value in vars(config).items():
+            if not name.startswith("_") and name not in _SAVED and (name in known or not known):
+                yield name, value
 
     def shrink(self, config: PreTrainedConfig) -> dict[str, Any]:
         """The small configuration's fields; those that are configurations themselves as such dictionaries."""
@@ -101,14 +108,15 @@ class Shrinker:
                 out[name] = self.shrink(value)
             elif name in ("out_features", "_out_features", "stage_names"):
                 continue
+            elif name.startswith("ignore_keys"):
+                continue
             elif _DROPS.search(name):
                 out[name] = 0.0 if isinstance(value, float) else value
             else:
                 out[name] = self.value(name, value, config, depth, few)
         if getattr(config, "model_type", ""):
             out["model_type"] = config.model_type
-        out |= {k: v for k, v in SETTINGS.get(config.model_type, {}).items()}
-        return out
+        return merged(out, SETTINGS.get(config.model_type, {}))
 
     def value(self, name: str, value: Any, config: PreTrainedConfig, depth: int, few: int) -> Any:
         """The small value of one field."""
@@ -126,12 +134,16 @@ class Shrinker:
             return self.tokens.get(value, value)
         if kind == "layer":
             return _scaled(value, depth, few)
+        if kind == "text_width":
+            return self.text_width
         if kind == "width" and value not in self.widths:
             return value if value <= 16 else max(16, WIDTHS[0])
         if kind in ("width", "inner") and value in self.widths and kind == "width":
             return self.widths[value]
+        if name == "head_dim" and found(config, "hidden_size") == value * (found(config, "num_attention_heads") or 0):
+            return self.widths[found(config, "hidden_size")] // HEADS
         if kind == "kv_heads":
-            heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", value)
+            heads = found(config, "num_attention_heads") or found(config, "num_heads") or value
             return min(value, HEADS if value == heads else HEADS // 2)
         small = {
             "layers": few, "heads": HEADS, "head": HEAD, "experts": 4, "few": 2, "one": 1, "vocabulary": VOCABULARY,
@@ -172,6 +184,22 @@ class Shrinker:
         return out
 
 
+def merged(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The fields with changes in them; dictionaries within are merged, too."""
+    out = dict(fields)
+    for name, value in changes.items():
+        out[name] = merged(out[name], value) if isinstance(value, dict) and isinstance(out.get(name), dict) else value
+    return out
+
+
+def found(config: PreTrainedConfig, name: str) -> Any:
+    """A field of a configuration; None if it has none, or one for each layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        return None
+
+
 def _rotary(config: PreTrainedConfig, rope: dict) -> int:
     """Channels of a small head that are rotated."""
     factor = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1.0
@@ -187,7 +215,7 @@ def _ints(value: Any) -> list[int]:
 def _depth(config: PreTrainedConfig) -> int:
     """How many layers a configuration asks for."""
     for name in ("num_hidden_layers", "depth", "num_layers", "n_layer", "layers", "n_layers", "encoder_layers"):
-        if isinstance(value := getattr(config, name, None), int) and not isinstance(value, bool):
+        if isinstance(value := found(config, name), int) and not isinstance(value, bool):
             return value
     inner = [_depth(c) for c in vars(config).values() if isinstance(c, PreTrainedConfig)]
     return max(inner, default=0)
@@ -226,12 +254,9 @@ def tiny_config(family: str) -> PreTrainedConfig:
         Exception: whatever the family's configuration class raises, if no exception of ours helps it.
     """
     kind = CONFIG_MAPPING[family]
-    default = kind()
+    default = kind(**DEFAULTS.get(family, {}))
     fields = Shrinker(default, family).shrink(default)
-    config = kind.from_dict(fields)
-    if (change := CHANGED.get(family)) is not None:
-        change(config)
-    return config
+    return kind.from_dict(fields)
 
 
 def build(name: str, config: PreTrainedConfig, seed: int = 0) -> Any:
