@@ -343,7 +343,7 @@ def made(family: str, name: str | None = None) -> Case:
         raise ValueError("its outputs are not numbers")
     if not equal(first, run(model, batch)):
         raise ValueError("it computes differently twice")
-    unread = [k for k, v in batch.items() if v.is_floating_point() and equal(run(model, {**batch, k: v + 1}), first)]
+    unread = [k for k, v in batch.items() if torch.is_tensor(v) and v.is_floating_point() and equal(run(model, {**batch, k: v + 1}), first)]
     if unread:
         raise ValueError(f"its outputs do not depend on {unread[0]}")
     return Case.of(family, model, batch)

@@ -59,6 +59,9 @@ def row(value: Any, index: int) -> Any:
 
 def alone(batch: Batch, index: int) -> Batch:
     """One row of a batch."""
+    if "target_sizes" in batch:  # all patches stand side by side in one picture
+        wide = batch["pixel_values"].chunk(ROWS, dim=-1)[index]
+        return {**{k: row(v, index) for k, v in batch.items()}, "pixel_values": wide}
     return {k: row(v, index) for k, v in batch.items()}
 
 
@@ -146,11 +149,9 @@ def depends_on_rows(model: nn.Module, batch: Batch, index: int) -> bool:
         single = run(model, alone(batch, index))
     except (RuntimeError, ValueError, IndexError):
         return True
-    whole = run(model, batch)
-    if len(whole) != len(single):
-        return True
-    pairs = [(row(v, index), s) for v, s in zip(whole, single, strict=True) if v.ndim and v.shape[0] % ROWS == 0]
-    pairs = [(a, b) for a, b in pairs if a.shape == b.shape]
+    # Lists with a tensor for each picture are longer for more rows; they come last.
+    whole = [(v, s) for v, s in zip(run(model, batch), single, strict=False) if v.ndim and v.shape[0] % ROWS == 0]
+    pairs = [(row(v, index), s) for v, s in whole if row(v, index).shape == s.shape]
     return not pairs or not same(*map(list, zip(*pairs, strict=True)))
 
 

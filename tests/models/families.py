@@ -10,8 +10,11 @@ _TASKS = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "ZERO_SHOT_IMAGE_CLASSIFICATION
 _FURTHER = {
     "bridgetower": "BridgeTowerModel", "flava": "FlavaModel", "groupvit": "GroupViTModel", "lxmert": "LxmertModel",
     "visual_bert": "VisualBertModel", "vision-text-dual-encoder": "VisionTextDualEncoderModel", "xclip": "XCLIPModel",
+    "gemma3n_text": "Gemma3nForCausalLM",  # the whole needs timm
     "trocr": "TrOCRForCausalLM", "llava_next_video": "LlavaNextVideoForConditionalGeneration",
 }  # fmt: skip
+# They hand on to parts that are families of their own, and have no forward pass.
+_WITHOUT_FORWARD = {"qwen2_5_omni", "qwen3_omni_moe"}
 
 
 def _families() -> dict[str, str]:
@@ -19,7 +22,7 @@ def _families() -> dict[str, str]:
     for task in _TASKS:
         for family, name in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").items():
             found.setdefault(family, name if isinstance(name, str) else name[0])
-    return _FURTHER | found
+    return {k: v for k, v in (_FURTHER | found).items() if k not in _WITHOUT_FORWARD}
 
 
 FAMILIES = dict(sorted(_families().items()))

@@ -164,12 +164,13 @@ def sounds(model: Any, takes: set[str]) -> Iterator[Batch]:
     """Sounds in one form after another, for a model that hears; nothing for others."""
     if "input_features" in takes and not takes & {"pixel_values"}:
         mel = field(model, "num_mel_bins", "input_dim", "feature_size", "n_mel_bins", default=16)
-        length = 2 * (field(model, "max_source_positions") or 16)
+        mel *= field(model, "num_stacked_frames", default=1)
+        length = 2 * field(model, "n_window", "max_source_positions", default=16)
         masks = {k: torch.ones(ROWS, length).long() for k in ("input_features_mask", "feature_attention_mask") if k in takes}
         if "padding_mask" in takes:
             masks["padding_mask"] = torch.ones(ROWS, length).long()
         for shape in ((ROWS, mel, length), (ROWS, length, mel)):
             yield {"input_features": floats(*shape), **masks}
     if "input_values" in takes:
-        yield {"input_values": floats(ROWS, 6400)}
+        yield {"input_values": floats(ROWS, 1, 6400), **({"sample": False} if "sample" in takes else {})}
     yield {}

@@ -126,6 +126,20 @@ def cameras(model: Any) -> Batch:
     return {**several(model), "pixel_attention_mask": torch.ones(ROWS, 1).bool()}
 
 
+def crops(model: Any) -> Batch:
+    """The whole picture and one crop a row, with the patches that are none (Phi-4)."""
+    size = side(model)
+    mask = torch.ones(ROWS, 2, size // vision(model).patch_size, size // vision(model).patch_size)
+    return {"image_pixel_values": several(model, 2)["pixel_values"], "image_attention_mask": mask.long(),
+            "image_sizes": torch.tensor([[size, size]] * ROWS)}  # fmt: skip
+
+
+def cubes(model: Any) -> Batch:
+    """Two patches a row in time and space, (N, T, P, P, C) (Inkling)."""
+    config = vision(model)
+    return {"pixel_values": floats(2 * ROWS, config.temporal_patch_size, config.patch_size, config.patch_size, 3)}
+
+
 def clip_of_frames(model: Any) -> Batch:
     return {"pixel_values_videos": video(model)["pixel_values"]}
 
@@ -143,7 +157,7 @@ PICTURES: dict[str, Callable[[Any], Batch]] = {
     "minicpmv4_7": in_one_row, "gemma4": placed, "gemma4_unified": placed, "diffusion_gemma": placed,
     "video_llama_3": merged_sizes, "nemotron_h_omni": gridded, "inkling2": merged_patches, "molmo2": pooled_patches,
     "granite_docling": with_mask, "xclip": video, "videoprism": clip_of_frames, "instructblipvideo": video, "pi0": cameras,
-    "lfm3_vl": flat, "emu3": sized, "kimi_k25": patches, "paddleocr_vl": patches,
+    "lfm3_vl": flat, "emu3": sized, "phi4_multimodal": crops, "inkling_mm_model": cubes, "kimi_k25": patches, "paddleocr_vl": patches,
     "fuyu": pixels_of_patches, "lfm2_vl": whole_shaped,
 }  # fmt: skip
 
@@ -177,7 +191,7 @@ def regions(model: Any, batch: Batch) -> Batch:
 
 def visual_words(model: Any, batch: Batch) -> Batch:
     return {"visual_embeds": floats(ROWS, 4, model.config.visual_embedding_dim),
-            "visual_attention_mask": torch.ones(ROWS, 4), "visual_token_type_ids": torch.ones(ROWS, 4).long()}  # fmt: skip
+            "visual_token_type_ids": torch.ones(ROWS, 4).long()}  # fmt: skip
 
 
 def flattened(model: Any) -> Batch:
@@ -252,14 +266,28 @@ def heard_with_words(model: Any, batch: Batch) -> Batch:
     return {"input_features": floats(ROWS, model.config.audio_config.num_mel_bins, 8 * batch["input_ids"].shape[1])}
 
 
+def codes(model: Any, batch: Batch) -> Batch:
+    """Words with the codes of the sound beside them, (B, L, 1 + codebooks) (Kyutai)."""
+    sounds = torch.randint(0, 16, (*batch["input_ids"].shape, model.config.num_codebooks),
+                           generator=torch.Generator().manual_seed(8))  # fmt: skip
+    return {"input_ids": torch.cat([batch["input_ids"][..., None], sounds], -1)}
+
+
+def proteins(model: Any, batch: Batch) -> Batch:
+    ids = words(ROWS, 9, seed=9) % 16 + 4
+    mask = torch.ones_like(ids)
+    mask[1, -2:] = 0
+    return {"protein_input_ids": ids, "protein_attention_mask": mask}
+
+
 ADDED: dict[str, Callable[[Any, Batch], Batch]] = {
     "layoutlm": layout, "layoutlmv3": layout, "udop": udop, "tapas": tapas, "lxmert": regions,
     "visual_bert": visual_words, "kosmos-2": kosmos, "idefics": seen_by_words, "mllama": mllama,
-    "pi0": robot, "voxtral_realtime": heard_with_words, "owlvit": queries, "owlv2": queries,
+    "pi0": robot, "evolla": proteins, "kyutai_speech_to_text": codes, "voxtral_realtime": heard_with_words, "owlvit": queries, "owlv2": queries,
     "gemma3": gemma_types, "shieldgemma2": gemma_types,
 }  # fmt: skip
 # Placeholders a row, where the part that sees cannot be asked.
-NUMBERS: dict[str, int] = {"pi0": 16}
+NUMBERS: dict[str, int] = {"pi0": 16, "phi4_multimodal": 13, "qwen2_audio": 8}
 # Made before the pictures are looked at, which need it.
 BEFORE: dict[str, Callable[[Any, Batch], Batch]] = {"instructblip": qformer, "instructblipvideo": qformer}
 WHOLE: dict[str, Callable[[Any], Batch]] = {"pix2struct": flattened}
