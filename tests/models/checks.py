@@ -5,6 +5,7 @@ A check says in words what is wrong; an empty text means that nothing was found.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.models.inputs import ROWS, tensors
+from tests.models.inputs import tensors
+from tests.models.shrink import VOCABULARY
+from tests.models.values import ROWS
 
 Batch = dict[str, Any]
 
@@ -109,6 +112,7 @@ class Facts:
         rows: which rows give the same numbers alone as in the batch.
         padding: whether what stands in padding changes nothing else.
         causal: whether a later word changes nothing at earlier ones.
+        writes: whether it writes text, and the same with a cache as without.
         reached: names of parameters that get a gradient other than zero when all are trained.
     """
 
@@ -116,6 +120,7 @@ class Facts:
     rows: list[int] = field(default_factory=list)
     padding: bool = False
     causal: bool = False
+    writes: bool = False
     reached: set[str] = field(default_factory=set)
 
     @classmethod
@@ -125,14 +130,15 @@ class Facts:
         found.rows = [i for i in range(ROWS) if not depends_on_rows(model, batch, i)]
         found.padding = repadded(batch) is not None and not depends_on_padding(model, batch)
         found.causal = bool(_checked(model, batch)) and not looks_ahead(model, batch)
+        found.writes = writes_alike(model, batch)
         model.requires_grad_(True)
         backward(model, batch)
         found.reached = {n for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
         model.zero_grad(set_to_none=True)
         return found
 
-    def broken(self, model: nn.Module, batch: Batch) -> str:
-        """What holds of the plain model and no longer of this one."""
+    def broken(self, model: nn.Module, batch: Batch, writing: bool = True) -> str:
+        """What holds of the plain model and no longer of this one; `writing`: whether a cache may be used with it."""
         for index in self.rows:
             if depends_on_rows(model, batch, index):
                 return f"row {index} depends on another row"
@@ -140,6 +146,8 @@ class Facts:
             return "what stands in padding changes other tokens"
         if self.causal and looks_ahead(model, batch):
             return "a later word changes earlier outputs"
+        if writing and self.writes and not writes_alike(model, batch):
+            return "with a key-value cache it writes other words than without"
         return ""
 
 
@@ -178,6 +186,30 @@ def looks_ahead(model: nn.Module, batch: Batch) -> bool:
     assert other is not None
     length = batch.get("decoder_input_ids", batch.get("input_ids")).shape[1]  # type: ignore[union-attr]
     return not same(_earlier(run(model, batch), length), _earlier(run(model, other), length))
+
+
+def writes_alike(model: Any, batch: Batch) -> bool:
+    """Whether the model writes words, with the same logits with a key-value cache as without."""
+    try:
+        return same(*([written(model, batch, cache)] for cache in (True, False)))
+    except Exception:
+        return False
+
+
+def written(model: Any, batch: Batch, cache: bool) -> Tensor:
+    """The logits of three words in a row after the batch, (3, B, V)."""
+    model.eval()
+    torch.manual_seed(0)
+    prompt = {
+        k: v for k, v in copy.deepcopy(batch).items() if not k.startswith(("labels", "decoder"))
+    }  # BLIP writes in it
+    options: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": 1}
+    with torch.no_grad():
+        out = model.generate(
+            **prompt, **options, suppress_tokens=list(range(VOCABULARY // 2, VOCABULARY)), use_cache=cache,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+    return torch.stack(out.logits)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

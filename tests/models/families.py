@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from transformers.models.auto import modeling_auto
 
+# Mappings of transformers, the one whose class stands for a family first.
 _TASKS = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "ZERO_SHOT_IMAGE_CLASSIFICATION", "ZERO_SHOT_OBJECT_DETECTION",
-          "VISUAL_QUESTION_ANSWERING", "DOCUMENT_QUESTION_ANSWERING", "TABLE_QUESTION_ANSWERING", "RETRIEVAL")  # fmt: skip
+          "VISUAL_QUESTION_ANSWERING", "DOCUMENT_QUESTION_ANSWERING", "TABLE_QUESTION_ANSWERING",
+          "RETRIEVAL")  # fmt: skip
 # Multimodal models that no such mapping names.
 _FURTHER = {
     "bridgetower": "BridgeTowerModel", "flava": "FlavaModel", "groupvit": "GroupViTModel", "lxmert": "LxmertModel",

@@ -17,7 +17,6 @@ from tests.models.own_inputs import ADDED, BEFORE, NUMBERS, PICTURES, WHOLE, fla
 from tests.models.shrink import VOCABULARY
 from tests.models.values import PADDED, ROWS, WORDS, Batch, field, floats, words
 
-
 TOKENS = {"image": ("image_token_id", "image_token_index"), "audio": ("audio_token_id", "audio_token_index"),
           "video": ("video_token_id", "video_token_index")}  # fmt: skip
 
@@ -82,6 +81,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
+
 
 def text(model: Any, takes: set[str], placeholders: dict[str, int]) -> Batch:
     """Words behind the placeholders of pictures and sounds; the second row ends with padding."""
@@ -166,7 +166,9 @@ def sounds(model: Any, takes: set[str]) -> Iterator[Batch]:
         mel = field(model, "num_mel_bins", "input_dim", "feature_size", "n_mel_bins", default=16)
         mel *= field(model, "num_stacked_frames", default=1)
         length = 2 * field(model, "n_window", "max_source_positions", default=16)
-        masks = {k: torch.ones(ROWS, length).long() for k in ("input_features_mask", "feature_attention_mask") if k in takes}
+        masks = {
+            k: torch.ones(ROWS, length).long() for k in ("input_features_mask", "feature_attention_mask") if k in takes
+        }
         if "padding_mask" in takes:
             masks["padding_mask"] = torch.ones(ROWS, length).long()
         for shape in ((ROWS, mel, length), (ROWS, length, mel)):

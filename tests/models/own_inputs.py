@@ -150,19 +150,19 @@ def pixels_of_patches(model: Any) -> Batch:
 
 
 PICTURES: dict[str, Callable[[Any], Batch]] = {
-    "idefics": several, "idefics2": several, "idefics3": several, "smolvlm": several, "colmodernvbert": several,
-    "modernvbert": several, "llava_next": tiled, "llava_next_video": tiled, "llava_onevision": tiled,
-    "granite4_vision": tiled, "mistral3": sized, "lighton_ocr": sized, "mistral_large4": sized,
-    "deepseek_vl_hybrid": two_resolutions, "minicpm_ocr": in_one_row, "minicpmv4_6": in_one_row,
-    "minicpmv4_7": in_one_row, "gemma4": placed, "gemma4_unified": placed, "diffusion_gemma": placed,
-    "video_llama_3": merged_sizes, "nemotron_h_omni": gridded, "inkling2": merged_patches, "molmo2": pooled_patches,
-    "granite_docling": with_mask, "xclip": video, "videoprism": clip_of_frames, "instructblipvideo": video, "pi0": cameras,
-    "lfm3_vl": flat, "emu3": sized, "phi4_multimodal": crops, "inkling_mm_model": cubes, "kimi_k25": patches, "paddleocr_vl": patches,
-    "fuyu": pixels_of_patches, "lfm2_vl": whole_shaped,
+    "colmodernvbert": several, "deepseek_vl_hybrid": two_resolutions, "diffusion_gemma": placed, "emu3": sized,
+    "fuyu": pixels_of_patches, "gemma4": placed, "gemma4_unified": placed, "granite4_vision": tiled,
+    "granite_docling": with_mask, "idefics": several, "idefics2": several, "idefics3": several, "inkling2":
+    merged_patches, "inkling_mm_model": cubes, "instructblipvideo": video, "kimi_k25": patches, "lfm2_vl":
+    whole_shaped, "lfm3_vl": flat, "lighton_ocr": sized, "llava_next": tiled, "llava_next_video": tiled,
+    "llava_onevision": tiled, "minicpm_ocr": in_one_row, "minicpmv4_6": in_one_row, "minicpmv4_7": in_one_row,
+    "mistral3": sized, "mistral_large4": sized, "modernvbert": several, "molmo2": pooled_patches, "nemotron_h_omni":
+    gridded, "paddleocr_vl": patches, "phi4_multimodal": crops, "pi0": cameras, "smolvlm": several, "video_llama_3":
+    merged_sizes, "videoprism": clip_of_frames, "xclip": video,
 }  # fmt: skip
 
 
-# --- what else ---------------------------------------------------------------------------------------------------------
+# --- what else --------------------------------------------------------------------------------------------------------
 
 
 def boxes(rows: int, number: int, top: int = 1) -> torch.Tensor:
@@ -281,10 +281,10 @@ def proteins(model: Any, batch: Batch) -> Batch:
 
 
 ADDED: dict[str, Callable[[Any, Batch], Batch]] = {
-    "layoutlm": layout, "layoutlmv3": layout, "udop": udop, "tapas": tapas, "lxmert": regions,
-    "visual_bert": visual_words, "kosmos-2": kosmos, "idefics": seen_by_words, "mllama": mllama,
-    "pi0": robot, "evolla": proteins, "kyutai_speech_to_text": codes, "voxtral_realtime": heard_with_words, "owlvit": queries, "owlv2": queries,
-    "gemma3": gemma_types, "shieldgemma2": gemma_types,
+    "evolla": proteins, "gemma3": gemma_types, "idefics": seen_by_words, "kosmos-2": kosmos,
+    "kyutai_speech_to_text": codes, "layoutlm": layout, "layoutlmv3": layout, "lxmert": regions, "mllama": mllama,
+    "owlv2": queries, "owlvit": queries, "pi0": robot, "shieldgemma2": gemma_types, "tapas": tapas, "udop": udop,
+    "visual_bert": visual_words, "voxtral_realtime": heard_with_words,
 }  # fmt: skip
 # Placeholders a row, where the part that sees cannot be asked.
 NUMBERS: dict[str, int] = {"pi0": 16, "phi4_multimodal": 13, "qwen2_audio": 8}

@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from tests.models.exceptions import DEFAULTS, SAME_WIDTH, SETTINGS
+from tests.models.exceptions import DEFAULTS, SETTINGS
 
 LAYERS, VOCABULARY, HEADS, HEAD, PATCH, PICTURE, POSITIONS = 3, 128, 4, 8, 4, 16, 128
 WIDTHS = (32, 48, 64, 40, 56, 80, 72)  # of towers, the largest first: 4 heads of an even width each
@@ -29,15 +29,16 @@ KINDS: list[tuple[str, str]] = [
              r"|sampling_rate|hidden_expansion|num_labels|\w+_tokenizer_chunk_size)$"),
     ("token", r"(token|start|end|begin|image_patch|nothink|think_bos|think_eos|codec_pad|codec_bos|im_newline)"
               r"_(id|index|ids)$|^forced_eos_token_id$"),
-    ("layers", r"^(num_hidden_layers|n_layers?|num_layers|depth|layers|(en|de)coder_layers|num_decoder_layers|num_blocks"
-               r"|resampler_depth|\w+_num_hidden_layers|decoder_num_layers|num_(spatial|temporal|auxiliary|global)_layers"
+    ("layers", r"^(num_hidden_layers|n_layers?|num_layers|depth|layers|(en|de)coder_layers|num_decoder_layers"
+               r"|num_blocks|resampler_depth|\w+_num_hidden_layers|decoder_num_layers|num_(spatial|temporal|auxiliary|global)_layers"
                r"|num_timestamp_prediction_layers|aligner_num_add_layers|max_window_layers|n_layer)$"),
     ("indices", r"(indexes|indices|_idxs|layer_ids|target_layers|attention_layers|extract_layers|moe_layers"
                 r"|mlp_only_layers)$"),
     ("layer", r"^(vision_feature_layer|feature_layer|insert_layer_id|accept_hidden_layer|spatial_vision_layer"
               r"|first_k_dense_replace|vision_feature_select_layer)$"),
     ("text_width", r"^(out_hidden_size|text_hidden_size|adapter_out_dim|projector_output_dim|image_text_hidden_size)$"),
-    ("heads", r"(attention_heads|^num_heads|_num_heads|_n_heads|linear_num_(key|value)_heads|resampler_heads|^n_head)$"),
+    ("heads", r"(attention_heads|^num_heads|_num_heads|_n_heads|linear_num_(key|value)_heads|resampler_heads"
+              r"|^n_head)$"),
     ("kv_heads", r"(key_value_heads|kv_heads)$"),
     ("head", r"(head_dim|dim_head|^d_kv)$"),
     ("experts", r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts)$"),
@@ -55,6 +56,10 @@ KINDS: list[tuple[str, str]] = [
     ("width", r"(hidden_size|hidden_dim|d_model|embed_dim|_dim|hidden|_size|output_channels|_channels|query_dim|_width"
               r"|pos_feats)$"),
 ]  # fmt: skip
+# What a number of a kind is at most.
+SMALL = {"heads": HEADS, "head": HEAD, "experts": 4, "few": 2, "one": 1, "vocabulary": VOCABULARY,
+         "positions": POSITIONS, "patch": PATCH, "picture": PICTURE, "queries": 4, "window": 8, "rank": 8, "mel": 16,
+         "inner": 40}  # fmt: skip
 _DROPS = re.compile(r"layerdrop|layer_drop|drop_path|depth_dropout")
 _SAVED = {"_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id", "problem_type",
           "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward"}  # fmt: skip
@@ -76,14 +81,12 @@ def configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 class Shrinker:
     """Makes one family's configuration small; what must stay equal across its parts is decided once."""
 
-    def __init__(self, config: PreTrainedConfig, family: str):
-        self.family = family
+    def __init__(self, config: PreTrainedConfig):
         parts = list(configs(config))
         widths = [v for c in parts for n in ("hidden_size", "d_model", "hidden_dim", "n_embd")
                   if isinstance(v := found(c, n), int) and v > 0]  # fmt: skip
         ordered = sorted(set(widths), reverse=True)
-        same = family in SAME_WIDTH
-        self.widths = {w: WIDTHS[0 if same else i % len(WIDTHS)] for i, w in enumerate(ordered)}
+        self.widths = {w: WIDTHS[i % len(WIDTHS)] for i, w in enumerate(ordered)}
         text = getattr(config.get_text_config(), "hidden_size", 0)
         self.text_width = self.widths.get(text, WIDTHS[0])
         tokens = sorted({v for c in parts for n, v in self._fields(c) if kind_of(n) == "token" for v in _ints(v)})
@@ -106,9 +109,7 @@ class Shrinker:
         for name, value in self._fields(config):
             if isinstance(value, PreTrainedConfig):
                 out[name] = self.shrink(value)
-            elif name in ("out_features", "_out_features", "stage_names"):
-                continue
-            elif name.startswith("ignore_keys"):
+            elif name in ("out_features", "_out_features", "stage_names") or name.startswith("ignore_keys"):
                 continue
             elif _DROPS.search(name):
                 out[name] = 0.0 if isinstance(value, float) else value
@@ -120,8 +121,6 @@ class Shrinker:
 
     def value(self, name: str, value: Any, config: PreTrainedConfig, depth: int, few: int) -> Any:
         """The small value of one field."""
-        if isinstance(value, dict):
-            return self.dictionary(value, config)
         if isinstance(value, (list, tuple)):
             return self.sequence(name, value, depth, few)
         if isinstance(value, bool) or not isinstance(value, int):
@@ -129,28 +128,22 @@ class Shrinker:
         return self.number(name, value, config, depth, few)
 
     def number(self, name: str, value: int, config: PreTrainedConfig, depth: int, few: int) -> int:
+        """The small value of a field that is a whole number."""
         kind = kind_of(name)
+        heads = found(config, "num_attention_heads") or found(config, "num_heads") or value
         if kind == "token":
             return self.tokens.get(value, value)
         if kind == "layer":
             return _scaled(value, depth, few)
         if kind == "text_width":
             return self.text_width
-        if kind == "width" and value not in self.widths:
-            return value if value <= 16 else max(16, WIDTHS[0])
-        if kind in ("width", "inner") and value in self.widths and kind == "width":
-            return self.widths[value]
-        if name == "head_dim" and found(config, "hidden_size") == value * (found(config, "num_attention_heads") or 0):
-            return self.widths[found(config, "hidden_size")] // HEADS
-        if kind == "kv_heads":
-            heads = found(config, "num_attention_heads") or found(config, "num_heads") or value
+        if kind == "width":
+            return self.widths.get(value, min(value, max(16, WIDTHS[0])))
+        if kind == "kv_heads":  # fewer than heads where they were
             return min(value, HEADS if value == heads else HEADS // 2)
-        small = {
-            "layers": few, "heads": HEADS, "head": HEAD, "experts": 4, "few": 2, "one": 1, "vocabulary": VOCABULARY,
-            "positions": POSITIONS, "patch": PATCH, "picture": PICTURE, "queries": 4, "window": 8, "rank": 8,
-            "mel": 16, "inner": 40,
-        }.get(kind)  # fmt: skip
-        return value if small is None else min(value, small)
+        if name == "head_dim" and found(config, "hidden_size") == value * heads:
+            return self.widths[found(config, "hidden_size")] // HEADS
+        return min(value, few if kind == "layers" else SMALL.get(kind, value))
 
     def sequence(self, name: str, value: Any, depth: int, few: int) -> Any:
         kind, of = kind_of(name), type(value)
@@ -168,21 +161,6 @@ class Shrinker:
             return of(1 for _ in value)
         return value
 
-    def dictionary(self, value: dict, config: PreTrainedConfig) -> dict:
-        """Settings of rotary positions: sections of a head are made to fit the small head."""
-        out = {}
-        for name, item in value.items():
-            if isinstance(item, dict):
-                item = self.dictionary(item, config)
-            elif name == "mrope_section":
-                half = _rotary(config, value) // 2
-                first = max(1, half // 4)
-                item = [half - 2 * ((half - first) // 2), (half - first) // 2, (half - first) // 2]
-            elif name in ("short_factor", "long_factor"):
-                item = [1.0] * (_rotary(config, value) // 2)
-            out[name] = item
-        return out
-
 
 def merged(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """The fields with changes in them; dictionaries within are merged, too."""
@@ -198,13 +176,6 @@ def found(config: PreTrainedConfig, name: str) -> Any:
         return getattr(config, name, None)
     except Exception:
         return None
-
-
-def _rotary(config: PreTrainedConfig, rope: dict) -> int:
-    """Channels of a small head that are rotated."""
-    factor = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1.0
-    head = HEAD if getattr(config, "head_dim", None) else 8
-    return int(head * factor)
 
 
 def _ints(value: Any) -> list[int]:
@@ -255,7 +226,7 @@ def tiny_config(family: str) -> PreTrainedConfig:
     """
     kind = CONFIG_MAPPING[family]
     default = kind(**DEFAULTS.get(family, {}))
-    fields = Shrinker(default, family).shrink(default)
+    fields = Shrinker(default).shrink(default)
     return kind.from_dict(fields)
 
 
