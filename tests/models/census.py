@@ -32,7 +32,7 @@ import transformers
 
 import trimtab
 from tests.models.checks import equal, finite, run
-from tests.models.families import FAMILIES
+from tests.models.families import CLASSES, GROUPS
 from tests.models.inputs import inputs
 from tests.models.levers import LEVERS, Case, Wrong
 from tests.models.page import counts, page
@@ -101,7 +101,7 @@ def limit(seconds: int) -> Iterator[None]:
 
 def made(family: str, name: str | None = None) -> Case:
     """The tiny model of a family with its inputs, checked to compute numbers, and the same twice."""
-    model = build(name or FAMILIES[family], tiny_config(family))
+    model = build(name or CLASSES[family], tiny_config(family))
     batch = inputs(model)
     first = run(model, batch)
     if not first or not finite(first):
@@ -120,7 +120,7 @@ def made(family: str, name: str | None = None) -> Case:
 
 def census(family: str, make: Callable[[], Case], levers: list[str]) -> dict[str, Any]:
     """The verdicts of a family; `built` says why there is no model of it."""
-    out: dict[str, Any] = {"class": FAMILIES.get(family, ""), "built": "", "levers": {}}
+    out: dict[str, Any] = {"class": CLASSES.get(family, ""), "built": "", "levers": {}}
     torch.manual_seed(0)
     try:
         with limit(SECONDS):
@@ -156,6 +156,7 @@ def summary(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", action="append", help="only these; all if left out")
+    parser.add_argument("--group", choices=list(GROUPS), default="multimodal")
     parser.add_argument("--lever", action="append", choices=list(LEVERS), help="only these; all if left out")
     parser.add_argument("--out", type=Path, help="JSON; families that are in it already are left out")
     parser.add_argument("--page", type=Path, help="Markdown, of what --out holds then")
@@ -165,7 +166,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found: dict[str, Any] = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
     levers = args.lever or list(LEVERS)
-    for family in args.family or FAMILIES:
+    for family in args.family or GROUPS[args.group]:
         if family in found and not args.family:
             continue
         started = time.time()

@@ -1,4 +1,4 @@
-"""Families of transformers and the class that stands for each."""
+"""Families of transformers and the class that stands for each: multimodal ones, and those that see or read alone."""
 
 from __future__ import annotations
 
@@ -19,12 +19,26 @@ _FURTHER = {
 _WITHOUT_FORWARD = {"qwen2_5_omni", "qwen3_omni_moe"}
 
 
-def _families() -> dict[str, str]:
+_SEEING = ("IMAGE_CLASSIFICATION", "OBJECT_DETECTION", "SEMANTIC_SEGMENTATION", "UNIVERSAL_SEGMENTATION",
+           "DEPTH_ESTIMATION", "VIDEO_CLASSIFICATION", "IMAGE")  # fmt: skip
+_WRITING = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM")
+
+
+def _named(tasks: tuple[str, ...]) -> dict[str, str]:
+    """Family -> class, by the first of the mappings that has it."""
     found: dict[str, str] = {}
-    for task in _TASKS:
+    for task in tasks:
         for family, name in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").items():
             found.setdefault(family, name if isinstance(name, str) else name[0])
-    return {k: v for k, v in (_FURTHER | found).items() if k not in _WITHOUT_FORWARD}
+    return found
 
 
-FAMILIES = dict(sorted(_families().items()))
+def _sorted(found: dict[str, str], without: set[str]) -> dict[str, str]:
+    return {family: found[family] for family in sorted(found) if family not in without}
+
+
+FAMILIES = _sorted(_FURTHER | _named(_TASKS), _WITHOUT_FORWARD)
+VISION = _sorted(_named(_SEEING), set(FAMILIES))
+TEXT = _sorted(_named(_WRITING), {*FAMILIES, *VISION})
+GROUPS = {"multimodal": FAMILIES, "vision": VISION, "text": TEXT}
+CLASSES = FAMILIES | VISION | TEXT
