@@ -23,6 +23,25 @@ _DETECTOR: dict[str, Any] = {
 
 # Fields of a small configuration that are set to these values; dictionaries are merged.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "mobilenet_v1": {"image_size": 64}, "mobilenet_v2": {"image_size": 64}, "mobilevit": {"image_size": 64},
+    "mobilevitv2": {"image_size": 64}, "efficientnet": {"image_size": 64, "width_coefficient": 0.5,
+        "depth_coefficient": 0.3, "hidden_dim": 640}, "pp_lcnet": {"image_size": 64}, "glpn": {"image_size": 64},
+    "pvt": {"image_size": 64}, "levit": {"image_size": 64}, "dinov3_convnext": {"image_size": 64},
+    "swin": {"embed_dim": 16, "depths": [1, 2], "num_heads": [2, 4], "window_size": 4, "image_size": 32},
+    "swinv2": {"embed_dim": 16, "depths": [1, 2], "num_heads": [2, 4], "window_size": 4, "image_size": 32},
+    "donut-swin": {"embed_dim": 16, "depths": [1, 2], "num_heads": [2, 4], "window_size": 4, "image_size": 32},
+    "swin2sr": {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4, "image_size": 16},
+    "hiera": {"embed_dim": 16, "image_size": [64, 64], "depths": [1, 1, 2], "num_heads": [1, 2, 4],
+        "patch_size": [7, 7], "query_stride": [2, 2], "masked_unit_size": [4, 4]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
+    "ministral": {"head_dim": 8}, "hunyuan_v1_dense": {"head_dim": 8}, "hunyuan_v1_moe": {"head_dim": 8},
+    "nemotron": {"head_dim": 8}, "deepseek_v2": {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1},
+    "esm": {"vocab_size": 128, "pad_token_id": 1, "mask_token_id": 4}, "dots1": {"n_routed_experts": 4},
+    "xlnet": {"d_head": 8}, "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 16},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 16},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 16},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_d_ssm": 64},
+    "reformer": {"is_decoder": True}, "xmod": {"default_language": "en_XX"},
     "align_vision_model": {"width_coefficient": 1.0, "depth_coefficient": 1.0, "image_size": 32, "in_channels": [32,
         16, 24], "out_channels": [16, 24, 32], "kernel_sizes": [3, 3, 5], "strides": [1, 2, 2], "num_block_repeats":
         [1, 1, 2], "expand_ratios": [1, 2, 2], "hidden_dim": 32, "depthwise_padding": []},

@@ -144,12 +144,17 @@ def clip_of_frames(model: Any) -> Batch:
     return {"pixel_values_videos": video(model)["pixel_values"]}
 
 
+def frames(model: Any) -> Batch:
+    return {"pixel_values_videos": several(model, getattr(model.config, "frames_per_clip", 2))["pixel_values"]}
+
+
 def pixels_of_patches(model: Any) -> Batch:
     config = model.config
     return {"pixel_values": floats(ROWS, 4, config.num_channels * config.patch_size**2)}
 
 
 PICTURES: dict[str, Callable[[Any], Batch]] = {
+    "timesformer": video, "videomae": video, "vivit": video, "vjepa2": frames, "videoprism_vision_model": clip_of_frames,
     "colmodernvbert": several, "deepseek_vl_hybrid": two_resolutions, "diffusion_gemma": placed, "emu3": sized,
     "fuyu": pixels_of_patches, "gemma4": placed, "gemma4_unified": placed, "granite4_vision": tiled,
     "granite_docling": with_mask, "idefics": several, "idefics2": several, "idefics3": several, "inkling2":

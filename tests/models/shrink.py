@@ -60,6 +60,8 @@ KINDS: list[tuple[str, str]] = [
 SMALL = {"heads": HEADS, "head": HEAD, "experts": 4, "few": 2, "one": 1, "vocabulary": VOCABULARY,
          "positions": POSITIONS, "patch": PATCH, "picture": PICTURE, "queries": 4, "window": 8, "rank": 8, "mel": 16,
          "inner": 40}  # fmt: skip
+# Fields of models whose stages halve the picture, which needs to be larger then.
+STAGES, STAGED_PICTURE = ("depths", "hidden_sizes", "strides", "neck_hidden_sizes", "num_windows", "mlp_ratio_list"), 64
 _DROPS = re.compile(r"layerdrop|layer_drop|drop_path|depth_dropout")
 _SAVED = {"_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id", "problem_type",
           "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward"}  # fmt: skip
@@ -143,13 +145,16 @@ class Shrinker:
             return min(value, HEADS if value == heads else HEADS // 2)
         if name == "head_dim" and found(config, "hidden_size") == value * heads:
             return self.widths[found(config, "hidden_size")] // HEADS
+        if kind == "picture" and any(found(config, n) is not None for n in STAGES):
+            return min(value, STAGED_PICTURE)
         return min(value, few if kind == "layers" else SMALL.get(kind, value))
 
     def sequence(self, name: str, value: Any, depth: int, few: int) -> Any:
         kind, of = kind_of(name), type(value)
         if kind == "indices":
             return of(sorted({_scaled(v, depth, few) for v in value})) if value and _ints(value) else value
-        if depth and len(value) == depth and not (value and isinstance(value[0], (list, tuple))):
+        nested = bool(value) and isinstance(value[0], (list, tuple))
+        if depth and len(value) == depth and not nested and name not in ("depths", "hidden_sizes", "sr_ratios"):
             return of(_per_layer(list(value), few))
         if kind == "layer":
             return of(_scaled(v, depth, few) for v in value)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from tests.models.shrink import PICTURE, VOCABULARY, configs
+from tests.models.shrink import PICTURE, STAGED_PICTURE, VOCABULARY, configs
 
 ROWS, WORDS, PADDED, GRID = 2, 7, 3, 4
 Batch = dict[str, Any]
@@ -44,5 +44,6 @@ def vision(model: Any) -> PreTrainedConfig:
 
 def side(model: Any) -> int:
     """Height and width of its pictures."""
-    size = getattr(vision(model), "image_size", None) or PICTURE
+    config = vision(model)
+    size = getattr(config, "image_size", None) or (STAGED_PICTURE if hasattr(config, "depths") else PICTURE)
     return size if isinstance(size, int) else size[0]
