@@ -66,18 +66,17 @@ def tokens_for(model: Any, seen: Batch, kind: str) -> int:
     return sum(v.numel() for v in tensors(found)) // (width * ROWS)
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in an output, in its order."""
+def tensors(value: Any, without: tuple[str, ...] = ()) -> Iterator[Tensor]:
+    """All tensors in an output, in its order; not those of fields with these names."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors(item)
+        for name, item in value.items():
+            if name not in without:
+                yield from tensors(item, without)
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from tensors(item)
-    elif hasattr(value, "to_tuple"):
-        yield from tensors(value.to_tuple())
+            yield from tensors(item, without)
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

@@ -153,8 +153,17 @@ def pixels_of_patches(model: Any) -> Batch:
     return {"pixel_values": floats(ROWS, 4, config.num_channels * config.patch_size**2)}
 
 
+def flattened(model: Any) -> Batch:
+    """Patches, (B, N, 2 + C P P), with their row and column before the pixels (Pix2Struct); some are padding."""
+    places = torch.stack(torch.meshgrid(torch.arange(1, 4), torch.arange(1, 4), indexing="ij"), -1).view(1, 9, 2)
+    pixels = floats(ROWS, 9, vision(model).patch_embed_hidden_size)
+    return {"flattened_patches": torch.cat([places.expand(ROWS, -1, -1).float(), pixels], -1)}
+
+
 PICTURES: dict[str, Callable[[Any], Batch]] = {
-    "timesformer": video, "videomae": video, "vivit": video, "vjepa2": frames, "videoprism_vision_model": clip_of_frames,
+    "kosmos-2.5": flattened,
+    "timesformer": video, "videomae": video, "vivit": video, "vjepa2": frames,
+    "videoprism_vision_model": clip_of_frames,
     "colmodernvbert": several, "deepseek_vl_hybrid": two_resolutions, "diffusion_gemma": placed, "emu3": sized,
     "fuyu": pixels_of_patches, "gemma4": placed, "gemma4_unified": placed, "granite4_vision": tiled,
     "granite_docling": with_mask, "idefics": several, "idefics2": several, "idefics3": several, "inkling2":
@@ -199,15 +208,11 @@ def visual_words(model: Any, batch: Batch) -> Batch:
             "visual_token_type_ids": torch.ones(ROWS, 4).long()}  # fmt: skip
 
 
-def flattened(model: Any) -> Batch:
-    """Patches with their row and column before the pixels (Pix2Struct), and the text to write."""
-    config = vision(model)
-    places = torch.stack(torch.meshgrid(torch.arange(1, 4), torch.arange(1, 4), indexing="ij"), -1).view(1, 9, 2)
-    pixels = floats(ROWS, 9, config.patch_embed_hidden_size)
+def pix2struct(model: Any) -> Batch:
+    """Patches, and the text to write."""
     mask = torch.ones(ROWS, 9)
     mask[1, -2:] = 0
-    return {"flattened_patches": torch.cat([places.expand(ROWS, -1, -1).float(), pixels], -1), "attention_mask": mask,
-            "decoder_input_ids": words(ROWS, 5)}  # fmt: skip
+    return {**flattened(model), "attention_mask": mask, "decoder_input_ids": words(ROWS, 5)}
 
 
 def kosmos(model: Any, batch: Batch) -> Batch:
@@ -286,7 +291,7 @@ def proteins(model: Any, batch: Batch) -> Batch:
 
 
 ADDED: dict[str, Callable[[Any, Batch], Batch]] = {
-    "evolla": proteins, "gemma3": gemma_types, "idefics": seen_by_words, "kosmos-2": kosmos,
+    "evolla": proteins, "gemma3": gemma_types, "idefics": seen_by_words, "kosmos-2": kosmos, "kosmos-2.5": kosmos,
     "kyutai_speech_to_text": codes, "layoutlm": layout, "layoutlmv3": layout, "lxmert": regions, "mllama": mllama,
     "owlv2": queries, "owlvit": queries, "pi0": robot, "shieldgemma2": gemma_types, "tapas": tapas, "udop": udop,
     "visual_bert": visual_words, "voxtral_realtime": heard_with_words,
@@ -295,4 +300,4 @@ ADDED: dict[str, Callable[[Any, Batch], Batch]] = {
 NUMBERS: dict[str, int] = {"pi0": 16, "phi4_multimodal": 13, "qwen2_audio": 8}
 # Made before the pictures are looked at, which need it.
 BEFORE: dict[str, Callable[[Any, Batch], Batch]] = {"instructblip": qformer, "instructblipvideo": qformer}
-WHOLE: dict[str, Callable[[Any], Batch]] = {"pix2struct": flattened}
+WHOLE: dict[str, Callable[[Any], Batch]] = {"pix2struct": pix2struct}
