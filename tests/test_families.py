@@ -19,7 +19,7 @@ from tests.models.shrink import build, configs, tiny_config
 
 DOCS = Path(__file__).parent.parent / "docs"
 FOUND: dict[str, Any] = json.loads((DOCS / "families.json").read_text())
-EACH = 2  # levers of a family that are tried here; `python -m tests.models.census` tries all
+EACH = 3  # levers of a family that are tried here; `python -m tests.models.census` tries all
 
 
 def chosen(family: str) -> list[str]:
@@ -40,6 +40,8 @@ def test_a_family_is_built_and_its_row_is_what_is_measured(family: str) -> None:
     except Exception as error:
         assert expected["built"], f"it was built before, and now: {told(error)}"
         return
+    if "requires the" in expected["built"]:
+        pytest.skip("a library is installed here without which the row was written")
     assert not expected["built"], f"it is built now; before: {expected['built']}: run the census again"
     for lever in chosen(family):
         found, row = verdict(LEVERS[lever], case), expected["levers"][lever]
