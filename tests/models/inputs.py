@@ -133,15 +133,15 @@ def fitted(model: Any, takes: set[str], seen: Batch, hears: bool) -> Batch:
         numbers["audio"] = tokens_for(model, seen, "audio")
     if any(k.startswith(("pixel", "image")) for k in seen):
         numbers["image"] = tokens_for(model, seen, "image")
-    for _ in range(2):
+    for last in (False, True):
         batch = assembled(model, takes, seen, numbers)
         try:
             with torch.no_grad():
                 model(**batch)
-            return batch
+            break
         except ValueError as error:
             asked = re.search(r"tokens: \d+, features:? (\d+)", str(error))
-            if asked is None:
+            if last or asked is None:
                 raise
             numbers["image" if "mage" in str(error) else "audio"] = int(asked[1]) // ROWS
     return batch

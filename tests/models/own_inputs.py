@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tests.models.shrink import PICTURE
 from tests.models.values import GRID, ROWS, WORDS, Batch, field, floats, side, vision, words
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -148,6 +149,10 @@ def frames(model: Any) -> Batch:
     return {"pixel_values_videos": several(model, getattr(model.config, "frames_per_clip", 2))["pixel_values"]}
 
 
+def small(model: Any) -> Batch:
+    return {"pixel_values": floats(ROWS, 3, PICTURE, PICTURE)}
+
+
 def pixels_of_patches(model: Any) -> Batch:
     config = model.config
     return {"pixel_values": floats(ROWS, 4, config.num_channels * config.patch_size**2)}
@@ -161,7 +166,7 @@ def flattened(model: Any) -> Batch:
 
 
 PICTURES: dict[str, Callable[[Any], Batch]] = {
-    "kosmos-2.5": flattened,
+    "kosmos-2.5": flattened, "florence2": small,
     "timesformer": video, "videomae": video, "vivit": video, "vjepa2": frames,
     "videoprism_vision_model": clip_of_frames,
     "colmodernvbert": several, "deepseek_vl_hybrid": two_resolutions, "diffusion_gemma": placed, "emu3": sized,
@@ -290,14 +295,26 @@ def proteins(model: Any, batch: Batch) -> Batch:
     return {"protein_input_ids": ids, "protein_attention_mask": mask}
 
 
+def heard_in_windows(model: Any, batch: Batch) -> Batch:
+    """Which of the features that are made of the sound count, not which of the sound (Granite)."""
+    return {"input_features_mask": torch.ones(ROWS, NUMBERS["granite_speech"]).bool()}
+
+
 ADDED: dict[str, Callable[[Any, Batch], Batch]] = {
+    "granite_speech": heard_in_windows, "granite_speech_plus": heard_in_windows,
     "evolla": proteins, "gemma3": gemma_types, "idefics": seen_by_words, "kosmos-2": kosmos, "kosmos-2.5": kosmos,
     "kyutai_speech_to_text": codes, "layoutlm": layout, "layoutlmv3": layout, "lxmert": regions, "mllama": mllama,
     "owlv2": queries, "owlvit": queries, "pi0": robot, "shieldgemma2": gemma_types, "tapas": tapas, "udop": udop,
     "visual_bert": visual_words, "voxtral_realtime": heard_with_words,
 }  # fmt: skip
 # Placeholders a row, where the part that sees cannot be asked.
-NUMBERS: dict[str, int] = {"pi0": 16, "phi4_multimodal": 13, "qwen2_audio": 8}
+NUMBERS: dict[str, int] = {
+    "pi0": 16,
+    "phi4_multimodal": 13,
+    "qwen2_audio": 8,
+    "granite_speech": 9,
+    "granite_speech_plus": 9,
+}
 # Made before the pictures are looked at, which need it.
 BEFORE: dict[str, Callable[[Any, Batch], Batch]] = {"instructblip": qformer, "instructblipvideo": qformer}
 WHOLE: dict[str, Callable[[Any], Batch]] = {"pix2struct": pix2struct}
