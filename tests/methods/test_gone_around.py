@@ -109,7 +109,8 @@ def test_prompts_refuse_what_torchs_layers_take_in_another_way():
 
     for batch_first, causal, match in ((False, False, "batch_first=True"), (True, True, "is given `src_mask`")):
         model = Turned(batch_first, causal)
-        trimtab.tune(model, "shallow-prompt")
+        (tower,) = trimtab.Anatomy.of(Turned(True, False), {"x": X}).towers
+        trimtab.tune(model, "shallow-prompt", anatomy=trimtab.Anatomy((tower,)))
         with pytest.raises(ValueError, match=match):
             model(X)
 
