@@ -92,7 +92,8 @@ class Case:
     broken: str = ""
 
     def __post_init__(self) -> None:
-        self.info = Info(self.info)
+        if not isinstance(self.info, Info):
+            self.info = Info(self.info)
 
     @property
     def kind(self) -> str:

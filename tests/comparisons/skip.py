@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from trimtab.methods.skip.search.das import Gates
     "C(i)",
     told=("index_order", "epochs", "steps_per_epoch", "draws_including_rejected"),
     assumes={
-        "loss": r"\(1\.0 for validation, 1\.1 for training\) \* \(base \+ sum_i m_i\*cost_i \+ m\^T interaction m\), .*",
+        "loss": r"\(1\.0 for validation, 1\.1 for training\) \* \(base \+ sum_i m_i\*cost_i \+ m\^T interaction m\).*",
         "equation": r"gate \+= sum_k \(r_k - mean r\) \* m_k \* p\*\(1-p\), .*",
     },
 )
@@ -82,6 +83,8 @@ def adapters(case: Case) -> Iterator[Check | Skipped]:
         adapter = Adapter(info["d_model"], info["bottleneck"], settings["add_residual"],
                           "learned" if learned else float(settings["scalar"]), settings["layernorm"])  # fmt: skip
         part = {k.removeprefix(f"{variant}."): v for k, v in case.tensors.items() if k.startswith(f"{variant}.")}
+        unknown = settings.keys() - {"layernorm", "scalar", "add_residual", "explicit_residual"}
+        yield Check(f"{variant}: settings that are not known", len(unknown), 0)
         names = pairs(down="down_proj", up="up_proj")
         if settings["layernorm"] != "none":
             names |= pairs(norm="adapter_layer_norm_before")
@@ -91,7 +94,7 @@ def adapters(case: Case) -> Iterator[Check | Skipped]:
         out = adapter(part["x"], part.get("residual"))
         yield close(f"{variant} output", out, part["y"])
         out.square().sum().backward()
-        yield from gradient_checks(adapter, part, names)
+        yield from gradient_checks(adapter, replace(case, tensors=part), names)
 
 
 @compares("C(ii) blocks", told=("vilt", "meter"))

@@ -25,7 +25,8 @@ class Seen:
     """What a side network gets to see of one forward pass.
 
     Attributes:
-        maps: the chosen hidden maps in the order of computation, (B, L, D) or (B, C, H, W), as the tower made them.
+        maps: the chosen hidden maps in the order of computation, (B, L, D) or (B, C, H, W), as the tower made them. L
+            and D are each map's own where the stages of a tower differ.
         mask: valid tokens as numbers 0 and 1, (B, L), or None if all are valid.
         value: what the tower was about to hand on, without gradient.
         position: (B,) of the token from which the tower's vector is read, None for the first.
@@ -52,7 +53,7 @@ class _Pass:
     """What a listener has seen of the pass that is under way.
 
     Attributes:
-        shape: of the stream that entered the first block; None before it.
+        shape: of the stream, as the last block that ran put it out; None before the first.
         found: hidden maps by number.
         given: tensors with which the first block was called, of a tower that reads another.
     """
@@ -84,6 +85,7 @@ class Listener:
         place: where the value is put, an output; None keeps the result for `readers`.
         memory: the listener of another tower whose result this one reads.
         readers: how many others read the result of this one.
+        starts: how many blocks stand before each that may begin a stage of another number and width of tokens.
     """
 
     method: str
@@ -93,6 +95,7 @@ class Listener:
     place: Tap | None
     memory: Listener | None = None
     readers: int = 0
+    starts: frozenset[int] = frozenset()
     handles: list[RemovableHandle] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -139,7 +142,8 @@ class Listener:
                 "reads all: use no key-value cache in generation"
             )
         stream = block.stream_of(module, args, kwargs)
-        if self.tower.layout == "tokens" and stream.shape[-1] != block.width:
+        told = 0 in self.maps or 0 not in self.starts  # else the width of what enters is not described, and not read
+        if self.tower.layout == "tokens" and told and stream.shape[-1] != block.width:
             raise AnatomyError(
                 f"{self.method}: block '{block.path}' takes in {tuple(stream.shape)}, expected the width "
                 f"{block.width}, as tower {self.tower.name!r} is described: correct the `width` of its blocks"
@@ -158,14 +162,21 @@ class Listener:
                 f"{self.method}: block '{block.path}' ran before the first block of tower {tower.name!r}, "
                 f"'{tower.blocks[0].path}': correct the order of its blocks"
             )
-        tokens = tower.layout == "tokens"
-        wrong = value.shape != shape if tokens else value.ndim != 4 or value.shape[1] != block.width
-        if wrong:
-            expected = f"{tuple(shape)}, which its tower {tower.name!r} takes in"
+        if not isinstance(value, Tensor):
             raise AnatomyError(
-                f"{self.method}: block '{block.path}' put out {tuple(value.shape)}, expected "
-                f"{expected if tokens else f'(B, {block.width}, H, W)'}"
+                f"{self.method}: block '{block.path}' put out a {type(value).__name__}, expected its stream, a tensor: "
+                f"describe other modules as the blocks of tower {tower.name!r}"
             )
+        if tower.layout != "tokens":
+            wrong, expected = value.ndim != 4 or value.shape[1] != block.width, f"(B, {block.width}, H, W)"
+        elif index - 1 in self.starts:
+            wrong = value.ndim != 3 or len(value) != shape[0] or value.shape[-1] != block.width
+            expected = f"({shape[0]}, L, {block.width}), as its tower {tower.name!r} is described"
+        else:
+            wrong, expected = value.shape != shape, f"{tuple(shape)}, which its tower {tower.name!r} takes in"
+        if wrong:
+            raise AnatomyError(f"{self.method}: block '{block.path}' put out {tuple(value.shape)}, expected {expected}")
+        self.now.shape = value.shape
         if index in self.maps:
             self.now.found[index] = value.detach()
 
@@ -180,9 +191,15 @@ class Listener:
             path = tower.blocks[max(lost[0] - 1, 0)].path
             raise AnatomyError(f"{self.method}: '{path}' of tower {tower.name!r} did not run before its result was due")
         chosen = [now.found[i] for i in self.maps]
-        out = Seen(chosen, self._valid(tuple(chosen[0].shape[:2])), value.detach().to(self.dtype))
+        lengths = sorted({m.shape[1] for m in chosen}) if tower.layout == "tokens" else []
+        if tower.mask is not None and len(lengths) > 1:
+            raise AnatomyError(
+                f"{self.method}: the maps of tower {tower.name!r} have {lengths} tokens, and its mask is of one "
+                "number: name maps of one number in `layers`, or another tower in `towers`"
+            )
+        out = Seen(chosen, self._valid(tuple(chosen[-1].shape[:2])), value.detach().to(self.dtype))
         if tower.pooled_token == "last":
-            out.position = _last(out.mask, chosen[0])
+            out.position = _last(out.mask, chosen[-1])
         if self.memory is not None:
             out.memory, out.memory_mask = self.memory.take(last, len(chosen[0]), now.given)
         return out
