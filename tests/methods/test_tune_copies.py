@@ -187,16 +187,37 @@ def test_several_answers_a_source_are_each_computed_with_their_source(how):
         assert torch.allclose(torch.stack(out.logits, 1)[:, :3], plain[:, :3], atol=1e-4)
 
 
+def decoded(model: nn.Module, rows: list[int], mask: torch.Tensor, **memory) -> torch.Tensor:
+    return model(attention_mask=mask[rows], decoder_input_ids=WORDS[rows, :5], use_cache=False, **memory).logits
+
+
+def test_an_encoder_s_outputs_may_be_kept_and_read_later():
+    """Also when it has run on something else since, in another order of rows, and some of them twice."""
+    model, mask = learned(tuned(bart(), "unipt")), torch.ones_like(WORDS)
+    mask[1, 5:] = 0
+    with torch.no_grad():
+        first, other = (model.model.encoder(ids, mask) for ids in (WORDS, WORDS.flip(1)))
+        texts(model)
+        for ids, outputs in ((WORDS, first), (WORDS.flip(1), other)):
+            for rows in ([0, 1], [1, 0], [0, 1, 0]):
+                wanted = decoded(model, rows, mask, input_ids=ids[rows])
+                memory = type(outputs)(last_hidden_state=outputs.last_hidden_state[rows])
+                assert torch.allclose(decoded(model, rows, mask, encoder_outputs=memory), wanted, atol=1e-5)
+
+
 def test_results_of_another_call_are_not_read():
     model = learned(tuned(bart(), "unipt"))
     with torch.no_grad():
-        texts(model)
-        other = model.model.encoder(WORDS.flip(1))
+        plain = bart().model.encoder(WORDS.flip(1))  # what no side network has seen
         texts(model)
         for rows in ([0, 1], [0, 1, 0]):
-            memory = type(other)(last_hidden_state=other.last_hidden_state[rows])
+            memory = type(plain)(last_hidden_state=plain.last_hidden_state[rows])
             with pytest.raises(AnatomyError, match="run both towers in one call, on the inputs of the first"):
-                model(encoder_outputs=memory, decoder_input_ids=WORDS[rows, :5], use_cache=False)
+                decoded(model, rows, torch.ones_like(WORDS), encoder_outputs=memory)
+        kept = model.model.encoder(WORDS)
+    learned(model)
+    with pytest.raises(AnatomyError, match="'encoder' as it was before its side network was trained further"):
+        decoded(model, [0, 1], torch.ones_like(WORDS), encoder_outputs=kept)
 
 
 def test_t5_writes_beside_a_side_network():

@@ -67,9 +67,7 @@ class Beside(Method):
         }
         for name, stand in made.items():
             if stand.memory is not None:
-                memory = self.listeners[stand.memory]
-                self.listeners[name].memory = memory
-                memory.readers += 1
+                self.listeners[name].memory = self.listeners[stand.memory]
         for listener in self.listeners.values():
             listener.attach(model)
         return anatomy

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from trimtab.anatomy import AnatomyError, Tap, Tower, pre_hook, read, rewrite
+from trimtab.methods.tune.results import Results
 
 
 @dataclass
@@ -63,16 +64,6 @@ class _Pass:
     given: list[Tensor] = field(default_factory=list)
 
 
-@dataclass
-class _Kept:
-    """A result that other side networks read, and the tower's own, by which its rows are known again."""
-
-    result: Tensor
-    mask: Tensor | None
-    value: Tensor
-    taken: int = 0
-
-
 @dataclass(eq=False)
 class Listener:
     """Hooks on one tower of a model; see the module's text.
@@ -82,9 +73,8 @@ class Listener:
         tower: to which it listens.
         side: the side network: `side(seen)` makes a new value from what was seen.
         maps: which hidden maps are kept: 0 is what enters the first block, i what block i puts out.
-        place: where the value is put, an output; None keeps the result for `readers`.
+        place: where the value is put, an output; None keeps the result for other listeners.
         memory: the listener of another tower whose result this one reads.
-        readers: how many others read the result of this one.
         starts: how many blocks stand before each that may begin a stage of another number and width of tokens.
     """
 
@@ -94,7 +84,6 @@ class Listener:
     maps: Sequence[int]
     place: Tap | None
     memory: Listener | None = None
-    readers: int = 0
     starts: frozenset[int] = frozenset()
     handles: list[RemovableHandle] = field(default_factory=list)
 
@@ -102,11 +91,11 @@ class Listener:
         self.now = _Pass()
         self.mask: Tensor | None = None
         self.mask_seen = False
-        self.kept: _Kept | None = None
+        self.results = Results(self.method, self.tower.name)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without what belongs to a pass."""
-        return {**vars(self), "now": _Pass(), "mask": None, "mask_seen": False, "kept": None}
+        return {**vars(self), "now": _Pass(), "mask": None, "mask_seen": False}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -123,6 +112,8 @@ class Listener:
             self.handles.append(read(model, tower.mask, self._masked))
         if self.place is None:
             self.handles.append(read(model, tower.output, self._keep))
+            self.handles.append(model.register_forward_pre_hook(self.results.begin))
+            self.handles.append(model.register_forward_hook(self.results.end, always_call=True))
         else:
             self.handles.append(rewrite(model, self.place, self._replace))
 
@@ -201,7 +192,7 @@ class Listener:
         if tower.pooled_token == "last":
             out.position = _last(out.mask, chosen[-1])
         if self.memory is not None:
-            out.memory, out.memory_mask = self.memory.take(last, len(chosen[0]), now.given)
+            out.memory, out.memory_mask = self.memory.results.take(last, len(chosen[0]), now.given, self.memory.side)
         return out
 
     def _valid(self, shape: tuple[int, ...]) -> Tensor | None:
@@ -226,40 +217,7 @@ class Listener:
     def _keep(self, value: Tensor) -> None:
         seen = self._seen(value)
         mask = seen.mask
-        self.kept = _Kept(self.side(seen), mask, value.detach())
-
-    def take(self, reader: str, rows: int, given: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """The kept result, row for row as a reader's tower has it.
-
-        A graph goes with it, so that it is not held longer than until the last reader has it. Generation runs a tower
-        once and reads it at every step, with each of its rows several times for several answers: then the tower's own
-        result must be found in what the reader was called with, so that no row is taken for another.
-
-        Args:
-            reader: path of the block that reads, for error messages.
-            rows: of the reader's batch.
-            given: tensors with which the reader's first block was called.
-        """
-        kept = self.kept
-        if kept is None:
-            raise AnatomyError(
-                f"{self.method}: block '{reader}' reads tower {self.tower.name!r}, which has not run yet"
-            )
-        first, kept.taken = kept.taken < self.readers, kept.taken + 1
-        if kept.result.requires_grad and kept.taken >= self.readers:
-            self.kept = None
-        if first and rows == len(kept.result):
-            return kept.result, kept.mask
-        times = max(1, rows // max(1, len(kept.result)))
-        value = kept.value.repeat_interleave(times, 0)
-        if not any(g.shape == value.shape and torch.equal(g, value) for g in given):
-            raise AnatomyError(
-                f"{self.method}: block '{reader}' works on {rows} rows and reads tower {self.tower.name!r}, whose side "
-                f"network has seen {len(kept.result)} rows of another call or in another order: run both towers in one "
-                "call, on the inputs of the first and not on its outputs"
-            )
-        mask = None if kept.mask is None else kept.mask.repeat_interleave(times, 0)
-        return kept.result.repeat_interleave(times, 0), mask
+        self.results.keep(value, self.side(seen), mask, self.side)
 
 
 def holds_tokens(args: tuple, kwargs: dict) -> bool:
