@@ -10,14 +10,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
 from trimtab.anatomy import Anatomy, Block, Tap, Tower
-from trimtab.anatomy.structure import mark_added
+from trimtab.anatomy.calls import signature
+from trimtab.anatomy.structure import mark_added, plain_module
 from trimtab.methods.base import Method, placed
 from trimtab.methods.tune.listener import Listener
+
+# Parameters with which blocks take a key-value cache.
+_CACHE = {"past_key_values", "past_key_value", "layer_past"}
 
 
 class Stand(NamedTuple):
@@ -70,6 +74,7 @@ class Beside(Method):
                 self.listeners[name].memory = self.listeners[stand.memory]
         for listener in self.listeners.values():
             listener.attach(model)
+        self.uncached = without_cache(model, [anatomy.tower(name) for name in made])
         return anatomy
 
     @abstractmethod
@@ -106,6 +111,8 @@ class Beside(Method):
         """Take the side networks away; the model computes what it did before."""
         for listener in self.listeners.values():
             listener.detach()
+        for config in self.uncached:
+            config.use_cache = True
         delattr(model, slot(self.name))
 
 
@@ -144,6 +151,19 @@ def keep_modules(model: nn.Module, method: str, by_tower: dict[str, nn.Module]) 
     made = nn.ModuleDict({k: mark_added(by_tower[name], method) for k, name in keys.items()})
     model.add_module(slot(method), mark_added(made, method))
     return made
+
+
+def without_cache(model: nn.Module, towers: Sequence[Tower]) -> list[Any]:
+    """Let `generate` go without a key-value cache unless it is asked for one: with a cache a tower is called with the
+    newest token alone. Returns the generation settings that it has changed; none if no tower could have a cache."""
+    blocks = [plain_module(model, tower.blocks[0].path) for tower in towers]
+    if not any(_CACHE & signature(block).named for block in blocks):
+        return []
+    found = {id(c): c for m in model.modules() if (c := getattr(m, "generation_config", None)) is not None}
+    changed = [config for config in found.values() if getattr(config, "use_cache", False)]
+    for config in changed:
+        config.use_cache = False
+    return changed
 
 
 def stages(blocks: Sequence[Block]) -> set[int]:

@@ -130,7 +130,7 @@ class Listener:
         if holds_tokens(args, kwargs):
             raise AnatomyError(
                 f"{self.method}: block '{block.path}' was called with the newest token alone, and the side network "
-                "reads all: use no key-value cache in generation"
+                "reads all: use no key-value cache in generation (use_cache=False)"
             )
         stream = block.stream_of(module, args, kwargs)
         told = 0 in self.maps or 0 not in self.starts  # else the width of what enters is not described, and not read
@@ -207,7 +207,8 @@ class Listener:
         if mask is not None and tuple(mask.shape) != shape:
             raise AnatomyError(
                 f"{self.method}: block '{last}' works on (B, L) = {shape}, but the mask of its tower {tower.name!r} is "
-                f"{tuple(mask.shape)}; give a mask of all tokens, and use no key-value cache in generation"
+                f"{tuple(mask.shape)}; give a mask of all tokens, and use no key-value cache in generation "
+                "(use_cache=False)"
             )
         return None if mask is None else (mask != 0).to(self.dtype)
 

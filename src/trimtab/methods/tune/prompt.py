@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Block, Tap, Tower, parameter_names, pre_hook, rewrite
 from trimtab.methods.base import METHODS, Method
-from trimtab.methods.tune.beside import keep_modules, token_width
+from trimtab.methods.tune.beside import keep_modules, token_width, without_cache
 from trimtab.methods.tune.listener import holds_tokens
 
 
@@ -53,6 +53,7 @@ class _Prompts(Method):
         keep_modules(model, self.name, dict(made))
         for name, prompts in made.items():
             self._hook(model, anatomy.tower(name), prompts)
+        without_cache(model, [anatomy.tower(name) for name in made])
         return anatomy
 
     def _prompts(self, tower: Tower, device: torch.device) -> Prompts:
