@@ -36,6 +36,15 @@ def bart(**changes) -> nn.Module:
     return BartForConditionalGeneration(BartConfig(vocab_size=40, d_model=16, **sizes, **tokens)).eval()
 
 
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=3, num_heads=2, decoder_start_token_id=0,
+                      pad_token_id=0, eos_token_id=1)  # fmt: skip
+    return T5ForConditionalGeneration(config).eval()
+
+
 def llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -167,6 +176,31 @@ def test_a_row_does_not_depend_on_the_padding_of_another(name):
     assert torch.allclose(full[1, :5], same[1, :5], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["shallow-prompt", "deep-prompt"])
+def test_prompts_refuse_padding_between_them_and_the_tokens_where_distances_count(name):
+    model, mask = learned(tuned(t5(), name)), torch.ones_like(WORDS)
+    mask[1, 5:] = 0
+
+    def run(rows, padding):
+        return model(WORDS[rows], attention_mask=padding, decoder_input_ids=WORDS[rows, :3], use_cache=False).logits
+
+    with torch.no_grad():
+        alone = model(WORDS[1:, :5], decoder_input_ids=WORDS[1:, :3], use_cache=False).logits
+        assert torch.allclose(run([0, 1], mask)[1:], alone, atol=1e-5)
+        with pytest.raises(
+            ValueError, match=f"{name}: block 'encoder.block.0' counts distances .* pad it on the right"
+        ):
+            run([0, 1], mask.flip(1))
+
+
+def test_prompts_refuse_a_bias_of_distances():
+    from transformers import BloomConfig, BloomModel
+
+    model = tuned(BloomModel(BloomConfig(vocab_size=40, hidden_size=16, n_layer=2, n_head=2)), "deep-prompt")
+    with pytest.raises(ValueError, match=r"a bias of each token's distance \(ALiBi\), 'alibi' \(4, 1, 7\), in which"):
+        model(WORDS)
+
+
 # --- generation -------------------------------------------------------------------------------------------------------
 
 
@@ -220,15 +254,16 @@ def test_results_of_another_call_are_not_read():
         decoded(model, [0, 1], torch.ones_like(WORDS), encoder_outputs=kept)
 
 
-def test_t5_writes_beside_a_side_network():
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    torch.manual_seed(0)
-    config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0,
-                      pad_token_id=0, eos_token_id=1)  # fmt: skip
-    model = tuned(T5ForConditionalGeneration(config).eval(), "unipt")
-    out = model.generate(input_ids=WORDS, attention_mask=torch.ones_like(WORDS), max_new_tokens=3, use_cache=False)
-    assert out.shape == (2, 4)
+@pytest.mark.parametrize("name", ["unipt", "lst", "sherl", "side-tuning", "shallow-prompt", "deep-prompt"])
+def test_t5_writes_beside_what_is_added(name):
+    model = learned(tuned(t5(), name), 0.2)
+    out = model.generate(input_ids=WORDS, attention_mask=torch.ones_like(WORDS), max_new_tokens=3, min_new_tokens=3,
+                         num_beams=2, return_dict_in_generate=True, output_scores=True)  # fmt: skip
+    with torch.no_grad():
+        logits = model(WORDS, decoder_input_ids=out.sequences[:, :-1], use_cache=False).logits
+    words = out.sequences[:, 1:, None]
+    scores = logits.log_softmax(-1).gather(2, words).sum(dim=(1, 2)) / words.shape[1]
+    assert torch.allclose(scores, out.sequences_scores, atol=1e-4)
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------

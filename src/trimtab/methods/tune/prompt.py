@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Block, Tap, Tower, parameter_names, pre_hook, rewrite
+from trimtab.anatomy.calls import signature
 from trimtab.methods.base import METHODS, Method
 from trimtab.methods.tune.beside import keep_modules, token_width, without_cache
 from trimtab.methods.tune.listener import holds_tokens
@@ -116,10 +117,22 @@ class _Enter:
             new = self.prompts.values[self.index].to(stream.dtype).expand(len(stream), -1, -1)
             stream = torch.cat([new, tokens], dim=1)
         length = stream.shape[1] - count
+        self._check_places(module, args, kwargs, length)
         names = [*parameter_names(module), *[""] * len(args)]
         args = tuple(self._widened(a, given, length, name) for a, name in zip(args, names, strict=False))
         kwargs = {k: self._widened(v, given, length, k) for k, v in kwargs.items()}
         return self.block.with_stream(module, args, kwargs, stream)
+
+    def _check_places(self, module: nn.Module, args: tuple, kwargs: dict, length: int) -> None:
+        """ValueError if distances between tokens count (T5's bias) and padding stands between them and the prompts."""
+        if self.index or "position_bias" not in signature(module).named:
+            return
+        for mask in (*args, *kwargs.values()):
+            if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[-1] == length and bool(_hidden_first(mask)):
+                raise ValueError(
+                    f"{self.method}: block '{self.block.path}' counts distances between tokens, and a row is padded on "
+                    "the left, between its tokens and the prompts: pad it on the right"
+                )
 
     def _widened(self, value: Any, stream: Tensor, length: int, name: str) -> Any:
         if type(value).__name__ == "BlockMask":
@@ -127,7 +140,20 @@ class _Enter:
                 f"{self.method}: block '{self.block.path}' is given its mask as flex attention's BlockMask, which "
                 "cannot be widened for prompts: load the model with attn_implementation='sdpa'"
             )
+        shape = tuple(value.shape) if isinstance(value, Tensor) and value is not stream else ()
+        if len(shape) == 3 and shape[-1] == length and shape[1] in (1, length) and value.shape != stream.shape:
+            raise ValueError(
+                f"{self.method}: block '{self.block.path}' is given a bias of each token's distance (ALiBi), "
+                f"{name or 'unnamed'!r} {shape}, in which prompts have no place: tune the tower with lora, adapters or "
+                "unipt"
+            )
         return value if value is stream else widened(value, self.prompts.count, length, name, self.causal)
+
+
+def _hidden_first(mask: Tensor) -> Tensor:
+    """Whether the last token of any row does not see the first, (B, 1, Q, L) of bool or as it is added to scores."""
+    first, most = mask[:, :, -1, 0], mask[:, :, -1].amax(dim=-1)
+    return (first < most).any() if mask.is_floating_point() else (first != most).any()
 
 
 def widened(value: Any, count: int, length: int, name: str = "", causal: bool = False) -> Any:
