@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from trimtab.anatomy import Anatomy, AnatomyError, Block, Tap, Tower
+from trimtab.anatomy import Anatomy, Block, Tap, Tower
 from trimtab.anatomy.structure import added_by, plain_parameters
 from trimtab.counting import saved_bytes
 from trimtab.methods import METHODS
@@ -199,71 +199,6 @@ def test_prompts_refuse_a_bias_of_distances():
     model = tuned(BloomModel(BloomConfig(vocab_size=40, hidden_size=16, n_layer=2, n_head=2)), "deep-prompt")
     with pytest.raises(ValueError, match=r"a bias of each token's distance \(ALiBi\), 'alibi' \(4, 1, 7\), in which"):
         model(WORDS)
-
-
-# --- generation -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("how", [{"do_sample": True, "num_return_sequences": 3}, {"num_beams": 3}])
-def test_several_answers_a_source_are_each_computed_with_their_source(how):
-    model = learned(tuned(bart(), "unipt"))
-    mask = torch.ones_like(WORDS)
-    torch.manual_seed(0)
-    out = model.generate(input_ids=WORDS, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, use_cache=False,
-                         return_dict_in_generate=True, output_logits=True, **how)  # fmt: skip
-    rows = len(out.sequences) // 2
-    with torch.no_grad():
-        plain = model(WORDS.repeat_interleave(rows, 0), attention_mask=mask.repeat_interleave(rows, 0),
-                      decoder_input_ids=out.sequences[:, :-1], use_cache=False).logits  # fmt: skip
-        again = model(WORDS, attention_mask=mask, decoder_input_ids=out.sequences[::rows, :-1], use_cache=False).logits
-    assert torch.allclose(plain[::rows], again, atol=1e-5)
-    if rows > 1:
-        assert torch.allclose(torch.stack(out.logits, 1)[:, :3], plain[:, :3], atol=1e-4)
-
-
-def decoded(model: nn.Module, rows: list[int], mask: torch.Tensor, **memory) -> torch.Tensor:
-    return model(attention_mask=mask[rows], decoder_input_ids=WORDS[rows, :5], use_cache=False, **memory).logits
-
-
-def test_an_encoder_s_outputs_may_be_kept_and_read_later():
-    """Also when it has run on something else since, in another order of rows, and some of them twice."""
-    model, mask = learned(tuned(bart(), "unipt")), torch.ones_like(WORDS)
-    mask[1, 5:] = 0
-    with torch.no_grad():
-        first, other = (model.model.encoder(ids, mask) for ids in (WORDS, WORDS.flip(1)))
-        texts(model)
-        for ids, outputs in ((WORDS, first), (WORDS.flip(1), other)):
-            for rows in ([0, 1], [1, 0], [0, 1, 0]):
-                wanted = decoded(model, rows, mask, input_ids=ids[rows])
-                memory = type(outputs)(last_hidden_state=outputs.last_hidden_state[rows])
-                assert torch.allclose(decoded(model, rows, mask, encoder_outputs=memory), wanted, atol=1e-5)
-
-
-def test_results_of_another_call_are_not_read():
-    model = learned(tuned(bart(), "unipt"))
-    with torch.no_grad():
-        plain = bart().model.encoder(WORDS.flip(1))  # what no side network has seen
-        texts(model)
-        for rows in ([0, 1], [0, 1, 0]):
-            memory = type(plain)(last_hidden_state=plain.last_hidden_state[rows])
-            with pytest.raises(AnatomyError, match="run both towers in one call, on the inputs of the first"):
-                decoded(model, rows, torch.ones_like(WORDS), encoder_outputs=memory)
-        kept = model.model.encoder(WORDS)
-    learned(model)
-    with pytest.raises(AnatomyError, match="'encoder' as it was before its side network was trained further"):
-        decoded(model, [0, 1], torch.ones_like(WORDS), encoder_outputs=kept)
-
-
-@pytest.mark.parametrize("name", ["unipt", "lst", "sherl", "side-tuning", "shallow-prompt", "deep-prompt"])
-def test_t5_writes_beside_what_is_added(name):
-    model = learned(tuned(t5(), name), 0.2)
-    out = model.generate(input_ids=WORDS, attention_mask=torch.ones_like(WORDS), max_new_tokens=3, min_new_tokens=3,
-                         num_beams=2, return_dict_in_generate=True, output_scores=True)  # fmt: skip
-    with torch.no_grad():
-        logits = model(WORDS, decoder_input_ids=out.sequences[:, :-1], use_cache=False).logits
-    words = out.sequences[:, 1:, None]
-    scores = logits.log_softmax(-1).gather(2, words).sum(dim=(1, 2)) / words.shape[1]
-    assert torch.allclose(scores, out.sequences_scores, atol=1e-4)
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ its side network with it, and the copy computes with its own.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from trimtab.anatomy import AnatomyError, Tap, Tower, pre_hook, read, rewrite
+from trimtab.anatomy.structure import module_at
 from trimtab.methods.tune.results import Results
 
 
@@ -92,10 +94,11 @@ class Listener:
         self.mask: Tensor | None = None
         self.mask_seen = False
         self.results = Results(self.method, self.tower.name)
+        self.handed: weakref.ref[Tensor] | None = None  # what the last block put out
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without what belongs to a pass."""
-        return {**vars(self), "now": _Pass(), "mask": None, "mask_seen": False}
+        return {**vars(self), "now": _Pass(), "mask": None, "mask_seen": False, "handed": None}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,8 +106,13 @@ class Listener:
         return next(self.side.parameters()).dtype
 
     def attach(self, model: nn.Module) -> None:
-        """Set the hooks."""
+        """Set the hooks.
+
+        Raises:
+            AnatomyError: if two blocks are one module: its calls cannot be told apart.
+        """
         tower = self.tower
+        check_blocks(self.method, model, tower)
         self.handles.append(pre_hook(model, tower.blocks[0].path, self._enter))
         for i, block in enumerate(tower.blocks[: max(self.maps)], 1):
             self.handles.append(read(model, Tap(block.path), partial(self._next, i)))
@@ -116,6 +124,7 @@ class Listener:
             self.handles.append(model.register_forward_hook(self.results.end, always_call=True))
         else:
             self.handles.append(rewrite(model, self.place, self._replace))
+        self.handles.append(read(model, Tap(tower.blocks[-1].path), self._hand))
 
     def detach(self) -> None:
         """Take the hooks away."""
@@ -133,6 +142,12 @@ class Listener:
                 "reads all: use no key-value cache in generation (use_cache=False)"
             )
         stream = block.stream_of(module, args, kwargs)
+        if self.handed is not None and self.handed() is stream:
+            raise AnatomyError(
+                f"{self.method}: block '{block.path}' takes in what '{self.tower.blocks[-1].path}' put out: tower "
+                f"{self.tower.name!r} runs several times on its own result, and a side network reads one run; tune it "
+                "with adapters, lora or prompts"
+            )
         told = 0 in self.maps or 0 not in self.starts  # else the width of what enters is not described, and not read
         if self.tower.layout == "tokens" and told and stream.shape[-1] != block.width:
             raise AnatomyError(
@@ -170,6 +185,11 @@ class Listener:
         self.now.shape = value.shape
         if index in self.maps:
             self.now.found[index] = value.detach()
+
+    def _hand(self, value: Any) -> None:
+        """After the last block. Compiled code has no use for the reference, which it could not keep."""
+        if isinstance(value, Tensor) and not torch.compiler.is_compiling():
+            self.handed = weakref.ref(value)
 
     def _masked(self, mask: Tensor | None) -> None:
         self.mask, self.mask_seen = mask, True
@@ -219,6 +239,19 @@ class Listener:
         seen = self._seen(value)
         mask = seen.mask
         self.results.keep(value, self.side(seen), mask, self.side)
+
+
+def check_blocks(method: str, model: nn.Module, tower: Tower) -> None:
+    """AnatomyError if two of a tower's blocks are one module."""
+    paths: dict[int, str] = {}
+    for block in tower.blocks:
+        module = module_at(model, block.path)
+        if id(module) in paths:
+            raise AnatomyError(
+                f"{method}: blocks '{paths[id(module)]}' and '{block.path}' of tower {tower.name!r} are one module, "
+                "whose runs hooks cannot tell apart: tune the tower with lora"
+            )
+        paths[id(module)] = block.path
 
 
 def holds_tokens(args: tuple, kwargs: dict) -> bool:

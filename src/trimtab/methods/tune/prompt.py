@@ -20,7 +20,7 @@ from trimtab.anatomy import Anatomy, Block, Tap, Tower, parameter_names, pre_hoo
 from trimtab.anatomy.calls import signature
 from trimtab.methods.base import METHODS, Method
 from trimtab.methods.tune.beside import keep_modules, token_width, without_cache
-from trimtab.methods.tune.listener import holds_tokens
+from trimtab.methods.tune.listener import check_blocks, holds_tokens
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class _Prompts(Method):
         return Prompts(len(tower.blocks) if self.deep else 1, self.settings.prompts, width, device)
 
     def _hook(self, model: nn.Module, tower: Tower, prompts: Prompts) -> None:
+        check_blocks(self.name, model, tower)
         for i, block in enumerate(tower.blocks):
             enter = _Enter(self.name, block, prompts, i, tower.causal)
             pre_hook(model, block.path, enter)

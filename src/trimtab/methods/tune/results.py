@@ -22,7 +22,8 @@ from trimtab.anatomy import AnatomyError
 
 @dataclass
 class _Result:
-    """A result and its mask, and how often the side network's parameters had been changed when it was made."""
+    """A result and its mask, and how often the side network's parameters had been changed when it was made; compiled
+    code does not ask."""
 
     tokens: Tensor
     mask: Tensor | None
@@ -72,6 +73,9 @@ class Results:
 
     def keep(self, value: Tensor, tokens: Tensor, mask: Tensor | None, side: nn.Module) -> None:
         """Keep a side network's result under what its tower hands on, `value`."""
+        if self.inside and torch.compiler.is_compiling():  # nothing of it outlives the call
+            self.here.append(_Result(tokens, mask, ()))
+            return
         result = _Result(tokens, mask, _versions(side))
         self.kept[value] = _version(value), result
         self.last = None if tokens.requires_grad else (value, result)
@@ -90,14 +94,15 @@ class Results:
         Raises:
             AnatomyError: if none belongs to what the reader was given, or the side network has changed since.
         """
-        result = self._found(given) or (self.here[0] if len(self.here) == 1 else None)
+        only = self.here[0] if len(self.here) == 1 else None
+        result = only if only is not None and not only.versions else self._found(given) or only
         if result is None or len(result.tokens) != rows:
             raise AnatomyError(
                 f"{self.method}: block '{reader}' works on {rows} rows and reads tower {self.tower!r}, whose side "
                 f"network has seen {'another call or another order of rows' if self.last else 'nothing yet'}: run both "
                 "towers in one call, on the inputs of the first and not on its outputs"
             )
-        if result.versions != _versions(side):
+        if result.versions and result.versions != _versions(side):
             raise AnatomyError(
                 f"{self.method}: block '{reader}' reads tower {self.tower!r} as it was before its side network was "
                 "trained further: run that tower again"

@@ -28,6 +28,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from trimtab.methods.tune.unipt.down import Target, some
 
@@ -151,7 +152,11 @@ def _targets(flat: Sequence[Tensor | None]) -> list[Target]:
 
 
 def _longest(layers: Sequence[Target]) -> Tensor:
-    return max((layer.x for layer in layers), key=lambda x: x.shape[1])
+    """The x of the layer with the most tokens."""
+    longest = layers[0].x
+    for layer in layers:
+        longest = layer.x if layer.x.shape[1] > longest.shape[1] else longest
+    return longest
 
 
 def aligned(anchor: Target, target: Target) -> bool:
@@ -291,7 +296,9 @@ def check_lengths(maps: Sequence[Tensor], mask: Tensor | None, causal: bool = Fa
 
 def confidences(anchor: Tensor, pooled_targets: list[Tensor], gate: nn.Linear) -> Tensor:
     """Softmax over layers of gate(pooled anchor * pooled target): (B, 1 or L, d) each -> (B, 1 or L, N)."""
-    logits = torch.cat([gate(anchor * p) for p in pooled_targets], dim=-1)
+    # Not called: where it is not trained it may have been cast with the frozen model.
+    weight, bias = gate.weight.to(anchor.dtype), gate.bias.to(anchor.dtype)
+    logits = torch.cat([F.linear(anchor * p, weight, bias) for p in pooled_targets], dim=-1)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1).to(anchor.dtype)
 
 
