@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.methods.test_tune_copies import WORDS, Fused, bart, images, learned, t5, texts, tuned, vit
+from tests.methods.test_tune_copies import PIXELS, WORDS, Fused, bart, images, learned, t5, texts, tuned, vit
 from trimtab.anatomy import AnatomyError
 from trimtab.methods import METHODS
 
@@ -46,6 +46,26 @@ def test_an_encoder_s_outputs_may_be_kept_and_read_later():
                 wanted = decoded(model, rows, mask, input_ids=ids[rows])
                 memory = type(outputs)(last_hidden_state=outputs.last_hidden_state[rows])
                 assert torch.allclose(decoded(model, rows, mask, encoder_outputs=memory), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["unipt", "lst", "sherl", "side-tuning", "shallow-prompt", "deep-prompt"])
+def test_blip_writes_captions_beside_what_is_added(name):
+    """Its own `generate` runs the picture's tower, and a norm behind it, before the words are written."""
+    from transformers import BlipConfig, BlipForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": 40, "encoder_hidden_size": 16, "pad_token_id": 0, "sep_token_id": 2, "eos_token_id": 2,
+            "bos_token_id": 1, "initializer_range": 0.2, **sizes}  # fmt: skip
+    config = BlipConfig(text_config=text, vision_config={"image_size": 16, "patch_size": 8, **sizes})
+    model = learned(tuned(BlipForConditionalGeneration(config).eval(), name), 0.3)
+    batch = {"pixel_values": PIXELS, "input_ids": WORDS[:, :3], "attention_mask": torch.ones_like(WORDS[:, :3])}
+    with torch.no_grad():
+        out = model.generate(**batch, max_new_tokens=4, min_new_tokens=4, return_dict_in_generate=True,
+                             output_logits=True)  # fmt: skip
+        words = out.sequences[:, :-1]
+        plain = model(pixel_values=PIXELS, input_ids=words, attention_mask=torch.ones_like(words)).logits
+    assert torch.allclose(torch.stack(out.logits, 1), plain[:, -4:], atol=1e-4)
 
 
 def test_results_of_another_call_are_not_read():

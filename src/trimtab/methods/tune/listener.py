@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from trimtab.anatomy import AnatomyError, Tap, Tower, pre_hook, read, rewrite
-from trimtab.anatomy.structure import module_at
+from trimtab.anatomy.structure import module_at, under
 from trimtab.methods.tune.results import Results
 
 
@@ -120,6 +120,10 @@ class Listener:
             self.handles.append(read(model, tower.mask, self._masked))
         if self.place is None:
             self.handles.append(read(model, tower.output, self._keep))
+            around = _around(model, tower)
+            self.results.around = bool(around)
+            for i, module in enumerate(around, 1):
+                self.handles.append(module.register_forward_hook(partial(self.results.also, i == len(around))))
             self.handles.append(model.register_forward_pre_hook(self.results.begin))
             self.handles.append(model.register_forward_hook(self.results.end, always_call=True))
         else:
@@ -239,6 +243,14 @@ class Listener:
         seen = self._seen(value)
         mask = seen.mask
         self.results.keep(value, self.side(seen), mask, self.side)
+
+
+def _around(model: nn.Module, tower: Tower) -> list[nn.Module]:
+    """The modules that hold a tower's output and nothing that is not the tower's, from the innermost."""
+    names = tower.output.path.split(".")
+    paths = [".".join(names[:i]) for i in range(len(names) - 1, 0, -1)]
+    found = [module_at(model, path) for path in paths if under(path, tower.scope)]
+    return [module for module in found if not isinstance(module, (nn.ModuleList, nn.ModuleDict))]  # never called
 
 
 def check_blocks(method: str, model: nn.Module, tower: Tower) -> None:

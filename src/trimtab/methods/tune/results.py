@@ -8,7 +8,7 @@ gets that tensor changed (dropout, a projection), the two belong together only i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,8 @@ class Results:
         last: the newest one of a pass without gradients and what the tower handed on: a model may go on with a copy.
         inside: whether a call of the model is under way.
         here: results that this call has made.
+        around: whether modules stand around the tower; `also` is called after each.
+        open: the newest one, while they still run.
     """
 
     method: str
@@ -55,10 +57,12 @@ class Results:
     last: tuple[Tensor, _Result] | None = None
     inside: bool = False
     here: list[_Result] = field(default_factory=list)
+    around: bool = False
+    open: _Result | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without what belongs to a pass."""
-        return {"method": self.method, "tower": self.tower}
+        return {"method": self.method, "tower": self.tower, "around": self.around}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -79,8 +83,20 @@ class Results:
         result = _Result(tokens, mask, _versions(side))
         self.kept[value] = _version(value), result
         self.last = None if tokens.requires_grad else (value, result)
+        self.open = result if self.around else None
         if self.inside:
             self.here.append(result)
+
+    def also(self, outermost: bool, module: nn.Module, args: tuple, out: Any) -> None:
+        """After a module around the tower: what it hands on, behind a norm, say, belongs to the same result."""
+        result, self.open = self.open, None if outermost else self.open
+        if torch.compiler.is_compiling() or result is None:
+            return
+        values = [out] if isinstance(out, Tensor) else out.values() if isinstance(out, Mapping) else out
+        for value in values if isinstance(values, Iterable) else ():
+            if isinstance(value, Tensor) and value.shape[:2] == result.tokens.shape[:2]:
+                self.kept[value] = _version(value), result
+                self.last = None if self.last is None else (value, result)
 
     def take(self, reader: str, rows: int, given: Sequence[Tensor], side: nn.Module) -> tuple[Tensor, Tensor | None]:
         """The result, row for row as a reader's tower has it, and its mask.
