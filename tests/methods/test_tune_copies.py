@@ -176,6 +176,18 @@ def test_a_row_does_not_depend_on_the_padding_of_another(name):
     assert torch.allclose(full[1, :5], same[1, :5], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["unipt", "lst", "sherl", "side-tuning", "shallow-prompt", "deep-prompt"])
+def test_a_row_that_is_padded_on_the_left_is_what_it_is_alone(name):
+    """Also where no positions are given: a rotary model then counts the padding, and its result stays the same."""
+    model = learned(tuned(llama(), name), 0.1)
+    mask = torch.ones_like(WORDS)
+    mask[1, :3] = 0
+    with torch.no_grad():
+        padded = model(WORDS, attention_mask=mask, use_cache=False).logits[1, 3:]
+        alone = model(WORDS[1:, 3:], use_cache=False).logits[0]
+    assert torch.allclose(padded, alone, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["shallow-prompt", "deep-prompt"])
 def test_prompts_refuse_padding_between_them_and_the_tokens_where_distances_count(name):
     model, mask = learned(tuned(t5(), name)), torch.ones_like(WORDS)

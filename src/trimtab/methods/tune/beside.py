@@ -181,7 +181,7 @@ def token_misfit(method: str, tower: Tower) -> str:
     if tower.samples is not None:
         return (
             f"{method}: the stream of tower {tower.name!r} does not begin with the samples, (B, L, D): name other "
-            "towers in `towers`"
+            "towers in `towers`, or take lora"
         )
     return ""
 
