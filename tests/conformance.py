@@ -3,7 +3,9 @@
 A case is a safetensors file of inputs, parameters and results with a JSON file beside it. What it is a case of is read
 from the JSON (`pruner`, or `case`), never from the file's name. Prints one JSON line a case: the quantity that came
 closest to its tolerance (or passed it), its error and tolerance, whether all passed, and what was left out, with the
-reason. The exit status is 1 if a case fails or there is none.
+reason. A comparison that ends in an error is a failed case with that error in its line, and the others go on. Settings
+are taken from the JSON; a field that the comparison neither takes nor knows as a description is named under `unknown`,
+and so is one whose value it does not know. The exit status is 1 if a case fails or there is none.
 
 A sub-folder with `meta.json` is a backbone, named by the folder: checkpoint files in its authors' format, and
 `io*.safetensors` with `<stage>.in.<name>` and `<stage>.out.<name>`. Each stage is a case of its own.
@@ -12,13 +14,16 @@ A sub-folder with `meta.json` is a backbone, named by the folder: checkpoint fil
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -43,6 +48,29 @@ class Skipped:
     reason: str
 
 
+@dataclass(frozen=True)
+class Failed:
+    """A comparison that ended in an error: what, and where."""
+
+    error: str
+
+
+class Info(dict[str, Any]):
+    """The JSON of a case, which notes the fields that are asked for."""
+
+    def __init__(self, fields: Mapping[str, Any]):
+        super().__init__(fields)
+        self.asked: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.asked.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.asked.add(name)
+        return super().get(name, default)
+
+
 @dataclass
 class Case:
     """A reference file and what stands beside it.
@@ -53,6 +81,7 @@ class Case:
         info: its JSON.
         folder: where it lies; a case may need another file of it, which it names.
         stage: of a backbone (its pretraining, a task); what it computes is under `<stage>.out.` in the tensors.
+        broken: why its files cannot be read, if they cannot.
     """
 
     name: str
@@ -60,6 +89,11 @@ class Case:
     folder: Path
     tensors: dict[str, Tensor] = field(default_factory=dict)
     stage: str | None = None
+    broken: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.info, Info):
+            self.info = Info(self.info)
 
     @property
     def kind(self) -> str:
@@ -69,15 +103,43 @@ class Case:
         return f"pruner {self.info['pruner'].lower()}" if "pruner" in self.info else str(self.info.get("case"))
 
 
-Comparison = Callable[[Case], Iterator[Check | Skipped]]
+Result = Check | Skipped | Failed
+Compare = Callable[[Case], Iterator[Check | Skipped]]
+
+# Fields of any case that tell what it is and where it is from, and set nothing.
+TOLD = ("case", "pruner", "source", "seed", "torch", "tensors", "note", "stats")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a kind of case is compared.
+
+    Attributes:
+        function: makes the checks.
+        told: fields that describe what the case's tensors hold.
+        assumes: fields that it takes no setting from, with a pattern of the values that it computes.
+    """
+
+    function: Compare
+    told: tuple[str, ...]
+    assumes: Mapping[str, str]
+
+    def unknown(self, info: Info) -> dict[str, Any]:
+        """The fields of a case, once compared, that nothing took and that are no description that is known."""
+        rest = info.keys() - info.asked - {*TOLD, *self.told}
+        known = {name for name in rest & self.assumes.keys() if re.fullmatch(self.assumes[name], str(info.get(name)))}
+        return {name: info.get(name) for name in sorted(rest - known)}
+
+
 COMPARISONS: dict[str, Comparison] = {}
 
 
-def compares(*kinds: str) -> Callable[[Comparison], Comparison]:
-    """Register the comparison for these kinds of cases."""
+def compares(*kinds: str, told: Iterable[str] = (), assumes: Mapping[str, str] | None = None
+             ) -> Callable[[Compare], Compare]:  # fmt: skip
+    """Register the comparison for these kinds of cases; `told` and `assumes` as of `Comparison`."""
 
-    def add(function: Comparison) -> Comparison:
-        COMPARISONS.update(dict.fromkeys(kinds, function))
+    def add(function: Compare) -> Compare:
+        COMPARISONS.update(dict.fromkeys(kinds, Comparison(function, tuple(told), assumes or {})))
         return function
 
     return add
@@ -97,15 +159,24 @@ def find(folder: Path) -> list[Case]:
     """Every case of a folder, tensors not yet read."""
     if (folder / "meta.json").is_file():
         return _stages(folder)
-    cases = [Case(p.stem, info, folder) for p in sorted(folder.glob("*.json"))
-             if isinstance(info := json.loads(p.read_text()), dict)]  # fmt: skip
+    cases = []
+    for file in sorted(folder.glob("*.json")):
+        try:
+            info = json.loads(file.read_text())
+        except ValueError as error:
+            cases.append(Case(file.stem, {}, folder, broken=f"{file.name}: {error}"))
+        else:
+            cases += [Case(file.stem, info, folder)] if isinstance(info, dict) else []
     return cases + [case for p in sorted(folder.glob("*/meta.json")) for case in _stages(p.parent)]
 
 
 def _stages(folder: Path) -> list[Case]:
     """A case for each stage of a backbone."""
-    info = json.loads((folder / "meta.json").read_text())
-    stages = dict.fromkeys(key.split(".out.")[0] for key in sorted(_arrays(folder)) if ".out." in key)
+    try:
+        info = json.loads((folder / "meta.json").read_text())
+        stages = dict.fromkeys(key.split(".out.")[0] for key in sorted(_arrays(folder)) if ".out." in key)
+    except (ValueError, SafetensorError) as error:
+        return [Case(folder.name, {}, folder, broken=f"{folder.name}: {error}")]
     return [Case(f"{folder.name} {stage}", info, folder, stage=stage) for stage in stages]
 
 
@@ -118,17 +189,26 @@ def _arrays(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def compare(case: Case) -> list[Check | Skipped]:
-    """Compare one case, or say why it is not compared."""
+def compare(case: Case) -> list[Result]:
+    """Compare one case, or say why it is not compared; an error on the way is the last result."""
     import tests.comparisons  # noqa: F401  (fills COMPARISONS)
 
+    if case.broken:
+        return [Failed(case.broken)]
     file = case.folder / f"{case.name}.safetensors"
     if case.stage is None and not file.exists():
         return [Skipped("no tensors beside the JSON: figures and descriptions, nothing to compute")]
     if case.kind not in COMPARISONS:
         return [Skipped(f"no comparison for {case.kind!r}: the library does not have this part")]
-    case.tensors = load_file(file) if case.stage is None else _arrays(case.folder)
-    return list(COMPARISONS[case.kind](case))
+    results: list[Result] = []
+    try:
+        case.tensors = load_file(file) if case.stage is None else _arrays(case.folder)
+        for result in COMPARISONS[case.kind].function(case):
+            results.append(result)
+    except Exception as error:  # whatever it is: this case has failed, and the next is compared
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        results.append(Failed(f"{type(error).__name__}: {error} ({Path(at.filename).name}, line {at.lineno})"))
+    return results
 
 
 def stage(case: Case, found: dict[str, Tensor], left_out: dict[str, str] | None = None) -> Iterator[Check | Skipped]:
@@ -149,8 +229,8 @@ def stage(case: Case, found: dict[str, Tensor], left_out: dict[str, str] | None 
             yield Skipped(f"{name}: {(left_out or {}).get(name, 'not computed')}")
 
 
-def line(case: Case, results: list[Check | Skipped]) -> dict[str, Any]:
-    """What is printed about a case."""
+def line(case: Case, results: list[Result]) -> dict[str, Any]:
+    """What is printed about a case, once it is compared."""
     checks = [r for r in results if isinstance(r, Check)]
     out: dict[str, Any] = {"case": case.name, "kind": case.kind}
     if checks:
@@ -161,7 +241,12 @@ def line(case: Case, results: list[Check | Skipped]) -> dict[str, Any]:
             "max_error": worst.error,
             "tolerance": worst.tolerance,
         }
-    out["pass"] = all(c.passed for c in checks) if checks else None
+    errors = [r.error for r in results if isinstance(r, Failed)]
+    out["pass"] = all(c.passed for c in checks) and not errors if checks or errors else None
+    if errors:
+        out["error"] = errors[0]
+    elif checks and (unknown := COMPARISONS[case.kind].unknown(case.info)):
+        out["unknown"] = unknown
     if reasons := [r.reason for r in results if isinstance(r, Skipped)]:
         out["skipped"] = reasons
     return out

@@ -14,7 +14,17 @@ from trimtab.backbones.blip.features import rank_answers
 PRETRAINED = "model_base_14M.pth"
 
 
-@compares("backbone blip")
+@compares(
+    "backbone blip",
+    told=(
+        "med_config",
+        "n_params_pretrain",
+        "tied_pairs_count",
+        "untied_between_encoder_and_decoder",
+        "n_nlvr_layers_with_merge",
+        "hf_check_max_abs_diff",
+    ),
+)
 def blip(case: Case) -> Iterator[Check | Skipped]:
     with torch.no_grad():
         yield from stage(case, STAGES[str(case.stage)](case))

@@ -11,7 +11,7 @@ from tests.conformance import Case, Check, Skipped, close, compares, stage
 from trimtab.backbones.clip4clip.model import symmetric_loss
 
 
-@compares("backbone clip4clip")
+@compares("backbone clip4clip", told=("dtypes", "n_params"))
 def clip4clip(case: Case) -> Iterator[Check | Skipped]:
     name, precision = str(case.stage).split(".")  # `seqLSTM.fp32`, say
     tiny = case.info["tiny"]

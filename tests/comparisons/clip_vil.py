@@ -14,7 +14,7 @@ from tests.conformance import Case, Check, Skipped, compares, stage
 PRETRAINED = "Epoch11_LXRT.pth"
 
 
-@compares("backbone clip_vil")
+@compares("backbone clip_vil", told=("n_params", "n_params_without_unused"))
 def clip_vil(case: Case) -> Iterator[Check | Skipped]:
     with torch.no_grad():
         yield from stage(case, STAGES[str(case.stage)](case))

@@ -15,7 +15,7 @@ PRETRAINED = "pretrained_resnet101_checkpoint.pth"
 MORE = {"pretrain": (), "gqa": ("gqa_delta.pth",), "gqa_single": ("gqa_single_head_delta.pth",)}
 
 
-@compares("backbone mdetr")
+@compares("backbone mdetr", told=("roberta", "n_params", "patched"))
 def mdetr(case: Case) -> Iterator[Check | Skipped]:
     tiny, t = case.info["tiny"], case.tensors
     model = build(case, PRETRAINED, *MORE[str(case.stage)], heads=tiny["nh"], text_heads=tiny["th"])

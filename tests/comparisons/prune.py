@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,9 @@ from trimtab.methods.prune.prunable import prunable
 from trimtab.methods.prune.scores import SCORES
 
 TEXT = ("text_ids", "text_atts")
+# The toy model has no dropout: only for TAMT, which trains, is it in training mode.
+EVAL = {"mode": "eval"}
+SAME = ("sequential_run_with_reset_identical",)  # of masks found one after another in one run
 LOSS = (*TEXT, "text_ids_masked", "masked_pos", "masked_ids")
 REGION = ("idx_to_group_img", "image_atts")
 
@@ -79,7 +83,10 @@ def missing(case: Case) -> Iterator[Skipped]:
             yield Skipped(f"{name}: the reference code failed there: {', '.join(errors) or 'no tensors'}")
 
 
-@compares("B toy model")
+@compares(
+    "B toy model",
+    told=("description", "n_prunable", "pruning_steps", "keys_to_exclude", "config", "num_batches_per_step"),
+)
 def toy(case: Case) -> Iterator[Check | Skipped]:
     """The toy model itself: prunable weights, modalities, and the losses of both kinds of batches."""
     model = Toy(case)
@@ -95,17 +102,17 @@ def toy(case: Case) -> Iterator[Check | Skipped]:
         yield close(name, losses, case.tensors[name])
 
 
-@compares("pruner mag")
+@compares("pruner mag", assumes=EVAL)
 def magnitude(case: Case) -> Iterator[Check | Skipped]:
-    model = Toy(case)
-    for scope, name in (("global", "omp"), ("local", "local-mp"), ("modality", "modality-mp")):
-        masks = pruner(name).find(model.calibration([], 0), case.info["sparsities"])
+    model, names = Toy(case), {"global": "omp", "local": "local-mp", "modality": "modality-mp"}
+    for scope in case.info["scopes"]:
+        masks = pruner(names[scope]).find(model.calibration([], 0), case.info["sparsities"])
         for sparsity, mask in zip(case.info["sparsities"], masks, strict=True):
             prefix = f"{scope}.{label(sparsity)}.mask."
             yield different(prefix.rstrip("."), mask, case.tensors, prefix)
 
 
-@compares("pruner l2", "pruner lamp")
+@compares("pruner l2", "pruner lamp", assumes=EVAL)
 def weights_only(case: Case) -> Iterator[Check | Skipped]:
     model, method = Toy(case), pruner(case.info["pruner"])
     for weight, tensor in prunable(model.model, model.model.anatomy()).items():
@@ -124,7 +131,7 @@ def both_kinds(case: Case, model: Toy, fields: tuple[str, ...]) -> list[dict[str
     return [b for i in used for b in ([general[i], region[i]] if combined else [general[i]])]
 
 
-@compares("pruner snip")
+@compares("pruner snip", told=SAME, assumes=EVAL)
 def snip(case: Case) -> Iterator[Check | Skipped]:
     model, method = Toy(case), pruner("snip")
     batches = both_kinds(case, model, LOSS)
@@ -145,13 +152,19 @@ def normalised(name: str, scores: dict[Weight, Tensor], case: Case, prefix: str)
         yield close(f"{name} of {weight.path}", own / total, case.tensors[prefix + weight.path], 1e-4, 1e-9)
 
 
-@compares("pruner itersnip")
+@compares(
+    "pruner itersnip",
+    told=SAME,
+    assumes=EVAL | {"schedule": "exp", "batches_used": re.escape("step i uses batches [i*NB,(i+1)*NB)")},
+)
 def itersnip(case: Case) -> Iterator[Check | Skipped]:
     model = Toy(case)
     method = pruner("itersnip", steps=case.info["steps"])
     calibration = model.calibration(model.batches(LOSS), model.rounds)
     for sparsity in case.info["sparsities"]:
         name = label(sparsity)
+        levels = torch.tensor(case.info["schedule_values"][name])
+        yield close(f"{name}: sparsity after each step", torch.tensor(method.settings.levels(sparsity)), levels)
         scores = {}
         for i, (scores, masks) in enumerate(method.trace(calibration, sparsity)):  # noqa: B007
             own = {w.path: m for w, m in masks.items()}
@@ -161,7 +174,7 @@ def itersnip(case: Case) -> Iterator[Check | Skipped]:
         yield different(f"{name}.mask", masks, case.tensors, f"{name}.mask.")
 
 
-@compares("pruner multiflow")
+@compares("pruner multiflow", told=SAME, assumes=EVAL)
 def multiflow(case: Case) -> Iterator[Check | Skipped]:
     """Where region batches are calibrated on too, the published code takes a region's token ids for its mask, so that
     only tokens of the id 1 count. That is a mistake in what is read as the mask, so the comparison lets the anatomy
@@ -187,7 +200,7 @@ def multiflow(case: Case) -> Iterator[Check | Skipped]:
         yield different(f"{name}.mask", masks, case.tensors, f"{name}.mask.")
 
 
-@compares("pruner chita", "pruner chitapp")
+@compares("pruner chita", "pruner chitapp", assumes=EVAL | {"schedule": "exp", "steps": "1"})
 def chita(case: Case) -> Iterator[Check | Skipped]:
     """Weights within 1e-5, or within one and a half times what the reference's weights move by when it is run in double
     precision, which the case states: ours are solved for in double precision."""
@@ -209,15 +222,22 @@ def chita(case: Case) -> Iterator[Check | Skipped]:
     yield from missing(case)
 
 
-@compares("pruner tamt")
+@compares(
+    "pruner tamt",
+    assumes={
+        "mode": "train",
+        "optimizer": r"AdamW defaults \(betas \.9/\.999, eps 1e-8, weight_decay 0\.01\)",
+        "schedule": "linear to 0 over num_batches_per_step, no warm-up",
+    },
+)
 def tamt(case: Case) -> Iterator[Check | Skipped]:
     """Learned mask values, and the masks they give. Adam's first steps are as large as the learning rate whatever the
     gradient's size, so where a gradient is nearly zero rounding decides its direction: values may be a few steps apart,
     and masks by the weights whose values lie that close to the threshold."""
     model, info = Toy(case), case.info
-    batches = model.batches(LOSS)
+    batches = [model.batches(LOSS)[i] for i in info["batches_used"]]
     method = pruner("tamt", learning_rate=info["lr"], alpha=info["alpha"], faithful=True)
-    calibration = model.calibration(batches, len(info["batches_used"]))
+    calibration = model.calibration(batches, len(batches))
     for sparsity in info["sparsities"]:
         name = label(sparsity)
         *_, (first, last) = method.trace(calibration, sparsity)

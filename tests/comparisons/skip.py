@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,40 +18,63 @@ from trimtab.methods.skip.adapters import Adapter, add_adapters
 from trimtab.methods.skip.search.das import Gates
 
 
-@compares("C(i)")
+@compares(
+    "C(i)",
+    told=("index_order", "epochs", "steps_per_epoch", "draws_including_rejected"),
+    assumes={
+        "loss": r"\(1\.0 for validation, 1\.1 for training\) \* \(base \+ sum_i m_i\*cost_i \+ m\^T interaction m\).*",
+        "equation": r"gate \+= sum_k \(r_k - mean r\) \* m_k \* p\*\(1-p\), .*",
+    },
+)
 def gates(case: Case) -> Iterator[Check | Skipped]:
-    """A search on a synthetic loss: the plans drawn, the subsets tried and the gates after each update."""
+    """A search on a synthetic loss: the plans drawn, the subsets tried, the gates after each update, the choices.
+
+    From the epoch `das_epoch` on nothing is drawn and no gate moves: the last choice stays.
+    """
     tensors, info = case.tensors, case.info
+    candidates = len(tensors["cost"])
 
     def loss(subset: list[int]) -> float:
-        m = torch.zeros(12)
-        m[subset] = 1
+        m = _mask([subset], candidates)[0]
         return float(info["base"] + m @ tensors["cost"] + m @ tensors["interaction"] @ m)
 
     torch.manual_seed(info["torch_manual_seed_before_first_step"])
-    search = Gates(12, info["skip_num"])
-    update, count, other = 0, 0, 0
+    search = Gates(candidates, info["skip_num"])
+    count, plans, chosen, updates = 0, 0, 0, []
     for event in info["timeline"]:
-        if "train_select_drawn" not in event:
+        searching = event["epoch"] < info["das_epoch"]
+        if event.get("epoch_end"):
+            chosen += sorted(search.best()) != event["selected_indices"]
             continue
-        other += search.draw() != event["train_select_drawn"]
-        count += 1
-        if count >= info["das_turn"] and event["epoch"] >= info["warmup_epoch"]:
-            count = 0
+        drawn = search.draw() if searching else search.best()
+        wanted = torch.tensor(event["train_mask"])
+        plans += not torch.equal(_mask([drawn], candidates)[0], wanted)
+        plans += searching and drawn != event["train_select_drawn"]
+        count += searching
+        if searching and count >= info["das_turn"] and event["epoch"] >= info["warmup_epoch"]:
+            count, update = 0, len(updates)
+            updates.append([event["epoch"], event["step"]])
             yield close(f"gates before update {update}", search.values, tensors["gate_before"][update], absolute=1e-7)
             subsets = search.subsets(info["das_step"])
-            masks = torch.zeros(len(subsets), 12)
-            for row, subset in zip(masks, subsets, strict=True):
-                row[subset] = 1
-            yield Check(f"subsets of update {update}", int((masks != tensors["subset_masks"][update]).sum()), 0)
+            different = int((_mask(subsets, candidates) != tensors["subset_masks"][update]).sum())
+            yield Check(f"subsets of update {update}", different, 0)
             search.update(subsets, [loss(s) for s in subsets])
             yield close(f"gates after update {update}", search.values, tensors["gate_after"][update], absolute=1e-7)
-            update += 1
-    yield Check("plans drawn in training that differ", other, 0)
-    yield Check("updates", abs(update - info["n_updates"]), 0)
+    yield Check("training steps with another plan", plans, 0)
+    yield Check("epochs with another choice", chosen, 0)
+    yield Check("updates", abs(len(updates) - info["n_updates"]), 0)
+    yield Check("steps of the updates that differ", updates != info.get("update_epoch_step", updates), 0)
 
 
-@compares("C(ii)")
+def _mask(subsets: list[list[int]], candidates: int) -> Tensor:
+    """1 where a plan skips a candidate, (plans, candidates)."""
+    mask = torch.zeros(len(subsets), candidates)
+    for row, subset in zip(mask, subsets, strict=True):
+        row[subset] = 1
+    return mask
+
+
+@compares("C(ii)", told=("skip_adapter", "side_adapter"), assumes={"activation": "ReLU"})
 def adapters(case: Case) -> Iterator[Check | Skipped]:
     """Adapters in the published variants."""
     info = case.info
@@ -59,6 +83,8 @@ def adapters(case: Case) -> Iterator[Check | Skipped]:
         adapter = Adapter(info["d_model"], info["bottleneck"], settings["add_residual"],
                           "learned" if learned else float(settings["scalar"]), settings["layernorm"])  # fmt: skip
         part = {k.removeprefix(f"{variant}."): v for k, v in case.tensors.items() if k.startswith(f"{variant}.")}
+        unknown = settings.keys() - {"layernorm", "scalar", "add_residual", "explicit_residual"}
+        yield Check(f"{variant}: settings that are not known", len(unknown), 0)
         names = pairs(down="down_proj", up="up_proj")
         if settings["layernorm"] != "none":
             names |= pairs(norm="adapter_layer_norm_before")
@@ -68,10 +94,10 @@ def adapters(case: Case) -> Iterator[Check | Skipped]:
         out = adapter(part["x"], part.get("residual"))
         yield close(f"{variant} output", out, part["y"])
         out.square().sum().backward()
-        yield from gradient_checks(adapter, part, names)
+        yield from gradient_checks(adapter, replace(case, tensors=part), names)
 
 
-@compares("C(ii) blocks")
+@compares("C(ii) blocks", told=("vilt", "meter"))
 def blocks(case: Case) -> Iterator[Check | Skipped]:
     """A kept block of ViLT and a fusion layer of METER with their adapters, put into transformers' classes."""
     info = case.info

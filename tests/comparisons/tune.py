@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,7 +12,17 @@ from torch import Tensor, nn
 from tests.comparisons.modules import copy_parameters, gradient_checks, pairs
 from tests.conformance import Case, Check, Skipped, close, compares
 from trimtab.methods.tune.listener import Seen
-from trimtab.methods.tune.unipt import PUBLISHED, DecoderUniPT, PyramidUniPT, TokenUniPT, VectorUniPT
+from trimtab.methods.tune.unipt import PUBLISHED, Computation, DecoderUniPT, PyramidUniPT, TokenUniPT, VectorUniPT
+
+# Sizes of the inputs, which they show, and how the case was made.
+SIZES = ("batch", "seq", "lengths")
+LOSS = {"mode": "eval", "loss": r"sum\(output\*\*2\).*"}
+
+
+def eps(case: Case) -> float:
+    """What guards the sums of rows: the number in the formula that a case states."""
+    (found,) = re.findall(r"\d+(?:\.\d+)?e-\d+", case.info["l1norm"])
+    return float(found)
 
 
 def numbered(theirs: str, count: int) -> dict[str, str]:
@@ -19,13 +30,14 @@ def numbered(theirs: str, count: int) -> dict[str, str]:
     return pairs(**{f"down.{i}.{j}": f"{theirs}.{i}.{j}" for i in range(count) for j in (0, 1)})
 
 
-@compares("A1")
+@compares("A1", told=SIZES, assumes=LOSS)
 def words(case: Case) -> Iterator[Check | Skipped]:
     """The side network of VSE's texts, on tokens."""
     tensors, info = case.tensors, case.info
     n, factor = info["num_layer"], info["downsample_D_factor"]
-    how = replace(PUBLISHED["vse-text"], skip_padding=False)
-    side = TokenUniPT(info["hidden_size"][0], n - 1, factor, how, info["embed_size"])
+    how = replace(PUBLISHED["vse-text"], eps=eps(case), skip_padding=False)
+    side = TokenUniPT(info["hidden_size"], n - 1, factor, how, info["embed_size"])
+    yield Check("width of the side network", abs(side.width - info.get("mapping_size", side.width)), 0)
     names = numbered("downsample_layers", n)
     names |= pairs(**{f"project.{i}": f"projection_layer.{i}" for i in (0, 1)})
     names |= pairs(**{"up.1": "upsample_layer.1"}, gate="gate_layer")
@@ -35,16 +47,21 @@ def words(case: Case) -> Iterator[Check | Skipped]:
     out = side(Seen(maps, mask.float(), maps[-1]))
     yield close("output", out, tensors["output"])
     out.square().sum().backward()
-    yield from gradient_checks(side, tensors, names)
+    yield from gradient_checks(side, case, names)
 
 
-@compares("A2")
+@compares(
+    "A2",
+    told=(*SIZES, "HW_size", "HW_rate", "geometry_change"),
+    assumes=LOSS | {"batchnorm": r"eval; running_mean/var randomised; eps 1e-5"},
+)
 def grids(case: Case) -> Iterator[Check | Skipped]:
-    """The side network of VSE's images, on four grids, in evaluation mode."""
+    """The side network of VSE's images, on a grid of each size, in evaluation mode."""
     tensors, info = case.tensors, case.info
-    side = PyramidUniPT(info["hidden_size"], info["embed_size"], info["downsample_D_factor"]).eval()
-    names = numbered("downsample_layers", 4)
-    names |= pairs(**{f"guide.{i}": f"identity_layers.{i}.0" for i in range(3)})
+    widths = info["hidden_size"]
+    side = PyramidUniPT(widths, info["embed_size"], info["downsample_D_factor"]).eval()
+    names = numbered("downsample_layers", len(widths))
+    names |= pairs(**{f"guide.{i}": f"identity_layers.{i}.0" for i in range(len(widths) - 1)})
     names |= pairs(**{f"project.{i}": f"projection_layer.{i}" for i in (0, 1)})
     names |= pairs(up="upsample_layer.1", gate="gate_layer")
     copy_parameters(side, tensors, names)
@@ -53,19 +70,29 @@ def grids(case: Case) -> Iterator[Check | Skipped]:
         theirs = names[f"{name}.weight"].removesuffix("weight")
         norm.running_mean.copy_(tensors[f"{theirs}running_mean"])
         norm.running_var.copy_(tensors[f"{theirs}running_var"])
-    maps = [tensors[f"input.{i}"] for i in range(4)]
+    maps = [tensors[f"input.{i}"] for i in range(len(widths))]
     out = side(Seen(maps, None, maps[-1]))
     yield close("output", out, tensors["output"])
     out.square().sum().backward()
-    yield from gradient_checks(side, tensors, names)
+    yield from gradient_checks(side, case, names)
 
 
-@compares("A4")
+@compares(
+    "A4",
+    told=(
+        "batch", "text_len", "text_lens", "vis_len", "visual_feat_dim", "detach_visual_projection", "joint",
+        "num_attention_heads", "intermediate_size", "hidden_act",  # of the frozen layers: their outputs are given
+    ),
+    assumes=LOSS | {
+        "loss": r"sum\(lang_output\*\*2\)\+sum\(visn_output\*\*2\); only grads of side_\* stored",
+        "layernorm_eps": r"\{'side': '1e-5 .*",
+    },
+)  # fmt: skip
 def tokens(case: Case) -> Iterator[Check | Skipped]:
     """The side network of CLIP-ViL, on tokens."""
     tensors, info = case.tensors, case.info
     layers = info["layers"]
-    how = replace(PUBLISHED["clip-vil"], skip_padding=False)
+    how = replace(PUBLISHED["clip-vil"], eps=eps(case), skip_padding=False)
     side = TokenUniPT(info["hidden_size"], layers, info["reduction_factor"], how)
     names = {}
     for i in range(layers + 1):
@@ -81,15 +108,16 @@ def tokens(case: Case) -> Iterator[Check | Skipped]:
     yield close("text output", out[:, :text], tensors["lang_output"])
     yield close("vision output", out[:, text:], tensors["visn_output"])
     out.square().sum().backward()
-    yield from gradient_checks(side, tensors, names)
+    yield from gradient_checks(side, case, names)
 
 
-@compares("A3")
+@compares("A3", told=(*SIZES, "mask", "position"), assumes=LOSS)
 def vectors(case: Case) -> Iterator[Check | Skipped]:
     """The side network of CLIP4Clip, on vectors."""
     tensors, info = case.tensors, case.info
     n = info["num_layer"]
-    side = VectorUniPT(info["hidden_size"][0], n - 1, info["embed_size"], info["downsample_D_factor"])
+    how = Computation(eps=eps(case))
+    side = VectorUniPT(info["hidden_size"], n - 1, info["embed_size"], info["downsample_D_factor"], how)
     names = pairs(**{f"down.{i}": f"downsample_layers.{i}.1" for i in range(n)})
     names |= pairs(anchor="downsample_layer.1", up="upsample_layer.1", gate="gate_layer")
     copy_parameters(side, tensors, names)
@@ -98,16 +126,26 @@ def vectors(case: Case) -> Iterator[Check | Skipped]:
     out = side(Seen(maps, None if mask is None else mask.float(), tensors["raw_anchor"][:, 0], position))
     yield close("output", out, tensors["output"])
     out.square().sum().backward()
-    yield from gradient_checks(side, tensors, names)
+    yield from gradient_checks(side, case, names)
 
 
-@compares("A5")
+@compares(
+    "A5",
+    told=(
+        "batch", "H", "W", "text_len", "text_lens", "num_queries", "valid_width", "text",
+        "nhead", "dim_feedforward", "num_encoder_layers", "num_decoder_layers",  # frozen: their outputs are given
+        "pass_pos_and_query", "contrastive_loss", "left_out",
+    ),
+    assumes=LOSS | {"loss": r"sum\(output_hs\*\*2\); grads of side_\*.*", "activation": "relu"},
+)  # fmt: skip
 def queries(case: Case) -> Iterator[Check | Skipped]:
     """The side networks of MDETR's encoder and decoder, on their layers' outputs."""
     tensors, info = case.tensors, case.info
     chosen, width = info["select_layers"], info["d_model"]
-    encoder = TokenUniPT(width, len(chosen), 2, replace(PUBLISHED["mdetr-encoder"], skip_padding=False))
-    decoder = DecoderUniPT(width, len(chosen), 2, replace(PUBLISHED["mdetr-decoder"], skip_padding=False), levels=True)
+    own = {"eps": eps(case), "skip_padding": False}
+    factor = width // info["d_side"]
+    encoder = TokenUniPT(width, len(chosen), factor, replace(PUBLISHED["mdetr-encoder"], **own))
+    decoder = DecoderUniPT(width, len(chosen), factor, replace(PUBLISHED["mdetr-decoder"], **own), levels=True)
     names = {}
     for part, side in (("encoder", encoder), ("decoder", decoder)):
         theirs = [f"side_downsamples_{part}.{i}" for i in range(len(chosen))] + [f"side_downsample0_{part}"]
@@ -116,7 +154,7 @@ def queries(case: Case) -> Iterator[Check | Skipped]:
             **{f"project.{i}": f"side_projection_{part}.{i}" for i in (0, 2, 3)}, gate=f"side_gate_layer_{part}"
         )
         if part == "decoder":
-            crosses = {f"cross.{i}.{j}": f"side_projection_crosser.{i}.{j}" for i in range(3) for j in (0, 1)}
+            crosses = {f"cross.{i}.{j}": f"side_projection_crosser.{i}.{j}" for i in range(len(chosen)) for j in (0, 1)}
             own |= pairs(**crosses, **{f"up.{i}": f"side_final_upsample.{i}" for i in (1, 2)})
         copy_parameters(side, tensors, own)
         names[part] = own
@@ -135,5 +173,5 @@ def queries(case: Case) -> Iterator[Check | Skipped]:
     out = decoder(Seen(read, None, read[-1][None], memory=memory, memory_mask=valid))
     yield close("output", out, tensors["output_hs"])
     out.square().sum().backward()
-    yield from gradient_checks(encoder, tensors, names["encoder"])
-    yield from gradient_checks(decoder, tensors, names["decoder"])
+    yield from gradient_checks(encoder, case, names["encoder"])
+    yield from gradient_checks(decoder, case, names["decoder"])

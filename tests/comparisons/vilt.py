@@ -19,7 +19,7 @@ from trimtab.backbones.vilt.official import pixel_mask
 SEED = 7
 
 
-@compares("backbone vilt")
+@compares("backbone vilt", told=("n_params", "ln_eps", "hf_check_max_abs_diff"))
 def vilt(case: Case) -> Iterator[Check | Skipped]:
     with torch.no_grad():
         found = STAGES[str(case.stage)](case)

@@ -11,7 +11,7 @@ from tests.conformance import Case, Check, Skipped, compares, stage
 from trimtab.backbones.vse.model import hinge_loss
 
 
-@compares("backbone vse_infty")
+@compares("backbone vse_infty", told=("patched", "n_params"))
 def vse(case: Case) -> Iterator[Check | Skipped]:
     model = build(case, f"model_best_{case.stage}.pth", text_heads=case.info["tiny"]["th"])
     given = {k.removeprefix(f"{case.stage}.in."): v for k, v in case.tensors.items()}

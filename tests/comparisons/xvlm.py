@@ -18,7 +18,19 @@ from trimtab.backbones.xvlm.vision import resize_bias
 FILES = {"xvlm_swin": "4m_base_model_state_step_199999.th", "xvlm_clipvit": "clipvit_model_state_step_199999.th"}
 
 
-@compares("backbone xvlm_swin", "backbone xvlm_clipvit")
+@compares(
+    "backbone xvlm_swin",
+    "backbone xvlm_clipvit",
+    told=(
+        "image_from_u8",
+        "kind",
+        "bert_config",
+        "vision_config",
+        "vision_config_finetune",
+        "n_params_pretrain",
+        "ln_eps",
+    ),
+)
 def xvlm(case: Case) -> Iterator[Check | Skipped]:
     with torch.no_grad():
         yield from stage(case, STAGES[str(case.stage)](case))

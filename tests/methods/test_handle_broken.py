@@ -158,8 +158,10 @@ def test_a_side_network_beside_a_discovered_decoder_sees_no_later_token(tune):
 @pytest.mark.parametrize(("tune", "settings"), [("unipt", {}), ("deep-prompt", {"prompts": 2})])
 def test_a_cache_that_is_given_by_position_is_noticed(tune, settings):
     fit = trimtab.adapt(gpt2()).tune(tune, **settings)
-    with pytest.raises(ValueError, match="cache"):
-        fit.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
+    words, how = torch.tensor([[5, 6, 7]]), {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    assert fit.model.generate(words, **how).shape == (1, 6)  # it goes without one by itself
+    with pytest.raises(ValueError, match="cache.*use_cache=False"):
+        fit.model.generate(words, use_cache=True, **how)
 
 
 class Narrowing(nn.Module):

@@ -10,6 +10,7 @@ import torch
 import trimtab
 from tests.models.modern import MEMBERS, deeper, outputs, written
 from tests.models.zoo import Member
+from trimtab import methods
 from trimtab.anatomy import Anatomy
 from trimtab.backbones.reader.examples import idefics
 
@@ -81,7 +82,7 @@ def test_unipt_stands_beside_each_tower_alone(name, tower):
         ("smolvlm", "unipt", {"towers": ("vision", "text")}, "'text' reads tower 'vision', and nothing is back-prop"),
         ("florence2", "lst", {"towers": ("vision", "decoder")}, "'decoder' reads tower 'vision'"),
         ("florence2", "adapter", {}, "tower 'vision' is a grid tower; adapters need tokens"),
-        ("grounding-dino", "unipt", {"towers": ("vision",)}, "it needs tokens of one width"),
+        ("grounding-dino", "lst", {"towers": ("vision",)}, "widths .*; it needs tokens of one width.* or take unipt"),
         ("grounding-dino", "shallow-prompt", {"towers": ("decoder",)}, "around which deformable attention samples"),
         ("paligemma", "bitfit", {}, "blocks of tower 'text' have no bias"),
         ("qwen2.5-vl", "lst", {"towers": ("vision",)}, "does not begin with the samples"),
@@ -114,3 +115,26 @@ def test_side_networks_write_without_a_cache_and_refuse_one(name):
     assert written(model, member, cache=False).shape[0] == 5
     with pytest.raises(ValueError, match="use no key-value cache in generation"):
         written(model, member, cache=True)
+
+
+@pytest.mark.parametrize("method", ["unipt", "lst", "sherl", "side-tuning", "shallow-prompt", "deep-prompt"])
+def test_generation_goes_without_a_cache_where_nothing_is_said(method):
+    model, member, _ = deeper("paligemma")
+    trimtab.tune(model, method, **({"initialise": "random"} if method == "lst" else {}))
+    assert torch.equal(written(model, member), written(model, member, cache=False))
+
+
+def test_a_tower_without_a_cache_leaves_the_other_its_own():
+    model, member, _ = deeper("paligemma")
+    trimtab.tune(model, "unipt", towers=("vision",))
+    assert model.generation_config.use_cache
+    assert torch.allclose(written(model, member, cache=True), written(model, member, cache=False), atol=1e-5)
+
+
+def test_detached_a_model_generates_with_a_cache_again():
+    model, _, _ = deeper("paligemma")
+    method = methods.METHODS["unipt"]()
+    method.attach(model, Anatomy.of(model))
+    assert not model.generation_config.use_cache
+    method.detach(model)
+    assert model.generation_config.use_cache

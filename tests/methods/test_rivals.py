@@ -171,10 +171,14 @@ def test_masks_are_widened_by_their_kind():
     assert widened(torch.tensor([[1, 0]]), 1, 2).tolist() == [[1, 1, 0]]
     assert widened(torch.zeros(2, 3), 1, 2).shape == (2, 3)
     assert widened(torch.zeros(1, 1, 2, 2), 1, 2, "encoder_attention_mask").shape == (1, 1, 3, 2)  # another's tokens
-    cos, sin = widened((torch.full((1, 2, 4), 0.6), torch.full((1, 2, 4), 0.8)), 1, 2)
-    assert cos[0, :, 0].tolist() == pytest.approx([1, 0.6, 0.6]) and sin[0, :, 0].tolist() == pytest.approx(
-        [0, 0.8, 0.8]
-    )
+    turned = torch.tensor([0.9, 0.6, 0.3])[:, None].expand(1, 3, 4)
+    assert widened((turned, turned), 1, 3)[0][0, :, 0].tolist() == pytest.approx([0.9, 0.9, 0.6, 0.3])
+    both = widened((turned, turned), 1, 3, first=torch.tensor([0, 2]))[1][
+        ..., 0
+    ]  # the second row is padded on the left
+    assert both.tolist() == [pytest.approx([0.9, 0.9, 0.6, 0.3]), pytest.approx([0.3, 0.9, 0.6, 0.3])]
+    places = widened(torch.tensor([[0, 1], [7, 0]]), 2, 2, "position_ids", first=torch.tensor([0, 1]))
+    assert places.tolist() == [[0, 0, 0, 1], [0, 0, 7, 0]]
 
 
 def test_a_ladder_starts_as_the_tower_cut_to_its_width():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from trimtab.anatomy import Anatomy, AnatomyError, Block, Tap, Tower
+from trimtab.anatomy import Anatomy, Block, Tap, Tower
 from trimtab.anatomy.structure import added_by, plain_parameters
 from trimtab.counting import saved_bytes
 from trimtab.methods import METHODS
@@ -34,6 +34,15 @@ def bart(**changes) -> nn.Module:
              "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}  # fmt: skip
     tokens = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
     return BartForConditionalGeneration(BartConfig(vocab_size=40, d_model=16, **sizes, **tokens)).eval()
+
+
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=3, num_heads=2, decoder_start_token_id=0,
+                      pad_token_id=0, eos_token_id=1)  # fmt: skip
+    return T5ForConditionalGeneration(config).eval()
 
 
 def llama() -> nn.Module:
@@ -167,47 +176,41 @@ def test_a_row_does_not_depend_on_the_padding_of_another(name):
     assert torch.allclose(full[1, :5], same[1, :5], atol=1e-5)
 
 
-# --- generation -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("how", [{"do_sample": True, "num_return_sequences": 3}, {"num_beams": 3}])
-def test_several_answers_a_source_are_each_computed_with_their_source(how):
-    model = learned(tuned(bart(), "unipt"))
+@pytest.mark.parametrize("name", ["unipt", "lst", "sherl", "side-tuning", "shallow-prompt", "deep-prompt"])
+def test_a_row_that_is_padded_on_the_left_is_what_it_is_alone(name):
+    """Also where no positions are given: a rotary model then counts the padding, and its result stays the same."""
+    model = learned(tuned(llama(), name), 0.1)
     mask = torch.ones_like(WORDS)
-    torch.manual_seed(0)
-    out = model.generate(input_ids=WORDS, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, use_cache=False,
-                         return_dict_in_generate=True, output_logits=True, **how)  # fmt: skip
-    rows = len(out.sequences) // 2
+    mask[1, :3] = 0
     with torch.no_grad():
-        plain = model(WORDS.repeat_interleave(rows, 0), attention_mask=mask.repeat_interleave(rows, 0),
-                      decoder_input_ids=out.sequences[:, :-1], use_cache=False).logits  # fmt: skip
-        again = model(WORDS, attention_mask=mask, decoder_input_ids=out.sequences[::rows, :-1], use_cache=False).logits
-    assert torch.allclose(plain[::rows], again, atol=1e-5)
-    if rows > 1:
-        assert torch.allclose(torch.stack(out.logits, 1)[:, :3], plain[:, :3], atol=1e-4)
+        padded = model(WORDS, attention_mask=mask, use_cache=False).logits[1, 3:]
+        alone = model(WORDS[1:, 3:], use_cache=False).logits[0]
+    assert torch.allclose(padded, alone, atol=1e-5)
 
 
-def test_results_of_another_call_are_not_read():
-    model = learned(tuned(bart(), "unipt"))
+@pytest.mark.parametrize("name", ["shallow-prompt", "deep-prompt"])
+def test_prompts_refuse_padding_between_them_and_the_tokens_where_distances_count(name):
+    model, mask = learned(tuned(t5(), name)), torch.ones_like(WORDS)
+    mask[1, 5:] = 0
+
+    def run(rows, padding):
+        return model(WORDS[rows], attention_mask=padding, decoder_input_ids=WORDS[rows, :3], use_cache=False).logits
+
     with torch.no_grad():
-        texts(model)
-        other = model.model.encoder(WORDS.flip(1))
-        texts(model)
-        for rows in ([0, 1], [0, 1, 0]):
-            memory = type(other)(last_hidden_state=other.last_hidden_state[rows])
-            with pytest.raises(AnatomyError, match="run both towers in one call, on the inputs of the first"):
-                model(encoder_outputs=memory, decoder_input_ids=WORDS[rows, :5], use_cache=False)
+        alone = model(WORDS[1:, :5], decoder_input_ids=WORDS[1:, :3], use_cache=False).logits
+        assert torch.allclose(run([0, 1], mask)[1:], alone, atol=1e-5)
+        with pytest.raises(
+            ValueError, match=f"{name}: block 'encoder.block.0' counts distances .* pad it on the right"
+        ):
+            run([0, 1], mask.flip(1))
 
 
-def test_t5_writes_beside_a_side_network():
-    from transformers import T5Config, T5ForConditionalGeneration
+def test_prompts_refuse_a_bias_of_distances():
+    from transformers import BloomConfig, BloomModel
 
-    torch.manual_seed(0)
-    config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0,
-                      pad_token_id=0, eos_token_id=1)  # fmt: skip
-    model = tuned(T5ForConditionalGeneration(config).eval(), "unipt")
-    out = model.generate(input_ids=WORDS, attention_mask=torch.ones_like(WORDS), max_new_tokens=3, use_cache=False)
-    assert out.shape == (2, 4)
+    model = tuned(BloomModel(BloomConfig(vocab_size=40, hidden_size=16, n_layer=2, n_head=2)), "deep-prompt")
+    with pytest.raises(ValueError, match=r"a bias of each token's distance \(ALiBi\), 'alibi' \(4, 1, 7\), in which"):
+        model(WORDS)
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------

@@ -66,6 +66,15 @@ def parts() -> dict[str, literal.Part]:
         "decoder-tokens": (DecoderUniPT(12, 3, 2), decoded(torch.ones(3, 5))),
         "grid": (GridUniPT([4, 6, 8, 10], 10, 2), shown(grids)),
     }
+    wide = [torch.randn(3, 6, d) for d in (10, 14, 12)]
+    stages = [torch.randn(3, n, d) for n, d in ((24, 6), (12, 8), (6, 8), (6, 12))]  # two maps of the last stage
+    made |= {
+        "widths": (TokenUniPT([10, 14, 12], 2, 2, how, 8), shown(wide, mask)),
+        "widths-vector": (VectorUniPT([10, 14, 12], 2, 8, 1), Seen(wide, mask, torch.randn(3, 8), at)),
+        "stages": (TokenUniPT([6, 8, 8, 12], 3, 2, how), shown(stages)),
+        "stages-first": (TokenUniPT([6, 8, 8, 12], 3, 2, first), shown(stages)),
+        "stages-vector": (VectorUniPT([6, 8, 8, 12], 3, 8, 1), Seen(stages, None, torch.randn(3, 8), at)),
+    }
     return {
         k: literal.Part(k, side.double(), cast(seen, torch.float32, torch.float64), 1, reader(side, seen))
         for k, (side, seen) in made.items()
@@ -135,7 +144,7 @@ def test_learns_the_same_in_mixed_precision(name):
 
 
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("name", ["clip-vil", "skip", "decoder"])
+@pytest.mark.parametrize("name", ["clip-vil", "skip", "stages", "decoder"])
 @pytest.mark.parametrize("size", [1, 2 * 6 * 4, 4 * 6 * 4, 2 * 6 * 6 * 4])
 def test_samples_and_rows_are_looked_at_in_blocks_of_any_size(monkeypatch, size, name, keep):
     from trimtab.methods.tune.unipt import core
@@ -178,6 +187,27 @@ def test_padding_is_handed_on_as_zeros_and_costs_nothing():
     assert torch.equal(side(shown(list(maps), mask)), out)  # it is not even looked at
     computed(side, skip_padding=False)
     assert side(shown(literal.states(4, 12, 32, 4), mask))[mask == 0].any()
+
+
+def test_maps_of_another_number_of_tokens_need_no_mask_and_no_order():
+    side, maps = TokenUniPT([8, 12], 1, 2), [torch.randn(2, 12, 8), torch.randn(2, 6, 12)]
+    with pytest.raises(ValueError, match=r"hidden maps have \[6, 12\] tokens, and a mask: expected one number"):
+        side(literal.shown(list(maps), torch.ones(2, 6)))
+    computed(side, causal=True)
+    with pytest.raises(ValueError, match=r"have \[6, 12\] tokens, and their tower is causal"):
+        side(literal.shown(list(maps)))
+    with pytest.raises(ValueError, match=r"2 hidden maps are read, found 3 widths: \[8, 8, 12\]"):
+        TokenUniPT([8, 8, 12], 1, 2)
+
+
+def test_another_number_of_tokens_takes_the_identity_term_of_that_map_alone():
+    """By hand, with one layer: A + project(S z), without z at the token's own place."""
+    torch.manual_seed(0)
+    side, (early, last) = TokenUniPT([8, 12], 1, 2), (torch.randn(2, 12, 8), torch.randn(2, 6, 12))
+    anchor, z = side.down[1](last), side.down[0](early)
+    scores = (anchor @ z.transpose(1, 2)).relu()
+    read = scores / (scores.sum(dim=-1, keepdim=True) + 1e-6) @ z
+    assert torch.allclose(side(literal.shown([early, last])), side.up(anchor + side.project(read)), atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{}, {"projection": "single"}, {"causal": True}, {"first": True}])

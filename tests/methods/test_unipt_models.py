@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from trimtab.anatomy import Anatomy, AnatomyError, Block, Tap, Tower
+from trimtab.anatomy import Anatomy, AnatomyError, Block, Tap, Tower, read
+from trimtab.methods import METHODS
+from trimtab.methods.tune.listener import Seen
 from trimtab.methods.tune.unipt import DecoderUniPT, PyramidUniPT, TokenUniPT, UniPT
+from trimtab.methods.tune.unipt.plain import plain
 
 
 def t5(**changes):
@@ -223,3 +227,54 @@ def test_detached_the_model_is_what_it_was():
     assert not torch.allclose(model(**words()).last_hidden_state, before)
     method.detach(model)
     assert torch.equal(model(**words()).last_hidden_state, before) and set(model.state_dict()) == names
+
+
+def swin(**changes):
+    from transformers import SwinConfig, SwinModel
+
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [2, 2, 2], "num_heads": [2, 2, 2]}
+    return SwinModel(SwinConfig(**sizes | {"window_size": 4} | changes)).eval().requires_grad_(False)
+
+
+def test_a_token_tower_of_several_widths_is_read_once_a_stage():
+    """Swin merges tokens between its stages: 256 of width 8, 64 of 16, 16 of 32."""
+    model, pixels = swin(), torch.randn(2, 3, 32, 32)
+    anatomy = Anatomy.of(model)
+    maps: list[torch.Tensor] = []
+    for stage in (0, 1, 2):
+        read(model, Tap(f"encoder.layers.{stage}.blocks.1"), lambda x: maps.append(x.detach()))
+    before = model(pixels).last_hidden_state
+    UniPT().attach(model, anatomy)
+    side = model.unipt["vision"]
+    assert [m.shape for m in maps] == [(2, 256, 8), (2, 64, 16), (2, 16, 32)]
+    assert [layer[0].in_features for layer in side.down] == [8, 16, 32]
+    by_hand = plain(side, Seen(list(maps), None, before))
+    out = model(pixels).last_hidden_state
+    assert torch.allclose(out, by_hand, atol=1e-5)
+    out.square().sum().backward()
+    assert all(bool(p.grad.abs().sum() > 0) for p in side.parameters() if p.requires_grad)
+    assert all(p.grad is None for n, p in model.named_parameters() if not n.startswith("unipt."))
+
+
+def test_maps_of_one_number_of_tokens_may_be_named():
+    model = swin()
+    UniPT(layers=(0, 1, 2)).attach(model, Anatomy.of(model))
+    assert [layer[0].in_features for layer in model.unipt["vision"].down] == [8, 8, 8, 32]
+    assert model(torch.randn(2, 3, 32, 32)).last_hidden_state.shape == (2, 16, 32)
+
+
+def test_a_stage_that_is_not_as_wide_as_described_is_named():
+    model = swin()
+    (tower,) = Anatomy.of(model).towers
+    blocks = (*tower.blocks[:2], *(replace(b, width=12) for b in tower.blocks[2:4]), *tower.blocks[4:])
+    UniPT().attach(model, Anatomy((replace(tower, blocks=blocks),)))
+    with pytest.raises(AnatomyError, match=r"'encoder.layers.1.blocks.0' put out \(2, 64, 16\), expected \(2, L, 12\)"):
+        model(torch.randn(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("name", ["lst", "sherl", "side-tuning", "deep-prompt"])
+def test_methods_that_carry_one_stream_on_refuse_several_widths(name):
+    model = swin()
+    with pytest.raises(ValueError, match=rf"{name}: tower 'vision' has the widths \[8, 16, 32\]; .* or take unipt"):
+        METHODS[name]().attach(model, Anatomy.of(model))

@@ -100,13 +100,15 @@ def deeper(name: str) -> tuple[Any, Member, list[str]]:
     return model, MEMBERS[member], [b.path for b in Anatomy.of(model).blocks(tower)]
 
 
-def written(model: Any, member: Member, cache: bool) -> torch.Tensor:
-    """The logits of five words in a row, (5, B, V)."""
+def written(model: Any, member: Member, cache: bool | None = None) -> torch.Tensor:
+    """The logits of five words in a row, (5, B, V); with a key-value cache, without one, or as the model is set."""
     prompt = {k: v for k, v in member.batch.items() if not k.startswith(("labels", "decoder"))}
     # A model of 30 words would also write tokens that stand for pictures.
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "suppress_tokens": [26, 27, 28, 29]}
+    if cache is not None:
+        options["use_cache"] = cache
     with torch.no_grad():
-        out = model.generate(**prompt, **options, use_cache=cache, return_dict_in_generate=True, output_logits=True)
+        out = model.generate(**prompt, **options, return_dict_in_generate=True, output_logits=True)
     return torch.stack(out.logits)
 
 

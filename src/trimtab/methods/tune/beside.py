@@ -9,14 +9,19 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
-from trimtab.anatomy import Anatomy, Tap, Tower
-from trimtab.anatomy.structure import mark_added
+from trimtab.anatomy import Anatomy, Block, Tap, Tower
+from trimtab.anatomy.calls import signature
+from trimtab.anatomy.structure import mark_added, plain_module
 from trimtab.methods.base import Method, placed
 from trimtab.methods.tune.listener import Listener
+
+# Parameters with which blocks take a key-value cache.
+_CACHE = {"past_key_values", "past_key_value", "layer_past"}
 
 
 class Stand(NamedTuple):
@@ -61,15 +66,17 @@ class Beside(Method):
             if anatomy.tower(name).starts_blank and 0 in stand.maps:  # a map of zeros: only the bias can learn
                 next(stand.side.down.parameters()).requires_grad_(False)  # type: ignore[union-attr]
         self.listeners = {
-            name: Listener(self.name, anatomy.tower(name), m.side, m.maps, m.place) for name, m in made.items()
+            name: Listener(
+                self.name, anatomy.tower(name), m.side, m.maps, m.place, starts=_starts(anatomy.tower(name), m)
+            )
+            for name, m in made.items()
         }
         for name, stand in made.items():
             if stand.memory is not None:
-                memory = self.listeners[stand.memory]
-                self.listeners[name].memory = memory
-                memory.readers += 1
+                self.listeners[name].memory = self.listeners[stand.memory]
         for listener in self.listeners.values():
             listener.attach(model)
+        self.uncached = without_cache(model, [anatomy.tower(name) for name in made])
         return anatomy
 
     @abstractmethod
@@ -106,7 +113,17 @@ class Beside(Method):
         """Take the side networks away; the model computes what it did before."""
         for listener in self.listeners.values():
             listener.detach()
+        for config in self.uncached:
+            config.use_cache = True
         delattr(model, slot(self.name))
+
+
+def _starts(tower: Tower, stand: Stand) -> frozenset[int]:
+    """Where shapes may change along a tower, for a side network that reads maps of any number of tokens."""
+    if not getattr(stand.side, "any_length", False):
+        return frozenset()
+    first = set() if tower.blocks[0].keeps_shape else {0}
+    return frozenset(first | stages(tower.blocks))
 
 
 def slot(method: str) -> str:
@@ -138,17 +155,47 @@ def keep_modules(model: nn.Module, method: str, by_tower: dict[str, nn.Module]) 
     return made
 
 
-def token_width(method: str, tower: Tower) -> int:
-    """Width of a tower of tokens; ValueError if it is no such tower."""
-    widths = {b.width for b in tower.blocks}
-    if tower.layout != "tokens" or len(widths) > 1:
-        raise ValueError(
-            f"{method}: tower {tower.name!r} is a {tower.layout} tower of widths {sorted(widths)}; it needs tokens of "
-            "one width: name other towers in `towers`"
+def without_cache(model: nn.Module, towers: Sequence[Tower]) -> list[Any]:
+    """Let `generate` go without a key-value cache unless it is asked for one: with a cache a tower is called with the
+    newest token alone. Returns the generation settings that it has changed; none if no tower could have a cache."""
+    blocks = [plain_module(model, tower.blocks[0].path) for tower in towers]
+    if not any(_CACHE & signature(block).named for block in blocks):
+        return []
+    found = {id(c): c for m in model.modules() if (c := getattr(m, "generation_config", None)) is not None}
+    changed = [config for config in found.values() if getattr(config, "use_cache", False)]
+    for config in changed:
+        config.use_cache = False
+    return changed
+
+
+def stages(blocks: Sequence[Block]) -> set[int]:
+    """How many blocks stand before each stage but the first: a block of another shape starts one."""
+    starts = (not b.keeps_shape or a.width != b.width for a, b in pairwise(blocks))
+    return {i for i, start in enumerate(starts, 1) if start}
+
+
+def token_misfit(method: str, tower: Tower) -> str:
+    """Why a tower is none of tokens, samples first; empty if it is one."""
+    if tower.layout != "tokens":
+        return (
+            f"{method}: tower {tower.name!r} is a {tower.layout} tower; it needs tokens: name other towers in `towers`"
         )
     if tower.samples is not None:
-        raise ValueError(
+        return (
             f"{method}: the stream of tower {tower.name!r} does not begin with the samples, (B, L, D): name other "
-            "towers in `towers`"
+            "towers in `towers`, or take lora"
         )
-    return widths.pop()
+    return ""
+
+
+def token_width(method: str, tower: Tower) -> int:
+    """Width of a tower of tokens; ValueError if it is no such tower, or has several."""
+    widths = sorted({b.width for b in tower.blocks})
+    if reason := token_misfit(method, tower):
+        raise ValueError(reason)
+    if len(widths) > 1:
+        raise ValueError(
+            f"{method}: tower {tower.name!r} has the widths {widths}; it needs tokens of one width: name other towers "
+            "in `towers`, or take unipt, which reads maps of any width"
+        )
+    return widths[0]

@@ -8,6 +8,7 @@ its side network with it, and the copy computes with its own.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from trimtab.anatomy import AnatomyError, Tap, Tower, pre_hook, read, rewrite
+from trimtab.anatomy.structure import module_at, under
+from trimtab.methods.tune.results import Results
 
 
 @dataclass
@@ -25,7 +28,8 @@ class Seen:
     """What a side network gets to see of one forward pass.
 
     Attributes:
-        maps: the chosen hidden maps in the order of computation, (B, L, D) or (B, C, H, W), as the tower made them.
+        maps: the chosen hidden maps in the order of computation, (B, L, D) or (B, C, H, W), as the tower made them. L
+            and D are each map's own where the stages of a tower differ.
         mask: valid tokens as numbers 0 and 1, (B, L), or None if all are valid.
         value: what the tower was about to hand on, without gradient.
         position: (B,) of the token from which the tower's vector is read, None for the first.
@@ -52,7 +56,7 @@ class _Pass:
     """What a listener has seen of the pass that is under way.
 
     Attributes:
-        shape: of the stream that entered the first block; None before it.
+        shape: of the stream, as the last block that ran put it out; None before the first.
         found: hidden maps by number.
         given: tensors with which the first block was called, of a tower that reads another.
     """
@@ -60,16 +64,6 @@ class _Pass:
     shape: torch.Size | None = None
     found: dict[int, Tensor] = field(default_factory=dict)
     given: list[Tensor] = field(default_factory=list)
-
-
-@dataclass
-class _Kept:
-    """A result that other side networks read, and the tower's own, by which its rows are known again."""
-
-    result: Tensor
-    mask: Tensor | None
-    value: Tensor
-    taken: int = 0
 
 
 @dataclass(eq=False)
@@ -81,9 +75,9 @@ class Listener:
         tower: to which it listens.
         side: the side network: `side(seen)` makes a new value from what was seen.
         maps: which hidden maps are kept: 0 is what enters the first block, i what block i puts out.
-        place: where the value is put, an output; None keeps the result for `readers`.
+        place: where the value is put, an output; None keeps the result for other listeners.
         memory: the listener of another tower whose result this one reads.
-        readers: how many others read the result of this one.
+        starts: how many blocks stand before each that may begin a stage of another number and width of tokens.
     """
 
     method: str
@@ -92,18 +86,19 @@ class Listener:
     maps: Sequence[int]
     place: Tap | None
     memory: Listener | None = None
-    readers: int = 0
+    starts: frozenset[int] = frozenset()
     handles: list[RemovableHandle] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.now = _Pass()
         self.mask: Tensor | None = None
         self.mask_seen = False
-        self.kept: _Kept | None = None
+        self.results = Results(self.method, self.tower.name)
+        self.handed: weakref.ref[Tensor] | None = None  # what the last block put out
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without what belongs to a pass."""
-        return {**vars(self), "now": _Pass(), "mask": None, "mask_seen": False, "kept": None}
+        return {**vars(self), "now": _Pass(), "mask": None, "mask_seen": False, "handed": None}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,8 +106,13 @@ class Listener:
         return next(self.side.parameters()).dtype
 
     def attach(self, model: nn.Module) -> None:
-        """Set the hooks."""
+        """Set the hooks.
+
+        Raises:
+            AnatomyError: if two blocks are one module: its calls cannot be told apart.
+        """
         tower = self.tower
+        check_blocks(self.method, model, tower)
         self.handles.append(pre_hook(model, tower.blocks[0].path, self._enter))
         for i, block in enumerate(tower.blocks[: max(self.maps)], 1):
             self.handles.append(read(model, Tap(block.path), partial(self._next, i)))
@@ -120,8 +120,15 @@ class Listener:
             self.handles.append(read(model, tower.mask, self._masked))
         if self.place is None:
             self.handles.append(read(model, tower.output, self._keep))
+            around = _around(model, tower)
+            self.results.around = bool(around)
+            for i, module in enumerate(around, 1):
+                self.handles.append(module.register_forward_hook(partial(self.results.also, i == len(around))))
+            self.handles.append(model.register_forward_pre_hook(self.results.begin))
+            self.handles.append(model.register_forward_hook(self.results.end, always_call=True))
         else:
             self.handles.append(rewrite(model, self.place, self._replace))
+        self.handles.append(read(model, Tap(tower.blocks[-1].path), self._hand))
 
     def detach(self) -> None:
         """Take the hooks away."""
@@ -136,10 +143,17 @@ class Listener:
         if holds_tokens(args, kwargs):
             raise AnatomyError(
                 f"{self.method}: block '{block.path}' was called with the newest token alone, and the side network "
-                "reads all: use no key-value cache in generation"
+                "reads all: use no key-value cache in generation (use_cache=False)"
             )
         stream = block.stream_of(module, args, kwargs)
-        if self.tower.layout == "tokens" and stream.shape[-1] != block.width:
+        if self.handed is not None and self.handed() is stream:
+            raise AnatomyError(
+                f"{self.method}: block '{block.path}' takes in what '{self.tower.blocks[-1].path}' put out: tower "
+                f"{self.tower.name!r} runs several times on its own result, and a side network reads one run; tune it "
+                "with adapters, lora or prompts"
+            )
+        told = 0 in self.maps or 0 not in self.starts  # else the width of what enters is not described, and not read
+        if self.tower.layout == "tokens" and told and stream.shape[-1] != block.width:
             raise AnatomyError(
                 f"{self.method}: block '{block.path}' takes in {tuple(stream.shape)}, expected the width "
                 f"{block.width}, as tower {self.tower.name!r} is described: correct the `width` of its blocks"
@@ -158,16 +172,28 @@ class Listener:
                 f"{self.method}: block '{block.path}' ran before the first block of tower {tower.name!r}, "
                 f"'{tower.blocks[0].path}': correct the order of its blocks"
             )
-        tokens = tower.layout == "tokens"
-        wrong = value.shape != shape if tokens else value.ndim != 4 or value.shape[1] != block.width
-        if wrong:
-            expected = f"{tuple(shape)}, which its tower {tower.name!r} takes in"
+        if not isinstance(value, Tensor):
             raise AnatomyError(
-                f"{self.method}: block '{block.path}' put out {tuple(value.shape)}, expected "
-                f"{expected if tokens else f'(B, {block.width}, H, W)'}"
+                f"{self.method}: block '{block.path}' put out a {type(value).__name__}, expected its stream, a tensor: "
+                f"describe other modules as the blocks of tower {tower.name!r}"
             )
+        if tower.layout != "tokens":
+            wrong, expected = value.ndim != 4 or value.shape[1] != block.width, f"(B, {block.width}, H, W)"
+        elif index - 1 in self.starts:
+            wrong = value.ndim != 3 or len(value) != shape[0] or value.shape[-1] != block.width
+            expected = f"({shape[0]}, L, {block.width}), as its tower {tower.name!r} is described"
+        else:
+            wrong, expected = value.shape != shape, f"{tuple(shape)}, which its tower {tower.name!r} takes in"
+        if wrong:
+            raise AnatomyError(f"{self.method}: block '{block.path}' put out {tuple(value.shape)}, expected {expected}")
+        self.now.shape = value.shape
         if index in self.maps:
             self.now.found[index] = value.detach()
+
+    def _hand(self, value: Any) -> None:
+        """After the last block. Compiled code has no use for the reference, which it could not keep."""
+        if isinstance(value, Tensor) and not torch.compiler.is_compiling():
+            self.handed = weakref.ref(value)
 
     def _masked(self, mask: Tensor | None) -> None:
         self.mask, self.mask_seen = mask, True
@@ -180,11 +206,17 @@ class Listener:
             path = tower.blocks[max(lost[0] - 1, 0)].path
             raise AnatomyError(f"{self.method}: '{path}' of tower {tower.name!r} did not run before its result was due")
         chosen = [now.found[i] for i in self.maps]
-        out = Seen(chosen, self._valid(tuple(chosen[0].shape[:2])), value.detach().to(self.dtype))
+        lengths = sorted({m.shape[1] for m in chosen}) if tower.layout == "tokens" else []
+        if tower.mask is not None and len(lengths) > 1:
+            raise AnatomyError(
+                f"{self.method}: the maps of tower {tower.name!r} have {lengths} tokens, and its mask is of one "
+                "number: name maps of one number in `layers`, or another tower in `towers`"
+            )
+        out = Seen(chosen, self._valid(tuple(chosen[-1].shape[:2])), value.detach().to(self.dtype))
         if tower.pooled_token == "last":
-            out.position = _last(out.mask, chosen[0])
+            out.position = _last(out.mask, chosen[-1])
         if self.memory is not None:
-            out.memory, out.memory_mask = self.memory.take(last, len(chosen[0]), now.given)
+            out.memory, out.memory_mask = self.memory.results.take(last, len(chosen[0]), now.given, self.memory.side)
         return out
 
     def _valid(self, shape: tuple[int, ...]) -> Tensor | None:
@@ -199,7 +231,8 @@ class Listener:
         if mask is not None and tuple(mask.shape) != shape:
             raise AnatomyError(
                 f"{self.method}: block '{last}' works on (B, L) = {shape}, but the mask of its tower {tower.name!r} is "
-                f"{tuple(mask.shape)}; give a mask of all tokens, and use no key-value cache in generation"
+                f"{tuple(mask.shape)}; give a mask of all tokens, and use no key-value cache in generation "
+                "(use_cache=False)"
             )
         return None if mask is None else (mask != 0).to(self.dtype)
 
@@ -209,40 +242,28 @@ class Listener:
     def _keep(self, value: Tensor) -> None:
         seen = self._seen(value)
         mask = seen.mask
-        self.kept = _Kept(self.side(seen), mask, value.detach())
+        self.results.keep(value, self.side(seen), mask, self.side)
 
-    def take(self, reader: str, rows: int, given: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """The kept result, row for row as a reader's tower has it.
 
-        A graph goes with it, so that it is not held longer than until the last reader has it. Generation runs a tower
-        once and reads it at every step, with each of its rows several times for several answers: then the tower's own
-        result must be found in what the reader was called with, so that no row is taken for another.
+def _around(model: nn.Module, tower: Tower) -> list[nn.Module]:
+    """The modules that hold a tower's output and nothing that is not the tower's, from the innermost."""
+    names = tower.output.path.split(".")
+    paths = [".".join(names[:i]) for i in range(len(names) - 1, 0, -1)]
+    found = [module_at(model, path) for path in paths if under(path, tower.scope)]
+    return [module for module in found if not isinstance(module, (nn.ModuleList, nn.ModuleDict))]  # never called
 
-        Args:
-            reader: path of the block that reads, for error messages.
-            rows: of the reader's batch.
-            given: tensors with which the reader's first block was called.
-        """
-        kept = self.kept
-        if kept is None:
+
+def check_blocks(method: str, model: nn.Module, tower: Tower) -> None:
+    """AnatomyError if two of a tower's blocks are one module."""
+    paths: dict[int, str] = {}
+    for block in tower.blocks:
+        module = module_at(model, block.path)
+        if id(module) in paths:
             raise AnatomyError(
-                f"{self.method}: block '{reader}' reads tower {self.tower.name!r}, which has not run yet"
+                f"{method}: blocks '{paths[id(module)]}' and '{block.path}' of tower {tower.name!r} are one module, "
+                "whose runs hooks cannot tell apart: tune the tower with lora"
             )
-        first, kept.taken = kept.taken < self.readers, kept.taken + 1
-        if kept.result.requires_grad and kept.taken >= self.readers:
-            self.kept = None
-        if first and rows == len(kept.result):
-            return kept.result, kept.mask
-        times = max(1, rows // max(1, len(kept.result)))
-        value = kept.value.repeat_interleave(times, 0)
-        if not any(g.shape == value.shape and torch.equal(g, value) for g in given):
-            raise AnatomyError(
-                f"{self.method}: block '{reader}' works on {rows} rows and reads tower {self.tower.name!r}, whose side "
-                f"network has seen {len(kept.result)} rows of another call or in another order: run both towers in one "
-                "call, on the inputs of the first and not on its outputs"
-            )
-        mask = None if kept.mask is None else kept.mask.repeat_interleave(times, 0)
-        return kept.result.repeat_interleave(times, 0), mask
+        paths[id(module)] = block.path
 
 
 def holds_tokens(args: tuple, kwargs: dict) -> bool:

@@ -5,21 +5,25 @@
 
 The prompts stand before the tokens, where causal towers see them too, and are taken off after the last block, so that
 what the tower hands on has its usual length and positions. Attention masks that a block is given are widened; prompts
-are seen by every token. In a causal tower a prompt sees the prompts up to itself, with a mask and without one.
+are seen by every token. In a causal tower a prompt sees the prompts up to itself, with a mask and without one. Rotary
+positions of prompts are that of a row's first valid token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from trimtab.anatomy import Anatomy, Block, Tap, Tower, arguments, parameter_names, pre_hook, rewrite
+from trimtab.anatomy.calls import signature
 from trimtab.methods.base import METHODS, Method
-from trimtab.methods.tune.beside import keep_modules, token_width
-from trimtab.methods.tune.listener import holds_tokens
+from trimtab.methods.tune.beside import keep_modules, token_width, without_cache
+from trimtab.methods.tune.listener import check_blocks, holds_tokens
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class _Prompts(Method):
         keep_modules(model, self.name, dict(made))
         for name, prompts in made.items():
             self._hook(model, anatomy.tower(name), prompts)
+        without_cache(model, [anatomy.tower(name) for name in made])
         return anatomy
 
     def _prompts(self, tower: Tower, device: torch.device) -> Prompts:
@@ -66,6 +71,7 @@ class _Prompts(Method):
         return Prompts(len(tower.blocks) if self.deep else 1, self.settings.prompts, width, device)
 
     def _hook(self, model: nn.Module, tower: Tower, prompts: Prompts) -> None:
+        check_blocks(self.name, model, tower)
         for i, block in enumerate(tower.blocks):
             enter = _Enter(self.name, block, prompts, i, tower.causal)
             pre_hook(model, block.path, enter)
@@ -122,8 +128,15 @@ class _Enter:
             stream = torch.cat([new, tokens], dim=1)
         length = stream.shape[1] - count
         names = [*parameter_names(module), *[""] * len(args)]
-        args = tuple(self._widened(a, given, length, name) for a, name in zip(args, names, strict=False))
-        kwargs = {k: self._widened(v, given, length, k) for k, v in kwargs.items()}
+        first = first_valid([*zip(names, args, strict=False), *kwargs.items()], length)
+        compiled = torch.compiler.is_compiling()
+        if first is not None and not compiled and "position_bias" in signature(module).named:
+            raise ValueError(
+                f"{self.method}: block '{self.block.path}' counts distances between tokens, and a row is padded on the "
+                "left, between its tokens and the prompts: pad it on the right"
+            )
+        args = tuple(self._widened(a, given, length, name, first) for a, name in zip(args, names, strict=False))
+        kwargs = {k: self._widened(v, given, length, k, first) for k, v in kwargs.items()}
         return self.block.with_stream(module, args, kwargs, stream)
 
     def _check_torchs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -139,7 +152,7 @@ class _Enter:
                     "use a method without prompts"
                 )
 
-    def _widened(self, value: Any, stream: Tensor, length: int, name: str) -> Any:
+    def _widened(self, value: Any, stream: Tensor, length: int, name: str, first: Tensor | None) -> Any:
         if type(value).__name__ == "BlockMask":
             raise ValueError(
                 f"{self.method}: block '{self.block.path}' is given its mask as flex attention's BlockMask, which "
@@ -149,26 +162,68 @@ class _Enter:
         if own and isinstance(value, Tensor) and value.shape[-1] == length:
             # torch's attention is told what is hidden, by True or by what is added to scores: prompts are not
             return torch.cat([value.new_zeros(*value.shape[:-1], self.prompts.count), value], dim=-1)
-        return value if value is stream else widened(value, self.prompts.count, length, name, self.causal)
+        shape = tuple(value.shape) if isinstance(value, Tensor) and value is not stream else ()
+        if len(shape) == 3 and shape[-1] == length and shape[1] in (1, length) and value.shape != stream.shape:
+            raise ValueError(
+                f"{self.method}: block '{self.block.path}' is given a bias of each token's distance (ALiBi), "
+                f"{name or 'unnamed'!r} {shape}, in which prompts have no place: tune the tower with lora, adapters or "
+                "unipt"
+            )
+        return value if value is stream else widened(value, self.prompts.count, length, name, self.causal, first)
 
 
-def widened(value: Any, count: int, length: int, name: str = "", causal: bool = False) -> Any:
+def first_valid(given: Sequence[tuple[str, Any]], length: int) -> Tensor | None:
+    """Where the tokens of each row begin, (B,), by the masks among what a block is called with, by name; None if no row
+    is padded on the left."""
+    for name, value in given:
+        if not isinstance(value, Tensor) or not _is_mask(value, length, name):
+            continue
+        seen = value > torch.finfo(value.dtype).min / 2 if value.is_floating_point() else value != 0
+        first = (seen if value.ndim == 2 else seen.flatten(1, 2).any(dim=1)).int().argmax(dim=1)
+        if torch.compiler.is_compiling():  # whether any is not 0 is not known there, nor needed
+            return first
+        if not isinstance(first, FakeTensor) and bool(first.any()):
+            return first
+    return None
+
+
+def _is_mask(value: Tensor, length: int, name: str) -> bool:
+    """Whether a value says which of a tower's own tokens are seen."""
+    named = name.startswith("encoder") or name == "position_ids" or name.endswith("key_padding_mask")
+    return value.ndim in (2, 4) and value.shape[-1] == length and not named
+
+
+def _turned(value: Tensor, count: int, first: Tensor | None) -> Tensor:
+    """What places tokens, (..., B or 1, L, d), with `count` more in front, placed like the first valid one."""
+    if first is None:
+        front = value[..., :1, :]
+    else:
+        value = value.expand(*value.shape[:-3], len(first), *value.shape[-2:])
+        front = value.gather(-2, first.view(-1, 1, 1).expand(*value.shape[:-2], 1, value.shape[-1]))
+    return torch.cat([front.expand(*value.shape[:-2], count, -1), value], dim=-2)
+
+
+def widened(value: Any, count: int, length: int, name: str = "", causal: bool = False,
+            first: Tensor | None = None) -> Any:  # fmt: skip
     """What a block is given of each token, with `count` more in front.
 
     That is an attention mask of (B, L), (B, 1, 1, L) or (B, 1, L, L), or one of (B, 1, L, M) for another tower's M
-    tokens (its name begins with `encoder`); or the cosines and sines of rotary positions, (..., L, d) each: prompts are
-    not turned. Every token sees all prompts. A prompt sees what the first token sees, and with `causal` the prompts up
-    to itself and no token, as where a causal tower is given no mask.
+    tokens (its name begins with `encoder`); or the cosines and sines of rotary positions, (..., B, L, d) or (L, d)
+    each, or `position_ids`, (B, L): prompts have the position of the first valid token, `first` (B,), so that how far
+    they are from a row's tokens does not depend on its padding. Every token sees all prompts. A prompt sees what the
+    first token sees, and with `causal` the prompts up to itself and no token, as where a causal tower is given no mask.
     """
     if isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, Tensor) for v in value):
         cos, sin = value
         if cos.shape != sin.shape or cos.shape[-2] != length:
             return value
-        front = cos[..., :1, :].expand(*cos.shape[:-2], count, -1)
-        return torch.cat([torch.ones_like(front), cos], dim=-2), torch.cat([torch.zeros_like(front), sin], dim=-2)
+        first = first if cos.ndim > 2 else None
+        return _turned(cos, count, first), _turned(sin, count, first)
+    if isinstance(value, Tensor) and name == "position_ids" and value.shape[1:] == (length,):
+        return _turned(value[..., None], count, first)[..., 0]
     if not isinstance(value, Tensor) or value.ndim not in (2, 4):
         return value
-    own = value.shape[-1] == length and not name.startswith("encoder")
+    own = _is_mask(value, length, name)
     added = value.ndim == 4 and value.is_floating_point()  # to scores: 0 is seen; else True or 1 is
     if own:
         seen = value.new_zeros if added else value.new_ones

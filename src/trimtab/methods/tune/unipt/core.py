@@ -9,6 +9,9 @@ The published code keeps every S_l, adds an identity matrix to it and stacks all
 * "+ identity" is `+ z_l`; dividing by the row sums comes after the product with z_l, where rows are shorter.
 * S_l is computed again in the backward pass, in blocks of rows that stay in the processor's cache until they are used,
   and is never whole in memory.
+* A layer may have another number of tokens than the anchor (towers that merge tokens between stages): all are attended
+  to, and it has no identity term, for no token of it stands where the anchor's does. The published code has the term
+  only among maps of equal length; its pyramid makes them so (`guided_down`), which needs a grid.
 * Padding is neither a key nor, where a tower attends to itself, a query: nothing reads what becomes of it.
 * Anchor and layers are kept as their normalised value x (`Target`); z = x * weight + bias is made again, and the mean
   of z follows from the mean of x.
@@ -25,6 +28,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from trimtab.methods.tune.unipt.down import Target, some
 
@@ -57,7 +61,7 @@ class _Merge(torch.autograd.Function):
         ctx.how, ctx.count, kind = how, len(flat), anchor.x.device.type
         ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else anchor.x.dtype
         out, kept = torch.zeros_like(anchor.x, memory_format=torch.contiguous_format), []
-        for part in _parts(anchor.x, layers[0].x, mask, how):
+        for part in _parts(anchor.x, _longest(layers), mask, how):
             a = part.queries(anchor).to(ctx.dtype)
             merged = out[part.samples] if part.own is None else torch.zeros_like(a, dtype=out.dtype)
             for layer, target in enumerate(layers):
@@ -70,7 +74,7 @@ class _Merge(torch.autograd.Function):
                     kept += [ratios, norm] if how.keep else []
                     c, sums = part.confidence(confidence, rows, layer, out), merged[:, rows]
                     sums.addcmul_(torch.bmm(ratios, keys[:, :stop]).to(sums.dtype), (c / norm).to(sums.dtype))
-                    if how.identity:
+                    if how.identity and aligned(anchor, target):
                         sums += z[:, rows] * c
             if part.own is not None:
                 out[part.samples].index_copy_(1, part.own, merged)
@@ -85,7 +89,7 @@ class _Merge(torch.autograd.Function):
         anchor, *layers = _targets(rest[: ctx.count])
         slopes = [_Slope(target) for target in (anchor, *layers)]
         d_confidence = None if confidence is None else torch.zeros_like(confidence)
-        for part in _parts(anchor.x, layers[0].x, mask, how):
+        for part in _parts(anchor.x, _longest(layers), mask, how):
             a, g = part.queries(anchor).to(dtype), _take(grad[part.samples], part.own)
             d_a = torch.zeros_like(a, dtype=grad.dtype)
             for layer, target in enumerate(layers):
@@ -110,7 +114,7 @@ class _Merge(torch.autograd.Function):
                     through = d_z[:, : seen.shape[1]]
                     _add_product(through, d_ratios, (a[:, rows] * c).to(dtype))
                     _add_product(through, ratios, (scaled * c).to(dtype))
-                    if how.identity:
+                    if how.identity and aligned(anchor, target):
                         along += (gr * z[:, rows]).sum(dim=-1, keepdim=True)
                         d_z[:, rows] += gr * c
                     if d_confidence is not None:
@@ -145,6 +149,19 @@ class _Slope:
 
 def _targets(flat: Sequence[Tensor | None]) -> list[Target]:
     return [Target(*flat[i : i + 3]) for i in range(0, len(flat), 3)]  # type: ignore[arg-type]
+
+
+def _longest(layers: Sequence[Target]) -> Tensor:
+    """The x of the layer with the most tokens."""
+    longest = layers[0].x
+    for layer in layers:
+        longest = layer.x if layer.x.shape[1] > longest.shape[1] else longest
+    return longest
+
+
+def aligned(anchor: Target, target: Target) -> bool:
+    """Whether a layer has as many tokens as the anchor: then they stand at the same positions."""
+    return anchor.x.shape[1] == target.x.shape[1]
 
 
 def _take(x: Tensor, index: Tensor | None) -> Tensor:
@@ -245,11 +262,11 @@ def attend(anchor: Target, targets: Sequence[Target], mask: Tensor | None, eps: 
 
     Args:
         anchor: the queries, (B, Q, d).
-        targets: each layer's keys, also its values, (B, L, d).
-        mask: (B, L), 1 = valid, else 0; padding keys get weight 0.
+        targets: each layer's keys, also its values, (B, L_l, d).
+        mask: (B, L), 1 = valid, else 0; padding keys get weight 0. Only where all layers have L tokens.
         eps: added to the norm.
-        identity: adds z_l at its own position; needs Q = L.
-        causal: a token sees those up to itself.
+        identity: adds z_l at its own position, where Q = L_l.
+        causal: a token sees those up to itself; needs Q = L_l.
         confidence: each layer's factor, (B, 1, N) or (B, Q, N).
         keep: keep the scores for the backward pass instead of computing them again: N Q L numbers a sample more. `auto`
             keeps them where they are few beside the layers' tokens, Q <= d / 2.
@@ -266,9 +283,22 @@ def attend(anchor: Target, targets: Sequence[Target], mask: Tensor | None, eps: 
     return _Merge.apply(_How(eps, identity, causal, bool(keep), skip_padding), mask, confidence, *flat)
 
 
+def check_lengths(maps: Sequence[Tensor], mask: Tensor | None, causal: bool = False) -> None:
+    """ValueError if hidden maps of several numbers of tokens have a mask, which is of one, or an order."""
+    lengths = sorted({m.shape[1] for m in maps})
+    if len(lengths) > 1 and (causal or mask is not None):
+        why = "their tower is causal" if causal else "a mask"
+        raise ValueError(
+            f"unipt: hidden maps have {lengths} tokens, and {why}: expected one number of tokens; name maps of one "
+            "number in `layers`"
+        )
+
+
 def confidences(anchor: Tensor, pooled_targets: list[Tensor], gate: nn.Linear) -> Tensor:
     """Softmax over layers of gate(pooled anchor * pooled target): (B, 1 or L, d) each -> (B, 1 or L, N)."""
-    logits = torch.cat([gate(anchor * p) for p in pooled_targets], dim=-1)
+    # Not called: where it is not trained it may have been cast with the frozen model.
+    weight, bias = gate.weight.to(anchor.dtype), gate.bias.to(anchor.dtype)
+    logits = torch.cat([F.linear(anchor * p, weight, bias) for p in pooled_targets], dim=-1)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1).to(anchor.dtype)
 
 
@@ -279,7 +309,7 @@ def merge(anchor: Target, targets: list[Target], mask: Tensor | None, gate: nn.L
 
     Args:
         anchor: (B, L, d).
-        targets: N of them.
+        targets: N of them, (B, L_l, d).
         mask: of the keys and of the means, (B, L), 1 = valid.
         gate: Linear(d, 1), shared by the layers.
         eps: see `attend`.
@@ -293,5 +323,6 @@ def merge(anchor: Target, targets: list[Target], mask: Tensor | None, gate: nn.L
     weights = confidences(anchor.pooled(mask, causal), [t.pooled(mask, causal) for t in targets], gate)
     if not first:
         return attend(anchor, targets, mask, eps, True, causal, weights, keep, skip_padding)
-    own = torch.cat([t.first() for t in targets], dim=1)  # the identity term, (B, N, d)
+    # The identity term, (B, N, d).
+    own = torch.cat([t.first() if aligned(anchor, t) else torch.zeros_like(t.first()) for t in targets], dim=1)
     return attend(Target(anchor.first()), targets, mask, eps, confidence=weights, keep=True) + weights @ own

@@ -10,6 +10,9 @@
 | `Encoder` | that other tower | all maps | nothing: the decoder's side network reads the result |
 | `Tokens` | any other token tower | all maps | its tokens |
 
+"All maps" of a token tower of several widths (Swin, PVT) are the last one of each: what its stages hand on. Each map
+has a linear map of its own, as in the published code.
+
 A new form is a class with four methods and a place in `FORMS`.
 """
 
@@ -18,13 +21,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
 from trimtab.anatomy import Anatomy, Tap, Tower
-from trimtab.methods.tune.beside import Stand, token_width
+from trimtab.methods.tune.beside import Stand, stages, token_misfit
 from trimtab.methods.tune.unipt.sides import (
     PUBLISHED,
     Computation,
@@ -97,7 +99,11 @@ class Form(ABC):
 
     def maps(self, site: Site) -> list[int]:
         """The hidden maps that it reads, the last at the end."""
-        return _chosen_maps(site, 0) or list(range(len(site.tower.blocks) + 1))
+        blocks = site.tower.blocks
+        several = len({b.width for b in blocks}) > 1
+        first = 1 if several and not blocks[0].keeps_shape else 0  # the width of what enters is not known then
+        every = [*sorted(stages(blocks)), len(blocks)] if several else list(range(len(blocks) + 1))
+        return _chosen_maps(site, first) or every
 
     def stand(self, site: Site) -> Stand:
         """The side network in its place."""
@@ -113,9 +119,7 @@ class Grid(Form):
 
     def maps(self, site: Site) -> list[int]:
         blocks = site.tower.blocks
-        # A block of another shape starts a stage; the one before it is the last of its own.
-        starts = [not b.keeps_shape or a.width != b.width for a, b in pairwise(blocks)]
-        return _chosen_maps(site, 1) or [*(i for i, start in enumerate(starts, 1) if start), len(blocks)]
+        return _chosen_maps(site, 1) or [*sorted(stages(blocks)), len(blocks)]
 
     def side(self, site: Site, layers: int) -> nn.Module:
         # Channels that the projection behind the tower takes, else the last block's.
@@ -153,7 +157,7 @@ class Tokens(Form):
     def side(self, site: Site, layers: int) -> nn.Module:
         s = site.settings
         base = Computation(projection=s.projection, first=s.tokens == "first")
-        return TokenUniPT(_width(site), layers, s.reduction, site.computation(base))
+        return TokenUniPT(_widths(self, site), layers, s.reduction, site.computation(base))
 
     def place(self, site: Site) -> Tap | None:
         return site.tower.output
@@ -168,7 +172,7 @@ class Projected(Tokens):
 
     def side(self, site: Site, layers: int) -> nn.Module:
         how = site.computation(PUBLISHED["vse-text"])
-        return TokenUniPT(_width(site), layers, site.settings.reduction, how, _map_width(site))
+        return TokenUniPT(_widths(self, site), layers, site.settings.reduction, how, _map_width(site))
 
     def place(self, site: Site) -> Tap | None:
         return site.tower.projected
@@ -191,7 +195,7 @@ class Vector(Form):
         linear = site.linear(site.tower.pooled)
         assert linear is not None
         how = site.computation(Computation())
-        return VectorUniPT(_width(site), layers, linear.out_features, site.settings.reduction, how)
+        return VectorUniPT(_widths(self, site), layers, linear.out_features, site.settings.reduction, how)
 
     def place(self, site: Site) -> Tap | None:
         return site.tower.pooled
@@ -206,7 +210,7 @@ class Decoder(Tokens):
     def side(self, site: Site, layers: int) -> nn.Module:
         s, levels = site.settings, site.tower.levels is not None
         base = replace(PUBLISHED["mdetr-decoder"] if levels else Computation(), projection=s.projection)
-        return DecoderUniPT(_width(site), layers, s.reduction, site.computation(base), levels=levels)
+        return DecoderUniPT(_widths(self, site), layers, s.reduction, site.computation(base), levels=levels)
 
     def memory(self, site: Site) -> str | None:
         return site.tower.memory
@@ -226,7 +230,7 @@ class Encoder(Tokens):
     def side(self, site: Site, layers: int) -> nn.Module:
         s = site.settings
         base = replace(PUBLISHED["mdetr-encoder"], projection=s.projection)
-        return TokenUniPT(_width(site), layers, s.reduction, site.computation(base))
+        return TokenUniPT(_widths(self, site), layers, s.reduction, site.computation(base))
 
     def place(self, site: Site) -> Tap | None:
         return None  # the frozen decoder goes on reading the frozen encoder; its side reads this side
@@ -249,8 +253,8 @@ def form_of(site: Site) -> Form:
 def serves(encoder: Tower, reader: Tower) -> bool:
     """Whether one tower's side network can read the other's: paired towers have none of the other's result when they
     start, and what is attended to must be as wide as what attends."""
-    widths = {b.width for b in encoder.blocks + reader.blocks}
-    return encoder.memory is None and encoder.layout == "tokens" and len(widths) == 1
+    alike = encoder.blocks[-1].width == reader.blocks[-1].width
+    return encoder.memory is None and encoder.layout == "tokens" and alike
 
 
 def _reads_a_side(site: Site, tower: Tower) -> bool:
@@ -260,16 +264,13 @@ def _reads_a_side(site: Site, tower: Tower) -> bool:
 
 
 def _misfit(site: Site) -> str:
-    """Why a tower is none of tokens of one width."""
-    try:
-        token_width("unipt", site.tower)
-    except ValueError as error:
-        return str(error)
-    return ""
+    """Why a tower is none of tokens, samples first."""
+    return token_misfit("unipt", site.tower)
 
 
-def _width(site: Site) -> int:
-    return site.tower.blocks[0].width
+def _widths(form: Form, site: Site) -> list[int]:
+    """The width of each map that a form reads; what enters the first block is as wide as what it puts out."""
+    return [site.tower.blocks[max(i - 1, 0)].width for i in form.maps(site)]
 
 
 def _no_map(site: Site) -> str:

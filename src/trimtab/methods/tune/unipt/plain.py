@@ -8,6 +8,9 @@ All weights are made and kept, an identity matrix is added to them, and all laye
 weighted, as in the authors' code (Paranioar/UniPT). `sides` gives the same numbers and keeps much less. What the plain
 computation makes of padding is nobody's to read; the lean one may leave it out.
 
+Maps of another number of tokens than the last one's are ours: what belongs to a token's own position (I z_l, and the
+token of a vector) is then left out.
+
 Letters: B samples, L tokens, D the tower's width, d the side network's, E of a vector, N layers beside the anchor.
 """
 
@@ -47,11 +50,12 @@ def weighted_sum(merged: list[Tensor], logits: list[Tensor]) -> Tensor:
 
 def attended(side: TokenUniPT | PyramidUniPT, anchor: Tensor, targets: list[Tensor], mask: Tensor | None,
              pool: Tensor | None) -> Tensor:  # fmt: skip
-    """M of the anchor (B, L, d) and N targets (B, L, d) -> (B, L, d)."""
+    """M of the anchor (B, L, d) and N targets (B, L_l, d) -> (B, L, d)."""
     merged, logits = [], []
     for z in targets:
-        s = weights(anchor, z, mask, lambda n: n + side.how.eps)  # (B, L, L)
-        s = s + torch.eye(s.shape[-1], device=s.device)
+        s = weights(anchor, z, mask, lambda n: n + side.how.eps)  # (B, L, L_l)
+        if z.shape[1] == anchor.shape[1]:
+            s = s + torch.eye(s.shape[-1], device=s.device)
         merged.append(s @ z)  # (B, L, d)
         logits.append(side.gate(mean(anchor, pool) * mean(z, pool)))  # (B, 1)
     return weighted_sum(merged, logits)
@@ -86,7 +90,7 @@ def vectors(side: VectorUniPT, seen: Seen) -> Tensor:
     for down, h in zip(side.down, seen.maps, strict=True):
         z = down(torch.relu(h.to(vector.dtype)))  # (B, L, d)
         m = weights(anchor, z, seen.mask, lambda n: n.clamp(min=side.how.eps)) @ z  # (B, 1, d)
-        merged.append(m + z[rows, at][:, None])
+        merged.append(m + z[rows, at][:, None] if h.shape[1] == seen.maps[-1].shape[1] else m)
         logits.append(side.gate(anchor[:, 0] * mean(z, seen.mask)))  # (B, 1)
     return vector + side.up(torch.relu(weighted_sum(merged, logits)))[:, 0]  # (B, E)
 

@@ -8,13 +8,16 @@
 | `PyramidUniPT` | grids (B, C_l, r_l n, r_l n) | tokens (B, n n, out) | VSE's images |
 | `GridUniPT` | the same | the last grid (B, out, n, n) | none |
 
-Each is called with what its tower showed, `side(seen)`; `layers` says among how many maps its confidences choose.
+Each is called with what its tower showed, `side(seen)`; `layers` says among how many maps its confidences choose. The
+maps may differ in width, as in the published code: each has a linear map of its own. Of token forms they may differ in
+their number of tokens too (Swin, PVT, SegFormer), which no published use has: see `core` for what is computed then.
 `plain.py` has the same computations as they are published. Weights start as torch's own defaults, as those of VSE and
 CLIP4Clip do in the published code; `initialise` draws them as those of MDETR and CLIP-ViL start.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab.methods.tune.listener import Seen
-from trimtab.methods.tune.unipt.core import Keep, attend, confidences, merge
+from trimtab.methods.tune.unipt.core import Keep, attend, check_lengths, confidences, merge
 from trimtab.methods.tune.unipt.down import Target, down, down_grid, pooled, project, some, spread
 from trimtab.methods.tune.unipt.pools import guided_down, read_vector
 
@@ -90,29 +93,45 @@ def initialise(side: nn.Module, how: Literal["torch", "bert", "xavier"]) -> None
             nn.init.zeros_(module.bias)
 
 
+def each(width: int | Sequence[int], maps: int) -> list[int]:
+    """The width of each of so many maps; ValueError if there are more or fewer widths."""
+    widths = [width] * maps if isinstance(width, int) else list(width)
+    if len(widths) != maps:
+        raise ValueError(f"unipt: {maps} hidden maps are read, found {len(widths)} widths: {widths}")
+    return widths
+
+
 class TokenUniPT(nn.Module):
     """Side network of a token tower: N + 1 hidden maps -> new tokens.
 
     z_l = LN(Linear(h_l)), A = z_N; out = up(A + project(merge(A, z_0 .. z_{N-1}))).
 
     Args:
-        width: D of the hidden maps.
+        width: D of the hidden maps, or of each, from the first to the last.
         layers: how many maps are attended to (N); one more is the anchor.
         reduction: width of the side network is d = out / reduction.
         how: it computes.
-        out: width of what it hands on; None for D.
+        out: width of what it hands on; None for the last map's.
+
+    Raises:
+        ValueError: if there are not N + 1 widths.
     """
 
-    def __init__(self, width: int, layers: int, reduction: int, how: Computation | None = None, out: int | None = None):
+    any_length = True
+
+    def __init__(self, width: int | Sequence[int], layers: int, reduction: int, how: Computation | None = None,
+                 out: int | None = None):  # fmt: skip
         super().__init__()
-        out = width if out is None else out
+        widths = each(width, layers + 1)
+        last = widths[-1]
+        out = last if out is None else out
         how = self.how = how or Computation()
         d = self.width = out // reduction
         self.layers, self.out = layers, d if how.final == "none" else out
-        self.down: Any = nn.ModuleList(nn.Sequential(nn.Linear(width, d), nn.LayerNorm(d)) for _ in range(layers + 1))
+        self.down: Any = nn.ModuleList(nn.Sequential(nn.Linear(w, d), nn.LayerNorm(d)) for w in widths)
         self.gate = nn.Linear(d, 1)
         self.project = (
-            nn.Sequential(nn.Linear(d, width), nn.ReLU(), nn.Linear(width, d), nn.LayerNorm(d))
+            nn.Sequential(nn.Linear(d, last), nn.ReLU(), nn.Linear(last, d), nn.LayerNorm(d))
             if how.projection == "double"
             else nn.Sequential(nn.Linear(d, d), nn.LayerNorm(d))
         )
@@ -124,8 +143,10 @@ class TokenUniPT(nn.Module):
             self.up = nn.Identity()
 
     def forward(self, seen: Seen) -> Tensor:
-        """Hidden maps (B, L, D), from the first to the last, and valid tokens (B, L) or None -> (B, L or 1, out)."""
+        """Hidden maps (B, L_l, D_l), from the first to the last, (B, L, D), and valid tokens (B, L), which need L_l = L
+        for all, or None -> (B, L or 1, out)."""
         how, mask = self.how, seen.mask
+        check_lengths(seen.maps, mask, how.causal)
         where = some(mask.flatten()) if mask is not None and how.skip_padding else None
         targets = [down(layer, h, how.kept, where) for layer, h in zip(self.down, seen.take(), strict=True)]
         anchor = targets.pop()
@@ -155,8 +176,8 @@ class DecoderUniPT(TokenUniPT):
             have none.
     """
 
-    def __init__(self, width: int, layers: int, reduction: int, how: Computation | None = None, out: int | None = None,
-                 levels: bool = False):  # fmt: skip
+    def __init__(self, width: int | Sequence[int], layers: int, reduction: int, how: Computation | None = None,
+                 out: int | None = None, levels: bool = False):  # fmt: skip
         super().__init__(width, layers, reduction, how, out)
         d, self.levels = self.width, levels
         self.cross: Any = nn.ModuleList(
@@ -167,6 +188,7 @@ class DecoderUniPT(TokenUniPT):
         """Maps (B, L, D), memory (B, M, d), their masks -> (B, L, out), with `levels` (N + 1, B, L, out)."""
         how, memory, mask = self.how, seen.memory, seen.mask
         assert memory is not None
+        check_lengths(seen.maps, mask, how.causal)
         if self.levels:
             seen.maps[-1] = seen.value[-1].clone()  # a part of the stack would keep all of it for the backward pass
         targets = [down(layer, h, how.kept) for layer, h in zip(self.down, seen.take(), strict=True)]
@@ -188,12 +210,17 @@ class VectorUniPT(nn.Module):
     z_l = Linear(relu(h_l)), a = Linear(relu(vector)); out = vector + up(relu(sum_l c_l (s_l z_l + z_l[position]))).
 
     Since z_l is linear, it is never made: a . z_l = (W^T a) . relu(h_l) + a . b, and sums over tokens commute with W.
+    A map whose number of tokens is not the last one's has no token at the vector's position: there z_l[position] is
+    left out.
     """
 
-    def __init__(self, width: int, layers: int, out: int, reduction: int, how: Computation | None = None):
+    any_length = True
+
+    def __init__(self, width: int | Sequence[int], layers: int, out: int, reduction: int,
+                 how: Computation | None = None):  # fmt: skip
         super().__init__()
         d, self.how, self.layers = out // reduction, how or Computation(), layers + 1  # the last map is attended to too
-        self.down: Any = nn.ModuleList(nn.Linear(width, d) for _ in range(layers + 1))
+        self.down: Any = nn.ModuleList(nn.Linear(w, d) for w in each(width, layers + 1))
         self.anchor = nn.Linear(out, d)
         self.gate = nn.Linear(d, 1)
         self.up = nn.Linear(d, out)
@@ -201,20 +228,23 @@ class VectorUniPT(nn.Module):
     def forward(self, seen: Seen) -> Tensor:
         """Hidden maps (B, L, D), the tower's vector as `value`, the `position` of its token -> a new vector, (B, E)."""
         vector, mask, position = seen.value, seen.mask, seen.position
+        check_lengths(seen.maps, mask)
         anchor = self.anchor(F.relu(vector))  # (B, d)
         rows = torch.arange(len(vector), device=vector.device)
         at = torch.zeros_like(rows) if position is None else position
-        merged, means = [], []
+        merged, means, length = [], [], seen.maps[-1].shape[1]
         for linear, h in zip(self.down, seen.take(), strict=True):
             key, offset = anchor @ linear.weight, anchor @ linear.bias  # (B, D), (B,)
             attended, share = read_vector(h, key, offset, mask, self.how.eps, self.how.kept)
             with torch.no_grad():  # of the frozen maps alone
-                own, (mean, count) = F.relu(h[rows, at]), pooled(F.relu(h.to(linear.weight.dtype)), mask)
+                placed = h.shape[1] == length
+                own = F.relu(h[rows, at]) if placed else h.new_zeros(len(h), h.shape[-1])
+                mean, count = pooled(F.relu(h.to(linear.weight.dtype)), mask)
             # Rows of the attended sum, of the own token and of the mean; each gets as much bias as it has weight.
             tokens = torch.stack([attended, own.to(attended), mean[:, 0]], dim=1).to(linear.weight.dtype)  # (B, 3, D)
             ones = torch.ones_like(share)
             valid = ones if count is None else count[:, 0, 0].clamp(max=1).to(ones)
-            amount = torch.stack([share, ones, valid], dim=1)[..., None].to(tokens)  # (B, 3, 1)
+            amount = torch.stack([share, ones * placed, valid], dim=1)[..., None].to(tokens)  # (B, 3, 1)
             attended, own, mean = (tokens @ linear.weight.T + amount * linear.bias).unbind(dim=1)
             merged.append(attended + own)
             means.append(mean)
