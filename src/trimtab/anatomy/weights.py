@@ -8,16 +8,25 @@ matrix or a table of positions: only a forward pass shows it (`methods/prune/pro
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from trimtab.anatomy.parts import Weight
+from trimtab.anatomy.parts import Block, Modality, Tower, Weight
 from trimtab.anatomy.structure import AnatomyError, plain_modules, trained_copies, under
 
-if TYPE_CHECKING:
-    from trimtab.anatomy.description import Anatomy
+
+class Described(Protocol):
+    """What is asked of a description here; an `Anatomy` is one."""
+
+    @property
+    def heads(self) -> tuple[str, ...]: ...
+    def modality(self, path: str) -> Modality | None: ...
+    def owner(self, path: str) -> Tower | None: ...
+    def blocks(self) -> Iterator[Block]: ...
+    def weights(self, model: nn.Module) -> list[Weight]: ...
+
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _IN_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -39,7 +48,7 @@ class Whole(NamedTuple):
         return f"{self.numbers:,} {self.what}: '{self.first}'{several}"
 
 
-def matrices(anatomy: Anatomy, model: nn.Module, convolutions: bool = False) -> list[Weight]:
+def matrices(anatomy: Described, model: nn.Module, convolutions: bool = False) -> list[Weight]:
     """See `Anatomy.weights`."""
     for path in trained_copies(model):
         if anatomy.modality(path) is not None:
@@ -94,7 +103,7 @@ def stored_transposed(module: nn.Module) -> bool | None:
     return says if isinstance(says, bool) and hasattr(module, "_is_expert_parallel") else None
 
 
-def _kept_whole(anatomy: Anatomy, model: nn.Module) -> dict[int, str]:
+def _kept_whole(anatomy: Described, model: nn.Module) -> dict[int, str]:
     """Parameters of embeddings and of heads: a matrix that shares one is never pruned."""
     found: dict[int, str] = {}
     for path, module in plain_modules(model):
@@ -105,7 +114,7 @@ def _kept_whole(anatomy: Anatomy, model: nn.Module) -> dict[int, str]:
     return found
 
 
-def bare(anatomy: Anatomy, model: nn.Module, weights: list[Weight]) -> dict[str, nn.Parameter]:
+def bare(anatomy: Described, model: nn.Module, weights: list[Weight]) -> dict[str, nn.Parameter]:
     """Parameters of two or three axes in the blocks of which nothing tells what they are, by their paths."""
     blocks, known = [b.path for b in anatomy.blocks()], {w.path for w in weights}
     whole = _kept_whole(anatomy, model)
@@ -120,7 +129,7 @@ def bare(anatomy: Anatomy, model: nn.Module, weights: list[Weight]) -> dict[str,
     return found  # type: ignore[return-value]
 
 
-def left_whole(anatomy: Anatomy, model: nn.Module, also: Collection[str] = ()) -> list[Whole]:
+def left_whole(anatomy: Described, model: nn.Module, also: Collection[str] = ()) -> list[Whole]:
     """Everything of the plain model that is never pruned, by kind, the most numbers first; each parameter once.
 
     Args:
@@ -149,7 +158,7 @@ def left_whole(anatomy: Anatomy, model: nn.Module, also: Collection[str] = ()) -
     return sorted((Whole(what, *entry) for what, entry in sums.items()), key=lambda w: -w.numbers)
 
 
-def _shared(anatomy: Anatomy, model: nn.Module) -> dict[int, str]:
+def _shared(anatomy: Described, model: nn.Module) -> dict[int, str]:
     """Parameters of embeddings and heads that a matrix in a tower shares, and the path of that matrix."""
     whole = _kept_whole(anatomy, model)
     return {
@@ -166,7 +175,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Para
                 yield path, module, name, parameter
 
 
-def _kind(anatomy: Anatomy, path: str, module: nn.Module, parameter: nn.Parameter) -> str:
+def _kind(anatomy: Described, path: str, module: nn.Module, parameter: nn.Parameter) -> str:
     """What a parameter that is not pruned is, by what is known of it."""
     if under(path, anatomy.heads):
         return "heads"
