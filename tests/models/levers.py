@@ -64,8 +64,8 @@ def given(function: Callable, **values: Any) -> dict[str, Any]:
 
 
 def prune(case: Case, method: str = "multiflow") -> None:
-    """Half of the prunable weights go, and the outputs stay numbers. To within one weight a matrix: MULTIFLOW rounds the
-    share of each, as published."""
+    """Half of the prunable weights go, to within one a matrix (MULTIFLOW rounds the share of each, as published), and
+    the outputs stay numbers."""
     model = case.fresh()
     fit = case.adapt(model)
     batches = [case.batch] if method == "multiflow" else None
