@@ -287,9 +287,15 @@ class Search:
     def _counted(self, before: dict[Setting, Any], cut: Cut) -> tuple[Setting, dict[Setting, Any]]:
         """The setting that gives a list its blocks, and the changes with it."""
         tried: list[str] = []
+        refused: ValueError | None = None
         for count, value in _counts(self.values, before, cut):
             tried.append(str(count))
-            beside = list(choices(self.values, count, cut))
+            try:
+                beside = list(choices(self.values, count, cut))
+            except ValueError as error:
+                if self._alone(count, value, before, cut):
+                    refused = refused or error
+                continue
             first = {c.setting: c.values[0] for c in beside if c.known}
             every = first | {c.setting: [c.setting.of(self.values)[i] for i in cut.kept] for c in beside
                              if _each(c.setting, c.setting.of(self.values), cut)}  # fmt: skip
@@ -297,11 +303,17 @@ class Search:
                 changes = {**before, **more, count: value}
                 if self._fits(changes, cut):
                     return count, changes
+        if refused is not None:
+            raise refused
         raise ValueError(
             f"shorten: no setting of {type(self.model).__name__}'s configuration gives '{cut.path}' {len(cut.kept)} "
             f"blocks (tried {', '.join(tried[:8]) or 'none'}), or its class cannot be built from it"
             f"{f' ({self.error})' if self.error else ''}; nothing was changed. Save its weights beside its class instead"
         )
+
+    def _alone(self, count: Setting, value: Any, before: dict[Setting, Any], cut: Cut) -> bool:
+        """Whether a list's blocks may be counted by a setting, as far as can be said without what goes with it."""
+        return self._fits({**before, count: value}, cut) or self.built({**before, count: value}) is None
 
     def _fits(self, changes: dict[Setting, Any], cut: Cut) -> bool:
         """Whether the class has as many blocks in a list as the model: blocks first, what is in them later."""

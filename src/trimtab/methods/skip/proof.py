@@ -73,6 +73,8 @@ class Promise:
                 for name, shape in tensors(own[path] if path in own else built[path]).items():
                     yield Difference(path, name, *((shape, None) if path in own else (None, shape)))
                 continue
+            if "drop" in path.rpartition(".")[2]:
+                continue  # a rate of dropout by number, with which it is the one class or the other (BEiT's drop path)
             here, there = facts(own[path]), facts(built[path])
             shapes = {*tensors(own[path]), *tensors(built[path])}
             numbers = self._numbers_at(path, cuts)
@@ -155,17 +157,20 @@ def _has_config(module: nn.Module) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings of trials, which come to nothing or are told as an error."""
+    """Without the warnings and bars of trials, which come to nothing or are told as an error."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def build(model: nn.Module, config: Any) -> tuple[nn.Module | None, str]:

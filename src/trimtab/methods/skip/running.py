@@ -85,26 +85,27 @@ def _passing(block: nn.Module, path: str, calls: dict[str, int]) -> Callable:
         # Copies: some blocks write into what they are given.
         came = [v.clone() for v in given if isinstance(v, Tensor) and v.is_floating_point()]
         out = forward(*args, **kwargs)
-        many = isinstance(out, (tuple, list))
-        parts = list(out) if many else [out]
-        streams = [_came(part, came) for part in parts]
-        if streams[0] is None:
-            found = tuple(parts[0].shape) if isinstance(parts[0], Tensor) else type(parts[0]).__name__
+        first = next((t for _, t in _leaves(out, "")), None)
+        if first is None or _came(first, came) is first:
             raise ValueError(
                 f"shorten: '{path}' ({type(block).__name__}) cannot be taken out: expected a stream that keeps its "
-                f"shape, found {found} from {[tuple(t.shape) for t in came]}"
+                f"shape, found {'nothing' if first is None else tuple(first.shape)} from "
+                f"{[tuple(t.shape) for t in came]}"
             )
-        parts = [part if new is None else new for part, new in zip(parts, streams, strict=True)]
-        return type(out)(parts) if many else parts[0]
+        return _came(out, came)
 
     return passing
 
 
-def _came(part: Any, came: list[Tensor]) -> Tensor | None:
-    """What came in for something that a block hands on; None if nothing did."""
-    if not isinstance(part, Tensor) or not part.is_floating_point():
-        return None
-    return next((t for t in came if t.shape == part.shape and t.dtype == part.dtype), None)
+def _came(part: Any, came: list[Tensor]) -> Any:
+    """Something that a block hands on, with what came in of the same shape in place of what it has made."""
+    if isinstance(part, Tensor):
+        return next((t for t in came if t.shape == part.shape and t.dtype == part.dtype), part)
+    if isinstance(part, Mapping):  # `ModelOutput` among them
+        return type(part)(**{name: _came(value, came) for name, value in part.items()})
+    if type(part) in (tuple, list):
+        return type(part)(_came(value, came) for value in part)
+    return part
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -128,8 +129,13 @@ def _calm(model: nn.Module) -> Iterator[None]:
 def run(model: nn.Module, example: Mapping[str, Any]) -> Seen:
     """All tensors that one forward pass returns, by their path in what it returns."""
     with _calm(model):
-        out = model(**example)
+        out = model(**_copied(example))
     return {name: t.clone() for name, t in _leaves(out, "")}
+
+
+def _copied(example: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs of one run: some models write into them (BLIP's generation sets the first word)."""
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in example.items()}
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
@@ -149,7 +155,7 @@ def write(model: Any, example: Mapping[str, Any], count: int = 3) -> Tensor | No
     can = getattr(type(model), "can_generate", None)
     if can is None or not can():
         return None
-    given = {k: v for k, v in example.items() if k != "labels" and not k.startswith("decoder_")}
+    given = {k: v for k, v in _copied(example).items() if k != "labels" and not k.startswith("decoder_")}
     options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "use_cache": True}
     with _calm(model):
         out = model.generate(**given, **options, return_dict_in_generate=True, output_logits=True)
