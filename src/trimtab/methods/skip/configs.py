@@ -37,8 +37,8 @@ _NUMBERED = {
 }  # fmt: skip
 _TOWERS = ("vision_config", "video_config")  # whose hidden states a parent's `vision_feature_layer` names
 _LAYERS = re.compile(r"layer|depth|block|stage")
-_NUMBERS = re.compile(r"layers?$|index(es)?$|indices$|idxs?$|layer_ids?$|_at$")
-_NO_NUMBERS = re.compile(r"^num_|token|^n_|ignore|label|(hidden|encoder|decoder)_layers$")
+_NUMBERS = re.compile(r"layers?$|indexes$|indices$|idxs?$|layer_ids?$|_at$")
+_ONE_NUMBER = re.compile(r"(?<!per)_layer$|layer_(idx|index|id)$")
 _BOUNDS = re.compile(r"layer|first_k")
 _TRIALS = 60  # how many times a class is built at most to find one configuration
 
@@ -206,7 +206,7 @@ def choices(values: Written, count: Setting, cut: Cut) -> Iterator[Choice]:
             elif beside or _LAYERS.search(key):
                 known = beside and bool(_LAYERS.search(key))
                 yield Choice(setting, [picked, value] if known else [value, picked], known)
-        elif _numbers(value, cut) and _NUMBERS.search(key) and not _NO_NUMBERS.search(key):
+        elif _numbers(value, cut) and (_ONE_NUMBER if type(value) is int else _NUMBERS).search(key):
             left = [value]
             for meaning in _MEANINGS.values():
                 many = meaning([value] if type(value) is int else value, cut)

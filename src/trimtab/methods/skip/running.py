@@ -32,8 +32,15 @@ class Passed:
         self.outputs, self.words = outputs, words
 
 
-def pass_by(model: nn.Module, gone: Collection[str], example: Mapping[str, Any]) -> Passed:
+def pass_by(model: nn.Module, gone: Collection[str], example: Mapping[str, Any], empty: Collection[str] = ()
+            ) -> Passed:  # fmt: skip
     """Run a model with some of its blocks passed by.
+
+    Args:
+        model: the whole model.
+        gone: paths of the blocks.
+        example: keyword arguments of the model.
+        empty: paths of what stands in place of blocks that are gone already.
 
     Raises:
         NotRun: if the model or a block does not run on the example.
@@ -46,8 +53,8 @@ def pass_by(model: nn.Module, gone: Collection[str], example: Mapping[str, Any])
             f"shorten: the model does not run on the example, which gives {', '.join(example)}: "
             f"{type(error).__name__}: {error}"
         ) from error
-    calls = dict.fromkeys(gone, 0)
-    with _around(model, calls):
+    calls = dict.fromkeys((*gone, *empty), 0)
+    with _around(model, calls, empty):
         outputs = run(model, example)
         for path, count in calls.items():
             if not count:
@@ -59,11 +66,11 @@ def pass_by(model: nn.Module, gone: Collection[str], example: Mapping[str, Any])
 
 
 @contextmanager
-def _around(model: nn.Module, calls: dict[str, int]) -> Iterator[None]:
+def _around(model: nn.Module, calls: dict[str, int], empty: Collection[str]) -> Iterator[None]:
     blocks = {path: model.get_submodule(path) for path in calls}
     had = {path: block.__dict__.get("forward") for path, block in blocks.items()}
     for path, block in blocks.items():
-        block.forward = _passing(block, path, calls)
+        block.forward = _passing(block, path, calls, path in empty)
     try:
         yield
     finally:
@@ -74,13 +81,16 @@ def _around(model: nn.Module, calls: dict[str, int]) -> Iterator[None]:
                 block.forward = had[path]
 
 
-def _passing(block: nn.Module, path: str, calls: dict[str, int]) -> Callable:
-    """The block's forward, in whose result every tensor of a stream is the one that came in."""
+def _passing(block: nn.Module, path: str, calls: dict[str, int], empty: bool) -> Callable:
+    """The block's forward, in whose result every tensor of a stream is the one that came in; its own where nothing but
+    the stream is handed on."""
     forward = block.forward
 
     @functools.wraps(forward)
     def passing(*args: Any, **kwargs: Any) -> Any:
         calls[path] += 1
+        if empty:
+            return forward(*args, **kwargs)
         given = [*args, *arguments(block, args, kwargs).values()]
         # Copies: some blocks write into what they are given.
         came = [v.clone() for v in given if isinstance(v, Tensor) and v.is_floating_point()]

@@ -10,6 +10,7 @@ What a list of layers fixes elsewhere is put right:
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from itertools import islice, product
 from typing import Any
@@ -146,7 +147,7 @@ def take_out(model: nn.Module, skip: Collection[str] = (), example: Mapping[str,
         return model
     was = _contents(model)
     try:
-        Shortening(model, cuts, [p for p in skip if p not in skipped], example).go()
+        Shortening(model, cuts, [p for p in skip if p not in skipped], skipped, example).go()
     except BaseException:
         _put_back(was)
         raise
@@ -170,11 +171,13 @@ class Shortening:
         model: the whole model.
         cuts: lists of blocks and what is kept of them.
         gone: paths of the blocks that go and still compute.
+        empty: paths of what stands in place of blocks that are gone already.
         example: keyword arguments of the model; None to make some up.
     """
 
-    def __init__(self, model: Any, cuts: list[Cut], gone: list[str], example: Mapping[str, Any] | None):
-        self.model, self.cuts, self.gone = model, cuts, gone
+    def __init__(self, model: Any, cuts: list[Cut], gone: list[str], empty: list[str],
+                 example: Mapping[str, Any] | None):  # fmt: skip
+        self.model, self.cuts, self.gone, self.empty = model, cuts, gone, empty
         config = getattr(model, "config", None)
         self.config = config if hasattr(config, "to_dict") else None
         self.passed: Passed | None = None
@@ -185,14 +188,22 @@ class Shortening:
     def _pass_by(self) -> None:
         """What the whole model computes with the blocks passed by, if there is an example that runs through them."""
         if self.example is not None:
-            self.passed = pass_by(self.model, self.gone, self.example)
+            self.passed = pass_by(self.model, self.gone, self.example, self.empty)
             return
-        if self.config is None or (made := own_example(self.model)) is None:
+        if self.config is None:
             return
-        try:
-            self.passed, self.example = pass_by(self.model, self.gone, made), made
-        except NotRun:
-            return
+        why = "no inputs could be made from its configuration"
+        if (made := own_example(self.model)) is not None:
+            try:
+                self.passed, self.example = pass_by(self.model, self.gone, made, self.empty), made
+                return
+            except NotRun as error:
+                why = str(error).removeprefix("shorten: ").partition(":")[0]
+        warnings.warn(
+            f"shorten: the {type(self.model).__name__} is compared with its configuration and not run without "
+            f"{self._what()} ({why}): give `example=`, keyword arguments of the model with which they run",
+            stacklevel=4,
+        )
 
     def go(self) -> None:
         if self.config is None:
@@ -228,7 +239,7 @@ class Shortening:
         self._check_loaded(changes, search)
 
     def _what(self) -> str:
-        return ", ".join(map(repr, self.gone)) or "the skipped blocks"
+        return ", ".join(map(repr, [*self.gone, *self.empty]))
 
     def _promise(self) -> Promise:
         """What the configuration decides now.
