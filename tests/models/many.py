@@ -63,7 +63,9 @@ def _mllama() -> Any:
               "intermediate_layers_indices": [1], "supported_aspect_ratios": [[1, 1]]}  # fmt: skip
     text = {**TEXT, "cross_attention_layers": [1, 3], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
     text.pop("head_dim")
-    return hf.MllamaForConditionalGeneration(hf.MllamaConfig(vision_config=vision, text_config=text, image_token_index=29))
+    return hf.MllamaForConditionalGeneration(
+        hf.MllamaConfig(vision_config=vision, text_config=text, image_token_index=29)
+    )
 
 
 def _blip2(kind: str) -> Any:

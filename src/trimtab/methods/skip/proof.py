@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 _KIND = "class"  # the fact that is no attribute: which class a module has
 
 
-class Cut(NamedTuple):
+@dataclass(frozen=True)
+class Cut:
     """What happens to one list of blocks: its path, how many blocks it had, and the numbers of those that are kept."""
 
     path: str
@@ -209,7 +211,8 @@ def loaded(model: Any, config: Any) -> nn.Module:
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if left := sorted(map(str, told.get(what) or ())):
             raise ValueError(
-                f"shorten: loaded again, the {name} has {what.replace('_', ' ')} ('{left[0]}', ...); nothing was changed"
+                f"shorten: loaded again, the {name} has {what.replace('_', ' ')} ('{left[0]}', ...); nothing was "
+                "changed"
             )
     for key, value in again.state_dict().items():
         if key not in state or not same(value, state[key].to(value.dtype)):

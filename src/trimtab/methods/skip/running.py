@@ -1,4 +1,4 @@
-"""A shortened model against the same model with its blocks passed by: the outputs, and what it writes with its cache."""
+"""A shortened model against the whole one with these blocks passed by: outputs, and what is written with a cache."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def pass_by(model: nn.Module, gone: Collection[str], example: Mapping[str, Any],
 @contextmanager
 def _around(model: nn.Module, calls: dict[str, int], empty: Collection[str]) -> Iterator[None]:
     blocks = {path: model.get_submodule(path) for path in calls}
-    had = {path: block.__dict__.get("forward") for path, block in blocks.items()}
+    had: dict[str, Any] = {path: block.__dict__.get("forward") for path, block in blocks.items()}
     for path, block in blocks.items():
         block.forward = _passing(block, path, calls, path in empty)
     try:

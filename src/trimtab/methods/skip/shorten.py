@@ -20,7 +20,8 @@ from torch import nn
 from trimtab.anatomy import Anatomy, AnatomyError
 from trimtab.anatomy.structure import HANDLE, added_by, is_wrapped, replace_module
 from trimtab.methods.skip.adapters import Skipped
-from trimtab.methods.skip.configs import Choice, Found, Search, Setting, read, written
+from trimtab.methods.skip.configs import Choice, Setting, read, written
+from trimtab.methods.skip.finding import Found, Search
 from trimtab.methods.skip.live import configs_of, cut_tensor, own_configs, take_over_configs
 from trimtab.methods.skip.proof import (
     Cut,
@@ -208,9 +209,9 @@ class Shortening:
     def go(self) -> None:
         if self.config is None:
             for cut in self.cuts:
-                found = numbers(self.model, cut)
+                own = numbers(self.model, cut)
                 self._cut(cut)
-                set_numbers(self.model, cut, found)
+                set_numbers(self.model, cut, own)
             self._check_passed()
             return
         promise = self._promise()
