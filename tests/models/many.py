@@ -79,9 +79,8 @@ def _blip2(kind: str) -> Any:
 
 def _llava(name: str = "Llava", model: str = "", layer: Any = -2, **more: Any) -> Any:
     vision = hf.CLIPVisionConfig(**EYE)
-    key = "vision_feature_layers" if name == "VipLlava" else "vision_feature_layer"
     config = getattr(hf, f"{name}Config")(vision_config=vision, text_config=hf.LlamaConfig(**TEXT),
-                                          image_token_index=29, **{key: layer}, **more)  # fmt: skip
+                                          image_token_index=29, vision_feature_layer=layer, **more)  # fmt: skip
     return getattr(hf, model or f"{name}ForConditionalGeneration")(config)
 
 

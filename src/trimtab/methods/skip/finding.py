@@ -99,8 +99,9 @@ class Search:
             first = {c.setting: c.values[0] for c in beside if c.known}
             every = first | {c.setting: [c.setting.of(self.values)[i] for i in cut.kept] for c in beside
                              if is_each(c.setting, c.setting.of(self.values), cut)}  # fmt: skip
+            done = {s for s, v in before.items() if v != s.of(self.values)}
             for more in (first, every, {}):
-                changes = {**before, **more, count: value}
+                changes = {**before, **{s: v for s, v in more.items() if s not in done}, count: value}
                 if self._fits(changes, cut):
                     return count, changes
         if refused is not None:
@@ -214,7 +215,7 @@ def _per_block(d: Difference, cut: Cut) -> bool:
 def _counts(values: Written, before: dict[Setting, Any], cut: Cut) -> Iterator[tuple[Setting, Any]]:
     """Settings that may give a list its number of blocks, with what they become; those that are called so first."""
     left = len(cut.kept)
-    found = [s for s in settings(values) if s not in before and type(v := s.of(values)) is int and v == cut.count]
+    found = [s for s in settings(values) if type(v := before.get(s, s.of(values))) is int and v == cut.count]
     named = [s for s in found if LAYERS.search(s.key)]
     stages = [int(n) for n in cut.path.split(".") if n.isdigit()]
     for setting in settings(values):
