@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tests.models.many import DECODED, FRAMES, MANY
 from trimtab.anatomy import AnatomyError
+from trimtab.methods.skip import configs
 from trimtab.methods.skip.search.das import DAS
 from trimtab.methods.skip.shorten import shorten
 
@@ -147,6 +148,16 @@ def test_the_last_state_may_have_gone_through_a_norm_and_needs_an_example():
     with pytest.raises(ValueError, match="'vision_feature_layer' of LlavaConfig may speak of the blocks by number"):
         shorten(built("llava"), [path])
     assert shorten(built("llava"), [path], example).config.vision_feature_layer == -1
+
+
+def test_a_setting_that_is_not_known_is_settled_by_a_run(monkeypatch):
+    """A number that could mean a block, or a state, or nothing: the one with which the outputs are right."""
+    monkeypatch.delitem(configs._NUMBERED, "vision_feature_layer")
+    paths, example = ["model.vision_tower.encoder.layers.0"], MANY["llava-positive"].example
+    with pytest.raises(ValueError, match="'vision_feature_layer' of LlavaConfig may speak"):
+        shorten(built("llava-positive"), paths)
+    assert shorten(built("llava-positive"), paths, example).config.vision_feature_layer == 1
+    assert shorten(built("llava"), paths, MANY["llava"].example).config.vision_feature_layer == -2
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 _KIND = "class"  # the fact that is no attribute: which class a module has
 
@@ -260,4 +261,4 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 def has_values(model: nn.Module) -> bool:
     """Whether a model's weights are there, and not their sizes alone (meta, fake)."""
-    return all(type(p) in (nn.Parameter, Tensor) and p.device.type != "meta" for p in model.parameters())
+    return not any(isinstance(p, FakeTensor) or p.device.type == "meta" for p in model.parameters())

@@ -226,6 +226,7 @@ class Shortening:
         was, tried = _contents(self.model), ""
         for values in islice(product(*(_first(c, found, search) for c in found.open)), 16):
             changes = found.changes | dict(zip((c.setting for c in found.open), values, strict=True))
+            own_configs(self.model)  # what does not hold is put back, with the objects as they were
             self._settle(search, promise, changes)
             if self.passed is None or not (why := differs_from_passed(self.model, self.example or {}, self.passed,
                                                                       self.cuts)):  # fmt: skip
