@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
+from tests.models import many
 from tests.models.many import DECODED, FRAMES, MANY
 from trimtab.anatomy import AnatomyError
 from trimtab.methods.skip import configs
@@ -107,10 +109,12 @@ def test_each_list_of_blocks_works_or_is_refused_by_name(name, tmp_path):
     assert lists
     for i, path in enumerate(lists):
         model = built(name)
-        count = len(model.get_submodule(path))
+        count, weights = len(model.get_submodule(path)), {n: p.clone() for n, p in model.named_parameters()}
         if (why := REFUSED.get((name, path, 1))) is None:
             assert shorten(model, [f"{path}.1"], example) is model
             check(model, example, count, path, tmp_path / str(i))
+            outside = {n: p for n, p in model.named_parameters() if not n.startswith(path) and n in weights}
+            assert all(torch.equal(p, weights[n]) for n, p in outside.items() if p.shape == weights[n].shape)
             continue
         before = state(model, example)
         with pytest.raises(ValueError, match=why):
@@ -208,7 +212,9 @@ def test_both_stacks_of_t5_write_with_a_cache(tmp_path):
 
 
 def test_an_example_that_does_not_run_is_named():
-    with pytest.raises(ValueError, match=r"does not run on the example, which gives words: ValueError: You must specify"):
+    with pytest.raises(
+        ValueError, match=r"does not run on the example, which gives words: ValueError: You must specify"
+    ):
         shorten(built("llama"), ["model.layers.1"], {"words": torch.tensor([[1]])})
     with pytest.raises(ValueError, match="the example does not run 'model.vision_tower.*it gives input_ids"):
         shorten(built("llava"), ["model.vision_tower.encoder.layers.1"], {"input_ids": torch.tensor([[4, 5]])})
@@ -219,6 +225,19 @@ def test_an_example_is_left_as_it_is():
     before = {k: v.clone() for k, v in MANY["blip-captions"].example.items()}
     shorten(built("blip-captions"), ["vision_model.encoder.layers.1"], MANY["blip-captions"].example)
     assert all(torch.equal(v, MANY["blip-captions"].example[k]) for k, v in before.items())
+
+
+def test_weights_that_a_class_writes_over_when_it_loads_are_seen_and_kept():
+    """Chinese-CLIP sets the word of padding to zero in what it loads, whatever was saved."""
+    torch.manual_seed(0)
+    text = {**many.SIZE, **many.WORDS, "max_position_embeddings": 16}
+    model = hf.ChineseCLIPModel(hf.ChineseCLIPConfig(text_config=text, vision_config=many.EYE, projection_dim=8)).eval()
+    words = model.text_model.embeddings.word_embeddings.weight
+    shorten(model, ["text_model.encoder.layer.1"], many.BOTH)
+    words.data[0] = 1.0
+    with pytest.raises(ValueError, match="'text_model.embeddings.word_embeddings.weight' has other values"):
+        shorten(model, ["text_model.encoder.layer.1"], many.BOTH)
+    assert (words[0] == 1).all() and len(model.text_model.encoder.layer) == 3
 
 
 def test_a_model_that_is_not_what_its_configuration_says_is_refused_before():

@@ -188,6 +188,9 @@ def build(model: nn.Module, config: Any) -> tuple[nn.Module | None, str]:
 def loaded(model: Any, config: Any) -> nn.Module:
     """The model as `from_pretrained` makes it from its weights and this configuration; it shares the weights' memory.
 
+    For as long as it loads, the weights are there twice: some classes write into what they load (Chinese-CLIP sets the
+    word of padding to zero).
+
     Raises:
         ValueError: if a weight is missing, left over, of another shape, or arrives with other values; or if a tensor
             that is not stored comes out with other values.
@@ -195,6 +198,7 @@ def loaded(model: Any, config: Any) -> nn.Module:
     name, state = type(model).__name__, model.state_dict()
     if not hasattr(type(model), "from_pretrained"):
         return _assigned(model, config)
+    copies = {key: value.clone() for key, value in state.items()}
     options: dict[str, Any] = {"dtype": model.dtype}
     device = next(model.parameters()).device
     if device.type != "cpu":
@@ -202,7 +206,7 @@ def loaded(model: Any, config: Any) -> nn.Module:
     try:
         with quiet():
             again, told = type(model).from_pretrained(
-                None, config=config, state_dict=dict(state), output_loading_info=True, **options
+                None, config=config, state_dict=copies, output_loading_info=True, **options
             )
     except Exception as error:
         raise ValueError(
@@ -217,7 +221,10 @@ def loaded(model: Any, config: Any) -> nn.Module:
             )
     for key, value in again.state_dict().items():
         if key not in state or not same(value, state[key].to(value.dtype)):
-            raise ValueError(f"shorten: loaded again, '{key}' has other values; nothing was changed")
+            raise ValueError(
+                f"shorten: loaded again, '{key}' has other values: the {name} does not load what was saved; nothing "
+                "was changed"
+            )
     again.load_state_dict(state, assign=True)  # the same precision for each, whatever a part was cast to
     _same_buffers(model, again)
     return again.eval()
