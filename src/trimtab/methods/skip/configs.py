@@ -34,6 +34,8 @@ _NUMBERED = {
     "deepstack_visual_indexes": "read", "intermediate_layers_indices": "state", "vision_feature_layer": "state",
     "vision_feature_layers": "state", "out_indices": "state",
 }  # fmt: skip
+_COUNTED_BY = {"intermediate_layers_indices": "num_hidden_layers"}  # where a configuration counts several lists
+_STATES = "vision_feature_layer"
 _TOWERS = ("vision_config", "video_config")  # whose hidden states a parent's `vision_feature_layer` names
 LAYERS = re.compile(r"layer|depth|block|stage")
 _NUMBERS = re.compile(r"layers?$|indexes$|indices$|idxs?$|layer_ids?$|_at$")
@@ -67,7 +69,13 @@ def written(config: Any) -> Written:
             f"shorten: expected a configuration of transformers, which can be written and read, found a "
             f"{type(config).__name__}"
         )
-    return json.loads(config.to_json_string(use_diff=False))
+    return as_read(config, config.to_json_string(use_diff=False))
+
+
+def as_read(config: Any, text: str) -> Written:
+    """A written configuration as its class reads it: infinity is written in a form of its own."""
+    decode = getattr(type(config), "_decode_special_floats", None)
+    return json.loads(text) if decode is None else decode(json.loads(text))
 
 
 def read(like: Any, values: Written) -> Any:
@@ -156,9 +164,11 @@ def _numbers(value: Any, cut: Cut) -> bool:
 
 def _speaks_of(setting: Setting, count: Setting) -> bool:
     """Whether a setting names blocks of the list that `count` counts: beside it, or for a reader of a vision tower."""
-    if not setting.key.startswith("vision_feature_layer"):
-        return setting.where == count.where
-    return setting.where == count.where[:-1] and bool({*count.where[-1:]} & {*_TOWERS})
+    if not setting.key.startswith(_STATES):
+        return setting.where == count.where and _COUNTED_BY.get(setting.key, count.key) == count.key
+    above = count.where[:-1]
+    near = setting.where[: len(above)] == above and len(setting.where) <= len(above) + 1
+    return near and setting.where != count.where and bool({*count.where[-1:]} & {*_TOWERS})
 
 
 def is_each(setting: Setting, value: Any, cut: Cut) -> bool:
@@ -170,6 +180,11 @@ def _last(value: Any, new: Any, cut: Cut) -> bool:
     """Whether a hidden state becomes the last one: that may have gone through the norm behind the blocks."""
     pairs = zip(*([v] if type(v) is int else v for v in (value, new)), strict=True)
     return any((b in (-1, len(cut.kept))) and a not in (-1, cut.count) for a, b in pairs)
+
+
+def _keyed(value: Any, cut: Cut) -> bool:
+    """Whether a value has something for some blocks, under their numbers (Gemma 4's `per_layer_config`)."""
+    return isinstance(value, dict) and bool(value) and all(k.isdigit() and int(k) < cut.count for k in map(str, value))
 
 
 class Choice(NamedTuple):
@@ -187,13 +202,18 @@ def choices(values: Written, count: Setting, cut: Cut) -> Iterator[Choice]:
         ValueError: see `_as_meant`.
     """
     for setting in settings(values):
-        if setting.where != count.where[: len(setting.where)] or setting == count:
+        aside = setting.key.startswith(_STATES)  # may stand beside the tower's own settings, in those of what reads it
+        if (setting.where != count.where[: len(setting.where)] and not aside) or setting == count:
             continue
         value, key, beside = setting.of(values), setting.key, setting.where == count.where
         if key == "stage_names" and isinstance(value, list) and len(value) == cut.count + 1 and beside:
             yield Choice(setting, [value[: len(cut.kept) + 1]], True)
         elif key == "out_features":
             continue  # said by `out_indices` too
+        elif beside and key != "id2label" and _keyed(value, cut):
+            yield Choice(
+                setting, [{str(cut.kept.index(int(k))): v for k, v in value.items() if int(k) in cut.kept}], True
+            )
         elif key in _NUMBERED and _numbers(value, cut):
             meaning = _NUMBERED[key]
             if key == "out_indices" and len(values_at(values, setting.where).get("stage_names") or ()) != cut.count + 1:
@@ -216,7 +236,7 @@ def choices(values: Written, count: Setting, cut: Cut) -> Iterator[Choice]:
                 many = becomes([value] if type(value) is int else value, cut)
                 left.append(many[0] if type(value) is int and many else many)
             yield Choice(setting, [v for i, v in enumerate(left) if v not in left[:i] and v != []], False)
-        elif beside and type(value) is int and 0 < value <= cut.count and _BOUNDS.search(key):
+        elif beside and type(value) is int and 0 < value < cut.count and _BOUNDS.search(key):
             below, last = sum(k < value for k in cut.kept), sum(k >= cut.count - value for k in cut.kept)
             yield Choice(setting, list(dict.fromkeys((value, below, last))), True)
 

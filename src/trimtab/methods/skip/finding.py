@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice, product
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -87,6 +88,7 @@ class Search:
     def _counted(self, before: dict[Setting, Any], cut: Cut) -> tuple[Setting, dict[Setting, Any]]:
         """The setting that gives a list its blocks, and the changes with it."""
         tried: list[str] = []
+        first_error = ""
         refused: ValueError | None = None
         for count, value in _counts(self.values, before, cut):
             tried.append(str(count))
@@ -100,16 +102,17 @@ class Search:
             every = first | {c.setting: [c.setting.of(self.values)[i] for i in cut.kept] for c in beside
                              if is_each(c.setting, c.setting.of(self.values), cut)}  # fmt: skip
             done = {s for s, v in before.items() if v != s.of(self.values)}
-            for more in (first, every, {}):
+            for more in _variants(first, every, beside):
                 changes = {**before, **{s: v for s, v in more.items() if s not in done}, count: value}
                 if self._fits(changes, cut):
                     return count, changes
+                first_error = first_error or (self.error if more.keys() >= every.keys() else "")
         if refused is not None:
             raise refused
         raise ValueError(
             f"shorten: no setting of {type(self.model).__name__}'s configuration gives '{cut.path}' {len(cut.kept)} "
             f"blocks (tried {', '.join(tried[:8]) or 'none'}), or its class cannot be built from it"
-            f"{f' ({self.error})' if self.error else ''}; nothing was changed. Save its weights beside its class"
+            f"{f' ({first_error})' if first_error else ''}; nothing was changed. Save its weights beside its class"
         )
 
     def _alone(self, count: Setting, value: Any, before: dict[Setting, Any], cut: Cut) -> bool:
@@ -160,8 +163,10 @@ class Search:
     def mendable(self, d: Difference) -> bool:
         """Whether a difference is one that the model may take over from its class: what a module outside the lists
         notes of their number or of a setting, or a tensor there with a part for each block."""
-        if within(d.path, self.cuts) or d.own is None or d.built is None:
+        if d.own is None or d.built is None:
             return False
+        if within(d.path, self.cuts):  # a block may note how many there are, as a plain number
+            return type(d.own) is int and any((d.own, d.built) == (c.count, len(c.kept)) for c in self.cuts)
         for cut in self.cuts:
             less = cut.count - len(cut.kept)
             if _per_block(d, cut):
@@ -194,6 +199,15 @@ class Search:
             f"shorten: a {name} built from the shortened configuration would not be this model: {first}. Its "
             "configuration has something for each layer that is not understood here; nothing was changed"
         )
+
+
+def _variants(first: dict[Setting, Any], every: dict[Setting, Any], beside: list[Choice]) -> Iterator[dict]:
+    """What may go with a number of blocks: some lists with one entry a block cut, or all, or none; and where the blocks
+    of another kind begin, which a configuration may check by itself."""
+    yield from (first, every, {})
+    bounds = [c for c in beside if c.known and len(c.values) > 1]
+    for values in islice(product(*(c.values for c in bounds)), 1, 8):
+        yield {**every, **dict(zip((c.setting for c in bounds), values, strict=True))}
 
 
 def _shapes(model: nn.Module) -> dict[str, set[str]]:

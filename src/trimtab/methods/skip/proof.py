@@ -114,16 +114,18 @@ def within(path: str, cuts: Sequence[Cut]) -> bool:
 
 def numbers(base: nn.Module, cut: Cut) -> dict[tuple[str, str], int]:
     """Attributes that count up by one from block to block, and are called so: `layer_idx`, `layer_id`, `block_idx`."""
-    seen: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    seen: dict[str, list[tuple[str, int, int]]] = {}
     for i, block in enumerate(base.get_submodule(cut.path).children()):
         for inner, module in block.named_modules():
             for key, value in vars(module).items():
                 if type(value) is int and any(w in key for w in ("idx", "index", "_id", "number", "layer_n")):
-                    seen.setdefault((inner, key), []).append((i, value))
+                    seen.setdefault(key, []).append((inner, i, value))
+    # Blocks of several kinds keep it in parts of several names: what counts is that all go up together.
     return {
-        at: found[0][1] - found[0][0]
-        for at, found in seen.items()
-        if len(found) > 1 and len({value - i for i, value in found}) == 1
+        (inner, key): value - i
+        for key, found in seen.items()
+        if len({i for _, i, _ in found}) > 1 and len({value - i for _, i, value in found}) == 1
+        for inner, i, value in found
     }
 
 
@@ -198,7 +200,9 @@ def loaded(model: Any, config: Any) -> nn.Module:
     name, state = type(model).__name__, model.state_dict()
     if not hasattr(type(model), "from_pretrained"):
         return _assigned(model, config)
-    copies = {key: value.clone() for key, value in state.items()}
+    # As `save_pretrained` writes: a tied weight once.
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    copies = {k: v.clone() for k, v in state.items() if k not in tied or not _shared(v, state.get(tied[k]))}
     options: dict[str, Any] = {"dtype": model.dtype}
     device = next(model.parameters()).device
     if device.type != "cpu":
@@ -228,6 +232,11 @@ def loaded(model: Any, config: Any) -> nn.Module:
     again.load_state_dict(state, assign=True)  # the same precision for each, whatever a part was cast to
     _same_buffers(model, again)
     return again.eval()
+
+
+def _shared(a: Tensor, b: Tensor | None) -> bool:
+    """Whether two tensors are one in memory."""
+    return b is not None and a.shape == b.shape and a.data_ptr() == b.data_ptr()
 
 
 def _assigned(model: nn.Module, config: Any) -> nn.Module:

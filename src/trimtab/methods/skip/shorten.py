@@ -9,7 +9,6 @@ What a list of layers fixes elsewhere is put right:
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from itertools import islice, product
@@ -20,7 +19,7 @@ from torch import nn
 from trimtab.anatomy import Anatomy, AnatomyError
 from trimtab.anatomy.structure import HANDLE, added_by, is_wrapped, replace_module
 from trimtab.methods.skip.adapters import Skipped
-from trimtab.methods.skip.configs import Choice, Setting, read, written
+from trimtab.methods.skip.configs import Choice, Setting, as_read, read, written
 from trimtab.methods.skip.finding import Found, Search
 from trimtab.methods.skip.live import configs_of, cut_tensor, own_configs, take_over_configs
 from trimtab.methods.skip.proof import (
@@ -249,8 +248,15 @@ class Shortening:
         Raises:
             ValueError: if the class cannot be built from it, or is another than the model before anything is changed.
         """
-        base, why = build(self.model, read(self.config, written(self.config)))
         name = type(self.model).__name__
+        try:
+            config = read(self.config, written(self.config))
+        except Exception as error:  # whatever a configuration's own checks raise
+            raise ValueError(
+                f"shorten: the configuration of this {name} cannot be read as it is written ({type(error).__name__}: "
+                f"{error}): nothing could be proven"
+            ) from error
+        base, why = build(self.model, config)
         if base is None:
             raise ValueError(f"shorten: no {name} can be built from its configuration ({why}): nothing could be proven")
         promise = Promise(self.model, base, self.cuts)
@@ -316,7 +322,7 @@ class Shortening:
         """Load the model again from what would be written, and compare what it computes."""
         if not has_values(self.model):
             return
-        final = read(self.model.config, json.loads(self.model.config.to_json_string()))
+        final = read(self.model.config, as_read(self.model.config, self.model.config.to_json_string()))
         again = loaded(self.model, final)
         if self.passed is not None and (why := differs_from_loaded(self.model, again, self.example or {})):
             raise ValueError(
