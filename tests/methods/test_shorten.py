@@ -164,7 +164,6 @@ ORDINARY = {
     "llama": (llama, "model.layers", (0, 2), PROMPTS),
     "sliding": (sliding, "model.layers", (0, 3), PROMPTS),
     "t5": (lambda: t5()[0], "decoder.block", (0,), {**PROMPTS, "decoder_input_ids": torch.tensor([[0, 3], [0, 4]])}),
-    "t5 encoder": (lambda: t5()[0], "encoder.block", (2,), {**PROMPTS, "decoder_input_ids": torch.tensor([[0], [0]])}),
     "llava": (llava, "model.language_model.layers", (1,), {"input_ids": torch.tensor([[1, 5, 6]])}),
 }
 
@@ -268,17 +267,43 @@ def gemma3n() -> nn.Module:
 
 
 @pytest.mark.parametrize("block", [1, 3])
-def test_what_a_configuration_says_for_each_layer_and_is_not_understood_is_refused(block):
+def test_what_each_layer_has_is_cut_and_proven(block, tmp_path):
+    """Lists with one entry a layer under any name, and embeddings with a part for each."""
+    model = gemma3n()
+    kept = [i for i in range(4) if i != block]
+    table = model.model.embed_tokens_per_layer.weight.unflatten(1, (4, 4))[:, kept].flatten(1)
+    shorten(model, [f"model.layers.{block}"])
+    assert model.config.activation_sparsity_pattern == [[0.5, 0.5, 0.0, 0.0][i] for i in kept]
+    assert len(model.config.layer_types) == len(model.config.intermediate_size) == 3
+    assert torch.equal(model.model.embed_tokens_per_layer.weight, table)
+    ids = torch.arange(3, 9)[None]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(type(model).from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
+
+
+def test_what_cannot_be_proven_is_refused_and_changes_nothing(monkeypatch):
+    """Without any run, the order of the parts for each layer stays unknown."""
+    monkeypatch.setattr("trimtab.methods.skip.shorten.own_example", lambda model: None)
     model = gemma3n()
     ids = torch.arange(3, 9)[None]
     config, parts = model.config, [n for n, _ in model.named_modules()]
     before, written = config.to_dict(), model(ids).logits
-    with pytest.raises(ValueError, match="something for each layer that is not understood|no setting of Gemma3n"):
-        shorten(model, [f"model.layers.{block}"])
+    with (
+        pytest.warns(UserWarning, match="not run without 'model.layers.1'"),
+        pytest.raises(ValueError, match="seems to have a part for each block; give `example=`"),
+    ):
+        shorten(model, ["model.layers.1"])
     assert model.config is config and config.to_dict() == before
     assert [n for n, _ in model.named_modules()] == parts
     assert [m.layer_idx for m in model.model.layers] == [0, 1, 2, 3]
     assert torch.equal(model(ids).logits, written), "the model is as it was"
+    assert "forward" not in vars(model.model.layers[1])
+
+
+def test_an_encoder_with_fewer_layers_than_its_decoder_is_refused_where_its_class_cannot_write():
+    """T5 makes its cache by the encoder's number of layers."""
+    with pytest.raises(ValueError, match="does not generate with its cache"):
+        shorten(t5()[0], ["encoder.block.2"])
 
 
 @pytest.mark.parametrize(

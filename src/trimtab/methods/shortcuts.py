@@ -5,7 +5,7 @@ A model that is adapted already keeps its handle, so that one call may follow an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, overload
 
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ def tune(model: nn.Module, method: str = "unipt", anatomy: Anatomy | None = None
     return _handle(model, anatomy, with_task).tune(method, heads, name, **settings)
 
 
-def shorten(model: nn.Module, skip: Collection[str] = ()) -> Adapted:
+def shorten(model: nn.Module, skip: Collection[str] = (), example: Mapping[str, Any] | None = None) -> Adapted:
     """Take blocks out of a model for good: their modules, weights, and their share of its configuration.
 
     What is left is an ordinary model of its class, which `save_pretrained` writes and `from_pretrained` reads: the base
@@ -107,6 +107,8 @@ def shorten(model: nn.Module, skip: Collection[str] = ()) -> Adapted:
     Args:
         model: a model whose blocks stand in `nn.ModuleList`s; changed in place.
         skip: dotted paths of blocks to take out.
+        example: keyword arguments of the model, a batch that runs through these blocks: what is left must compute what
+            the whole model does with them passed by.
 
     Returns:
         The handle of the shorter model, with nothing attached.
@@ -117,4 +119,4 @@ def shorten(model: nn.Module, skip: Collection[str] = ()) -> Adapted:
     plain = unwrapped(model)
     if (fit := handle_of(plain)) is not None and not fit.methods:
         release(plain)
-    return adapt(shortening.shorten(plain, skip))
+    return adapt(shortening.shorten(plain, skip, example))

@@ -180,23 +180,56 @@ def adapters_in(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
             yield f"{path}.{name}", module
 
 
-class ReturnsAlone:
-    """A forward hook on a kept block: what it returns must be what `Skipped` returns in place of others.
+class Handed:
+    """What the last block of a tower handed on in place of a skipped one: how many axes its stream has.
 
-    A model that takes the first element of a tuple would take the first sample of a lone tensor, without a word.
-
-    Raises:
-        AnatomyError: if the block returns a tuple and is described otherwise.
+    A model that takes the first element of a tuple takes the first sample of a lone tensor, without a word: the next
+    block sees it.
     """
 
-    def __init__(self, block: Block):
-        self.block = block
+    def __init__(self) -> None:
+        self.axes: int | None = None
 
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if isinstance(output, (tuple, list)) and not (self.block.returns_tuple or self.block.also):
+    def check(self, block: Block, stream: Tensor) -> None:
+        """Raise an AnatomyError unless a block gets what the skipped block before it handed on."""
+        axes, self.axes = self.axes, None
+        if axes is not None and stream.ndim != axes:
             raise AnatomyError(
-                f"block '{self.block.path}' returns a {type(output).__name__}, expected the stream by itself, as it is "
-                "described: to skip blocks here, set `returns_tuple=True` in an anatomy of your own"
+                f"block '{block.path}' gets a stream of {stream.ndim} axes, and the skipped block before it handed on "
+                f"{axes}: the model takes a part of what its blocks return; set `returns_tuple` and `also` in an "
+                "anatomy of your own"
+            )
+
+
+class HandsOn:
+    """Hooks on a kept block: what it gets and what it returns must be what `Skipped` returns in place of others.
+
+    Raises:
+        AnatomyError: if the block returns a tuple and is described otherwise, a tensor by itself where a tuple is
+            described, or hands on more tensors than are described.
+    """
+
+    def __init__(self, block: Block, handed: Handed):
+        self.block, self.handed = block, handed
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.handed.check(self.block, self.block.stream_of(module, args, kwargs))
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        tuples = self.block.returns_tuple or bool(self.block.also)
+        if isinstance(output, (tuple, list)) != tuples:
+            kind = type(output).__name__
+            expected = "a tuple" if tuples else "the stream by itself"
+            raise AnatomyError(
+                f"block '{self.block.path}' returns a {kind}, expected {expected}, as it is described: to skip blocks "
+                f"here, set `returns_tuple={not tuples}` in an anatomy of your own"
+            )
+        described = 1 + len(self.block.also)
+        more = [i for i, v in enumerate(output) if i >= described and isinstance(v, Tensor)] if tuples else []
+        if more:
+            raise AnatomyError(
+                f"block '{self.block.path}' hands on a tensor at position {more[0]} of what it returns, expected "
+                f"tensors at the first {described}: to skip blocks here, name in `also` the argument that it goes into"
             )
 
 
@@ -212,11 +245,13 @@ class Skipped(nn.Module):
         bottleneck: width of an adapter in a kept block; the skip adapter is as wide as those of the block together.
         form: of the adapters.
         width: of the skip adapter instead.
+        handed: where it notes what it hands on, for the block behind it.
     """
 
     def __init__(self, model: nn.Module, block: Block, bottleneck: int, form: Form = "parallel",
-                 width: int | None = None):  # fmt: skip
+                 width: int | None = None, handed: Handed | None = None):  # fmt: skip
         super().__init__()
+        self.handed = Handed() if handed is None else handed
         self.width = width
         original = model.get_submodule(block.path)
         place = next(original.parameters())
@@ -252,6 +287,8 @@ class Skipped(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stream = self.block.stream_of(self, args, kwargs)
+        self.handed.check(self.block, stream)
+        self.handed.axes = stream.ndim
         if isinstance(self.adapter, RoutedAdapter):
             self.adapter.called(self, args, kwargs)
         out = self.adapter(stream) if self.norm is None else stream + self.adapter(self.norm(stream))

@@ -23,7 +23,8 @@ from trimtab.anatomy.structure import replace_module
 from trimtab.methods.base import Method
 from trimtab.methods.session import Session
 from trimtab.methods.skip.adapters import (
-    ReturnsAlone,
+    Handed,
+    HandsOn,
     Skipped,
     adapters_in,
     add_adapters,
@@ -290,16 +291,20 @@ class Skipping(Method):
         if strange := sorted(skipped - {b.path for b in candidates}):
             raise PlanError(f"{self.name}: the plan skips '{strange[0]}', which is no block that can be skipped here")
         tower_of = {b.path: t.blocks for t in anatomy.towers for b in t.blocks}
+        handed = {t.blocks: Handed() for t in anatomy.towers}
         for block in candidates:
             bottleneck = max(1, block.width // self.settings.reduction)
             if block.path in skipped:
                 hand_on_positions(model, block.path, [b.path for b in tower_of[block.path] if b.path not in skipped])
-                gone = Skipped(model, block, bottleneck, self.settings.adapters, self.settings.skip_width)
+                gone = Skipped(model, block, bottleneck, self.settings.adapters, self.settings.skip_width,
+                               handed[tower_of[block.path]])  # fmt: skip
                 replace_module(model, block.path, gone)
             else:
                 add_adapters(model, block, bottleneck, self.settings.adapters)
                 if skipped:
-                    model.get_submodule(block.path).register_forward_hook(ReturnsAlone(block))
+                    hands_on = HandsOn(block, handed[tower_of[block.path]])
+                    model.get_submodule(block.path).register_forward_pre_hook(hands_on.before, with_kwargs=True)
+                    model.get_submodule(block.path).register_forward_hook(hands_on.after)
         close_gaps(model, anatomy, skipped)
         if self.settings.adapters != "none":
             train_adapters(model, anatomy.heads)

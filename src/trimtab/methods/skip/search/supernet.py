@@ -12,7 +12,8 @@ from trimtab.anatomy import Block
 from trimtab.anatomy.structure import replace_module
 from trimtab.methods.session import Session
 from trimtab.methods.skip.adapters import (
-    ReturnsAlone,
+    Handed,
+    HandsOn,
     Skipped,
     Switch,
     adapters_in,
@@ -73,7 +74,7 @@ class Supernet:
             raise ValueError(f"{unit} are counted on a batch, and there are no data: pass `train=`, a list of batches")
         blocks = [session.plain.get_submodule(b.path) for b in self.candidates]
         pairs = zip(blocks, self.candidates, strict=True)
-        handles = [module.register_forward_hook(ReturnsAlone(block)) for module, block in pairs]
+        handles = [module.register_forward_hook(HandsOn(block, Handed()).after) for module, block in pairs]
         try:
             return measure(unit, (session.with_task, blocks, lambda: session.with_task(**one)),
                            (self.with_task, self.switches, lambda: self.with_task(**one)))  # fmt: skip
