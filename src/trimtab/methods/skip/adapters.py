@@ -269,7 +269,20 @@ class Skipped(nn.Module):
         others = [self._adapter(block, bottleneck, i + 1) for i in range(len(block.also))]
         self.others = nn.ModuleList(others)
         placed(self.others, place, place.dtype)
+        facts = {k: v for k, v in vars(original).items() if isinstance(v, (bool, int, float, str)) and k[0] != "_"}
+        self.like = {"class": type(original), "facts": facts}
         mark_added(self, ADDED)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """Of the block: transformers notes hidden states of all that are of a block's class, and counts them."""
+        return self.__dict__.get("like", {}).get("class", Skipped)
+
+    def __getattr__(self, name: str) -> Any:
+        """Plain facts that a model asks its blocks for, such as whether their attention slides."""
+        if name in (facts := self.__dict__.get("like", {}).get("facts", {})):
+            return facts[name]
+        return super().__getattr__(name)
 
     def _adapter(self, block: Block, bottleneck: int, stream: int) -> nn.Module:
         count = sum(part.stream == stream for part in block.sublayers)
