@@ -11,30 +11,27 @@ fit.export(folder)      an ordinary transformers folder
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trimtab.anatomy import Anatomy
 from trimtab.anatomy.structure import HANDLE, under, unwrapped
 from trimtab.files import replace_folder
 from trimtab.methods.base import METHODS, Method
 from trimtab.methods.costs import Costs, count, described
+from trimtab.methods.fitting import evaluating
 from trimtab.methods.modes import note_idle
-from trimtab.methods.prune.base import Pruner
-from trimtab.methods.prune.calibration import Calibration
+from trimtab.methods.prune.batches import Loss, calibration
 from trimtab.methods.prune.masks import Masks
 from trimtab.methods.saved import CONFIG, WEIGHTS, FitError, Saved, check_base, seen_before
-from trimtab.methods.session import Batch, BatchSession, own_loss, path_in
+from trimtab.methods.session import Batch, BatchSession, path_in
 from trimtab.methods.skip.plan import Plan
 from trimtab.methods.stack import Stack, detached, differing
 from trimtab.registry import unknown
-
-Loss = Callable[[Any], Tensor]
 
 
 def adapt(model: nn.Module, folder: str | Path | None = None, *, example: Batch | None = None,
@@ -85,6 +82,7 @@ def adapt(model: nn.Module, folder: str | Path | None = None, *, example: Batch 
         anatomy = seen_before(Path(folder), plain)
     anatomy = anatomy or Anatomy.of(plain, example)
     fit = Adapted(plain, anatomy, with_task or plain)
+    fit.example = example if with_task is None else None
     try:
         if folder is not None:
             restore(fit, Path(folder))
@@ -118,7 +116,13 @@ def restore(fit: Adapted, folder: Path) -> None:
 
 
 class Adapted(Stack):
-    """The handle on a model; see `adapt`. Iterating over it gives the names of what is attached, in order."""
+    """The handle on a model; see `adapt`. Iterating over it gives the names of what is attached, in order.
+
+    Attributes:
+        example: the batch on which the model was watched; None if none was needed.
+    """
+
+    example: Batch | None = None
 
     def __iter__(self) -> Iterator[str]:
         """Names of the attached methods, in order."""
@@ -142,6 +146,7 @@ class Adapted(Stack):
         first = next(iterator, None)
         if isinstance(first, Mapping) and self.with_task is self.model:
             self.anatomy = self._described = Anatomy.of(self.model, first)
+            self.example = dict(first)
         return batches if iterator is not batches else chain([] if first is None else [first], iterator)
 
     # --- the levers ---
@@ -235,7 +240,22 @@ class Adapted(Stack):
         )  # fmt: skip
         made.prepare(session)
         self.attach(made)
+        batch = session.example() if self.example is None else self.example
+        if batch is not None:
+            self._check_runs(made, batch)
         return self
+
+    def _check_runs(self, method: Method, batch: Batch) -> None:
+        """A ValueError unless the model runs without its skipped blocks: it may count on one in a way nobody saw."""
+        try:
+            with evaluating(self.with_task), torch.no_grad():
+                self.with_task(**batch)
+        except Exception as error:
+            gone = ", ".join(self.plan.skipped) if self.plan is not None else ""
+            raise ValueError(
+                f"{method.name}: {type(self.model).__name__} does not run without {gone} ({type(error).__name__}: "
+                f"{error}): load it again, and skip other blocks (`plan=`, `towers=`)"
+            ) from error
 
     def tune(self, method: str = "unipt", heads: bool | str | Sequence[str] = False, name: str = "default",
              **settings: Any) -> Adapted:  # fmt: skip
@@ -371,42 +391,3 @@ def part(model: nn.Module, path: str) -> nn.Module | nn.Parameter:
 def plan_setting(plan: str | Path | Sequence[str]) -> str | tuple[str, ...]:
     """A plan as the setting of a search has it: a path, or the paths of blocks."""
     return str(plan) if isinstance(plan, (str, Path)) else tuple(plan)
-
-
-def calibration(fit: Stack, pruner: Any, batches: Iterable[Batch] | None, loss: Loss | None,
-                several: bool = False) -> Calibration:  # fmt: skip
-    """The model and the data for a pruner; ValueError if it needs data and there are none.
-
-    Args:
-        fit: the model.
-        pruner: with its settings.
-        batches: all that there are.
-        loss: None: the output's own.
-        several: masks for several sparsities are asked for.
-    """
-    source: Callable[[], Iterable[Batch]] = list
-    if pruner.rounds and batches is None:
-        raise ValueError(
-            f"{pruner.name!r} needs calibration data: pass `batches`, dictionaries of the model's arguments"
-        )
-    if batches is not None:
-        once = pruner.rounds <= 1 and not (several and type(pruner).find is not Pruner.find)
-        data = batches if once or hasattr(batches, "__len__") else list(batches)
-        source = partial(Moved, data, next(fit.model.parameters()).device)
-    return Calibration(fit.with_task, fit.model, fit.anatomy, source, None, loss or own_loss, pruner.settings.precision)
-
-
-class Moved:
-    """Batches with their tensors on a device."""
-
-    def __init__(self, batches: Iterable[Batch], device: torch.device):
-        self.batches, self.device = batches, device
-
-    def __len__(self) -> int:
-        return len(self.batches)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self.batches:
-            if isinstance(batch, Mapping):
-                batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            yield batch

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy
 from trimtab.anatomy.structure import unwrapped
-from trimtab.methods.adapted import Adapted, adapt, calibration, handle_of
+from trimtab.methods.adapted import Adapted, adapt, handle_of
 from trimtab.methods.base import METHODS
 from trimtab.methods.patches import release
+from trimtab.methods.prune.batches import calibration
 from trimtab.methods.prune.masks import Masks
 from trimtab.methods.session import Batch
 from trimtab.methods.skip import shorten as shortening

@@ -270,6 +270,9 @@ class Skipped(nn.Module):
         self.others = nn.ModuleList(others)
         placed(self.others, place, place.dtype)
         facts = {k: v for k, v in vars(original).items() if isinstance(v, (bool, int, float, str)) and k[0] != "_"}
+        for hook in original._forward_hooks.values():  # by which transformers notes what each block puts out
+            if getattr(hook, "__name__", "") == "output_capturing_hook":
+                self.register_forward_hook(hook)
         self.like = {"class": type(original), "facts": facts}
         mark_added(self, ADDED)
 
