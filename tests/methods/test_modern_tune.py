@@ -96,6 +96,8 @@ def test_a_method_that_does_not_apply_says_why(name, method, settings, message):
 def test_lst_cannot_start_from_heads_that_share_keys():
     model = idefics("SmolVLM", num_key_value_heads=1)
     with pytest.raises(ValueError, match="shares them between queries .grouped heads.: set initialise: random"):
+        trimtab.tune(model, "lst", initialise="pruned")
+    with pytest.warns(UserWarning, match="gets a random start and no pruned one.*grouped heads"):
         trimtab.tune(model, "lst")
 
 

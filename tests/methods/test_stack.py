@@ -78,7 +78,6 @@ def test_a_combination(tiny, prune, form, tune, tmp_path):
 # Why a method does not apply to one of these models at all, whatever it is combined with.
 REASONS = (
     "use parallel adapters",  # sequential and routed ones need a norm before the part
-    "set initialise: random",  # LST's structural start needs plain heads
     "no described part",
     "have no bias",
     "no prompts fit before",

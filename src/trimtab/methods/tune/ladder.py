@@ -15,6 +15,7 @@ whatever the tower is, and the maps down start as the choice of the kept channel
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,8 +36,9 @@ class LSTSettings:
 
     reduction: int = 4
     """Width of the side network = width of the tower / reduction (published: 4 to 8)."""
-    initialise: Literal["pruned", "random"] = "pruned"
-    """`pruned`: from the tower's own blocks, cut to the side's width; `random`: torch's defaults."""
+    initialise: Literal["auto", "pruned", "random"] = "auto"
+    """`pruned`: from the tower's own blocks, cut to the side's width (published); `random`: torch's defaults; `auto`:
+    pruned, and random with a warning beside a tower whose blocks have no such layers (fused projections, grouped heads)."""
     towers: tuple[str, ...] | None = None
     """Which towers; None for all."""
 
@@ -78,12 +80,18 @@ class LST(Beside):
     def _ladder(self, model: nn.Module, tower: Tower) -> Ladder:
         s = self.settings
         width, count = token_width(self.name, tower), len(tower.blocks)
-        if s.initialise == "random":
-            return Ladder(width, count, s.reduction, tower.causal)
-        hidden = linears(model, tower.blocks[0])["fc1"].out_features // s.reduction
-        ladder = Ladder(width, count, s.reduction, tower.causal, hidden)
-        start_from_blocks(ladder, model, tower)
-        return ladder
+        if s.initialise != "random":
+            try:
+                hidden = linears(model, tower.blocks[0])["fc1"].out_features // s.reduction
+                ladder = Ladder(width, count, s.reduction, tower.causal, hidden)
+                start_from_blocks(ladder, model, tower)
+                return ladder
+            except ValueError as error:
+                if s.initialise == "pruned":
+                    raise
+                why = str(error).removeprefix("lst: ").removesuffix(": set initialise: random")
+                warnings.warn(f"lst: tower {tower.name!r} gets a random start and no pruned one: {why}", stacklevel=2)
+        return Ladder(width, count, s.reduction, tower.causal)
 
 
 # --- structural initialisation ----------------------------------------------------------------------------------------
