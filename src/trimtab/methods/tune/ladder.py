@@ -38,7 +38,7 @@ class LSTSettings:
     """Width of the side network = width of the tower / reduction (published: 4 to 8)."""
     initialise: Literal["auto", "pruned", "random"] = "auto"
     """`pruned`: from the tower's own blocks, cut to the side's width (published); `random`: torch's defaults; `auto`:
-    pruned, and random with a warning beside a tower whose blocks have no such layers (fused projections, grouped heads)."""
+    pruned, and random with a warning beside a tower whose layers cannot be cut (fused projections, grouped heads)."""
     towers: tuple[str, ...] | None = None
     """Which towers; None for all."""
 
