@@ -87,13 +87,17 @@ class Hidden:
     masks: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, example: Example, where: Place = "middle") -> Hidden:
+    def of(cls, example: Example, where: Place = "middle", words: bool = False) -> Hidden:
+        """With a place hidden; of words alone, if the model cannot do with a hole in a picture."""
         rows = rows_of(example)
         hidden = {k: v.clone() if isinstance(v, Tensor) else copy.copy(v) for k, v in example.items()}
         found = [k for k, v in example.items() if is_binary(v) and len(v) == rows and bool(v.any())]
         others: dict[bool, dict[str, Any]] = {}
         masks = {}
         for key in [k for k in found if _is_of(k, example)] or found:  # kinds of tokens are 0 and 1 too
+            if words and "pixel" in key:
+                masks[key] = []
+                continue
             new = _hide(key, hidden, example, where)
             masks[key] = list(new)
             for name, value in new.items():
@@ -124,7 +128,8 @@ def _hide(key: str, hidden: dict[str, Any], example: Example, where: Place) -> d
                 changed[other][..., high:, wide:] = value[..., high:, wide:].flip(-1) + 0.5
         return changed
     words = next((k for k, v in example.items() if kind_of(k, v) == "text" and isinstance(v, Tensor)
-                  and v.shape == mask.shape and not v.is_floating_point()), None)  # fmt: skip
+                  and v.shape[:2] == mask.shape and not v.is_floating_point()), None)  # fmt: skip
+    spelt = None if words is None else example[words].flatten(2)[..., 0] if example[words].ndim > 2 else example[words]
     patches = [k for k, v in example.items() if isinstance(v, Tensor) and v.is_floating_point()
                and v.ndim > 2 and v.shape[:2] == mask.shape]  # fmt: skip
     changed = {k: example[k].clone() for k in (patches if words is None else [words])}
@@ -133,14 +138,14 @@ def _hide(key: str, hidden: dict[str, Any], example: Example, where: Place) -> d
         if len(places) < 3:
             continue
         chosen = {"middle": places[1:-1], "first": places[:1], "last": places[-1:]}[where]
-        place = _middle(chosen, None if words is None else example[words], row)
+        place = _middle(chosen, spelt, row)
         mask[row, place] = 0
         for name, new in changed.items():
             if name != words:
                 new[row, place] = -new[row, place] - 0.5
                 continue
-            others = [p for p in places if new[row, p] != new[row, place]] or places
-            new[row, place] = example[name][row, _middle(others, example[name], row)]
+            others = [p for p in places if (new[row, p] != new[row, place]).all()] or places
+            new[row, place] = example[name][row, _middle(others, spelt, row)]
     return changed
 
 

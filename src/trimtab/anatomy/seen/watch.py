@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import replace
+from itertools import product
 
 from torch import Tensor, nn
 
@@ -58,8 +59,8 @@ def watch(model: nn.Module, example: Example) -> Anatomy:
 def _recorded(model: nn.Module, given: Example) -> tuple[Hidden, Recording]:
     """One pass with a place hidden; a model that refuses a mask with a hole gets one cut at an end, or as it is."""
     blocks = candidates(model)
-    for place in ("middle", "first"):
-        hidden = Hidden.of(given, place)  # type: ignore[arg-type]
+    for place, words in product(("middle", "first"), (False, True)):
+        hidden = Hidden.of(given, place, words)  # type: ignore[arg-type]
         try:
             return hidden, record(model, hidden.hidden, blocks)
         except AnatomyError:
