@@ -94,8 +94,9 @@ class Hidden:
         found = [k for k, v in example.items() if is_binary(v) and len(v) == rows and bool(v.any())]
         others: dict[bool, dict[str, Any]] = {}
         masks = {}
-        for key in [k for k in found if _is_of(k, example)] or found:  # kinds of tokens are 0 and 1 too
-            if words and "pixel" in key:
+        sure = [k for k in found if _is_of(k, example)] or found  # kinds of tokens are 0 and 1 too
+        for key in [k for k in found if k in sure or "mask" in k]:
+            if key not in sure or (words and "pixel" in key):
                 masks[key] = []
                 continue
             new = _hide(key, hidden, example, where)
@@ -112,7 +113,9 @@ class Hidden:
 def _is_of(key: str, example: Example) -> bool:
     """Whether a mask has the name that transformers gives the mask of words or of pixels."""
     words = key.replace("attention_mask", "input_ids")
-    return (words != key and words in example) or key in ("pixel_mask", "pixel_attention_mask", "padding_mask")
+    patches = any(isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 2 and v.shape[:2] == example[key].shape
+                  for v in example.values())  # fmt: skip
+    return (words != key and words in example) or patches or key in ("pixel_mask", "pixel_attention_mask")
 
 
 def _hide(key: str, hidden: dict[str, Any], example: Example, where: Place) -> dict[str, Any]:

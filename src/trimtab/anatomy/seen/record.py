@@ -33,7 +33,7 @@ class Trace:
         origins: what it was computed from, as bits.
         shape: of the tensor.
         kind: its dtype.
-        binary: whether it is of whole numbers or truth values, none but 0 and 1.
+        binary: whether it is none but 0 and 1, and may be a mask.
     """
 
     number: int
@@ -280,9 +280,12 @@ def rows_of(example: Example) -> int:
 
 
 def is_binary(value: Any) -> bool:
-    """Whether something may be a mask: a tensor of whole numbers or truth values, none but 0 and 1."""
-    whole = isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex() and value.ndim > 1
-    return whole and (value.dtype is torch.bool or bool(((value == 0) | (value == 1)).all()))
+    """Whether something may be a mask: a tensor of two axes or more, none but 0 and 1; of numbers with a point, two."""
+    if not isinstance(value, Tensor) or value.ndim < 2 or value.is_complex():
+        return False
+    if value.is_floating_point() and value.ndim > 2:
+        return False
+    return value.dtype is torch.bool or bool(((value == 0) | (value == 1)).all())
 
 
 def _storage(tensor: Tensor) -> int:

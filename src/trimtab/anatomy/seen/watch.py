@@ -53,7 +53,7 @@ def watch(model: nn.Module, example: Example) -> Anatomy:
                 f"no blocks were seen in {type(model).__name__} on the example ({shapes(example)}): no modules of a "
                 "list ran one after another, each on what the last made: describe it (docs/your-own-model.md)"
             )
-        return _Watch(model, given, hidden, recording, found).anatomy()
+        return _Watch(model, example, given, hidden, recording, found).anatomy()
 
 
 def _recorded(model: nn.Module, given: Example) -> tuple[Hidden, Recording]:
@@ -71,10 +71,10 @@ def _recorded(model: nn.Module, given: Example) -> tuple[Hidden, Recording]:
 
 
 class _Watch:
-    def __init__(
-        self, model: nn.Module, example: Example, hidden: Hidden, recording: Recording, found: list[list[Link]]
-    ):
+    def __init__(self, model: nn.Module, given: Example, example: Example, hidden: Hidden, recording: Recording,
+                 found: list[list[Link]]):  # fmt: skip
         self.model, self.example, self.hidden, self.recording = model, example, hidden, recording
+        self.given = given  # the example as it was; a mask that was added to it is one that the model does without
         self.kinds: dict[Hashable, Block] = {}  # of blocks that are alike, the first, with its parts
         self.sights: dict[Hashable, Sight] = {}
         self.towers = [self._begin(links) for links in found]
@@ -205,10 +205,11 @@ class _Watch:
         ]
         causal = self._causal(tower, links, blocks, layout)
         blank = links[0].call.held is not None and self._blank(links[0], blocks[0])
+        mask = self._mask(tower, links)
         memory = max((name for _, name in tower.beside), key=tower.readers, default=None)
         return Tower(
             tower.name, modality or "fusion", tuple(blocks), scope, self._output(tower, links), layout,
-            mask=self._mask(tower, links), samples=self._samples(tower, links, layout), memory=memory,
+            mask=mask, mask_required=mask is None or mask.path != "" or mask.key in self.given, samples=self._samples(tower, links), memory=memory,
             memories=tuple(dict.fromkeys(p for p in tower.beside if p[1] != memory)), reads=tuple(tower.reads),
             causal=causal, starts_blank=blank, closed=closed(links, tower), unknown=tuple(tower.unknown.items()),
         )  # fmt: skip
@@ -266,6 +267,8 @@ class _Watch:
             if seen.problem:
                 tower.unknown["causal"] = f"'{block.path}': {seen.problem}"
             found.append(seen)
+        if not any(s.mixes or s.problem for s in found):
+            tower.unknown["causal"] = "no tokens were seen to mix in its blocks"
         return any(s.mixes for s in found) and not any(s.back for s in found if s.mixes)
 
     def _output(self, tower: SeenTower, links: Sequence[Link]) -> Tap:
@@ -281,22 +284,27 @@ class _Watch:
                 and not any(True for p in c.module.parameters() if p.ndim > 1)
                 and c.made and c.made[0][1].shape == made.shape and c.made[0][1].number != made.number
             ]  # fmt: skip
-            if len({c.path for c in takers}) != 1:
+            # A norm that is called again is also for something else (BLIP's, and decoders' with a result a block).
+            if len({c.path for c in takers}) != 1 or sum(c.path == takers[0].path for c in self.recording.calls) > 1:
                 break
             tap, made = Tap(takers[0].path), takers[0].made[0][1]
         return tap
 
-    def _samples(self, tower: SeenTower, links: Sequence[Link], layout: str) -> Tap | None:
-        shape, rows = links[0].stream.shape, self.recording.rows
-        if rows < 2:
+    def _samples(self, tower: SeenTower, links: Sequence[Link]) -> Tap | None:
+        """None if the stream begins with the samples, or with several pictures of each; else where they are counted."""
+        shape = links[0].stream.shape
+        keys = [k for k in self._inputs(tower) if isinstance(self.example[k], Tensor) and self.example[k].ndim]
+        lengths = {len(self.example[k]) for k in keys}
+        if max(lengths, default=0) < 2:
             tower.unknown["samples"] = "the example has one row, by which the axis of samples cannot be told; give two"
             return None
-        if len(shape) >= 3 and shape[0] % rows == 0:
-            return None
-        keys = [k for k in self._inputs(tower) if isinstance(self.example[k], Tensor)]
-        if not keys:
-            tower.unknown["samples"] = f"its stream is {shape}, and none of its inputs has one row a sample"
-            return None
+        if len(shape) >= 3:
+            second = shape[1] in lengths
+            if shape[0] in lengths and second:
+                tower.unknown["samples"] = f"its stream is {shape}, with as many tokens as samples; give another number"
+                return None
+            if not second and any(shape[0] % n == 0 for n in lengths if n > 1):
+                return None
         return Tap("", "input", min(keys, key=lambda k: len(self.example[k])))
 
     def _mask(self, tower: SeenTower, links: Sequence[Link]) -> Tap | None:
@@ -324,7 +332,7 @@ class _Watch:
                     return Tap(call.path, "input", name, flat=len(traces[0].shape) > 2)
         for call in self.recording.calls:
             for where, trace in call.made:
-                if len(where) == 1 and call.begin < links[0].call.begin and self._is_mask(trace, stream.shape, acting):
+                if len(where) == 1 and call.end < links[0].call.begin and self._is_mask(trace, stream.shape, acting):
                     return Tap(call.path, key=where[0], flat=len(trace.shape) > 2)
         tower.unknown["mask"] = (
             f"{' and '.join(acting)} act in it, but no argument around its blocks has one number a token "
