@@ -93,7 +93,7 @@ class Hidden:
         hidden = {k: v.clone() if isinstance(v, Tensor) else copy.copy(v) for k, v in example.items()}
         found = [k for k, v in example.items() if is_binary(v) and len(v) == rows and bool(v.any())]
         others: dict[bool, dict[str, Any]] = {}
-        masks = {}
+        masks: dict[str, list[str]] = {}
         sure = [k for k in found if _is_of(k, example)] or found  # kinds of tokens are 0 and 1 too
         for key in [k for k in found if k in sure or "mask" in k]:
             if key not in sure or (words and "pixel" in key):
@@ -144,8 +144,8 @@ def _hide(key: str, hidden: dict[str, Any], example: Example, where: Place) -> d
         place = _middle(chosen, spelt, row)
         mask[row, place] = 0
         for name, new in changed.items():
-            if name != words:
-                new[row, place] = -new[row, place] - 0.5
+            if name != words:  # another patch: what stands in one may also say where it is
+                new[row, place] = example[name][row, places[0] if place != places[0] else places[-1]]
                 continue
             others = [p for p in places if (new[row, p] != new[row, place]).all()] or places
             new[row, place] = example[name][row, _middle(others, spelt, row)]
