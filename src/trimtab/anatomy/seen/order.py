@@ -91,7 +91,7 @@ def _back(sight: Sight, valid: Tensor | None) -> bool:
 def _pairs(mixing: Sequence[Sight], valid: Tensor | None, blocks: int) -> Tensor:
     """Whether something goes from one of the places to another in a row, in a number of blocks, (B, places, places)."""
     places = list(mixing[0].places)
-    once = torch.stack([s.moves[:, places] for s in mixing]).any(0) | torch.eye(len(places), dtype=torch.bool)
+    once = torch.stack([s.stirs[:, places] for s in mixing]).any(0) | torch.eye(len(places), dtype=torch.bool)
     if valid is not None:
         own = valid.to("cpu")[:, places]
         once = once & own[:, None] & own[:, :, None]
