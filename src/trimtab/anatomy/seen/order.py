@@ -26,27 +26,29 @@ def sense(sights: Sequence[Sight], mask: Tensor) -> str:
 
 def fits(sights: Sequence[Sight], valid: Tensor) -> bool:
     """Whether tokens that are valid, (B, L), are seen by others that are, and those that are not are not."""
-    mixing = [s for s in sights if s.mixes]
-    return not mixing or _hidden(mixing, valid) is None
+    clear = [s for s in sights if s.clear]
+    return not clear or len(clear) < sum(s.mixes for s in sights) or _hidden(clear, valid) is None
 
 
 def hidden(sights: Sequence[Sight], valid: Tensor | None = None) -> tuple[int, int] | None:
     """(row, place) of a token that no other sees, or that others see, against what is said to be valid, (B, L)."""
-    mixing = [s for s in sights if s.mixes]
-    if not mixing:
+    clear = [s for s in sights if s.clear]
+    if not clear or len(clear) < sum(s.mixes for s in sights):
         return None
-    return _hidden(mixing, torch.ones(mixing[0].moves.shape[:2], dtype=torch.bool) if valid is None else valid)
+    return _hidden(clear, torch.ones(clear[0].moves.shape[:2], dtype=torch.bool) if valid is None else valid)
 
 
 def _hidden(mixing: Sequence[Sight], valid: Tensor) -> tuple[int, int] | None:
-    valid = valid.to("cpu")
+    valid, mixing = valid.to("cpu"), [s for s in mixing if s.moves.shape == mixing[0].moves.shape]
+    if valid.shape != mixing[0].moves.shape[:2]:
+        return None  # stages of other numbers of tokens
     for row, own in enumerate(valid):
         places = own.nonzero().flatten().tolist()
         for i, place in enumerate(mixing[0].places):
             beside = own.clone()
             beside[place] = False
             if own[place] and place != places[-1]:  # nothing comes after the last, which might see it
-                if not any(bool(s.stirs[row, beside, i].any()) for s in mixing if s.places == mixing[0].places):
+                if not any(bool(s.stirs[row, beside, i].any()) for s in mixing):
                     return row, place
             elif not own[place] and any(bool(s.moves[row, beside, i].any()) for s in mixing):
                 return row, place
@@ -65,7 +67,11 @@ def order(sights: Sequence[Sight], valid: Tensor | None, picture: bool) -> tuple
     if not mixing:
         return False, ""
     shapes = {s.moves.shape for s in mixing}
+    if valid is not None and any(shape[:2] != valid.shape for shape in shapes):
+        valid = None  # stages of another number of tokens, of which the mask tells nothing
     causal = not any(_back(s, valid) for s in mixing)
+    if not all(s.clear for s in mixing):
+        return causal, ""
     if len(shapes) > 1 or mixing[0].moves.shape[1] > MANY:
         return causal, _apart(mixing[0], _pairs(mixing[:1], valid, 1), causal, True) if len(shapes) == 1 else ""
     reach = _pairs(mixing, valid, len(mixing))

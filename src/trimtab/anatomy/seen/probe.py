@@ -103,6 +103,14 @@ class Sight(NamedTuple):
         """Whether tokens see each other at all."""
         return self.moves.ndim == 3 and bool(others(self).any())
 
+    @property
+    def clear(self) -> bool:
+        """Whether a token that is seen moves others by more than rounding: then one that moves none is not seen.
+
+        With very small weights what is seen may be lost in the sum with the stream.
+        """
+        return self.mixes and int(self.moves.sum()) >= 0.9 * int(self.stirs.sum())
+
 
 def others(sight: Sight) -> Tensor:
     """`moves`, without what a token does to itself."""

@@ -214,7 +214,7 @@ class _Watch:
         memory = max((name for _, name in tower.beside), key=tower.readers, default=None)
         return Tower(
             tower.name, modality or "fusion", tuple(blocks), scope, self._output(tower, links), layout,
-            mask=mask, samples=self._samples(tower, links, layout), memory=memory,
+            mask=mask, samples=self._samples(tower, links, sights), memory=memory,
             memories=tuple(dict.fromkeys(p for p in tower.beside if p[1] != memory)), reads=tuple(tower.reads),
             causal=causal, starts_blank=blank, closed=closed(links, tower), unknown=tuple(tower.unknown.items()),
         )  # fmt: skip
@@ -266,11 +266,6 @@ class _Watch:
             seen = self.sights[kind]
             if seen.problem:
                 tower.unknown["causal"] = f"'{block.path}': {seen.problem}"
-            if seen.rows:
-                tower.unknown["samples"] = (
-                    f"'{block.path}': a row of its stream {link.stream.shape} moves when another one is changed: its "
-                    "first axis is not that of samples, or samples see each other"
-                )
             found.append(seen)
         return found
 
@@ -292,12 +287,17 @@ class _Watch:
             tap, made = Tap(takers[0].path), takers[0].made[0][1]
         return tap
 
-    def _samples(self, tower: SeenTower, links: Sequence[Link], layout: str) -> Tap | None:
+    def _samples(self, tower: SeenTower, links: Sequence[Link], sights: list[Sight]) -> Tap | None:
         shape, rows = links[0].stream.shape, self.recording.rows
         if rows < 2:
             tower.unknown["samples"] = "the example has one row, by which the axis of samples cannot be told; give two"
             return None
         if len(shape) >= 3 and shape[0] % rows == 0:
+            if any(s.rows for s in sights):
+                tower.unknown["samples"] = (
+                    f"a row of its stream {shape} moves when another one is changed: its first axis is not that of "
+                    "samples, or samples see each other"
+                )
             return None
         keys = [k for k in self._inputs(tower) if isinstance(self.example[k], Tensor)]
         if not keys:
