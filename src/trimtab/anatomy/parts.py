@@ -32,12 +32,15 @@ class Tap:
         key: which one: position or keyword of an input, position or field of an output that is a tuple or a
             `ModelOutput`. An output that is one tensor ignores it.
         flat: whether its axes after the first are read as one: a mask (B, H, W) of patches is one of tokens (B, H W).
+        padding: whether it is a mask whose numbers are non-zero at padding (`src_key_padding_mask`), or are added to
+            scores, 0 at what is seen; it is read the other way round.
     """
 
     path: str = field(metadata=PATH)
     side: Literal["input", "output"] = "output"
     key: int | str = 0
     flat: bool = False
+    padding: bool = False
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,10 @@ class _Rewrite(_Hook):
 
 
 def _flat(tap: Tap, value: Any) -> Any:
-    return value.flatten(1) if tap.flat and isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    value = value.flatten(1) if tap.flat else value
+    return value == 0 if tap.padding else value
 
 
 def pre_hook(model: nn.Module, path: str, then: Callable[[nn.Module, tuple, dict], Any]) -> RemovableHandle:

@@ -6,6 +6,8 @@ record      one pass: calls of modules, and from what every tensor came
 chains      which modules are blocks
 towers      what is read off the blocks of a tower
 probe       measured: which mask hides, who sees whom
+masks       where a mask is seen, in which sense, and what hides tokens without one
+order       whether a tower is causal, or keeps tokens apart in another way
 sublayers   the parts of one block, which runs alone: `provenance` (its operations), `residual` (the sums on its
             stream), `proof` (each part is changed, and must show)
 """

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from trimtab.anatomy.calls import signature
 from trimtab.anatomy.parts import Modality
@@ -56,8 +57,9 @@ def ready(model: nn.Module, example: Example) -> dict[str, Any]:
             f"...}}, found {type(example).__name__}"
         )
     found = dict(example.items())
-    if not any(isinstance(v, Tensor) for v in found.values()):
+    if not any(isinstance(v, Tensor) for v in tree_leaves(found)):
         raise AnatomyError(f"example: holds no tensor (keys: {', '.join(found) or 'none'})")
+    found = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in found.items()}
     known = signature(model)
     for words in ("input_ids", "decoder_input_ids"):
         mask = words.replace("input_ids", "attention_mask")
@@ -91,7 +93,7 @@ class Hidden:
         """With a place hidden; of words alone, if the model cannot do with a hole in a picture."""
         rows = rows_of(example)
         hidden = {k: v.clone() if isinstance(v, Tensor) else copy.copy(v) for k, v in example.items()}
-        found = [k for k, v in example.items() if is_binary(v) and len(v) == rows and bool(v.any())]
+        found = [k for k, v in example.items() if is_binary(v) and len(v) == rows and (bool(v.any()) or v.ndim == 2)]
         others: dict[bool, dict[str, Any]] = {}
         masks: dict[str, list[str]] = {}
         sure = [k for k in found if _is_of(k, example)] or found  # kinds of tokens are 0 and 1 too
@@ -119,8 +121,10 @@ def _is_of(key: str, example: Example) -> bool:
 
 
 def _hide(key: str, hidden: dict[str, Any], example: Example, where: Place) -> dict[str, Any]:
-    """Set one place of a mask to 0 in every row, in place; returns inputs that differ there."""
+    """Set one place of a mask to 0 in every row, in place; returns inputs that differ there. Of a mask that is 0 all
+    over, where 1 may be padding, one place is set to 1."""
     mask = hidden[key]
+    empty = not bool(mask.any())
     if mask.ndim > 2:  # of pictures: the lower right quarter
         high, wide = mask.shape[-2] // 2, mask.shape[-1] // 2
         mask[..., high:, wide:] = 0
@@ -137,18 +141,21 @@ def _hide(key: str, hidden: dict[str, Any], example: Example, where: Place) -> d
                and v.ndim > 2 and v.shape[:2] == mask.shape]  # fmt: skip
     changed = {k: example[k].clone() for k in (patches if words is None else [words])}
     for row in range(len(mask)):
-        places = mask[row].nonzero().flatten().tolist()
+        places = list(range(mask.shape[1])) if empty else mask[row].nonzero().flatten().tolist()
         if len(places) < 3:
             continue
         chosen = {"middle": places[1:-1], "first": places[:1], "last": places[-1:]}[where]
         place = _middle(chosen, spelt, row)
-        mask[row, place] = 0
+        mask[row, place] = int(empty)
         for name, new in changed.items():
             if name != words:  # another patch: what stands in one may also say where it is
                 new[row, place] = example[name][row, places[0] if place != places[0] else places[-1]]
                 continue
-            others = [p for p in places if (new[row, p] != new[row, place]).all()] or places
-            new[row, place] = example[name][row, _middle(others, spelt, row)]
+            if others := [p for p in places if (new[row, p] != new[row, place]).all()]:
+                new[row, place] = example[name][row, _middle(others, spelt, row)]
+            else:
+                elsewhere = example[name][example[name] != new[row, place]]
+                new[row, place] = elsewhere[0] if len(elsewhere) else new[row, place]
     return changed
 
 
@@ -165,16 +172,22 @@ def _middle(places: list[int], words: Tensor | None, row: int) -> int:
 def watched(model: nn.Module) -> Iterator[None]:
     """In evaluation mode, as it was afterwards; random numbers go on as if nothing had happened."""
     training = [m for m in model.modules() if m.training]
+    kept = [(m, k, b, b.detach().clone()) for m in model.modules() for k, b in m._buffers.items() if b is not None]
     fast = torch.backends.mha.get_fastpath_enabled()  # torch's fused encoder layers go around the modules in them
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
             torch.manual_seed(0)
             for module in training:
                 module.training = False
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        with torch.no_grad():
+            for owner, name, buffer, before in kept:  # counters, memories
+                owner._buffers[name] = buffer
+                if not buffer.is_meta and not torch.equal(buffer, before):
+                    buffer.copy_(before)
         for module in training:
             module.training = True
 

@@ -72,27 +72,53 @@ def leaks(model: nn.Module, changed: Example, first: Mapping[str, Ends], towers:
     return found
 
 
-def moved(a: Tensor, b: Tensor) -> Tensor:
+def moved(a: Tensor, b: Tensor, rounding: float = 1e-5) -> Tensor:
     """Which tokens of (B, L, D) differ by more than rounding, (B, L)."""
     if a.shape != b.shape:
         return torch.ones(a.shape[:-1], dtype=torch.bool)
     a, b = a.float().nan_to_num(), b.float().nan_to_num()
     scale = max(float(a.abs().amax()), 1e-6)
-    return (a - b).abs().amax(-1) > 1e-5 * scale
+    return (a - b).abs().amax(-1) > rounding * scale
 
 
 class Sight(NamedTuple):
-    """Who sees whom in a block.
+    """Who sees whom in a block, which was run again with another token at some places.
 
     Attributes:
-        back: whether a token sees one that comes after it.
-        mixes: whether tokens see each other at all.
+        places: of the tokens that were changed.
+        moves: whether token i of a row moves when the one at a place is changed, (B, L, places).
+        stirs: the same, by however little.
+        rows: whether a row moves when another one is changed.
         problem: why that could not be seen.
     """
 
-    back: bool = False
-    mixes: bool = False
+    places: tuple[int, ...] = ()
+    moves: Tensor = torch.zeros(0)
+    stirs: Tensor = torch.zeros(0)
+    rows: bool = False
     problem: str = ""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether tokens see each other at all."""
+        return self.moves.ndim == 3 and bool(others(self).any())
+
+    @property
+    def clear(self) -> bool:
+        """Whether a token that is seen moves others by more than rounding: then one that moves none is not seen.
+
+        With very small weights what is seen may be lost in the sum with the stream.
+        """
+        return self.mixes and int(self.moves.sum()) >= 0.9 * int(self.stirs.sum())
+
+
+def others(sight: Sight) -> Tensor:
+    """`moves`, without what a token does to itself."""
+    own = torch.arange(sight.moves.shape[1])[:, None] == torch.tensor(sight.places)
+    return sight.moves & ~own
+
+
+MANY = 32  # tokens, up to which each is changed; of more some, in pairs of neighbours
 
 
 def sight(model: nn.Module, block: Block, link: Link) -> Sight:
@@ -106,29 +132,38 @@ def sight(model: nn.Module, block: Block, link: Link) -> Sight:
         return Sight()  # it makes another number of tokens
     if again is None:
         return Sight(problem="it cannot be run again by itself")
+    if not bool(again.isfinite().all(-1).any()):
+        return Sight(problem="what it makes of the example is no number (NaN or infinite); give an example of numbers")
     if bool(moved(again, link.call.result).any()):
         return Sight(problem="it computes differently when it is run again")
-    length = stream.shape[-2]
-    if length < 4:
-        return Sight(
-            problem=f"its stream has {length} tokens, by which it cannot be told who sees whom; give 4 or more"
-        )
     draw = torch.Generator(device="cpu").manual_seed(0)
-    # The latest place decides at which tokens mix at all: of a prefix that sees all of itself the end is causal.
-    for place in dict.fromkeys((length - 2, length - 3, 3 * length // 4, length // 2, length // 3, 1)):
-        if not 0 < place < length - 1:
-            continue
-        new = stream.clone()
-        noise = torch.randn(stream.shape[-1], generator=draw).to(new) * new.float().std().clamp_min(1e-3).to(new)
-        new[..., place, :] += noise
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape[-1], generator=draw).to(like) * like.float().std().clamp_min(1e-3).to(like)
+
+    def changed(new: Tensor) -> Tensor:
         out = call(module, *block.with_stream(module, args, kwargs, new), link)
-        assert out is not None
-        where = moved(again, out).reshape(-1, length).any(0)
-        if bool(where[:place].any()):
-            return Sight(back=True, mixes=True)
-        if bool(where[place + 1 :].any()):
-            return Sight(back=False, mixes=True)
-    return Sight()
+        return again if out is None else out
+
+    mixed, length = False, stream.shape[-2]
+    if stream.ndim > 2 and len(stream) > 1:
+        new = stream.clone()
+        new[0] += noise(stream)
+        rounding = max(1e-5, 8 * torch.finfo(again.dtype).eps)  # experts multiply other rows' tokens together
+        mixed = bool(moved(again, changed(new), rounding)[1:].any())
+    if length < 4:
+        why = f"its stream has {length} tokens, by which it cannot be told who sees whom; give 4 or more"
+        return Sight(rows=mixed, problem=why)
+    some = (0, 1, 2, length // 3, length // 3 + 1, length // 2, length // 2 + 1, 3 * length // 4)
+    places = tuple(range(length)) if length <= MANY else (*dict.fromkeys((*some, length - 3, length - 2, length - 1)),)
+    moves, stirs = [], []
+    for place in places:
+        new = stream.clone()
+        new[..., place, :] += noise(stream)
+        out = changed(new)
+        moves.append(moved(again, out).reshape(-1, length))
+        stirs.append(moved(again, out, 0.0).reshape(-1, length))
+    return Sight(places, torch.stack(moves, -1).cpu(), torch.stack(stirs, -1).cpu(), mixed)
 
 
 def call(module: nn.Module, args: tuple, kwargs: dict, link: Link) -> Tensor | None:

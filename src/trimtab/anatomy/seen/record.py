@@ -8,7 +8,7 @@ storage: a view has the number and the origins of what it is a view of, and writ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +34,7 @@ class Trace:
         shape: of the tensor.
         kind: its dtype.
         binary: whether it is none but 0 and 1, and may be a mask.
+        value: itself, copied, if it was computed from a mask and may be one.
     """
 
     number: int
@@ -41,6 +42,7 @@ class Trace:
     shape: tuple[int, ...]
     kind: torch.dtype
     binary: bool = False
+    value: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def floats(self) -> bool:
@@ -88,8 +90,8 @@ class Recording:
         read: number of a tensor -> the last step at which an operation read it.
     """
 
-    def __init__(self, model: nn.Module, holds: set[str]):
-        self.model, self.holds = model, holds
+    def __init__(self, model: nn.Module, holds: set[str], masks: Collection[str] = ()):
+        self.model, self.holds, self.masks = model, holds, masks
         self.calls: list[Call] = []
         self.inputs: dict[str, int] = {}
         self.rows = 0
@@ -135,7 +137,10 @@ class Recording:
 
     def trace(self, tensor: Tensor) -> Trace:
         number, origins = self.origins(tensor)
-        return Trace(number, origins, tuple(tensor.shape), tensor.dtype, is_binary(tensor))
+        binary, bits = is_binary(tensor), sum(1 << self.inputs[k] for k in self.masks)
+        may_be = origins & bits and tensor.ndim > 1 and (binary or not origins & ~bits) and tensor.numel() < 1 << 20
+        value = tensor.detach().clone() if may_be else None
+        return Trace(number, origins, tuple(tensor.shape), tensor.dtype, binary, value)
 
     # --- calls ---
 
@@ -176,6 +181,8 @@ class Recording:
             return None
         if not isinstance(value, Tensor):
             return value
+        if value.is_inference():  # it has no version
+            return value.detach().clone()
         key = (id(value), value._version)
         if key not in self._copies:
             self._copies[key] = value.detach().clone()
@@ -211,18 +218,19 @@ def _writes(argument: Any) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
 
 
-def record(model: nn.Module, example: Example, holds: set[str]) -> Recording:
+def record(model: nn.Module, example: Example, holds: set[str], masks: Collection[str] = ()) -> Recording:
     """Run a model once on an example and note what happens.
 
     Args:
         model: in evaluation mode.
         example: its keyword arguments.
         holds: paths of modules of which the arguments are kept: those that may be blocks.
+        masks: keys of inputs that may be masks: what is computed from them alone is kept.
 
     Raises:
         AnatomyError: if the model does not run on the example; the message has its error.
     """
-    found = Recording(model, holds)
+    found = Recording(model, holds, masks)
     with hooked(model, found.before, found.after), _Follow(found):
         found.seed(example)
         out = run(model, example)
@@ -275,7 +283,7 @@ def shapes(example: Example) -> str:
 
 def rows_of(example: Example) -> int:
     """How many samples an example has: the length of most of its tensors."""
-    lengths = [len(v) for v in example.values() if isinstance(v, Tensor) and v.ndim]
+    lengths = [len(v) for v in tree_leaves(dict(example)) if isinstance(v, Tensor) and v.ndim]
     return max(set(lengths), key=lambda n: (lengths.count(n), -n)) if lengths else 0
 
 
@@ -283,7 +291,7 @@ def is_binary(value: Any) -> bool:
     """Whether something may be a mask: a tensor of two axes or more, none but 0 and 1; of numbers with a point, two."""
     if not isinstance(value, Tensor) or value.ndim < 2 or value.is_complex():
         return False
-    if value.is_floating_point() and value.ndim > 2:
+    if value.is_floating_point() and (value.ndim > 2 or not bool(value.any())):
         return False
     return value.dtype is torch.bool or bool(((value == 0) | (value == 1)).all())
 

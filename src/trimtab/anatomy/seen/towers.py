@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from trimtab.anatomy.calls import arguments
 from trimtab.anatomy.parts import Block
 from trimtab.anatomy.seen.chains import Link
 from trimtab.anatomy.seen.record import Recording, Trace
@@ -65,6 +66,16 @@ def copied(held: tuple[tuple, dict]) -> tuple[tuple, dict]:
     return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, held)
 
 
+def held_stream(link: Link) -> Tensor | None:
+    """The stream that a block was called with, as it was kept; None if it stands inside another argument."""
+    if link.call.held is None:
+        return None
+    args, kwargs = link.call.held
+    named = arguments(link.call.module, args, kwargs)
+    value = named.get(link.name, args[0] if args and link.name.startswith("*") else None)
+    return value if isinstance(value, Tensor) else None
+
+
 def compress(chosen: Collection[str], every: Collection[str]) -> tuple[str, ...]:
     """The fewest prefixes that cover some paths and no other of all; never the whole model."""
     others = [p for p in every if p not in set(chosen)]
@@ -90,6 +101,9 @@ def block_of(
     also, why = _also(recording, tower.links, index)
     if link.where not in ((), (0,)):
         why = f"its stream is {link.where[0]!r} of what it returns, expected the first or only element"
+        unknown.append(("blocks", why))
+    if call.held is not None and held_stream(link) is None:
+        why = f"its stream is inside {link.name!r}, expected an argument of its own, a tensor"
         unknown.append(("blocks", why))
     stays = ""
     if index + 1 == tower.used < len(tower.links):

@@ -16,8 +16,10 @@ from trimtab.anatomy.description import Anatomy
 from trimtab.anatomy.parts import Block, Modality, Tap, Tower, with_paths
 from trimtab.anatomy.seen.chains import Link, candidates, chains
 from trimtab.anatomy.seen.inputs import Hidden, kind_of, ready, watched
+from trimtab.anatomy.seen.masks import mask_of, untold
+from trimtab.anatomy.seen.order import order
 from trimtab.anatomy.seen.probe import Ends, Sight, leaks, sight
-from trimtab.anatomy.seen.record import Call, Example, Recording, Trace, record, shapes
+from trimtab.anatomy.seen.record import Call, Example, Recording, record, shapes
 from trimtab.anatomy.seen.sublayers import see_sublayers
 from trimtab.anatomy.seen.towers import (
     SeenTower,
@@ -25,9 +27,9 @@ from trimtab.anatomy.seen.towers import (
     closed,
     compress,
     copied,
+    held_stream,
     layout_of,
     likeness,
-    numbers,
     stem,
 )
 from trimtab.anatomy.structure import AnatomyError, plain_modules, refuse_wrapper, repeated, under
@@ -62,12 +64,12 @@ def _recorded(model: nn.Module, given: Example) -> tuple[Hidden, Recording]:
     for place, words in product(("middle", "first"), (False, True)):
         hidden = Hidden.of(given, place, words)  # type: ignore[arg-type]
         try:
-            return hidden, record(model, hidden.hidden, blocks)
+            return hidden, record(model, hidden.hidden, blocks, hidden.masks)
         except AnatomyError:
             if not hidden.masks:
                 raise
     masks: dict[str, list[str]] = {k: [] for k in hidden.masks}
-    return Hidden(dict(given), [], masks), record(model, given, blocks)
+    return Hidden(dict(given), [], masks), record(model, given, blocks, masks)
 
 
 class _Watch:
@@ -101,9 +103,9 @@ class _Watch:
         """What entered and left each tower in the pass that was recorded."""
         found = {}
         for t in self.towers:
-            first, last = t.links[0].call, t.links[-1].call
-            if first.held is not None and isinstance(last.result, Tensor):
-                stream = Block(first.path, 1, stream=t.links[0].name).stream_of(first.module, *first.held)
+            last = t.links[-1].call
+            stream = held_stream(t.links[0])
+            if stream is not None and isinstance(last.result, Tensor):
                 found[t.name] = Ends(stream, last.result)
         return found
 
@@ -203,14 +205,21 @@ class _Watch:
         blocks = [
             self._parts(tower, block_of(self.recording, link, i, tower, layout), link) for i, link in enumerate(links)
         ]
-        causal = self._causal(tower, links, blocks, layout)
-        blank = links[0].call.held is not None and self._blank(links[0], blocks[0])
-        mask = self._mask(tower, links)
+        sights = self._sights(tower, links, blocks, layout)
+        mask, valid = self._mask(tower, links, sights)
+        causal, apart = order(sights, valid, modality == "vision")
+        if apart:
+            tower.unknown.setdefault("causal", apart)
+        first = held_stream(links[0])
+        blank = first is not None and not bool(first.any())
+        samples = self._samples(tower, links, sights)
+        if sights and "samples" not in tower.unknown and samples is None and not any(s.mixes for s in sights):
+            tower.unknown.setdefault("causal", "no tokens were seen to mix in its blocks")
         memory = max((name for _, name in tower.beside), key=tower.readers, default=None)
         return Tower(
             tower.name, modality or "fusion", tuple(blocks), scope, self._output(tower, links), layout,
             mask=mask, mask_required=mask is None or mask.path != "" or mask.key in self.given,
-            samples=self._samples(tower, links), memory=memory,
+            samples=samples, memory=memory,
             memories=tuple(dict.fromkeys(p for p in tower.beside if p[1] != memory)), reads=tuple(tower.reads),
             causal=causal, starts_blank=blank, closed=closed(links, tower), unknown=tuple(tower.unknown.items()),
         )  # fmt: skip
@@ -250,15 +259,10 @@ class _Watch:
                     return link.path
         return None
 
-    @staticmethod
-    def _blank(link: Link, block: Block) -> bool:
-        assert link.call.held is not None
-        return not bool(block.stream_of(link.call.module, *link.call.held).any())
-
-    def _causal(self, tower: SeenTower, links: Sequence[Link], blocks: list[Block], layout: str) -> bool:
-        """Whether a token sees only those before it: in every block in which tokens mix, no earlier one moves."""
-        if layout != "tokens" or len(links[0].stream.shape) < 2:
-            return False
+    def _sights(self, tower: SeenTower, links: Sequence[Link], blocks: list[Block], layout: str) -> list[Sight]:
+        """Who sees whom in each block of tokens; blocks of one kind are looked at once."""
+        if layout != "tokens" or len(links[0].stream.shape) < 2 or any(held_stream(link) is None for link in links):
+            return []
         found: list[Sight] = []
         for block, link in zip(blocks, links, strict=True):
             kind = likeness(link)
@@ -268,9 +272,7 @@ class _Watch:
             if seen.problem:
                 tower.unknown["causal"] = f"'{block.path}': {seen.problem}"
             found.append(seen)
-        if not any(s.mixes or s.problem for s in found):
-            tower.unknown["causal"] = "no tokens were seen to mix in its blocks"
-        return any(s.mixes for s in found) and not any(s.back for s in found if s.mixes)
+        return found
 
     def _output(self, tower: SeenTower, links: Sequence[Link]) -> Tap:
         """The norm that alone takes the last block's result as it is, or else that result."""
@@ -291,7 +293,7 @@ class _Watch:
             tap, made = Tap(takers[0].path), takers[0].made[0][1]
         return tap
 
-    def _samples(self, tower: SeenTower, links: Sequence[Link]) -> Tap | None:
+    def _samples(self, tower: SeenTower, links: Sequence[Link], sights: list[Sight]) -> Tap | None:
         """None if the stream begins with the samples, or with several pictures of each; else where they are counted."""
         shape = links[0].stream.shape
         keys = [k for k in self._inputs(tower) if isinstance(self.example[k], Tensor) and self.example[k].ndim]
@@ -305,49 +307,39 @@ class _Watch:
                 tower.unknown["samples"] = f"its stream is {shape}, with as many tokens as samples; give another number"
                 return None
             if not second and any(shape[0] % n == 0 for n in lengths if n > 1):
+                if any(s.rows for s in sights):
+                    tower.unknown["samples"] = (
+                        f"a row of its stream {shape} moves when another one is changed: its first axis is not that of "
+                        "samples, or samples see each other"
+                    )
                 return None
         return Tap("", "input", min(keys, key=lambda k: len(self.example[k])))
 
-    def _mask(self, tower: SeenTower, links: Sequence[Link]) -> Tap | None:
-        """Where the mask of valid tokens is seen: the outermost place with one number a token of the stream."""
-        stream = links[0].stream
+    def _mask(self, tower: SeenTower, links: Sequence[Link], sights: list[Sight]) -> tuple[Tap | None, Tensor | None]:
+        """Where the mask of valid tokens is seen, and which tokens of the example are valid by it, (B, L)."""
         own = self._inputs(tower, stream_only=True)  # a mask of what another tower reads is not this one's
         bits = {k: 1 << self.recording.inputs[k] for k, of in self.hidden.masks.items() if not of or set(of) & set(own)}
         acting = [k for k, bit in bits.items() if any(t.origins & bit for _, t in tower.given)]
-        if not acting:
-            return None
+        if acting:
+            leak = self._leak(tower, acting)
+            tap, valid, why = mask_of(self.recording, self.hidden.masks, links, acting, sights, leak)
+        else:
+            others = [k for k in self._inputs(tower) if k not in own and k not in self.hidden.masks]
+            tap, valid, why = None, None, untold(self.example, others, links, sights)
+        if why:
+            tower.unknown["mask"] = why
+        return tap, valid
+
+    def _leak(self, tower: SeenTower, acting: Collection[str]) -> str:
+        """Why it cannot be said that masks hide what is 0 in them; empty if it can."""
         seen = [
             found[tower.name] for found, changed in zip(self.leaks, self.hidden.changed, strict=True)
             if tower.name in found and any(self.hidden.alters(changed, k) for k in acting)
         ]  # fmt: skip
-        if not seen or any(seen):
-            why = "but what stands there is still seen by others" if seen else "but that could not be seen"
-            tower.unknown["mask"] = f"{' and '.join(acting)} reach it and were made to hide a token, {why}"
-            return None
-        blocks = [link.path for link in links]
-        for call in self.recording.calls:
-            if not any(b.startswith(f"{call.path}.") or not call.path for b in blocks):
-                continue
-            for name, traces in call.given.items():
-                if len(traces) == 1 and self._is_mask(traces[0], stream.shape, acting):
-                    return Tap(call.path, "input", name, flat=len(traces[0].shape) > 2)
-        for call in self.recording.calls:
-            for where, trace in call.made:
-                if len(where) == 1 and call.end < links[0].call.begin and self._is_mask(trace, stream.shape, acting):
-                    return Tap(call.path, key=where[0], flat=len(trace.shape) > 2)
-        tower.unknown["mask"] = (
-            f"{' and '.join(acting)} act in it, but no argument around its blocks has one number a token "
-            f"({stream.shape[:2]})"
-        )
-        return None
-
-    def _is_mask(self, trace: Trace, stream: tuple[int, ...], acting: Collection[str]) -> bool:
-        """Whether a tensor has one number a token of a stream, and comes from masks alone, or is only 0 and 1."""
-        sources = [key for key, bit in self.recording.inputs.items() if trace.origins >> bit & 1]
-        if len(stream) < 3 or trace.shape[:1] != stream[:1] or numbers(trace.shape) != stream[1]:
-            return False
-        alone = set(sources) <= set(self.hidden.masks)
-        return not set(sources).isdisjoint(acting) and (alone or trace.binary)
+        if seen and not any(seen):
+            return ""
+        why = "but what stands there is still seen by others" if seen else "but that could not be seen"
+        return f"{' and '.join(acting)} reach it and were made to hide a token, {why}"
 
     # --- what belongs to which tower ---
 

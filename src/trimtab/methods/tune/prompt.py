@@ -169,6 +169,12 @@ class _Enter:
                 f"{name or 'unnamed'!r} {shape}, in which prompts have no place: tune the tower with lora, adapters or "
                 "unipt"
             )
+        if shape == (length, length) and length > 1 and (len(stream) != length or value.is_floating_point()):
+            raise ValueError(
+                f"{self.method}: block '{self.block.path}' is given {name or 'unnamed'!r} {shape}, which says of each "
+                "token what it sees, and prompts have no place in it: give it as (B, 1, L, L), or tune the tower with "
+                "lora, adapters or unipt"
+            )
         return value if value is stream else widened(value, self.prompts.count, length, name, self.causal, first)
 
 

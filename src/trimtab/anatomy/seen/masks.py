@@ -1,0 +1,107 @@
+"""Where a tower's mask of valid tokens is seen, and why a tower without one may hide tokens all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from trimtab.anatomy.parts import Tap
+from trimtab.anatomy.seen.chains import Link
+from trimtab.anatomy.seen.order import hidden, sense
+from trimtab.anatomy.seen.probe import Sight
+from trimtab.anatomy.seen.record import Example, Recording, Trace
+from trimtab.anatomy.seen.towers import numbers
+
+
+def mask_of(recording: Recording, masks: Collection[str], links: Sequence[Link], acting: Sequence[str],
+            sights: Sequence[Sight], leak: str) -> tuple[Tap | None, Tensor | None, str]:  # fmt: skip
+    """Where a tower's mask is seen; which tokens of the example are valid by it, (B, L); why it is not known.
+
+    Args:
+        recording: of the pass.
+        masks: inputs that may be masks.
+        links: the tower's blocks.
+        acting: those of the masks that reach them.
+        sights: who sees whom in the blocks; none if that was not looked at.
+        leak: why the acting masks do not hide what is 0 in them; empty if they do.
+    """
+    found = _place(recording, masks, links, acting)
+    if found is None:
+        why = (
+            f"{' and '.join(acting)} act in it, but no argument around its blocks has one number a token "
+            f"({links[0].stream.shape[:2]})"
+        )
+        return None, None, leak or why
+    tap, value = found
+    value = value.flatten(1)
+    fits = value.shape == links[0].stream.shape[:2] and all(s.moves.shape[:2] in ((0,), value.shape) for s in sights)
+    kind = sense(sights, value) if fits else "valid"
+    if kind == "padding":
+        return replace(tap, padding=True), value == 0, ""
+    if leak:
+        return None, None, leak
+    if not kind:
+        row, place = hidden(sights, value != 0) or (0, 0)
+        return None, None, (
+            f"{tap.key!r} of {tap.path or 'the model'} is {value[row, place].item()} at token {place} of row {row}, "
+            "which does not agree with whether others see it"
+        )  # fmt: skip
+    return tap, value != 0, ""
+
+
+def untold(example: Example, others: Collection[str], links: Sequence[Link], sights: Sequence[Sight]) -> str:
+    """Why a tower that no mask reaches may have one all the same.
+
+    Args:
+        example: with which the model was run.
+        others: keys of inputs that are no masks and reach the blocks beside the stream alone.
+        links: the tower's blocks.
+        sights: who sees whom in them.
+    """
+    if (at := hidden(sights)) is not None:
+        return (
+            f"no other token sees token {at[1]} of row {at[0]}, and no input of the example is a mask, (rows, tokens) "
+            "of 0 and 1, that says so; give one, or describe where the mask is"
+        )
+    stream = links[0].stream.shape
+    for key in others if any(s.mixes for s in sights) else ():
+        value = example[key]
+        if not isinstance(value, Tensor) or not value.ndim or len(value) != stream[0]:
+            continue
+        if value.ndim == 1 or (value.is_floating_point() and value.shape[-1] == stream[1]):
+            return (
+                f"{key} {tuple(value.shape)} reaches its blocks beside the stream and may hide tokens; give a mask, "
+                "(rows, tokens) of 0 and 1, or describe where the mask is"
+            )
+    return ""
+
+
+def _place(
+    recording: Recording, masks: Collection[str], links: Sequence[Link], acting: Sequence[str]
+) -> tuple[Tap, Tensor] | None:
+    """The outermost place with one number a token of the stream, and what stood there."""
+    shape, blocks = links[0].stream.shape, [link.path for link in links]
+    for call in recording.calls:
+        if not any(b.startswith(f"{call.path}.") or not call.path for b in blocks):
+            continue
+        for name, traces in call.given.items():
+            if len(traces) == 1 and (value := _mask(recording, masks, traces[0], shape, acting)) is not None:
+                return Tap(call.path, "input", name, flat=len(traces[0].shape) > 2), value
+    for call in recording.calls:
+        for where, trace in call.made:
+            before = len(where) == 1 and call.end < links[0].call.begin
+            if before and (value := _mask(recording, masks, trace, shape, acting)) is not None:
+                return Tap(call.path, key=where[0], flat=len(trace.shape) > 2), value
+    return None
+
+
+def _mask(recording: Recording, masks: Collection[str], trace: Trace, stream: tuple[int, ...],
+          acting: Sequence[str]) -> Tensor | None:  # fmt: skip
+    """What a tensor holds if it has one number a token of a stream, and comes from masks alone, or is only 0 and 1."""
+    sources = [key for key, bit in recording.inputs.items() if trace.origins >> bit & 1]
+    if len(stream) < 3 or trace.shape[:1] != stream[:1] or numbers(trace.shape) != stream[1]:
+        return None
+    alone = set(sources) <= set(masks)
+    return trace.value if not set(sources).isdisjoint(acting) and (alone or trace.binary) else None
