@@ -310,6 +310,33 @@ def test_a_model_that_computes_differently_twice_is_said(keeps):
     assert "computes differently when it is run again" in dict(found.tower("vision").unknown)["causal"]
 
 
+class Sized(TwoStacks):
+    """Blocks of pictures that say how many patches there are, and the model counts on it."""
+
+    def forward(self, pictures):
+        x = self.patches(pictures).flatten(2).transpose(1, 2)
+        for layer in self.text_layers:
+            x, size = layer(x)
+            assert size == (2, 2)
+        return self.head[-1](self.norm(x).mean(1).repeat(1, 3)[:, :20])
+
+
+def test_numbers_that_blocks_return_are_not_made_up():
+    model = Sized()
+    for layer in model.text_layers:
+        layer.forward = lambda x, own=layer.forward: (own(x), (2, 2))
+    (tower,) = (found := Anatomy.of(model, {"pictures": BOTH["pictures"]})).towers
+    assert "element 1 of what it returns is no tensor but numbers" in dict(tower.blocks[0].unknown)["skip"]
+    with pytest.raises(ValueError, match="`skip` of block 'text_layers.0' is unknown"):
+        trimtab.METHODS.make("das", skip=1).candidates(found)
+
+
+def test_several_words_may_end_a_sentence():
+    config = hf.LlamaConfig(**GROUPED, eos_token_id=[1, 2])
+    (tower,) = Anatomy.of(hf.LlamaForCausalLM(config)).towers
+    assert tower.causal and tower.knows("causal")
+
+
 def test_a_list_that_is_no_stack_can_be_ignored():
     model = TwoStacks()
     found = Anatomy.of(model, BOTH)
