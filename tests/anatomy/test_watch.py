@@ -88,6 +88,40 @@ def test_what_is_seen_and_not_what_is_named(causal):
     assert {w.modality for w in found.weights(model)} == {"vision", "text"}
 
 
+class Stack(nn.Module):
+    """Blocks that are told which tokens are valid, or which are hidden: as truth values, or as what is added."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        self.layers, self.way = nn.ModuleList(Mixing(12, False) for _ in range(2)), way
+
+    def forward(self, x, seen):
+        valid = seen if self.way == "valid" else seen == 0
+        for layer in self.layers:
+            x = layer(valid[:, None].float()[:, 0], x)
+        return x
+
+
+class Longer(nn.Module):
+    """Words are followed by padding of the model's own, as a model of windows has it."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        self.words, self.stack, self.head = nn.Embedding(10, 12), Stack(way), nn.Linear(12, 4)
+
+    def forward(self, words, valid):
+        x, seen = self.words(nn.functional.pad(words, (0, 2))), nn.functional.pad(valid, (0, 2))
+        given = {"valid": seen, "hidden": seen == 0, "added": torch.where(seen == 0, -1e9, 0.0)}
+        return self.head(self.stack(x, given[self.stack.way]))[:, :-2]
+
+
+@pytest.mark.parametrize("way", ["valid", "hidden", "added"])
+def test_what_says_which_tokens_are_hidden_is_no_mask_of_valid_ones(way):
+    (tower,) = Anatomy.of(Longer(way), {"words": IDS, "valid": MASK}).towers
+    assert tower.mask == (Tap("stack", "input", "seen") if way == "valid" else None)
+    assert tower.knows("mask") is (way == "valid")
+
+
 def test_watching_leaves_the_model_as_it_was():
     model = TwoStacks().train()
     model.head.eval()

@@ -34,6 +34,8 @@ class Trace:
         shape: of the tensor.
         kind: its dtype.
         binary: whether it is of whole numbers or truth values, none but 0 and 1.
+        valid: whether it is 0 where an input of 0 and 1 is, as a mask of valid tokens; False if it is 0 where that is
+            1 (what is added to scores, say), None if it is neither.
     """
 
     number: int
@@ -41,6 +43,7 @@ class Trace:
     shape: tuple[int, ...]
     kind: torch.dtype
     binary: bool = False
+    valid: bool | None = None
 
     @property
     def floats(self) -> bool:
@@ -101,6 +104,7 @@ class Recording:
         self._step = self._bits = self._numbers = 0
         self._known: dict[int, tuple[int, int]] = {}  # storage -> its number and origins
         self._copies: dict[tuple[int, int], Tensor] = {}
+        self._zeros: dict[str, Tensor] = {}  # inputs of 0 and 1 -> where they are 0, (B, L)
 
     # --- tensors ---
 
@@ -109,6 +113,8 @@ class Recording:
         self.rows = rows_of(example)
         for key, value in example.items():
             bit = self.inputs[key] = self._next_bit()
+            if is_binary(value):
+                self._zeros[key] = (value == 0).flatten(1)
             for tensor in tree_leaves(value):
                 if isinstance(tensor, Tensor):
                     self.made([tensor], 1 << bit)
@@ -137,7 +143,22 @@ class Recording:
 
     def trace(self, tensor: Tensor) -> Trace:
         number, origins = self.origins(tensor)
-        return Trace(number, origins, tuple(tensor.shape), tensor.dtype, is_binary(tensor))
+        valid = self._valid(tensor, origins)
+        return Trace(number, origins, tuple(tensor.shape), tensor.dtype, is_binary(tensor), valid)
+
+    def _valid(self, tensor: Tensor, origins: int) -> bool | None:
+        """See `Trace.valid`; the tensor may go on where the input ends, or have begun before."""
+        if tensor.ndim < 2 or (tensor.is_floating_point() and tensor.ndim > 2):
+            return None
+        for key, zero in self._zeros.items():
+            wide = zero.shape[1]
+            if not origins >> self.inputs[key] & 1 or len(tensor) != len(zero) or tensor[0].numel() < wide:
+                continue
+            own = (tensor == 0).flatten(1)
+            for part in (own[:, :wide], own[:, own.shape[1] - wide :]):
+                if torch.equal(part, zero) or torch.equal(part, ~zero):
+                    return torch.equal(part, zero)
+        return None
 
     # --- calls ---
 

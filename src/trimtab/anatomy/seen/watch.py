@@ -332,11 +332,15 @@ class _Watch:
         return None
 
     def _is_mask(self, trace: Trace, stream: tuple[int, ...], acting: Collection[str]) -> bool:
-        """Whether a tensor has one number a token of a stream, and comes from masks alone, or is only 0 and 1."""
+        """Whether a tensor has one number a token of a stream, and comes from masks alone, or is only 0 and 1.
+
+        What is 0 where a token is valid (that is added to scores, or says what is left out) is none."""
         sources = [key for key, bit in self.recording.inputs.items() if trace.origins >> bit & 1]
         if len(stream) < 3 or trace.shape[:1] != stream[:1] or numbers(trace.shape) != stream[1]:
             return False
         alone = set(sources) <= set(self.hidden.masks)
+        if trace.valid is False:
+            return False
         return not set(sources).isdisjoint(acting) and (alone or trace.binary)
 
     # --- what belongs to which tower ---
