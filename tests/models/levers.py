@@ -41,7 +41,7 @@ class Case:
 
     @classmethod
     def of(cls, family: str, model: Any, batch: Batch) -> Case:
-        return cls(family, model, batch, Facts.of(model, batch))
+        return cls(family, model, batch, Facts.of(copy.deepcopy(model), batch))  # some keep what they computed
 
     def fresh(self) -> Any:
         """A copy that knows which parameters were its own."""
