@@ -113,9 +113,10 @@ def shorten(case: Case) -> None:
             raise Wrong(f"without '{path}': refused, and the model is not as before") from None
         raise
     after = run(model, case.batch)
-    if not equal(reloaded(model, case.batch), after) and equal(reloaded(case.fresh(), case.batch), case.facts.plain):
+    # Not to the bit: loaded weights may lie elsewhere in memory, and be summed in another order.
+    if not same(reloaded(model, case.batch), after, 1e-4) and equal(reloaded(case.fresh(), case.batch), case.facts.plain):
         raise Wrong(f"without '{path}', saved and loaded: other outputs")
-    if expected is not None and not same(after, expected):
+    if expected is not None and not same(run(model, case.batch, checks.OF_BLOCKS), expected):
         raise Wrong(f"without '{path}': other outputs than when it hands its stream on")
     if why := case.facts.broken(model, case.batch):
         raise Wrong(f"without '{path}': {why}")
@@ -144,7 +145,7 @@ def bypassed(case: Case, path: str, anatomy: Anatomy) -> list | None:
 
     module.forward = hand_on  # no hook: those that collect hidden states may run before it
     try:
-        out = run(model, case.batch)
+        out = run(model, case.batch, checks.OF_BLOCKS)
     except Exception:
         return None
     return out if called else None  # what stands in it may be called in its place
