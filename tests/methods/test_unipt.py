@@ -204,7 +204,9 @@ def test_maps_of_another_number_of_tokens_need_no_mask_and_no_order():
 
 def test_a_grid_guides_larger_ones():
     side, grids = PyramidUniPT([4, 6], 8, 2), [torch.randn(2, c, 2, 2) for c in (4, 6)]
-    with pytest.raises(ValueError, match=r"grid 0 of those that are read is \(2, 2\) as the last is, expected a larger"):
+    with pytest.raises(
+        ValueError, match=r"grid 0 of those that are read is \(2, 2\) as the last is, expected a larger"
+    ):
         side(literal.shown(grids))
     config = hf.PoolFormerConfig(hidden_sizes=[8], depths=[2], patch_sizes=[4], strides=[4], num_encoder_blocks=1)
     with pytest.raises(ValueError, match="all blocks of tower 'vision' put out grids of one size"):

@@ -114,7 +114,9 @@ def shorten(case: Case) -> None:
         raise
     after = run(model, case.batch)
     # Not to the bit: loaded weights may lie elsewhere in memory, and be summed in another order.
-    if not same(reloaded(model, case.batch), after, 1e-4) and equal(reloaded(case.fresh(), case.batch), case.facts.plain):
+    if not same(reloaded(model, case.batch), after, 1e-4) and equal(
+        reloaded(case.fresh(), case.batch), case.facts.plain
+    ):
         raise Wrong(f"without '{path}', saved and loaded: other outputs")
     if expected is not None and not same(run(model, case.batch, checks.OF_BLOCKS), expected):
         raise Wrong(f"without '{path}': other outputs than when it hands its stream on")
@@ -226,7 +228,9 @@ def learns(case: Case, model: Any) -> None:
     before = run(model, case.batch)
     step(model, case.batch)  # what starts at zero hides others from the gradient
     idle = without_gradient(model, case.batch, case.facts)
-    for seed in range(6):  # a step may leave the few units of a tiny network without a positive input: elsewhere one has
+    for seed in range(
+        6
+    ):  # a step may leave the few units of a tiny network without a positive input: elsewhere one has
         if not idle:
             break
         with torch.random.fork_rng(), torch.no_grad():
