@@ -216,6 +216,10 @@ class _Follow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.aten.lift_fresh.default:  # of numbers (`torch.tensor`), in memory that was another's
+            out = func(*args, **kwargs)
+            self.recording.made([out], 0)
+            return out
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         origins = 0
         for tensor in read:
