@@ -292,7 +292,7 @@ def test_prompts_beside_a_square_of_what_each_token_sees_are_refused():
 def test_a_first_axis_that_is_not_of_samples_is_said(rows):
     batch = {"input_ids": torch.arange(rows * 8).view(rows, 8) % 12}
     for method in SIDES:
-        why = "does not begin with the samples" if rows == 5 else "`samples` of tower 'text' is unknown.*another one is"
+        why = "`samples` of tower 'text' is unknown.*as many tokens" if rows == 8 else "does not begin with the samples"
         with pytest.raises(ValueError, match=why):
             tuned(Swapped(), batch, method)
 

@@ -172,6 +172,19 @@ def test_an_expert_without_tokens_is_named_and_keeps_its_largest_weights():
     assert masks.sum() == masks.numel() // 2 and sizes[masks].min() >= sizes[~masks].max()
 
 
+@pytest.mark.parametrize("name", ["multiflow", "wanda", "sparsegpt"])
+def test_an_expert_that_is_called_with_no_token_loses_no_more_than_the_others(name, monkeypatch):
+    _, apart = both("linear")
+    monkeypatch.setitem(globals(), "chosen", lambda x, i, own=chosen: own(x, i) * (i != 3))
+    with pytest.warns(
+        UserWarning, match=r"(2 of 9|4 of 18) matrices had no input .* first 'blocks...1.first.3.weight'"
+    ):
+        masks = pruned(apart, name).masks
+    total = sum(m.numel() for m in masks.values())
+    assert abs(sum(int(m.sum()) for m in masks.values()) - total / 2) <= len(masks)
+    assert all(m.any() for m in masks.values()) and all(p.isfinite().all() for p in apart.parameters())
+
+
 class Bare(nn.Module):
     """A block with a matrix of its own, a table that is looked up, and latents that are added."""
 

@@ -47,6 +47,16 @@ def test_generation_with_a_cache_is_generation_without(name, form, skipped):
     assert not torch.allclose(before[0], slow[0], atol=1e-3)
 
 
+def test_a_part_of_a_skipped_block_is_missed_by_name():
+    model, _, blocks = deeper("qwen3-vl")
+    part = next(name for name, _ in model.get_submodule(blocks[0]).named_children())
+    attach(model, blocks[0])
+    skipped = model.get_submodule(blocks[0])
+    with pytest.raises(ValueError, match=rf"skipped block '{blocks[0]}': the model asks for its part '{part}'"):
+        getattr(skipped, part)
+    assert not hasattr(skipped, part) and getattr(skipped, "nothing", None) is None
+
+
 @pytest.mark.parametrize("name", DEEPER)
 def test_a_shortened_decoder_is_an_ordinary_model(name, tmp_path):
     """It computes what the model with an identity in the block's place does, writes, and comes back from its folder."""

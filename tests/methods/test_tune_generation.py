@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 
+import trimtab
 from tests.methods.test_tune_copies import PIXELS, WORDS, Fused, bart, images, learned, t5, texts, tuned, vit
 from trimtab.anatomy import AnatomyError
 from trimtab.methods import METHODS
@@ -66,6 +68,20 @@ def test_blip_writes_captions_beside_what_is_added(name):
         words = out.sequences[:, :-1]
         plain = model(pixel_values=PIXELS, input_ids=words, attention_mask=torch.ones_like(words)).logits
     assert torch.allclose(torch.stack(out.logits, 1), plain[:, -4:], atol=1e-4)
+
+
+def test_a_cache_of_states_is_left_out_and_named():
+    """Mamba's counts no tokens."""
+    config = hf.MambaConfig(vocab_size=60, hidden_size=16, state_size=4, num_hidden_layers=2, time_step_rank=4,
+                            pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    model = hf.MambaForCausalLM(config).eval()
+    trimtab.adapt(model, example={"input_ids": WORDS}).tune("unipt")
+    learned(model)
+    how = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    out = model.generate(WORDS, **how)
+    assert torch.equal(out[:, -1], model(out[:, :-1]).logits[:, -1, :].argmax(-1))
+    with pytest.raises(AnatomyError, match="called with the newest token alone"):
+        model.generate(WORDS, use_cache=True, **how)
 
 
 def test_results_of_another_call_are_not_read():

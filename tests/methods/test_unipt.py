@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 
+import trimtab
 from trimtab.counting import saved_bytes
 from trimtab.methods.tune.listener import Seen
 from trimtab.methods.tune.unipt import (
@@ -198,6 +200,17 @@ def test_maps_of_another_number_of_tokens_need_no_mask_and_no_order():
         side(literal.shown(list(maps)))
     with pytest.raises(ValueError, match=r"2 hidden maps are read, found 3 widths: \[8, 8, 12\]"):
         TokenUniPT([8, 8, 12], 1, 2)
+
+
+def test_a_grid_guides_larger_ones():
+    side, grids = PyramidUniPT([4, 6], 8, 2), [torch.randn(2, c, 2, 2) for c in (4, 6)]
+    with pytest.raises(
+        ValueError, match=r"grid 0 of those that are read is \(2, 2\) as the last is, expected a larger"
+    ):
+        side(literal.shown(grids))
+    config = hf.PoolFormerConfig(hidden_sizes=[8], depths=[2], patch_sizes=[4], strides=[4], num_encoder_blocks=1)
+    with pytest.raises(ValueError, match="all blocks of tower 'vision' put out grids of one size"):
+        trimtab.tune(hf.PoolFormerModel(config), "unipt")
 
 
 def test_another_number_of_tokens_takes_the_identity_term_of_that_map_alone():

@@ -20,17 +20,21 @@ from tests.models.values import ROWS
 Batch = dict[str, Any]
 
 
-def run(model: nn.Module, batch: Batch) -> list[Tensor]:
+# Fields of outputs with something of every block, of which a shorter model has fewer.
+OF_BLOCKS = ("hidden_states", "attentions", "mems", "intermediate_hidden_states", "intermediate_reference_points")
+
+
+def run(model: nn.Module, batch: Batch, without: tuple[str, ...] = OF_BLOCKS[:2]) -> list[Tensor]:
     """All numbers that the model returns for a batch, without caches, from a fixed random state."""
     model.eval()
     torch.manual_seed(0)
     with torch.no_grad():
-        return floating(model(**batch))
+        return floating(model(**batch), without)
 
 
-def floating(out: Any) -> list[Tensor]:
-    """The numbers in an output, without what each block made, of which a shorter model has fewer."""
-    return [v for v in tensors(out, without=("hidden_states", "attentions")) if v.is_floating_point()]
+def floating(out: Any, without: tuple[str, ...] = OF_BLOCKS[:2]) -> list[Tensor]:
+    """The numbers in an output, but for the fields that are left out."""
+    return [v for v in tensors(out, without) if v.is_floating_point()]
 
 
 def same(a: list[Tensor], b: list[Tensor], tolerance: float = 2e-4) -> bool:

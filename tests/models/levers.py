@@ -41,7 +41,7 @@ class Case:
 
     @classmethod
     def of(cls, family: str, model: Any, batch: Batch) -> Case:
-        return cls(family, model, batch, Facts.of(model, batch))
+        return cls(family, model, batch, Facts.of(copy.deepcopy(model), batch))  # some keep what they computed
 
     def fresh(self) -> Any:
         """A copy that knows which parameters were its own."""
@@ -113,9 +113,12 @@ def shorten(case: Case) -> None:
             raise Wrong(f"without '{path}': refused, and the model is not as before") from None
         raise
     after = run(model, case.batch)
-    if not equal(reloaded(model, case.batch), after) and equal(reloaded(case.fresh(), case.batch), case.facts.plain):
+    # Not to the bit: loaded weights may lie elsewhere in memory, and be summed in another order.
+    if not same(reloaded(model, case.batch), after, 1e-4) and equal(
+        reloaded(case.fresh(), case.batch), case.facts.plain
+    ):
         raise Wrong(f"without '{path}', saved and loaded: other outputs")
-    if expected is not None and not same(after, expected):
+    if expected is not None and not same(run(model, case.batch, checks.OF_BLOCKS), expected):
         raise Wrong(f"without '{path}': other outputs than when it hands its stream on")
     if why := case.facts.broken(model, case.batch):
         raise Wrong(f"without '{path}': {why}")
@@ -144,7 +147,7 @@ def bypassed(case: Case, path: str, anatomy: Anatomy) -> list | None:
 
     module.forward = hand_on  # no hook: those that collect hidden states may run before it
     try:
-        out = run(model, case.batch)
+        out = run(model, case.batch, checks.OF_BLOCKS)
     except Exception:
         return None
     return out if called else None  # what stands in it may be called in its place
@@ -177,12 +180,28 @@ def tune(case: Case, method: str, near: float | None = None) -> None:
     fit = case.adapt(model)
     fit.tune(method)
     before = run(model, case.batch)
-    if near is not None and not close(before, case.facts.plain, near):
+    if near is not None and not starts_near(case, model, before, near):
         raise Wrong("before training the outputs are not those of the plain model")
     if near is not None:
         reaches(fit, model)
     learns(case, model)
     holds(case, model, fit)
+
+
+def starts_near(case: Case, model: nn.Module, before: list, near: float) -> bool:
+    """Whether untrained additions change little: the outputs, or they would with additions of a hundredth, where a tiny
+    model's choices (experts, small logits) make much of little."""
+    if close(before, case.facts.plain, near):
+        return True
+    ends = [p for name, p in checks.trained(model) if near and name.endswith(("up.weight", "up.bias"))]
+    kept = [p.detach().clone() for p in ends]
+    with torch.no_grad():
+        for p in ends:
+            p.mul_(0.01)
+        found = bool(ends) and close(run(model, case.batch), case.facts.plain, near / 10)
+        for p, old in zip(ends, kept, strict=True):
+            p.copy_(old)
+    return found
 
 
 def reaches(fit: Any, model: nn.Module) -> None:
@@ -209,9 +228,13 @@ def learns(case: Case, model: Any) -> None:
     before = run(model, case.batch)
     step(model, case.batch)  # what starts at zero hides others from the gradient
     idle = without_gradient(model, case.batch, case.facts)
-    if idle:  # a step may leave the one unit of a tiny bottleneck without a positive input: from elsewhere it has some
+    for seed in range(
+        6
+    ):  # a step may leave the few units of a tiny network without a positive input: elsewhere one has
+        if not idle:
+            break
         with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             for _, parameter in checks.trained(model):
                 parameter.add_(0.1 * torch.randn_like(parameter))
         idle = [name for name in without_gradient(model, case.batch, case.facts) if name in idle]

@@ -214,7 +214,8 @@ def made_inputs(model: nn.Module) -> dict[str, Any] | None:
     made: dict[str, Any] = {}
     if "input_ids" in known.named:
         text = config.get_text_config()
-        special = {getattr(text, k, None) for k in ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id")}
+        named = (getattr(text, k, None) for k in ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id"))
+        special = {i for ids in named for i in (ids if isinstance(ids, (list, tuple)) else [ids])}
         words = [i for i in range(min(int(getattr(text, "vocab_size", 0) or 0), 1000)) if i not in special]
         if len(words) < 20:
             return None

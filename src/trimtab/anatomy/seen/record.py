@@ -62,6 +62,7 @@ class Call:
         made: its tensors, in their order, and where each stands in the result: (0,) is the first element.
         kind: type of the result.
         size: how many elements it has; 1 if it is a tensor.
+        told: which of them are numbers or text (sizes of a grid), and no tensor.
         held: (args, kwargs), copied, of a module that may be a block.
         result: the first tensor of the result, of such a module.
     """
@@ -75,6 +76,7 @@ class Call:
     made: list[tuple[tuple, Trace]] = field(default_factory=list)
     kind: type = object
     size: int = 1
+    told: frozenset[int] = frozenset()
     held: tuple[tuple, dict] | None = None
     result: Any = None
 
@@ -160,7 +162,8 @@ class Recording:
         while self._open and (call := self._open.pop()).path != path:  # a call that ended in an exception
             pass
         call.end, call.kind = self._tick(), type(out)
-        call.size = len(out) if isinstance(out, (tuple, list)) else 1
+        if isinstance(out, (tuple, list)):
+            call.size, call.told = len(out), frozenset(i for i, v in enumerate(out) if _tells(v))
         tensors = [(_keys(where), t) for where, t in tree_flatten_with_path(_plain(out))[0] if isinstance(t, Tensor)]
         if weighs:
             call.bit = self._next_bit()
@@ -199,6 +202,10 @@ class _Follow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.aten.lift_fresh.default:  # of numbers (`torch.tensor`), in memory that was another's
+            out = func(*args, **kwargs)
+            self.recording.made([out], 0)
+            return out
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         origins = 0
         for tensor in read:
@@ -294,6 +301,12 @@ def is_binary(value: Any) -> bool:
     if value.is_floating_point() and (value.ndim > 2 or not bool(value.any())):
         return False
     return value.dtype is torch.bool or bool(((value == 0) | (value == 1)).all())
+
+
+def _tells(value: Any) -> bool:
+    """Whether an element of a result is numbers or text alone, such as the size of a grid."""
+    leaves = [v for v in tree_leaves(value) if v is not None]
+    return bool(leaves) and all(isinstance(v, (bool, int, float, str)) for v in leaves)
 
 
 def _storage(tensor: Tensor) -> int:

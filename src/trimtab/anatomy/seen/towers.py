@@ -123,6 +123,8 @@ def _also(recording: Recording, links: Sequence[Link], index: int) -> tuple[list
     after = links[index + 1].call if index + 1 < len(links) else None
     names: list[str] = []
     for place in range(1, call.size):
+        if place in call.told:  # whoever reads it leaves no trace
+            return [], f"element {place} of what it returns is no tensor but numbers, which are not known without it"
         traces = [t for where, t in call.made if where and where[0] == place]
         used = {t.number for t in recording.output} | {n for n, step in recording.read.items() if step > call.end}
         if used.isdisjoint(t.number for t in traces):

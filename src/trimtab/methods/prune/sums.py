@@ -322,7 +322,7 @@ class InputSums:
 
         Raises:
             ValueError: if a module was never called during calibration. An expert to which no token was routed, of a
-                module that was called, has sums of 0.
+                module that was called, has sums of 0, and so has one that was called with no token.
         """
         self._gather()
         if self.stacked and self.products.other:
@@ -350,7 +350,7 @@ class InputSums:
                 "them, or leave them out of the anatomy's towers"
             )
         return {
-            weight: [(part.rows, (part.total / part.samples).to(part.dtype)) for part in self.sums[weight]]
+            weight: [(p.rows, (p.total / max(p.samples, 1)).to(p.dtype)) for p in self.sums[weight]]
             for weight in self.weights
         }
 

@@ -233,6 +233,10 @@ class HandsOn:
             )
 
 
+class PartError(AnatomyError, AttributeError):
+    """A part of a block that is not there any more; to `hasattr`, an attribute that is missing."""
+
+
 class Skipped(nn.Module):
     """What stands in place of a skipped block: its adapter on the stream that the block would have carried on.
 
@@ -273,7 +277,7 @@ class Skipped(nn.Module):
         for hook in original._forward_hooks.values():  # by which transformers notes what each block puts out
             if getattr(hook, "__name__", "") == "output_capturing_hook":
                 self.register_forward_hook(hook)
-        self.like = {"class": type(original), "facts": facts}
+        self.like = {"class": type(original), "facts": facts, "parts": tuple(original._modules)}
         mark_added(self, ADDED)
 
     @property  # type: ignore[misc]
@@ -285,6 +289,11 @@ class Skipped(nn.Module):
         """Plain facts that a model asks its blocks for, such as whether their attention slides."""
         if name in (facts := self.__dict__.get("like", {}).get("facts", {})):
             return facts[name]
+        if name in self.__dict__.get("like", {}).get("parts", ()):
+            raise PartError(
+                f"skipped block '{self.block.path}': the model asks for its part {name!r}, which went with it: leave "
+                "it out of the plan, or of `towers`"
+            )
         return super().__getattr__(name)
 
     def _adapter(self, block: Block, bottleneck: int, stream: int) -> nn.Module:

@@ -20,8 +20,8 @@ from trimtab.anatomy.structure import mark_added, plain_module
 from trimtab.methods.base import Method, placed
 from trimtab.methods.tune.listener import Listener
 
-# Parameters with which blocks take a key-value cache.
-_CACHE = {"past_key_values", "past_key_value", "layer_past"}
+# Parameters with which blocks take a cache of keys and values, or of states.
+_CACHE = {"past_key_values", "past_key_value", "layer_past", "cache_params"}
 
 
 class Stand(NamedTuple):

@@ -269,7 +269,15 @@ def check_blocks(method: str, model: nn.Module, tower: Tower) -> None:
 def holds_tokens(args: tuple, kwargs: dict) -> bool:
     """Whether a block is called with a key-value cache that holds tokens already, in whatever place it takes one."""
     caches = [v for v in (*args, *kwargs.values()) if hasattr(v, "get_seq_length")]
-    return any(bool(cache.get_seq_length()) for cache in caches)
+    return any(_began(cache) for cache in caches)
+
+
+def _began(cache: Any) -> bool:
+    """Whether a cache holds anything; one of recurrent layers alone (Mamba) has a state and counts no tokens."""
+    try:
+        return bool(cache.get_seq_length())
+    except ValueError:
+        return bool(cache.has_previous_state())
 
 
 def _last(valid: Tensor | None, tokens: Tensor) -> Tensor:

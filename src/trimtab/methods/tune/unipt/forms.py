@@ -118,8 +118,14 @@ class Grid(Form):
         return "" if site.tower.layout == "grid" else f"tower {site.tower.name!r} is no grid tower"
 
     def maps(self, site: Site) -> list[int]:
-        blocks = site.tower.blocks
-        return _chosen_maps(site, 1) or [*sorted(stages(blocks)), len(blocks)]
+        tower = site.tower
+        maps = _chosen_maps(site, 1) or [*sorted(stages(tower.blocks)), len(tower.blocks)]
+        if len(maps) < 2:
+            raise ValueError(
+                f"unipt: all blocks of tower {tower.name!r} put out grids of one size, expected larger ones, of which "
+                "the last guides the pooling: tune it in another way (bitfit, norm-tuning)"
+            )
+        return maps
 
     def side(self, site: Site, layers: int) -> nn.Module:
         # Channels that the projection behind the tower takes, else the last block's.

@@ -279,7 +279,7 @@ class PyramidUniPT(nn.Module):
         """Grids (B, C_l, r_l n, r_l n), from the largest to the last, (B, C, n, n) -> tokens (B, n n, out), row by row.
 
         Raises:
-            ValueError: if a grid's sides are no multiples of the last one's.
+            ValueError: if a grid's sides are no multiples of the last one's, or as long.
         """
         how, grids = self.how, list(seen.take())
         kept, grids = how.kept or grids[-1].dtype, [grid.to(self.gate.weight.dtype) for grid in grids]
@@ -292,6 +292,11 @@ class PyramidUniPT(nn.Module):
                 sides = f"{tuple(grid.shape[-2:])} and {(n, m)}"
                 raise ValueError(
                     f"unipt: grid {i} and the last are {sides}: expected whole multiples in both directions"
+                )
+            if grid.shape[-2] == n:  # the guide would have one place to choose from, and get no gradient
+                raise ValueError(
+                    f"unipt: grid {i} of those that are read is {(n, m)} as the last is, expected a larger one, of "
+                    "which the last guides the pooling: name in `layers` blocks that put out larger grids"
                 )
             guide = F.linear(cells, self.guide[i].weight.flatten(1), self.guide[i].bias)
             targets.append(guided_down(self.down[i], guide, grid, m, how.eps, kept))
