@@ -80,3 +80,7 @@ def test_a_search_ends_after_the_epochs_that_its_case_states(tmp_path, capsys):
     put(tmp_path, "c1_gate_vilt", tensors, **fields | {"das_epoch": 3})  # which would go on drawing
     status, lines = report(tmp_path, capsys)
     assert status == 1 and not lines["c1_gate_vilt"]["pass"]
+
+
+def test_conformance_of_an_empty_folder_fails(tmp_path):
+    assert conformance.main(tmp_path) == 1

@@ -392,10 +392,6 @@ def test_conformance_knows_a_case_by_its_json_and_fails_on_other_numbers(tmp_pat
     )
 
 
-def test_conformance_of_an_empty_folder_fails(tmp_path):
-    assert conformance.main(tmp_path) == 1
-
-
 def test_an_unknown_precision_is_refused(toy):
     with pytest.raises(ValueError, match="precision.*fp32.*bf16.*auto.*fp8"):
         trimtab.prune(toy.model, "multiflow", 0.5, toy.batches(LOSS), precision="fp8")
