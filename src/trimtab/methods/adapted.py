@@ -134,8 +134,12 @@ class Adapted(Stack):
     def __str__(self) -> str:
         return described(self)
 
-    def _look(self, batches: Any) -> Any:
-        """Watch the model on the first of some batches, if nothing but its lists of blocks is known yet."""
+    def look(self, batches: Any) -> Any:
+        """Watch the model on the first of some batches, if nothing but its lists of blocks is known yet.
+
+        Returns:
+            The batches, from the first one on.
+        """
         if (
             self.methods
             or batches is None
@@ -174,7 +178,7 @@ class Adapted(Stack):
             settings["masks"] = str(given)
         pruner = METHODS.make(method, lever="prune", sparsity=sparsity, **settings)
         self.check(pruner)
-        batches = self._look(batches)
+        batches = self.look(batches)
         if isinstance(given, Masks):
             pruner.take(given, self.anatomy, given=sparsity is not None)
         elif given is not None:
@@ -233,7 +237,7 @@ class Adapted(Stack):
         self.check(made)
         if isinstance(plan, Plan):
             plan.check(made.candidates(self.anatomy), self.model, "plan")
-        train = self._look(train) if collate is None else train
+        train = self.look(train) if collate is None else train
         session = BatchSession(
             self.model, self.anatomy, train, validation, with_task=self.with_task, loss=loss, collate=collate,
             batch_size=batch_size, learning_rate=learning_rate, seed=seed, trainer=trainer, folder=folder,

@@ -83,6 +83,7 @@ def prune(
     plain = unwrapped(model)
     # Nothing is attached: a handle that is not left on the model.
     fit = handle_of(plain) or Adapted(plain, anatomy or Anatomy.of(plain), with_task)
+    batches = fit.look(batches)
     pruner = [METHODS.make(method, lever="prune", sparsity=float(s), **settings) for s in sparsity][-1]
     return list(pruner.masks(calibration(fit, pruner, batches, loss, several=True), [float(s) for s in sparsity]))
 
