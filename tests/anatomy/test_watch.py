@@ -333,3 +333,23 @@ def test_names_of_towers_can_hold_modules():
     names = [t.name for t in Anatomy.of(model).towers]
     assert names == ["a_b_c", "a_b_c_2", "values_2"]
     assert list(nn.ModuleDict({name: nn.Linear(1, 1) for name in names})) == names
+
+
+def test_a_tower_to_which_no_gradient_goes_back_is_said():
+    class Counted(TwoStacks):
+        """Of the pictures only the number of the brightest patch goes on."""
+
+        def forward(self, words, pictures, valid=None):
+            x = self.patches(pictures).flatten(2).transpose(1, 2)
+            for layer in self.text_layers:
+                x = layer(x)
+            y = self.words(words) + x.mean(2).argmax(1)[:, None, None]
+            for layer in self.image_layers:
+                y = layer(valid, x=y)
+            return y
+
+    fit = trimtab.adapt(Counted(), example=BOTH)
+    assert "indices or truth values alone" in dict(fit.anatomy.tower("vision").unknown)["gradient"]
+    assert fit.anatomy.towers[-1].knows("gradient")
+    with pytest.raises(AnatomyError, match="`gradient` of tower 'vision' is unknown"):
+        fit.tune("adapter")

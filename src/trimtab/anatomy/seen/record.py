@@ -90,6 +90,8 @@ class Recording:
         rows: how many samples the example has; 0 if its tensors do not agree.
         output: the tensors that the model returned.
         read: number of a tensor -> the last step at which an operation read it.
+        flows: origins of what the model returned to which a gradient goes back: without those that only say which
+            numbers are taken, as indices and truth values.
     """
 
     def __init__(self, model: nn.Module, holds: set[str], masks: Collection[str] = ()):
@@ -99,9 +101,11 @@ class Recording:
         self.rows = 0
         self.output: list[Trace] = []
         self.read: dict[int, int] = {}
+        self.flows = 0
         self._open: list[Call] = []
         self._step = self._bits = self._numbers = 0
         self._known: dict[int, tuple[int, int]] = {}  # storage -> its number and origins
+        self._smooth: dict[int, int] = {}  # storage -> those of its origins to which a gradient goes back
         self._copies: dict[tuple[int, int], Tensor] = {}
 
     # --- tensors ---
@@ -113,7 +117,7 @@ class Recording:
             bit = self.inputs[key] = self._next_bit()
             for tensor in tree_leaves(value):
                 if isinstance(tensor, Tensor):
-                    self.made([tensor], 1 << bit)
+                    self.made([tensor], 1 << bit, 1 << bit)
 
     def _next_bit(self) -> int:
         self._bits += 1
@@ -127,10 +131,16 @@ class Recording:
         self._numbers += 1
         return self._numbers
 
-    def made(self, tensors: list[Tensor], origins: int, old: frozenset[int] = frozenset()) -> None:
+    def smooth(self, tensor: Tensor) -> int:
+        """Those of a tensor's origins to which a gradient goes back."""
+        return self._smooth.get(_storage(tensor), 0) if tensor.is_floating_point() else 0
+
+    def made(self, tensors: list[Tensor], origins: int, smooth: int, old: frozenset[int] = frozenset()) -> None:
         """Note what an operation made; in storages in `old` it wrote, or made a view of them."""
         for tensor in tensors:
             place = _storage(tensor)
+            before = self._smooth.get(place, 0) if place in old else 0
+            self._smooth[place] = before | smooth if tensor.is_floating_point() else before
             if place in old:
                 number, before = self.origins(tensor)
                 self._known[place] = (number, before | origins)
@@ -170,6 +180,7 @@ class Recording:
             for _, tensor in tensors:
                 number, origins = self.origins(tensor)
                 self._known[_storage(tensor)] = (number, origins | 1 << call.bit)
+                self._smooth[_storage(tensor)] = self._smooth.get(_storage(tensor), 0) | 1 << call.bit
         call.made = [(where, self.trace(t)) for where, t in tensors]
         if path in self.holds and tensors:
             call.result = self._copy(tensors[0][1])
@@ -204,20 +215,20 @@ class _Follow(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten.lift_fresh.default:  # of numbers (`torch.tensor`), in memory that was another's
             out = func(*args, **kwargs)
-            self.recording.made([out], 0)
+            self.recording.made([out], 0, 0)
             return out
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        origins = 0
+        origins = smooth = 0
         for tensor in read:
             number, own = self.recording.origins(tensor)
-            origins |= own
+            origins, smooth = origins | own, smooth | self.recording.smooth(tensor)
             self.recording.read[number] = self.recording._step
         places = frozenset(map(_storage, read))
         out = func(*args, **kwargs)
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        self.recording.made(made, origins, places)
+        self.recording.made(made, origins, smooth, places)
         written = [a for a, kind in zip(args, func._schema.arguments, strict=False) if _writes(kind)]
-        self.recording.made([t for t in tree_leaves(written) if isinstance(t, Tensor)], origins, places)
+        self.recording.made([t for t in tree_leaves(written) if isinstance(t, Tensor)], origins, smooth, places)
         return out
 
 
@@ -241,8 +252,12 @@ def record(model: nn.Module, example: Example, holds: set[str], masks: Collectio
     with hooked(model, found.before, found.after), _Follow(found):
         found.seed(example)
         out = run(model, example)
-        found.output = [found.trace(t) for t in tree_leaves(_plain(out)) if isinstance(t, Tensor)]
+        tensors = [t for t in tree_leaves(_plain(out)) if isinstance(t, Tensor)]
+        found.output = [found.trace(t) for t in tensors]
+        for t in tensors:
+            found.flows |= found.smooth(t)
     found._known.clear()
+    found._smooth.clear()
     return found
 
 

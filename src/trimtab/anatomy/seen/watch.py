@@ -84,6 +84,10 @@ class _Watch:
         for tower in self.towers:
             self._relate(tower)
             tower.used = self._used(tower)
+            if not recording.flows & tower.bits:
+                tower.unknown["gradient"] = (
+                    "what the model returns depends on it by indices or truth values alone, to which none goes back"
+                )
         first, links = self._ends(), {t.name: t.links for t in self.towers}
         self.leaks = [self._leaks(changed, first, links) for changed in hidden.changed]
 

@@ -140,12 +140,12 @@ class Skipping(Method):
             if b.keeps_shape
             and b.knows("blocks", "layout")
             and anatomy.tower(name).knows("blocks", "layout")
-            and (not b.stays if s.adapters == "none" else b.sublayers)
+            and (not b.stays if s.adapters == "none" else b.sublayers and anatomy.tower(name).knows("gradient"))
         ]
         if not found:
             for name in towers:
                 anatomy.tower(name).need(
-                    self.name, "blocks", "layout", "skip", *(() if s.adapters == "none" else ("sublayers",))
+                    self.name, "blocks", "layout", "skip", *(() if s.adapters == "none" else ("sublayers", "gradient"))
                 )
             blocks = [b for name in towers for b in anatomy.blocks(name)]
             fixed = sum(not b.keeps_shape for b in blocks)

@@ -80,7 +80,7 @@ class _Adapters(Method):
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
         for name in self.settings.towers or [t.name for t in anatomy.towers]:
             tower = anatomy.tower(name)
-            tower.need(self.name, "blocks", "layout")
+            tower.need(self.name, "blocks", "layout", "gradient")
             if tower.layout != "tokens":
                 raise ValueError(f"{self.name}: tower {name!r} is a grid tower; adapters need tokens: name others")
             for block in tower.blocks:

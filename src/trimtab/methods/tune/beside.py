@@ -57,7 +57,7 @@ class Beside(Method):
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
         names = self.settings.towers or self.towers(anatomy)
         for name in names:
-            anatomy.tower(name).need(self.name, "blocks", "layout", "samples", "mask", "causal")
+            anatomy.tower(name).need(self.name, "blocks", "layout", "samples", "mask", "causal", "gradient")
         self._check_read(anatomy, names)
         made = {name: self.stand(model, anatomy, anatomy.tower(name)) for name in names}
         sides = keep_modules(model, self.name, {name: m.side for name, m in made.items()})

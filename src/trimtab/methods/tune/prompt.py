@@ -61,7 +61,7 @@ class _Prompts(Method):
         return anatomy
 
     def _prompts(self, tower: Tower, device: torch.device) -> Prompts:
-        tower.need(self.name, "blocks", "layout", "samples", "mask", "causal")
+        tower.need(self.name, "blocks", "layout", "samples", "mask", "causal", "gradient")
         width = token_width(self.name, tower)
         if tower.closed:
             raise ValueError(
