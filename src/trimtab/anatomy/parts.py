@@ -191,8 +191,8 @@ class Tower:
             if missing := next(((fact, why) for fact, why in unknown if fact in facts), None):
                 raise AnatomyError(
                     f"{method}: `{missing[0]}` of {what} is unknown: {missing[1]}. Show the model at work, "
-                    "`trimtab.adapt(model, example=batch)` with a dict of its keyword arguments, or describe it "
-                    "(docs/your-own-model.md)"
+                    "`trimtab.adapt(model, example=batch)` with a dict of its keyword arguments, describe it "
+                    "(docs/your-own-model.md), or name other towers in `towers`"
                 )
 
     def told(self) -> str:
