@@ -11,6 +11,7 @@ import inspect
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import nn
 import trimtab
 from tests.models import checks
 from tests.models.checks import Facts, equal, finite, run, same, step, without_gradient
-from trimtab.anatomy import Anatomy
+from trimtab.anatomy import Anatomy, arguments
 from trimtab.anatomy.structure import plain_parameters, under
 
 Batch = dict[str, Any]
@@ -132,7 +133,7 @@ def reloaded(model: Any, batch: Batch) -> list:
 
 
 def bypassed(case: Case, path: str, anatomy: Anatomy) -> list | None:
-    """The outputs when a block hands on its stream unchanged; None if it cannot be made to."""
+    """The outputs when a block hands on its streams unchanged; None if it cannot be made to."""
     model = case.fresh()
     block = next(b for b in anatomy.blocks() if b.path == path)
     module = model.get_submodule(path)
@@ -143,7 +144,12 @@ def bypassed(case: Case, path: str, anatomy: Anatomy) -> list | None:
         called.append(True)
         out = own(*args, **kwargs)
         stream = block.stream_of(module, args, kwargs)
-        return stream if isinstance(out, torch.Tensor) else (stream, *out[1:])
+        if isinstance(out, torch.Tensor):
+            return stream
+        named = arguments(module, args, kwargs)
+        also = [named.get(name) for name in block.also]
+        rest = [o if a is None else a for a, o in zip_longest(also[: len(out) - 1], out[1:])]
+        return (stream, *rest)
 
     module.forward = hand_on  # no hook: those that collect hidden states may run before it
     try:

@@ -15,7 +15,7 @@ configuration class, on a batch of two rows of which the second is padded. Writt
 python -m tests.models.census --out docs/families.json --page docs/families.md
 ```
 
-A lever *works* if all of its checks hold (`tests/models/levers.py`): pruned, exactly half of the weights are zero;
+A lever *works* if all of its checks hold (`tests/models/levers.py`): pruned, half of the weights are zero;
 shortened, the model computes as if the block handed its stream on, and is the same when saved and loaded; skipped or
 tuned, every trained tensor gets a gradient, rows do not depend on each other, padding changes nothing, a causal model
 stays causal, text is written the same with a key-value cache, and what is saved and loaded computes the same. Otherwise
