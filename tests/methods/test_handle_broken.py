@@ -188,7 +188,7 @@ class Net(nn.Module):
 def test_a_width_that_is_described_wrongly_is_named(tune, settings):
     batch = {"x": torch.randn(2, 4, 32)}
     (tower,) = trimtab.Anatomy.of(Net(), batch).towers
-    wrong = trimtab.Anatomy((replace(tower, blocks=tuple(replace(b, width=48) for b in tower.blocks)),))
+    wrong = trimtab.Anatomy((replace(tower, blocks=tuple(replace(b, width=48) for b in tower.blocks), unknown=()),))
     fit = trimtab.adapt(Net(), anatomy=wrong).tune(tune, **settings)
     with pytest.raises(ValueError, match=r"'blocks.0' takes in \(2, 4, 32\), expected the width 48"):
         fit.cost({"x": torch.randn(2, 4, 32)})

@@ -199,7 +199,7 @@ def test_a_ladder_that_cannot_be_pruned_says_so():
     blocks = tuple(Block(f"layers.{i}", 8) for i in range(2))
     anatomy = Anatomy((Tower("text", "text", blocks, ("layers",), output=Tap("layers.1")),))
     with pytest.raises(ValueError, match=r"block 'layers.0' has 0 linear layers that could be its query.*random"):
-        METHODS["lst"]().attach(model, anatomy)
+        METHODS["lst"](initialise="pruned").attach(model, anatomy)
     METHODS["lst"](initialise="random").attach(model, anatomy)
     assert isinstance(model.lst["text"], Ladder)
 

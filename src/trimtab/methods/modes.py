@@ -9,9 +9,10 @@ method added is in training mode if it is trained itself.
     BitFit, norms, LoRA,      off in the plain model; on in what they added (LoRA's own dropout)
     adapters, prompts, sides
 
-Two kinds of modules keep their training mode though parts below them are frozen: the model itself, which was told to
-train, and layers with gradient checkpointing, which transformers checkpoints only in training mode. The shares of
-dropout that these apply themselves (`self.dropout`, a number) are 0 meanwhile.
+Three kinds of modules keep their training mode though parts below them are frozen: the model itself, which was told to
+train; modules that say that they augment what goes through them (`augments = True`: VSE's size augmentation); layers
+with gradient checkpointing, which transformers checkpoints only in training mode. The shares of dropout that these
+apply themselves (`self.dropout`, a number) are 0 meanwhile.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def _walk(module: nn.Module, counts: _Counts, root: nn.Module, on: bool, adds: b
     if id(module) in counts.plain:
         on = trained and not frozen if trained or frozen else on
         module.training = on
-        if not on and (module is root or getattr(module, "gradient_checkpointing", False) is True):
+        keeps = module is root or getattr(module, "augments", False) is True
+        if not on and (keeps or getattr(module, "gradient_checkpointing", False) is True):
             module.training = True
             shares = {n: v for n, v in vars(module).items() if "drop" in n and isinstance(v, float) and 0 < v <= 1}
             vars(module)[_SHARES] = shares

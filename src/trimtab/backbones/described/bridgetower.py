@@ -60,6 +60,6 @@ def _bert_blocks(model: Any, prefix: str) -> tuple[Block, ...]:
             parts.append(Sublayer("cross-attention", Tap(cross, "input"), Tap(f"{cross}.output.dense")))
         parts.append(Sublayer("mlp", Tap(f"{path}.intermediate", "input"), Tap(f"{path}.output")))
         # Fusion layers return their attention weights too: None in place of a skipped one, as this argument is.
-        also = ("past_key_values",) if crosses else ()
+        also = ("attentions", "cross_attentions") if crosses else ()
         blocks.append(Block(path, layer.output.dense.out_features, tuple(parts), returns_tuple=crosses, also=also))
     return tuple(blocks)

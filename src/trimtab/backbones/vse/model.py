@@ -82,6 +82,8 @@ class FeatureEncoder(nn.Module):
 class GridEncoder(nn.Module):
     """Images (B, 3, H, W) -> vectors (B, E)."""
 
+    augments = True  # in training the pooled tokens are a part of all, also where the encoder itself is frozen
+
     def __init__(self, config: VseConfig):
         super().__init__()
         self.backbone: Any = nn.Module()

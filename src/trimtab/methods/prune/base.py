@@ -91,7 +91,8 @@ class Pruner(Method):
                     "anatomy of your own, which leaves it whole"
                 )
         allocation = getattr(self.settings, "allocation", None) or self.allocation
-        if allocation in ("modality", "multimodal") and len(anatomy.towers) > 1:
+        by_modality = self.settings.pattern is None and allocation in ("modality", "multimodal")
+        if by_modality and len(anatomy.towers) > 1:
             for tower in anatomy.towers:
                 tower.need(self.name, "modality")
         _, size = processes.world()

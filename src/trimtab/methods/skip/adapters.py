@@ -285,6 +285,11 @@ class Skipped(nn.Module):
         """Of the block: transformers notes hidden states of all that are of a block's class, and counts them."""
         return self.__dict__.get("like", {}).get("class", Skipped)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For copies and pickles, which look at the class too."""
+        found: Any = super().__reduce_ex__(protocol)
+        return (_empty, (), *found[2:])
+
     def __getattr__(self, name: str) -> Any:
         """Plain facts that a model asks its blocks for, such as whether their attention slides."""
         if name in (facts := self.__dict__.get("like", {}).get("facts", {})):
@@ -322,6 +327,10 @@ class Skipped(nn.Module):
         given = arguments(self, args, kwargs)
         rest = (given.get(name) for name in self.block.also)
         return (out, *(adapter(value) for adapter, value in zip(self.others, rest, strict=True)))
+
+
+def _empty() -> Skipped:
+    return Skipped.__new__(Skipped)
 
 
 class Switch(nn.Module):

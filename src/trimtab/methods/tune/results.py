@@ -112,6 +112,8 @@ class Results:
         """
         only = self.here[0] if len(self.here) == 1 else None
         result = only if only is not None and not only.versions else self._found(given) or only
+        if result is None and self.here and all(len(r.tokens) == rows for r in self.here):
+            result = self.here[-1]  # of several pictures of a sample, handed on together: the last
         if result is None or len(result.tokens) != rows:
             raise AnatomyError(
                 f"{self.method}: block '{reader}' works on {rows} rows and reads tower {self.tower!r}, whose side "
