@@ -102,7 +102,7 @@ def check(tiny: Tiny, fit: trimtab.Adapted, tmp_path) -> None:
     }
     stored = load_file(folder / "weights.safetensors")
     learned = sum(v.numel() for k, v in stored.items() if not k.startswith("method.") and v.is_floating_point())
-    # Without a method that says what is trained, what has changed is stored: no matrix that is pruned to its last weight.
+    # Without a method that says what is trained, what has changed is stored: no matrix that is all zeros.
     changed = [p.numel() for n, p in trained.items() if fit.tuned or (n not in costs.idle and p.count_nonzero())]
     assert learned >= sum(changed)
     export(tiny, fit, before, tmp_path)
