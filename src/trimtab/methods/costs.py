@@ -28,7 +28,8 @@ class Costs:
         trained: numbers that get a gradient.
         macs: multiply-adds of one forward pass of the batch.
         saved_bytes: what autograd keeps for the backward pass of the batch.
-        disk_bytes: of the folder that `save` writes.
+        disk_bytes: of the folder that `save` writes. A model that is pruned and nothing else is counted as it is; if
+            all of it is trained afterwards, the weights that have changed come on top.
         idle: names of parameters that are called trained, but get no gradient from this batch's loss.
     """
 
