@@ -91,8 +91,7 @@ def check(tiny: Tiny, fit: trimtab.Adapted, tmp_path) -> None:
         step(tiny, fit, trained, costs)
     before = output(tiny, fit.model)
     folder = fit.save(tmp_path / "fit")
-    # Where no method says what is trained, what the training has changed comes on top of the masks.
-    counted = costs if fit.tuned else fit.cost(tiny.batch)
+    counted = costs if fit.tuned else fit.cost(tiny.batch)  # of a pruned model alone what was trained comes on top
     assert counted.disk_bytes == sum(f.stat().st_size for f in folder.iterdir())
     again = trimtab.adapt(tiny.make(), folder)
     assert torch.equal(output(tiny, again.model), before)
@@ -102,7 +101,7 @@ def check(tiny: Tiny, fit: trimtab.Adapted, tmp_path) -> None:
     stored = load_file(folder / "weights.safetensors")
     learned = sum(v.numel() for k, v in stored.items() if not k.startswith("method.") and v.is_floating_point())
     # Without a method that says what is trained, what has changed is stored: no matrix that is all zeros.
-    changed = [p.numel() for n, p in trained.items() if fit.tuned or (n not in costs.idle and p.count_nonzero())]
+    changed = (p.numel() for n, p in trained.items() if fit.tuned or (n not in costs.idle and p.count_nonzero()))
     assert learned >= sum(changed)
     export(tiny, fit, before, tmp_path)
 
