@@ -42,6 +42,7 @@ def general(reason: str) -> str:
 
 def page(found: dict[str, Any]) -> str:
     """The page: counts, a row a family, and the reasons with one example of each."""
+    found = dict(sorted(found.items()))  # the page does not depend on the order in which families were measured
     built = {f: e for f, e in found.items() if not e["built"]}
     totals = counts(built)
     levers = list(totals)
