@@ -64,10 +64,14 @@ def lists(source: type[Captioned], root: Path, split: str, words: str) -> Rows:
 
 
 def vse(root: Path, split: str) -> Rows:
+    """One row a caption, in the order of the lines. The picture's number is that of its line of ids."""
     rows = rows_of(COCO(root=root, form="precomp").table("retrieval", split), root)
-    pairs = [(i, r["image"], caption) for i, r in enumerate(rows) for caption in r["captions"]]
-    return [{"image": image, "caption": caption, "image_index": i, "index": k}
-            for k, (i, image, caption) in enumerate(pairs)]  # fmt: skip
+    left = {r["image_id"]: iter(r["captions"]) for r in rows}
+    image = {r["image_id"]: r["image"] for r in rows}
+    ids = next(root.rglob(f"{split}_ids.txt")).read_text().split()
+    each = sum(len(r["captions"]) for r in rows) // len(ids)
+    return [{"image": image[ids[k // each]], "caption": next(left[ids[k // each]]), "image_index": k // each, "index": k}
+            for k in range(each * len(ids))]  # fmt: skip
 
 
 # --- VQA v2 -----------------------------------------------------------------------------------------------------------
@@ -150,7 +154,7 @@ def nlvr2(root: Path, table: str, expected: dict[str, Any]) -> Rows | None:
 def snli_ve(root: Path, table: str, expected: dict[str, Any]) -> Rows | None:
     rows = rows_of(SNLIVE(root=root).table("entailment", table), root)
     path = next(root.rglob(f"snli_ve_{table}.jsonl"))
-    told = {e["pairID"]: e["annotator_labels"] for e in map(json.loads, path.read_text().splitlines())}
+    told = {e["pairID"]: e["annotator_labels"] for e in map(json.loads, path.read_text().strip().split("\n"))}
     return [{**r, "hypothesis": r["statement"], "premise_text": r["premise"], "split": table,
              "label_id_meter": LABELS.index(r["label"]), "annotator_labels": told[r["pair_id"]]}
             for r in rows]  # fmt: skip
@@ -228,3 +232,11 @@ def entailment(path: Path, beside: dict[str, Path]) -> None:
     from trimtab.data.reading import Kept
 
     SNLIVE(root=beside.get("snli_ve", path.parent)).read_file(path, "dev", Kept())
+
+
+@broken(lambda path, content: isinstance(content, str) and path.suffix == ".json")
+def cut_off(path: Path, beside: dict[str, Path]) -> None:
+    """No JSON at all, so that nothing tells whose it is: every reader reads it like this."""
+    from trimtab.data.reading import read_json
+
+    read_json(path)
