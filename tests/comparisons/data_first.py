@@ -70,8 +70,11 @@ def vse(root: Path, split: str) -> Rows:
     image = {r["image_id"]: r["image"] for r in rows}
     ids = next(root.rglob(f"{split}_ids.txt")).read_text().split()
     each = sum(len(r["captions"]) for r in rows) // len(ids)
-    return [{"image": image[ids[k // each]], "caption": next(left[ids[k // each]]), "image_index": k // each, "index": k}
-            for k in range(each * len(ids))]  # fmt: skip
+    rows = []
+    for k in range(each * len(ids)):
+        number = ids[k // each]
+        rows.append({"image": image[number], "caption": next(left[number]), "image_index": k // each, "index": k})
+    return rows
 
 
 # --- VQA v2 -----------------------------------------------------------------------------------------------------------

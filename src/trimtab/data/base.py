@@ -79,6 +79,12 @@ class Published(ABC):
     splits: ClassVar[tuple[str, ...]] = ()
     drop_bad_images: ClassVar[bool] = False  # `on_error: skip` has left them out already
 
+    def __post_init__(self) -> None:
+        for split in ("train", "validation", "test"):
+            for name in getattr(self, split, ()):
+                if name not in self.splits:
+                    raise ValueError(f"{self}: {split}: {unknown('split', name, self.splits)}")
+
     def official(self, split: Split) -> tuple[str, ...]:
         """The official splits of which training, validation or test are made: the settings of these names."""
         names: tuple[str, ...] = getattr(self, split)

@@ -251,6 +251,18 @@ def find_file(root: Path, *names: str, depth: int = 3) -> Path:
     Raises:
         DataError: if there is none, or two are equally near.
     """
+    found = look_for(root, *names, depth=depth)
+    if found is None:
+        raise DataError(f"{root}: expected {' or '.join(names)} in it or in a folder below, found none")
+    return found
+
+
+def look_for(root: Path, *names: str, depth: int = 3) -> Path | None:
+    """As `find_file`, but None where there is none.
+
+    Raises:
+        DataError: if two are equally near.
+    """
     if not Path(root).is_dir():
         raise DataError(f"{root}: there is no such folder")
     level = [Path(root)]
@@ -262,10 +274,8 @@ def find_file(root: Path, *names: str, depth: int = 3) -> Path:
             )
         if found:
             return found[0]
-        level = [
-            Path(e.path) for folder in level for e in sorted(os.scandir(folder), key=lambda e: e.name) if e.is_dir()
-        ]
-    raise DataError(f"{root}: expected {' or '.join(names)} in it or in a folder below, found none")
+        level = [Path(e.path) for f in level for e in sorted(os.scandir(f), key=lambda e: e.name) if e.is_dir()]
+    return None
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
