@@ -7,6 +7,8 @@ from tests.comparisons import (  # noqa: F401
     data_first,
     mdetr,
     meter,
+    metrics,
+    metrics_ranks,
     prune,
     skip,
     tune,
