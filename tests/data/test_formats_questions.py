@@ -190,6 +190,14 @@ def test_gqa_names_a_broken_question(tmp_path, edit, message):
         GQA(root=tmp_path).load("vqa", "validation")
 
 
+def test_gqa_does_not_lose_a_question_whose_id_stands_twice(tmp_path):
+    path = made_sets.gqa(tmp_path) / "questions1.2/val_balanced_questions.json"
+    text = path.read_text()
+    path.write_text(f"{text[:-1]}, {text[1:]}")
+    with pytest.raises(DataError, match=r"val_balanced_questions\.json, id '02': this key stands twice"):
+        GQA(root=tmp_path).load("vqa", "validation")
+
+
 # --- NLVR2, SNLI-VE, ScienceQA ----------------------------------------------------------------------------------------
 
 
