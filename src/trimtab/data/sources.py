@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from trimtab.registry import Registry, unknown
+from trimtab.data import formats  # noqa: F401 (fills SOURCES)
+from trimtab.data.base import SOURCES
+from trimtab.registry import unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-SOURCES: Registry[type] = Registry("data source")
 
 
 @SOURCES.register("pictograms")
