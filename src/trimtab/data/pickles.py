@@ -52,10 +52,14 @@ class _Reader(pickle.Unpickler):
         )
 
     def persistent_load(self, pid: Any) -> Any:
-        raise PickleRefused(f"{self.path}: refused, it asks for an object outside the file ({pid!r}); expected only data")
+        raise PickleRefused(
+            f"{self.path}: refused, it asks for an object outside the file ({pid!r}); expected only data"
+        )
 
 
-def read(path: str | Path, arrays: bool = False, encoding: str = "utf-8", types: Collection[type] = (list, dict)) -> Any:
+def read(
+    path: str | Path, arrays: bool = False, encoding: str = "utf-8", types: Collection[type] = (list, dict)
+) -> Any:
     """What a pickle of data holds.
 
     Args:

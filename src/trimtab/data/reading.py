@@ -333,6 +333,14 @@ class Kept:
         self._tables.append(Dataset.from_dict(columns, features=self._features))
         self._rows = []
 
+    def tell(self, where: str, kept: int) -> None:
+        """Count and list in the log what was left out, beside so many rows that were kept."""
+        if self.left_out:
+            few = "\n  ".join(self.left_out[:20])
+            more = f"\n  and {len(self.left_out) - 20} more" if len(self.left_out) > 20 else ""
+            log.warning("%s: left out %d of %d rows:\n  %s%s", where, len(self.left_out),
+                        len(self.left_out) + kept, few, more)  # fmt: skip
+
     def table(self, where: str) -> Any:
         """All rows as a `datasets.Dataset`; what was left out is counted and listed in the log.
 
@@ -344,11 +352,7 @@ class Kept:
         """
         from datasets import concatenate_datasets
 
-        if self.left_out:
-            few = "\n  ".join(self.left_out[:20])
-            more = f"\n  and {len(self.left_out) - 20} more" if len(self.left_out) > 20 else ""
-            log.warning("%s: left out %d of %d rows:\n  %s%s", where, len(self.left_out),
-                        len(self.left_out) + len(self), few, more)  # fmt: skip
+        self.tell(where, len(self))
         if not len(self):
             raise DataError(f"{where}: holds no rows{f'; {self.left_out[0]}' if self.left_out else ''}")
         if self._rows:

@@ -284,4 +284,3 @@ class RefCOCOPlus(_Referring):
 @dataclass(frozen=True, kw_only=True)
 class RefCOCOg(_Referring):
     """RefCOCOg (Mao et al. 2016): longer phrases; the splits of `umd` have no picture in two of them."""
-
