@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from trimtab.data.reading import DataError, Kept, OnError
+from trimtab.data.reading import DataError, Kept, OnError, Pictures
 from trimtab.registry import Registry, unknown
 
 if TYPE_CHECKING:
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 SOURCES: Registry[type] = Registry("data source")
 Split = Literal["train", "validation", "test"]
+
+# Tasks that read tables of one schema; see the tasks themselves for what they do with it.
+CAPTIONED = ("retrieval", "matching", "reranking", "captioning", "pretraining")
+ASKED = ("vqa", "gqa", "ranking", "answer")
 
 # Every column that a reader may give, with its type in a few letters; see `features`.
 COLUMNS = {
@@ -27,7 +31,7 @@ COLUMNS = {
     "balanced": "bool", "steps": "int32",
     "statement": "string", "label": "string", "identifier": "string", "premise": "string", "pair_id": "string",
     "phrase": "string", "box": "[float32]", "ref_id": "string", "ann_id": "string", "tokens_positive": "[[int32]]",
-    "choices": "[string]", "hint": "string",
+    "choices": "[string]", "hint": "string", "subject": "string", "grade": "string",
 }  # fmt: skip
 
 
@@ -61,6 +65,10 @@ class Published(ABC):
 
     root: Path
     """Folder of the data set, as its authors lay it out."""
+    annotations: Path | None = None
+    """Folder of the files with the rows, where they are not below `root`."""
+    pictures: Path | None = None
+    """Folder of the pictures, where it is not one of those below `root` that the authors name."""
     on_error: OnError = "stop"
     """`stop` at the first row that cannot be read, or `skip`: leave it out, count and list what was left out. Pictures
     are then all decoded once, which takes a while."""
@@ -71,9 +79,21 @@ class Published(ABC):
     splits: ClassVar[tuple[str, ...]] = ()
     drop_bad_images: ClassVar[bool] = False  # `on_error: skip` has left them out already
 
-    @abstractmethod
     def official(self, split: Split) -> tuple[str, ...]:
-        """The official splits of which training, validation or test are made."""
+        """The official splits of which training, validation or test are made: the settings of these names."""
+        names: tuple[str, ...] = getattr(self, split)
+        return names
+
+    @property
+    def files(self) -> Path:
+        """Folder below which the files with the rows are looked for."""
+        return Path(self.annotations or self.root)
+
+    def find_pictures(self, *folders: str) -> Pictures:
+        """The picture files: in the folder that is given, or else in `root` or one of these folders below it."""
+        root = Path(self.root)
+        places = [Path(self.pictures)] if self.pictures else [root, *(root / folder for folder in folders)]
+        return Pictures(*places, decode=self.on_error == "skip")
 
     @abstractmethod
     def read(self, task: str, name: str, kept: Kept) -> None:
@@ -109,7 +129,7 @@ class Published(ABC):
         if not Path(self.root).is_dir():
             raise DataError(f"{self}: {self.root}: there is no such folder")
         kept = Kept(self.on_error)
-        for name in names:
+        for name in dict.fromkeys(names):
             self.read(task, name, kept)
         table = kept.table(f"{self} {'+'.join(names)}")
         return table if self.rows is None else table.select(range(min(self.rows, len(table))))

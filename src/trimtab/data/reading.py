@@ -271,35 +271,11 @@ def find_file(root: Path, *names: str, depth: int = 3) -> Path:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-class Kept:
-    """Rows that are kept, and those that are left out.
+class Ids:
+    """Ids that have been met."""
 
-    Args:
-        on_error: `stop` raises the first error of a row; `skip` leaves the row out.
-
-    Attributes:
-        left_out: a sentence for each row left out, in order: file, row, and what is wrong.
-    """
-
-    CHUNK = 20_000  # rows as Python objects at a time; then they become Arrow, which takes a tenth of the memory
-
-    def __init__(self, on_error: OnError = "stop"):
-        self.on_error = on_error
-        self.left_out: list[str] = []
+    def __init__(self) -> None:
         self._seen: dict[str, set[str]] = {}
-        self._rows: list[dict[str, Any]] = []
-        self._tables: list[Any] = []
-        self._features: Any = None
-
-    @contextmanager
-    def row(self) -> Iterator[None]:
-        """Everything about one row stands in this: what goes wrong with it stops the reading or leaves it out."""
-        try:
-            yield
-        except RowError as error:
-            if self.on_error == "stop":
-                raise
-            self.left_out.append(str(error))
 
     def once(self, entry: Entry, key: str, kind: str = "id") -> str:
         """The key, if no row before had it.
@@ -312,6 +288,41 @@ class Kept:
             raise entry.error(f"the {kind} {key!r} stands twice; ids must differ")
         seen.add(key)
         return key
+
+
+class Kept(Ids):
+    """Rows that are kept, and those that are left out.
+
+    Args:
+        on_error: `stop` raises the first error of a row; `skip` leaves the row out.
+
+    Attributes:
+        left_out: a sentence for each row left out, in order: file, row, and what is wrong.
+    """
+
+    CHUNK = 20_000  # rows as Python objects at a time; then they become Arrow, which takes a tenth of the memory
+
+    def __init__(self, on_error: OnError = "stop"):
+        super().__init__()
+        self.on_error = on_error
+        self._left: dict[str, None] = {}  # a file that is read for two splits says each thing once
+        self._rows: list[dict[str, Any]] = []
+        self._tables: list[Any] = []
+        self._features: Any = None
+
+    @contextmanager
+    def row(self) -> Iterator[None]:
+        """Everything about one row stands in this: what goes wrong with it stops the reading or leaves it out."""
+        try:
+            yield
+        except RowError as error:
+            if self.on_error == "stop":
+                raise
+            self._left[str(error)] = None
+
+    @property
+    def left_out(self) -> list[str]:
+        return list(self._left)
 
     def add(self, **columns: Any) -> None:
         """Keep a row; its columns are those of `trimtab.data.base.COLUMNS`."""
@@ -335,11 +346,10 @@ class Kept:
 
     def tell(self, where: str, kept: int) -> None:
         """Count and list in the log what was left out, beside so many rows that were kept."""
-        if self.left_out:
-            few = "\n  ".join(self.left_out[:20])
-            more = f"\n  and {len(self.left_out) - 20} more" if len(self.left_out) > 20 else ""
-            log.warning("%s: left out %d of %d rows:\n  %s%s", where, len(self.left_out),
-                        len(self.left_out) + kept, few, more)  # fmt: skip
+        if left := self.left_out:
+            few = "\n  ".join(left[:20])
+            more = f"\n  and {len(left) - 20} more" if len(left) > 20 else ""
+            log.warning("%s: left out %d, kept %d rows:\n  %s%s", where, len(left), kept, few, more)
 
     def table(self, where: str) -> Any:
         """All rows as a `datasets.Dataset`; what was left out is counted and listed in the log.

@@ -71,7 +71,7 @@ def entries(path: Path, kept: Kept) -> Iterator[Entry]:
     elif path.suffix == ".json" and path.read_text(encoding="utf-8-sig", errors="replace").lstrip().startswith("["):
         yield from json_rows(path)
     elif path.suffix in SUFFIXES:
-        yield from json_lines(path, kept)
+        yield from json_lines(path)
     else:
         raise DataError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}, or a folder of data")
 
@@ -79,7 +79,7 @@ def entries(path: Path, kept: Kept) -> Iterator[Entry]:
 def _folder(path: Path, kept: Kept) -> Iterator[Entry]:
     file = next((path / name for name in METADATA if (path / name).is_file()), None)
     if file is not None:
-        for entry in csv_rows(file, []) if file.suffix == ".csv" else json_lines(file, kept):
+        for entry in csv_rows(file, []) if file.suffix == ".csv" else json_lines(file):
             named = None
             with kept.row():
                 named = Entry(dict(_image_columns(entry)), file, entry.row)
@@ -148,7 +148,7 @@ class _Reader:
 
     def _cell(self, entry: Entry, name: str, value: Any) -> Any:
         """A value as the type of its column; text of a CSV cell too."""
-        if value is None or (value == "" and not COLUMNS[name] == "string"):
+        if value is None or (value == "" and COLUMNS[name] != "string"):
             return None
         kind = COLUMNS[name]
         if name == "video":

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trimtab.data import shards
-from trimtab.data.base import SOURCES
+from trimtab.data.base import CAPTIONED, SOURCES
 from trimtab.data.held_out import HeldOut
 from trimtab.data.reading import DataError, Entry, Kept, Pictures, RowError, find_file, json_rows, read_json, text_lines
-
-TASKS = ("retrieval", "captioning", "matching", "pretraining")
 
 
 def tsv(path: Path, kept: Kept) -> Iterator[tuple[str, str]]:
@@ -72,14 +70,14 @@ class _Streamed(HeldOut):
     rows: int | None = 10_000
     """At most so many rows, the first ones: reading stops there. None for all, which are kept in memory."""
 
-    tasks = TASKS
+    tasks = CAPTIONED
     splits = ("train",)
 
     def _full(self, kept: Kept) -> bool:
         return self.rows is not None and len(kept) >= self.rows
 
     def _read_shards(self, pattern: str, kept: Kept) -> None:
-        for entry in shards.samples(shards.shards(self.root, pattern)):
+        for entry in shards.samples(shards.shards(self.files, pattern)):
             with kept.row():
                 image = shards.picture(entry)
                 if kept.on_error == "skip":
@@ -112,29 +110,24 @@ class WebDataset(_Streamed):
 
 @dataclass(frozen=True, kw_only=True)
 class _FromTheWeb(_Streamed):
-    layout: Literal["webdataset", "vilt", "multiflow"] = "webdataset"
+    form: Literal["webdataset", "vilt", "multiflow"] = "webdataset"
     """How it lies there: shards as img2dataset writes them, ViLT's `train_annot.json`, or MULTIFLOW's list. The
     published tsv holds captions and addresses, no pictures."""
-    pictures: Path | None = None
-    """Folder of the pictures of MULTIFLOW's list; None looks below the root."""
 
     @property
     def _set(self) -> str:
         return str(getattr(type(self), "name", ""))
 
     def read(self, task: str, name: str, kept: Kept) -> None:
-        if self.layout == "webdataset":
+        if self.form == "webdataset":
             return self._read_shards("**/*.tar", kept)
-        look = self.on_error == "skip"
-        if self.layout == "vilt":
-            path = find_file(self.root, "train_annot.json", "annot.json")
-            find = Pictures(path.parent, decode=look)
+        if self.form == "vilt":
+            path = find_file(self.files, "train_annot.json", "annot.json")
+            find = Pictures(path.parent, decode=self.on_error == "skip")
             rows = ((e, p, c) for e, p, c in vilt(path, kept))
         else:
-            path = find_file(self.root, f"{self._set}_pretrain.json", f"{self._set}.json")
-            root = Path(self.root)
-            folders = (root / "images" / self._set, root / self._set, root / "images", root)
-            find = Pictures(*([self.pictures] if self.pictures else folders), decode=look)
+            path = find_file(self.files, f"{self._set}_pretrain.json", f"{self._set}.json")
+            find = self.find_pictures(f"images/{self._set}", self._set, "images")
             rows = ((e, p, [c]) for e, p, c, _ in multiflow(path, kept))
         for entry, picture, captions in rows:
             with kept.row():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from trimtab.data import pickles
 from trimtab.data.base import SOURCES
@@ -79,7 +79,7 @@ class _Cifar(HeldOut):
 
     tasks = ("classification",)
     splits = ("train", "test")
-    files = {"train": ("train",), "test": ("test",)}
+    batches: ClassVar[dict[str, tuple[str, ...]]] = {"train": ("train",), "test": ("test",)}
     meta = "meta"
 
     def _columns(self) -> tuple[str, str]:
@@ -88,12 +88,12 @@ class _Cifar(HeldOut):
 
     def classes(self) -> Sequence[str]:
         """The names of all classes, in the order of their numbers."""
-        return names(find_file(self.root, self.meta), self._columns()[1])
+        return names(find_file(self.files, self.meta), self._columns()[1])
 
     def read(self, task: str, name: str, kept: Kept) -> None:
         column, classes = self._columns()[0], self.classes()
-        for file in self.files[name]:
-            path = find_file(self.root, file)
+        for file in self.batches[name]:
+            path = find_file(self.files, file)
             for entry, pixels, labels in batch(path, column):
                 with kept.row():
                     number = labels[column]
@@ -107,7 +107,10 @@ class _Cifar(HeldOut):
 class CIFAR10(_Cifar):
     """CIFAR-10: 50,000 + 10,000 pictures of ten classes (the Python version)."""
 
-    files = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
+    batches: ClassVar[dict[str, tuple[str, ...]]] = {
+        "train": tuple(f"data_batch_{i}" for i in range(1, 6)),
+        "test": ("test_batch",),
+    }
     meta = "batches.meta"
 
 

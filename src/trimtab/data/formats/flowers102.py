@@ -7,13 +7,116 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trimtab.data.base import SOURCES, Published, Split
-from trimtab.data.reading import DataError, Entry, Kept, Pictures, csv_rows, find_file
+from trimtab.data.base import SOURCES, Published
+from trimtab.data.reading import DataError, Entry, Kept, csv_rows, find_file
 
 LISTS = {"train": "trnid", "val": "valid", "test": "tstid"}
 
 # The files hold numbers only. These are the names of the classes 1 to 102 as torchvision and others give them.
-NAMES = ["pink primrose", "hard-leaved pocket orchid", "canterbury bells", "sweet pea", "english marigold", "tiger lily", "moon orchid", "bird of paradise", "monkshood", "globe thistle", "snapdragon", "colt's foot", "king protea", "spear thistle", "yellow iris", "globe-flower", "purple coneflower", "peruvian lily", "balloon flower", "giant white arum lily", "fire lily", "pincushion flower", "fritillary", "red ginger", "grape hyacinth", "corn poppy", "prince of wales feathers", "stemless gentian", "artichoke", "sweet william", "carnation", "garden phlox", "love in the mist", "mexican aster", "alpine sea holly", "ruby-lipped cattleya", "cape flower", "great masterwort", "siam tulip", "lenten rose", "barbeton daisy", "daffodil", "sword lily", "poinsettia", "bolero deep blue", "wallflower", "marigold", "buttercup", "oxeye daisy", "common dandelion", "petunia", "wild pansy", "primula", "sunflower", "pelargonium", "bishop of llandaff", "gaura", "geranium", "orange dahlia", "pink-yellow dahlia", "cautleya spicata", "japanese anemone", "black-eyed susan", "silverbush", "californian poppy", "osteospermum", "spring crocus", "bearded iris", "windflower", "tree poppy", "gazania", "azalea", "water lily", "rose", "thorn apple", "morning glory", "passion flower", "lotus", "toad lily", "anthurium", "frangipani", "clematis", "hibiscus", "columbine", "desert-rose", "tree mallow", "magnolia", "cyclamen", "watercress", "canna lily", "hippeastrum", "bee balm", "ball moss", "foxglove", "bougainvillea", "camellia", "mallow", "mexican petunia", "bromelia", "blanket flower", "trumpet creeper", "blackberry lily"]
+NAMES = [
+    "pink primrose",
+    "hard-leaved pocket orchid",
+    "canterbury bells",
+    "sweet pea",
+    "english marigold",
+    "tiger lily",
+    "moon orchid",
+    "bird of paradise",
+    "monkshood",
+    "globe thistle",
+    "snapdragon",
+    "colt's foot",
+    "king protea",
+    "spear thistle",
+    "yellow iris",
+    "globe-flower",
+    "purple coneflower",
+    "peruvian lily",
+    "balloon flower",
+    "giant white arum lily",
+    "fire lily",
+    "pincushion flower",
+    "fritillary",
+    "red ginger",
+    "grape hyacinth",
+    "corn poppy",
+    "prince of wales feathers",
+    "stemless gentian",
+    "artichoke",
+    "sweet william",
+    "carnation",
+    "garden phlox",
+    "love in the mist",
+    "mexican aster",
+    "alpine sea holly",
+    "ruby-lipped cattleya",
+    "cape flower",
+    "great masterwort",
+    "siam tulip",
+    "lenten rose",
+    "barbeton daisy",
+    "daffodil",
+    "sword lily",
+    "poinsettia",
+    "bolero deep blue",
+    "wallflower",
+    "marigold",
+    "buttercup",
+    "oxeye daisy",
+    "common dandelion",
+    "petunia",
+    "wild pansy",
+    "primula",
+    "sunflower",
+    "pelargonium",
+    "bishop of llandaff",
+    "gaura",
+    "geranium",
+    "orange dahlia",
+    "pink-yellow dahlia",
+    "cautleya spicata",
+    "japanese anemone",
+    "black-eyed susan",
+    "silverbush",
+    "californian poppy",
+    "osteospermum",
+    "spring crocus",
+    "bearded iris",
+    "windflower",
+    "tree poppy",
+    "gazania",
+    "azalea",
+    "water lily",
+    "rose",
+    "thorn apple",
+    "morning glory",
+    "passion flower",
+    "lotus",
+    "toad lily",
+    "anthurium",
+    "frangipani",
+    "clematis",
+    "hibiscus",
+    "columbine",
+    "desert-rose",
+    "tree mallow",
+    "magnolia",
+    "cyclamen",
+    "watercress",
+    "canna lily",
+    "hippeastrum",
+    "bee balm",
+    "ball moss",
+    "foxglove",
+    "bougainvillea",
+    "camellia",
+    "mallow",
+    "mexican petunia",
+    "bromelia",
+    "blanket flower",
+    "trumpet creeper",
+    "blackberry lily",
+]
 
 
 def matrix(path: Path, name: str) -> list[int]:
@@ -101,37 +204,36 @@ def class_numbers(path: Path) -> dict[str, int]:
 class Flowers102(Published):
     """Flowers-102: 1,020 / 1,020 / 6,149 pictures of 102 kinds of flowers."""
 
-    layout: Literal["mat", "csv"] = "mat"
+    form: Literal["mat", "csv"] = "mat"
     """The authors' `setid.mat` and `imagelabels.mat`, or MULTIFLOW's `annots/split.csv`, which numbers the classes in
     another way."""
-    train_on_validation: bool = False
-    """Add the validation pictures to the training ones, as many papers and MULTIFLOW do."""
+    train: tuple[str, ...] = ("train",)
+    """Official splits to train on; many papers, and MULTIFLOW, take train and val."""
+    validation: tuple[str, ...] = ("val",)
+    """Official splits from which searches draw their rewards."""
+    test: tuple[str, ...] = ("test",)
+    """Official splits to evaluate on."""
 
     tasks = ("classification",)
     splits = ("train", "val", "test")
 
-    def official(self, split: Split) -> tuple[str, ...]:
-        if split == "train" and self.train_on_validation:
-            return ("train", "val")
-        return ("val" if split == "validation" else split,)
-
     def classes(self) -> Sequence[str]:
         """The names of all classes, in the order of their numbers."""
-        if self.layout == "mat":
+        if self.form == "mat":
             return NAMES
-        numbers = class_numbers(find_file(self.root, "metadata.csv"))
+        numbers = class_numbers(find_file(self.files, "metadata.csv"))
         return sorted(numbers, key=numbers.__getitem__)
 
     def read(self, task: str, name: str, kept: Kept) -> None:
-        root = Path(self.root)
-        pictures = Pictures(root / "jpg", root / "flowers-102" / "jpg", root / "images", root,
-                            decode=self.on_error == "skip")  # fmt: skip
+        pictures = self.find_pictures("jpg", "flowers-102/jpg", "images")
         found: Any
-        if self.layout == "mat":
-            files = find_file(root, "setid.mat"), find_file(root, "imagelabels.mat")
+        if self.form == "mat":
+            files = find_file(self.files, "setid.mat"), find_file(self.files, "imagelabels.mat")
             found = ((e, picture, NAMES[n]) for e, picture, n in numbered(*files, name, kept))
         else:
-            found = ((e, picture, c) for e, picture, _, c in listed(find_file(root, "split.csv").parent, name, kept))
+            found = (
+                (e, picture, c) for e, picture, _, c in listed(find_file(self.files, "split.csv").parent, name, kept)
+            )
         for entry, picture, label in found:
             with kept.row():
                 kept.add(image=pictures(entry, picture), label=label, image_id=Path(picture).stem)

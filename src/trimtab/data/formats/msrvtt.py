@@ -46,7 +46,7 @@ def test_rows(path: Path, kept: Kept) -> Iterator[tuple[Entry, str, str, str]]:
     """
     blip = path.suffix != ".csv"
     key, video, sentence = ("retrieval_key", "clip_name", "caption") if blip else ("key", "video_id", "sentence")
-    for entry in json_lines(path, kept) if blip else csv_rows(path, [video, sentence]):
+    for entry in json_lines(path) if blip else csv_rows(path, [video, sentence]):
         with kept.row():
             yield entry, str(entry.values.get(key, "")), entry.text(video), entry.text(sentence)
 
@@ -63,7 +63,7 @@ class MSRVTT(Published):
     no validation split and trains on all; 0 does so, and then there are no rows for validation."""
     unfold: bool = True
     """One training row a sentence, as CLIP4Clip trains; false gives one row a video."""
-    layout: Literal["csv", "blip"] = "csv"
+    form: Literal["csv", "blip"] = "csv"
     """Which file has the test rows: CLIP4Clip's `MSRVTT_JSFUSION_test.csv` or BLIP's `msrvtt_test.jsonl`."""
     videos: Path | None = None
     """Folder of the videos, which may lie in folders below it; None looks below the root."""
@@ -78,21 +78,21 @@ class MSRVTT(Published):
         videos = Videos(self.videos or self.root, SUFFIXES)
         if name != "test":
             return self._read_train(name == "train-held-out", videos, kept)
-        file = "MSRVTT_JSFUSION_test.csv" if self.layout == "csv" else "msrvtt_test.jsonl"
-        for entry, _, video, sentence in test_rows(find_file(self.root, file), kept):
+        file = "MSRVTT_JSFUSION_test.csv" if self.form == "csv" else "msrvtt_test.jsonl"
+        for entry, _, video, sentence in test_rows(find_file(self.files, file), kept):
             with kept.row():
                 kept.once(entry, video, "video_id")
                 kept.add(video=videos(entry, video), video_id=video, captions=[sentence])
 
     def _read_train(self, held_out: bool, videos: Videos, kept: Kept) -> None:
-        path = find_file(self.root, f"MSRVTT_train.{self.train}.csv")
+        path = find_file(self.files, f"MSRVTT_train.{self.train}.csv")
         listed = {video: entry for entry, video in train_videos(path, kept)}
         if not 0 <= self.validation < len(listed) or (held_out and not self.validation):
             raise DataError(f"{self}: expected 'validation' to be from {int(held_out)} to {len(listed) - 1} of the "
                             f"{len(listed)} videos of {path}, found {self.validation}; set data.validation")  # fmt: skip
         cut = len(listed) - self.validation
         chosen = dict(list(listed.items())[cut:] if held_out else list(listed.items())[:cut])
-        source = find_file(self.root, "MSRVTT_data.json")
+        source = find_file(self.files, "MSRVTT_data.json")
         rows = [(video, text) for video, text in sentences(source) if video in chosen]
         texts: dict[str, list[str]] = {}
         for video, text in rows:

@@ -90,7 +90,7 @@ class MSVD(Published):
         return ("val" if split == "validation" else split,)
 
     def read(self, task: str, name: str, kept: Kept) -> None:
-        path, source = find_file(self.root, f"{name}_list.txt"), find_file(self.root, "raw-captions.pkl")
+        path, source = find_file(self.files, f"{name}_list.txt"), find_file(self.files, "raw-captions.pkl")
         captions = pickles.read(source, types=(dict,))
         videos = Videos(self.videos or self.root)
         for entry, video_id, texts in listed(path, captions, source, kept):

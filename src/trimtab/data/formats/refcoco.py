@@ -1,6 +1,6 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: phrases that mean one thing in a COCO picture.
 
-Kazemzadeh et al. 2014, Yu et al. 2016, Mao et al. 2016. Three layouts are read: REFER's own (`refs(unc).p` with
+Kazemzadeh et al. 2014, Yu et al. 2016, Mao et al. 2016. Three forms are read: REFER's own (`refs(unc).p` with
 `instances.json`), MDETR's (`finetune_refcoco_val.json`), and X-VLM's lists, whose boxes stand in REFER's files.
 """
 
@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trimtab.data import pickles
-from trimtab.data.base import SOURCES, Published, Split
+from trimtab.data.base import SOURCES, Published
 from trimtab.data.boxes import Box, clamped, corners
-from trimtab.data.reading import DataError, Entry, Kept, Pictures, find_file, json_rows
-from trimtab.registry import unknown
+from trimtab.data.reading import DataError, Entry, Kept, find_file, json_rows
 
 # Below the root; COCO's pictures are found beside REFER's folders or in them.
-PICTURES = ("images/mscoco/images/train2014", "images/train2014", "train2014", "mscoco/images/train2014", "images", "")
+PICTURES = ("images/mscoco/images/train2014", "images/train2014", "train2014", "mscoco/images/train2014", "images")
 
 
 @dataclass(frozen=True)
@@ -178,61 +177,50 @@ def _target(entry: Entry, annotations: list[Entry]) -> Target:
     low, extent = np.asarray(thing.get("bbox"), np.float32).reshape(2, 2)
     box = clamped([float(v) for v in (*low, *(low + extent))], size)
     area = float(np.float32(thing.get("area", (int, float)))) if "area" in thing else float(extent.prod())
-    return Target(phrase, entry.text("file_name"), box, spans, str(entry.values.get("dataset_name", "")),
+    return Target(phrase, entry.text("file_name"), box, spans, str(entry.values.get("data_set", "")),
                   entry.number("id"), entry.number("original_id") if "original_id" in entry else entry.number("id"),
                   thing.values.get("original_id", thing.values.get("id")), area)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Referring(Published):
-    layout: Literal["refer", "mdetr", "xvlm"] = "refer"
+    form: Literal["refer", "mdetr", "xvlm"] = "refer"
     """Whose files: REFER's own, MDETR's `finetune_*.json`, or X-VLM's lists with the boxes of REFER's files. MDETR moves
     boxes into the picture, the others keep them as they are."""
     by: Literal["unc", "umd", "google"] | None = None
     """Whose splits, where the folder holds several `refs(<by>).p`; None takes the only one."""
-    test: str | None = None
-    """Which split is tested on: testA (people), testB (others), val or test. None takes `testA`, and `test` for
-    RefCOCOg."""
-    pictures: Path | None = None
-    """Folder of COCO's train2014 pictures; None looks below the root."""
+    train: tuple[str, ...] = ("train",)
+    """Official splits to train on."""
+    validation: tuple[str, ...] = ("val",)
+    """Official splits from which searches draw their rewards."""
+    test: tuple[str, ...] = ("testA",)
+    """Official splits to evaluate on: testA has people, testB other things."""
 
     tasks = ("grounding",)
     splits = ("train", "val", "test", "testA", "testB")
 
-    def official(self, split: Split) -> tuple[str, ...]:
-        if split != "test":
-            return ("train" if split == "train" else "val",)
-        test = self.test or ("test" if self.set_name == "refcocog" else "testA")
-        if test not in self.splits:
-            raise ValueError(f"{self}: {unknown('split', test, self.splits)}")
-        return (test,)
-
     @property
-    def set_name(self) -> str:
+    def _set(self) -> str:
         return str(getattr(type(self), "name", ""))
-
-    def _folders(self) -> Pictures:
-        below = [Path(self.root) / p for p in PICTURES]
-        return Pictures(*([self.pictures] if self.pictures else below), decode=self.on_error == "skip")
 
     def _refer(self) -> tuple[Path, Instances]:
         """The refs and instances of the set."""
         names = [f"refs({self.by}).p"] if self.by else [f"refs({by}).p" for by in ("unc", "umd", "google")]
-        folder = next((f for f in (Path(self.root) / self.set_name, Path(self.root) / "data" / self.set_name)
-                       if f.is_dir()), Path(self.root))  # fmt: skip
+        folder = next((f for f in (self.files / self._set, self.files / "data" / self._set)
+                       if f.is_dir()), self.files)  # fmt: skip
         path = find_file(folder, *names, depth=1)
         if len(there := [n for n in names if (path.parent / n).is_file()]) > 1:
             raise DataError(f"{path.parent}: found {' and '.join(there)}; name one with data.by")
         return path, Instances.read(find_file(path.parent, "instances.json", depth=0))
 
     def read(self, task: str, name: str, kept: Kept) -> None:
-        if self.layout == "mdetr":
+        if self.form == "mdetr":
             self._read_mdetr(name, kept)
-        elif self.layout == "xvlm":
+        elif self.form == "xvlm":
             self._read_xvlm(name, kept)
         else:
             path, instances = self._refer()
-            pictures = self._folders()
+            pictures = self.find_pictures(*PICTURES)
             for entry in refs(path):
                 with kept.row():
                     if not belongs(entry.text("split"), name):
@@ -247,8 +235,8 @@ class _Referring(Published):
                  image_id=str(e.image_id))  # fmt: skip
 
     def _read_mdetr(self, name: str, kept: Kept) -> None:
-        pictures = self._folders()
-        for entry, t in mdetr(find_file(self.root, f"finetune_{self.set_name}_{name}.json"), kept):
+        pictures = self.find_pictures(*PICTURES)
+        for entry, t in mdetr(find_file(self.files, f"finetune_{self._set}_{name}.json"), kept):
             with kept.row():
                 kept.add(
                     image=pictures(entry, t.picture), phrase=t.phrase, box=t.box,
@@ -259,8 +247,8 @@ class _Referring(Published):
     def _read_xvlm(self, name: str, kept: Kept) -> None:
         path, instances = self._refer()
         of = {ref.number("ref_id"): ref for ref in refs(path)}
-        pictures = self._folders()
-        for entry in json_rows(find_file(self.root, f"{self.set_name}_{name}.json")):
+        pictures = self.find_pictures(*PICTURES)
+        for entry in json_rows(find_file(self.files, f"{self._set}_{name}.json")):
             with kept.row():
                 if (ref := of.get(entry.number("ref_id"))) is None:
                     raise entry.error(f"its ref {entry.get('ref_id')} is not in {path}")
@@ -284,3 +272,6 @@ class RefCOCOPlus(_Referring):
 @dataclass(frozen=True, kw_only=True)
 class RefCOCOg(_Referring):
     """RefCOCOg (Mao et al. 2016): longer phrases; the splits of `umd` have no picture in two of them."""
+
+    test: tuple[str, ...] = ("test",)
+    """Official splits to evaluate on."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trimtab.data.base import SOURCES
+from trimtab.data.base import CAPTIONED, SOURCES
 from trimtab.data.boxes import inside
 from trimtab.data.held_out import HeldOut
 from trimtab.data.images import decode
@@ -74,7 +74,7 @@ def regions(path: Path, kept: Kept, lines: bool) -> Iterator[tuple[Entry, Pictur
     Raises:
         DataError: if the file or a row of it cannot be read.
     """
-    for entry in json_lines(path, kept) if lines else json_rows(path):
+    for entry in json_lines(path) if lines else json_rows(path):
         found = None
         with kept.row():
             parts = [
@@ -148,18 +148,16 @@ def _size(entry: Entry, cell: dict[str, Any]) -> tuple[int, int]:
 class VisualGenome(HeldOut):
     """Visual Genome's regions: for grounding a phrase and its box, for other tasks a picture with its phrases."""
 
-    layout: Literal["published", "xvlm", "multiflow", "multiflow-pretraining"] = "published"
+    form: Literal["official", "xvlm", "multiflow", "multiflow-pretraining"] = "official"
     """Whose files. The last cuts each region out, and its phrase is the caption."""
     file: str | None = None
     """Path below the root of the file, or of the folder of part files; None takes the usual name."""
-    pictures: Path | None = None
-    """Folder above `VG_100K` and `VG_100K_2`; None looks below the root."""
     attributes: bool = False
     """Put a region's first attribute before its phrase; X-VLM draws one anew each time."""
     rows: int | None = 10_000
     """At most so many rows, the first ones: reading stops there. None for all."""
 
-    tasks = ("grounding", "retrieval", "captioning", "matching", "pretraining")
+    tasks = ("grounding", *CAPTIONED)
     splits = ("train",)
 
     def _find(self) -> Pictures:
@@ -169,16 +167,16 @@ class VisualGenome(HeldOut):
         return Pictures(*tops, *below, decode=self.on_error == "skip")
 
     def _files(self) -> list[Path]:
-        usual = {"published": "region_descriptions.json", "multiflow": "vg_regions.json",
+        usual = {"official": "region_descriptions.json", "multiflow": "vg_regions.json",
                  "multiflow-pretraining": "vg_pretrain.json"}  # fmt: skip
-        if self.file is None and self.layout in usual:
-            return [find_file(self.root, usual[self.layout])]
-        path = Path(self.root) / self.file if self.file else None
+        if self.file is None and self.form in usual:
+            return [find_file(self.files, usual[self.form])]
+        path = Path(self.files) / self.file if self.file else None
         if path is not None and not path.is_dir():
             return [path]
-        found = sorted(p for p in (path or Path(self.root)).glob("part-*" if path else "**/part-*") if p.is_file())
+        found = sorted(p for p in (path or self.files).glob("part-*" if path else "**/part-*") if p.is_file())
         if not found:
-            raise DataError(f"{path or self.root}: expected part files (part-00000, ...), found none")
+            raise DataError(f"{path or self.files}: expected part files (part-00000, ...), found none")
         return found
 
     def read(self, task: str, name: str, kept: Kept) -> None:
@@ -186,7 +184,7 @@ class VisualGenome(HeldOut):
         for path in self._files():
             for entry, image, captions, parts in self._pictured(path, find, kept):
                 # In X-VLM's lists one bad region leaves its picture out, as in X-VLM; of the published file only itself.
-                alone = self.layout == "published" and task == "grounding"
+                alone = self.form == "official" and task == "grounding"
                 for group in [[p] for p in parts] if alone else [parts]:
                     with kept.row():
                         for row in self._rows(task, entry, image, captions, group):
@@ -195,11 +193,11 @@ class VisualGenome(HeldOut):
                     return
 
     def _pictured(self, path: Path, find: Pictures, kept: Kept) -> Iterator[tuple[Entry, Any, Any, list[Region]]]:
-        if self.layout == "published":
+        if self.form == "official":
             yield from self._by_picture(path, find, kept)
             return
-        pretrain = self.layout == "multiflow-pretraining"
-        for entry, p in pretraining(path, kept) if pretrain else regions(path, kept, self.layout == "xvlm"):
+        pretrain = self.form == "multiflow-pretraining"
+        for entry, p in pretraining(path, kept) if pretrain else regions(path, kept, self.form == "xvlm"):
             with kept.row():
                 image = find(entry, p.picture) if p.content is None else {"path": None, "bytes": p.content}
                 yield entry, image, p.captions, p.regions
@@ -215,7 +213,7 @@ class VisualGenome(HeldOut):
     def _rows(self, task: str, entry: Entry, image: Any, captions: list[str] | None, parts: list[Region]
               ) -> list[dict[str, Any]]:  # fmt: skip
         """The rows of a picture for a task."""
-        cut = self.layout == "multiflow-pretraining" and task != "grounding"
+        cut = self.form == "multiflow-pretraining" and task != "grounding"
         if task != "grounding" and not cut:
             if not captions:
                 raise entry.error("has no caption of the picture as a whole; it serves the task 'grounding'")
