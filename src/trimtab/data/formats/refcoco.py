@@ -177,7 +177,7 @@ def _target(entry: Entry, annotations: list[Entry]) -> Target:
     low, extent = np.asarray(thing.get("bbox"), np.float32).reshape(2, 2)
     box = clamped([float(v) for v in (*low, *(low + extent))], size)
     area = float(np.float32(thing.get("area", (int, float)))) if "area" in thing else float(extent.prod())
-    return Target(phrase, entry.text("file_name"), box, spans, str(entry.values.get("data_set", "")),
+    return Target(phrase, entry.text("file_name"), box, spans, str(entry.values.get("dataset_name", "")),
                   entry.number("id"), entry.number("original_id") if "original_id" in entry else entry.number("id"),
                   thing.values.get("original_id", thing.values.get("id")), area)  # fmt: skip
 
