@@ -55,19 +55,20 @@ class Flickr8K(Captioned):
                 kept.once(entry, file, "picture")
                 if file not in captions:
                     raise entry.error(f"the picture {file!r} has no caption in Flickr8k.token.txt")
-                told = captions[file]
-                if doubtful := [e for e in told if "\t" in e.text("caption")]:
-                    raise doubtful[0].error("two captions run together in one line")
-                ids = [e.text("id") for e in told]
+                told, ids = captions[file], Ids()
+                for each in told:  # here and not before: the other set's captions have faults that touch nobody
+                    ids.once(each, each.text("id"), "number of a caption")
+                    if "\t" in each.text("caption"):
+                        raise each.error("two captions run together in one line")
                 texts = [e.text("caption") for e in told]
-                self._add(kept, entry, pictures(entry, file), texts, ids, Path(file).stem, name)
+                numbers = [e.text("id") for e in told]
+                self._add(kept, entry, pictures(entry, file), texts, numbers, Path(file).stem, name)
         if passed:
             log.info("%s: passed over %d names of pictures of another set that are not there", path, passed)
 
     def _captions(self, path: Path, kept: Kept) -> dict[str, list[Entry]]:
         """Name of a picture -> its captions in the order of their numbers."""
         found: dict[str, list[Entry]] = {}
-        ids = Ids()
         for line, text in text_lines(path):
             if not text.strip():
                 continue
@@ -77,7 +78,7 @@ class Flickr8K(Captioned):
             entry = Entry({"id": key, "caption": caption.strip(), "number": int(number) if not fault else 0}, path,
                           f"line {line}", fault)  # fmt: skip
             with kept.row():
-                ids.once(entry, entry.text("id"))
+                _ = entry.values  # a line of another form is an error, whosever it is
                 found.setdefault(file, []).append(entry)
         if not found:
             raise DataError(f"{path}: holds no captions")

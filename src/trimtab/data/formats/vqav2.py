@@ -128,7 +128,7 @@ class VQAv2(Published):
                 kept.add(
                     image=pictures(entry, file), image_id=str(image), question=self._asked(entry), question_id=number,
                     answer="" if row is None else row.text("multiple_choice_answer", empty=True), answers=answers,
-                    weights=[1 / len(answers)] * len(answers),
+                    weights=[1 / len(answers) for _ in answers],
                     question_type="" if row is None else row.text("question_type", empty=True),
                     answer_type="" if row is None else row.text("answer_type", empty=True),
                 )  # fmt: skip
@@ -176,8 +176,8 @@ class VQAv2(Published):
     def _genome_pictures(self) -> Pictures:
         if self.vg_pictures is not None:
             return Pictures(Path(self.vg_pictures), decode=self.on_error == "skip")
-        places = [Path(self.root) / above / below for above in ("vg", "visual_genome", "")
-                  for below in ("image", "images", "VG_100K", "VG_100K_2", "images/VG_100K", "images/VG_100K_2")]  # fmt: skip
+        below = ("image", "images", "VG_100K", "VG_100K_2", "images/VG_100K", "images/VG_100K_2")
+        places = [Path(self.root) / above / folder for above in ("vg", "visual_genome", "") for folder in below]
         return Pictures(*places, decode=self.on_error == "skip")
 
     def _genome_row(self, kept: Kept, entry: Entry, image: dict, image_id: str, number: str) -> None:
@@ -214,7 +214,7 @@ class VQAv2(Published):
                 end = Path(file).stem.rpartition("_")[2]
                 kept.add(image=pictures(entry, file), image_id=str(int(end)) if end.isdigit() else Path(file).stem,
                          question=self._asked(entry), question_id=number, answer=common, answers=answers,
-                         weights=[1 / len(answers)] * len(answers), question_type="", answer_type="")  # fmt: skip
+                         weights=[1 / len(answers) for _ in answers], question_type="", answer_type="")  # fmt: skip
 
 
 def answer_list(path: Path) -> list[str]:
