@@ -351,4 +351,3 @@ def evil(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 FOLDERS.append(evil)
-

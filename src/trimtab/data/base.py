@@ -77,6 +77,8 @@ class Published(ABC):
 
     tasks: ClassVar[tuple[str, ...]] = ()
     splits: ClassVar[tuple[str, ...]] = ()
+    # By which names of files a form is known, {form: patterns}; of a set with one form, under an empty name.
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {}
     drop_bad_images: ClassVar[bool] = False  # `on_error: skip` has left them out already
 
     def official(self, split: Split) -> tuple[str, ...]:

@@ -32,6 +32,10 @@ class DataError(ValueError):
     """A file or row that cannot be read; the message begins with the file, and the row where there is one."""
 
 
+class NotThere(DataError):
+    """A file that a reader looks for and that is in none of the places."""
+
+
 class RowError(DataError):
     """A fault of one row, which `on_error: skip` leaves out."""
 
@@ -249,7 +253,8 @@ def find_file(root: Path, *names: str, depth: int = 3) -> Path:
     """The file of one of these names in a folder or in those below it; the nearest to the top.
 
     Raises:
-        DataError: if there is none, or two are equally near.
+        NotThere: if there is none.
+        DataError: if two are equally near.
     """
     if not Path(root).is_dir():
         raise DataError(f"{root}: there is no such folder")
@@ -265,7 +270,7 @@ def find_file(root: Path, *names: str, depth: int = 3) -> Path:
         level = [
             Path(e.path) for folder in level for e in sorted(os.scandir(folder), key=lambda e: e.name) if e.is_dir()
         ]
-    raise DataError(f"{root}: expected {' or '.join(names)} in it or in a folder below, found none")
+    raise NotThere(f"{root}: expected {' or '.join(names)} in it or in a folder below, found none")
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def samples(paths: Iterable[Path]) -> Iterator[Entry]:
         RowError: where a sample has two members of one suffix.
     """
     for path in paths:
-        key, parts = "", {}
+        key, parts = "", dict[str, bytes]()
         for name, content in _members(path):
             match = _NAME.fullmatch(name)
             if match is None:

@@ -1,7 +1,7 @@
 """Files of a user as tables: JSON, JSON lines, CSV, Parquet, folders that `datasets` saved, and image folders.
 
-Columns that a task knows (`trimtab.data.base.COLUMNS`) get their types, each fault with file and row; other columns stay
-as they are. A column map, {task's column: the file's}, gives them their names.
+Columns that a task knows (`trimtab.data.base.COLUMNS`) get their types, each fault with file and row; other columns
+stay as they are. A column map, {task's column: the file's}, gives them their names.
 """
 
 from __future__ import annotations
@@ -43,16 +43,32 @@ def read(path: Path, columns: Mapping[str, str] | None = None, pictures: Path | 
         FileNotFoundError: if there is no such file or folder.
         DataError: if it is of no known kind, or a row cannot be read.
     """
-    path, columns = Path(path), dict(columns or {})
+    table, reader = _read(Path(path), columns, pictures, on_error, find)
+    if reader is not None:
+        reader.kept.tell(str(path), len(table))
+    return table
+
+
+def look(path: Path, columns: Mapping[str, str] | None = None, pictures: Path | None = None
+         ) -> tuple[Dataset, list[str]]:  # fmt: skip
+    """The table of a file or folder as `read` gives it, and a sentence for each row that cannot be read."""
+    table, reader = _read(Path(path), columns, pictures, "skip", True, decode=False)
+    return table, [] if reader is None else reader.kept.left_out
+
+
+def _read(path: Path, columns: Mapping[str, str] | None, pictures: Path | None, on_error: OnError, find: bool,
+          decode: bool = True) -> tuple[Dataset, _Reader | None]:  # fmt: skip
+    columns = dict(columns or {})
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder")
     if files := ready(path):
-        return saved(files, columns, Path(pictures) if pictures else path.parent)
-    reader = _Reader(Path(pictures) if pictures else path if path.is_dir() else path.parent, columns, on_error, find)
+        return saved(files, columns, Path(pictures) if pictures else path.parent), None
+    folder = Path(pictures) if pictures else path if path.is_dir() else path.parent
+    reader = _Reader(folder, columns, on_error, find, decode)
     for entry in entries(path, reader.kept):
         with reader.kept.row():
             reader.add(entry)
-    return reader.table(path)
+    return reader.table(path), reader
 
 
 # --- rows of text files -----------------------------------------------------------------------------------------------
@@ -108,13 +124,13 @@ def _image_columns(entry: Entry) -> Iterator[tuple[str, Any]]:
 class _Reader:
     """Turns rows into typed columns."""
 
-    def __init__(self, folder: Path, columns: Mapping[str, str], on_error: OnError, find: bool):
+    def __init__(self, folder: Path, columns: Mapping[str, str], on_error: OnError, find: bool, decode: bool):
         for name in columns:
             if name not in COLUMNS and name != "messages":
                 raise DataError(f"the column map: {unknown('column', name, [*COLUMNS, 'messages'])}")
         self.kept, self.folder, self.find = Kept(on_error), folder, find
         self.names = {file: name for name, file in columns.items()}
-        self.pictures = Pictures(folder, decode=on_error == "skip")
+        self.pictures = Pictures(folder, decode=decode and on_error == "skip")
         self.rows: list[dict[str, Any]] = []
 
     def add(self, entry: Entry) -> None:
@@ -203,7 +219,6 @@ class _Reader:
         """
         from datasets import Dataset, Features
 
-        self.kept.tell(str(path), len(self.rows))
         if not self.rows:
             why = f"; {self.kept.left_out[0]}" if self.kept.left_out else ""
             raise DataError(f"{path}: holds no rows{why}")
@@ -228,7 +243,7 @@ def _type(path: Path, name: str, values: list[Any]) -> Any:
         raise DataError(f"{path}: expected the column {name!r} to hold values of one kind ({error})") from error
 
 
-# --- tables that are ready ---------------------------------------------------------------------------------------------
+# --- tables that are ready --------------------------------------------------------------------------------------------
 
 
 def ready(path: Path) -> list[Path]:
@@ -292,7 +307,7 @@ def _typed(table: Dataset, name: str, path: Path, folder: Path) -> Dataset:
     return table.remove_columns(name).add_column(name, cells, feature=wanted)
 
 
-# --- splits of a folder -------------------------------------------------------------------------------------------------
+# --- splits of a folder -----------------------------------------------------------------------------------------------
 
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"),
           "test": ("test", "testing", "eval")}  # fmt: skip

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from trimtab.data import shards
 from trimtab.data.base import CAPTIONED, SOURCES
@@ -101,6 +101,8 @@ def _check(entry: Entry, image: dict[str, Any]) -> None:
 class WebDataset(_Streamed):
     """Any WebDataset shards whose samples have a picture (jpg, png, ...) and a caption (txt, or in the json)."""
 
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {"": ("*.tar",)}
+
     shards: str = "**/*.tar"
     """Which files below the root, in the order of their names."""
 
@@ -141,8 +143,12 @@ class _FromTheWeb(_Streamed):
 class CC3M(_FromTheWeb):
     """Conceptual Captions: 3.3 million pictures from the web with cleaned alternative texts."""
 
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {"vilt": ("train_annot.json",), "multiflow": ("cc3m_*.json",)}
+
 
 @SOURCES.register("sbu")
 @dataclass(frozen=True, kw_only=True)
 class SBU(_FromTheWeb):
     """SBU captions: a million pictures of Flickr with what their owners wrote."""
+
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {"vilt": ("annot.json",), "multiflow": ("sbu_*.json",)}

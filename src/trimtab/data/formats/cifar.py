@@ -31,7 +31,7 @@ def batch(path: Path, labels: str) -> Iterator[tuple[Entry, Any, dict[str, int]]
     data = file.get("data")
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * SIDE**2:
         what = f"an array {data.shape} of {data.dtype}" if isinstance(data, np.ndarray) else f"a {type(data).__name__}"
-        raise file.error(f"expected 'data' to be rows of {3 * SIDE**2} bytes (32 x 32 pixels, three planes), found {what}"
+        raise file.error(f"expected 'data' to be rows of {3 * SIDE**2} bytes (three planes of 32 x 32), found {what}"
                          + _first_row(data))  # fmt: skip
     columns = {name: file.get(name, list) for name in (labels, "coarse_labels") if name == labels or name in file}
     for name, numbers in columns.items():
@@ -107,6 +107,8 @@ class _Cifar(HeldOut):
 class CIFAR10(_Cifar):
     """CIFAR-10: 50,000 + 10,000 pictures of ten classes (the Python version)."""
 
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {"": ("batches.meta",)}
+
     batches: ClassVar[dict[str, tuple[str, ...]]] = {
         "train": tuple(f"data_batch_{i}" for i in range(1, 6)),
         "test": ("test_batch",),
@@ -118,6 +120,8 @@ class CIFAR10(_Cifar):
 @dataclass(frozen=True, kw_only=True)
 class CIFAR100(_Cifar):
     """CIFAR-100: 50,000 + 10,000 pictures of a hundred classes in twenty groups (the Python version)."""
+
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {"": ("*/cifar-100-python/meta",)}
 
     labels: Literal["fine", "coarse"] = "fine"
     """The hundred classes, or their twenty groups."""

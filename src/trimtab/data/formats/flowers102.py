@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from trimtab.data.base import SOURCES, Published
 from trimtab.data.reading import DataError, Entry, Kept, csv_rows, find_file
@@ -158,7 +158,7 @@ def numbered(set_ids: Path, labels: Path, split: str, kept: Kept) -> Iterator[tu
         entry, row = Entry({}, set_ids, f"{name}[{i}]"), None
         with kept.row():
             if not 1 <= number <= len(classes):
-                raise entry.error(f"expected the number of a picture from 1 to {len(classes)} (the labels of {labels}), "
+                raise entry.error(f"expected a picture's number from 1 to {len(classes)} (the labels of {labels}), "
                                   f"found {number}")  # fmt: skip
             kept.once(entry, str(number), "picture")
             label = classes[number - 1]
@@ -216,6 +216,7 @@ class Flowers102(Published):
 
     tasks = ("classification",)
     splits = ("train", "val", "test")
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {"mat": ("setid.mat",), "csv": ("split.csv",)}
 
     def classes(self) -> Sequence[str]:
         """The names of all classes, in the order of their numbers."""

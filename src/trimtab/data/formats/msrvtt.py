@@ -6,13 +6,16 @@ The csv files say which video is in which split; the split in the json is anothe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from trimtab.data.base import SOURCES, Published, Split
 from trimtab.data.formats.msvd import Videos
 from trimtab.data.reading import DataError, Entry, Kept, csv_rows, find_file, json_lines, json_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SUFFIXES = (".mp4", ".webm")  # CLIP4Clip looks for the first, then for the second
 
@@ -69,29 +72,45 @@ class MSRVTT(Published):
     """Folder of the videos, which may lie in folders below it; None looks below the root."""
 
     tasks = ("video-retrieval",)
-    splits = ("train", "train-held-out", "test")
+    splits = ("train", "test")
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {"csv": ("MSRVTT_*.csv",), "blip": ("msrvtt_test.jsonl",)}
 
     def official(self, split: Split) -> tuple[str, ...]:
-        return ("train-held-out" if split == "validation" else split,)
+        return ("test",) if split == "test" else ("train",)
+
+    def load(self, task: str, split: Split) -> Dataset:
+        """As `Published.load`.
+
+        Raises:
+            DataError: if `validation` leaves no video to train on, or none where rows for validation are asked for.
+        """
+        if split == "test":
+            return super().load(task, split)
+        source = replace(self, unfold=False) if split == "validation" else self
+        table = Published.load(source, task, split)
+        path = find_file(self.files, f"MSRVTT_train.{self.train}.csv")
+        listed = [video for _, video in train_videos(path, Kept("skip"))]
+        least = int(split == "validation")
+        if not least <= self.validation < len(listed):
+            raise DataError(f"{self}: expected 'validation' to be from {least} to {len(listed) - 1} of the "
+                            f"{len(listed)} videos of {path}, found {self.validation}")  # fmt: skip
+        held_out = set(listed[len(listed) - self.validation :])
+        videos = table["video_id"]
+        return table.select([i for i, v in enumerate(videos) if (v in held_out) == (split == "validation")])
 
     def read(self, task: str, name: str, kept: Kept) -> None:
         videos = Videos(self.videos or self.root, SUFFIXES)
         if name != "test":
-            return self._read_train(name == "train-held-out", videos, kept)
+            return self._read_train(videos, kept)
         file = "MSRVTT_JSFUSION_test.csv" if self.form == "csv" else "msrvtt_test.jsonl"
         for entry, _, video, sentence in test_rows(find_file(self.files, file), kept):
             with kept.row():
                 kept.once(entry, video, "video_id")
                 kept.add(video=videos(entry, video), video_id=video, captions=[sentence])
 
-    def _read_train(self, held_out: bool, videos: Videos, kept: Kept) -> None:
+    def _read_train(self, videos: Videos, kept: Kept) -> None:
         path = find_file(self.files, f"MSRVTT_train.{self.train}.csv")
-        listed = {video: entry for entry, video in train_videos(path, kept)}
-        if not 0 <= self.validation < len(listed) or (held_out and not self.validation):
-            raise DataError(f"{self}: expected 'validation' to be from {int(held_out)} to {len(listed) - 1} of the "
-                            f"{len(listed)} videos of {path}, found {self.validation}; set data.validation")  # fmt: skip
-        cut = len(listed) - self.validation
-        chosen = dict(list(listed.items())[cut:] if held_out else list(listed.items())[:cut])
+        chosen = {video: entry for entry, video in train_videos(path, kept)}
         source = find_file(self.files, "MSRVTT_data.json")
         rows = [(video, text) for video, text in sentences(source) if video in chosen]
         texts: dict[str, list[str]] = {}
@@ -105,8 +124,7 @@ class MSRVTT(Published):
         for video in texts:
             with kept.row():
                 files[video] = videos(chosen[video], video)
-        unfolded = self.unfold and not held_out
-        groups = [(v, [t]) for v, t in rows] if unfolded else [(v, texts[v]) for v in chosen if v in texts]
+        groups = [(v, [t]) for v, t in rows] if self.unfold else [(v, texts[v]) for v in chosen if v in texts]
         for video, captions in groups:
             if video in files:
                 kept.add(video=files[video], video_id=video, captions=captions)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from trimtab.data import pickles
 from trimtab.data.base import SOURCES, Published, Split
@@ -85,6 +86,7 @@ class MSVD(Published):
 
     tasks = ("video-retrieval",)
     splits = ("train", "val", "test")
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {"": ("raw-captions.pkl",)}
 
     def official(self, split: Split) -> tuple[str, ...]:
         return ("val" if split == "validation" else split,)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from trimtab.data import pickles
 from trimtab.data.base import SOURCES, Published
@@ -185,8 +185,8 @@ def _target(entry: Entry, annotations: list[Entry]) -> Target:
 @dataclass(frozen=True, kw_only=True)
 class _Referring(Published):
     form: Literal["refer", "mdetr", "xvlm"] = "refer"
-    """Whose files: REFER's own, MDETR's `finetune_*.json`, or X-VLM's lists with the boxes of REFER's files. MDETR moves
-    boxes into the picture, the others keep them as they are."""
+    """Whose files: REFER's own, MDETR's `finetune_*.json`, or X-VLM's lists with the boxes of REFER's files. MDETR
+    moves boxes into the picture, the others keep them as they are."""
     by: Literal["unc", "umd", "google"] | None = None
     """Whose splits, where the folder holds several `refs(<by>).p`; None takes the only one."""
     train: tuple[str, ...] = ("train",)
@@ -261,17 +261,29 @@ class _Referring(Published):
 class RefCOCO(_Referring):
     """RefCOCO (Kazemzadeh et al. 2014): phrases that people gave each other in a game."""
 
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {
+        "refer": ("*/refcoco/refs(*).p",), "mdetr": ("finetune_refcoco_*.json",), "xvlm": ("refcoco_*.json",),
+    }  # fmt: skip
+
 
 @SOURCES.register("refcoco+")
 @dataclass(frozen=True, kw_only=True)
 class RefCOCOPlus(_Referring):
     """RefCOCO+: as RefCOCO, without words for places."""
 
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {
+        "refer": ("*/refcoco+/refs(*).p",), "mdetr": ("finetune_refcoco+_*.json",), "xvlm": ("refcoco+_*.json",),
+    }  # fmt: skip
+
 
 @SOURCES.register("refcocog")
 @dataclass(frozen=True, kw_only=True)
 class RefCOCOg(_Referring):
     """RefCOCOg (Mao et al. 2016): longer phrases; the splits of `umd` have no picture in two of them."""
+
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {
+        "refer": ("*/refcocog/refs(*).p",), "mdetr": ("finetune_refcocog_*.json",), "xvlm": ("refcocog_*.json",),
+    }  # fmt: skip
 
     test: tuple[str, ...] = ("test",)
     """Official splits to evaluate on."""

@@ -113,8 +113,8 @@ class _Folder(_Mapped):
         name = getattr(self, split) or ("validation" if "validation" in found else self.train)
         if name not in found:
             raise DataError(f"{self._name}: {self.root}: expected a file or folder for {name!r}, found "
-                            f"{', '.join(found) or 'no split'}; choose with data.{split}, or name files with the source "
-                            "'files'")  # fmt: skip
+                            f"{', '.join(found) or 'no split'}; choose with data.{split}, or name files with "
+                            "the source 'files'")  # fmt: skip
         read = [self._read(path) for path in found[name]]
         return concatenate_datasets(read) if len(read) > 1 else read[0]
 

@@ -8,7 +8,7 @@ import binascii
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from trimtab.data.base import CAPTIONED, SOURCES
 from trimtab.data.boxes import inside
@@ -78,9 +78,13 @@ def regions(path: Path, kept: Kept, lines: bool) -> Iterator[tuple[Entry, Pictur
         found = None
         with kept.row():
             parts = [
-                Region(e.text("caption"), _pixels(e, e.get("bb", list)), e.texts("attributes") if "attributes" in e else None)
+                Region(
+                    e.text("caption"),
+                    _pixels(e, e.get("bb", list)),
+                    e.texts("attributes") if "attributes" in e else None,
+                )
                 for e in entry.inner("elems")
-            ]  # fmt: skip
+            ]
             captions = None
             if "caption" in entry:
                 captions = [entry.text("caption")] if isinstance(entry.get("caption"), str) else entry.texts("caption")
@@ -159,6 +163,12 @@ class VisualGenome(HeldOut):
 
     tasks = ("grounding", *CAPTIONED)
     splits = ("train",)
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {
+        "official": ("region_descriptions.json",),
+        "xvlm": ("part-0*",),
+        "multiflow": ("vg_regions.json",),
+        "multiflow-pretraining": ("vg_pretrain.json",),
+    }
 
     def _find(self) -> Pictures:
         root = Path(self.root)
@@ -183,7 +193,7 @@ class VisualGenome(HeldOut):
         find = self._find()
         for path in self._files():
             for entry, image, captions, parts in self._pictured(path, find, kept):
-                # In X-VLM's lists one bad region leaves its picture out, as in X-VLM; of the published file only itself.
+                # In X-VLM's lists one bad region leaves out its picture, in the published file only itself.
                 alone = self.form == "official" and task == "grounding"
                 for group in [[p] for p in parts] if alone else [parts]:
                     with kept.row():
