@@ -5,6 +5,7 @@ from tests.comparisons import (  # noqa: F401
     clip4clip,
     clip_vil,
     data_first,
+    data_second,
     mdetr,
     meter,
     metrics,

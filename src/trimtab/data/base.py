@@ -77,11 +77,14 @@ class Published(ABC):
 
     tasks: ClassVar[tuple[str, ...]] = ()
     splits: ClassVar[tuple[str, ...]] = ()
+    # By which names of files a form is known, {form: patterns}; of a set with one form, under an empty name.
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {}
     drop_bad_images: ClassVar[bool] = False  # `on_error: skip` has left them out already
 
     def __post_init__(self) -> None:
         for split in ("train", "validation", "test"):
-            for name in getattr(self, split, ()):
+            names = getattr(self, split, None)
+            for name in names if isinstance(names, tuple) else ():  # some sets have a number of rows there
                 if name not in self.splits:
                     raise ValueError(f"{self}: {split}: {unknown('split', name, self.splits)}")
 

@@ -32,6 +32,10 @@ class DataError(ValueError):
     """A file or row that cannot be read; the message begins with the file, and the row where there is one."""
 
 
+class NotThere(DataError):
+    """A file that a reader looks for and that is in none of the places."""
+
+
 class RowError(DataError):
     """A fault of one row, which `on_error: skip` leaves out."""
 
@@ -263,11 +267,12 @@ def find_file(root: Path, *names: str, depth: int = 3) -> Path:
     """The file of one of these names in a folder or in those below it; the nearest to the top.
 
     Raises:
-        DataError: if there is none, or two are equally near.
+        NotThere: if there is none.
+        DataError: if two are equally near.
     """
     found = look_for(root, *names, depth=depth)
     if found is None:
-        raise DataError(f"{root}: expected {' or '.join(names)} in it or in a folder below, found none")
+        raise NotThere(f"{root}: expected {' or '.join(names)} in it or in a folder below, found none")
     return found
 
 
@@ -368,6 +373,13 @@ class Kept(Ids):
         self._tables.append(Dataset.from_dict(columns, features=self._features))
         self._rows = []
 
+    def tell(self, where: str, kept: int) -> None:
+        """Count and list in the log what was left out, beside so many rows that were kept."""
+        if left := self.left_out:
+            few = "\n  ".join(left[:20])
+            more = f"\n  and {len(left) - 20} more" if len(left) > 20 else ""
+            log.warning("%s: left out %d, kept %d rows:\n  %s%s", where, len(left), kept, few, more)
+
     def table(self, where: str) -> Any:
         """All rows as a `datasets.Dataset`; what was left out is counted and listed in the log.
 
@@ -379,10 +391,7 @@ class Kept(Ids):
         """
         from datasets import concatenate_datasets
 
-        if left := self.left_out:
-            few = "\n  ".join(left[:20])
-            more = f"\n  and {len(left) - 20} more" if len(left) > 20 else ""
-            log.warning("%s: left out %d, kept %d rows:\n  %s%s", where, len(left), len(self), few, more)
+        self.tell(where, len(self))
         if not len(self):
             raise DataError(f"{where}: holds no rows{f'; {self.left_out[0]}' if self.left_out else ''}")
         if self._rows:

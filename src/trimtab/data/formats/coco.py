@@ -23,6 +23,9 @@ class COCO(Captioned):
     """Official splits to train on; X-VLM's and VSE's files have `restval` in `train`."""
 
     splits: ClassVar[tuple[str, ...]] = ("train", "restval", "val", "test", "testall")
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {
+        "karpathy": ("dataset_coco.json",), "xvlm": ("coco_karpathy_*.json",),
+    }  # fmt: skip
     files_of: ClassVar[str] = "coco"
     folders: ClassVar[tuple[str, ...]] = ("images", "coco")
 
@@ -63,6 +66,7 @@ class COCOCaptions(Published):
 
     tasks: ClassVar[tuple[str, ...]] = CAPTIONED
     splits: ClassVar[tuple[str, ...]] = ("train2014", "val2014", "train2017", "val2017")
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {"": ("captions_*20*.json",)}
 
     def read(self, task: str, name: str, kept: Kept) -> None:
         self.read_file(find_file(self.files, f"captions_{name}.json"), name, kept)

@@ -44,6 +44,9 @@ class GQA(Published):
     splits: ClassVar[tuple[str, ...]] = tuple(
         f"{part}_{kind}" for part in ("train", "val", "testdev", *UNTOLD) for kind in ("balanced", "all")
     )
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {
+        "official": ("*_balanced_questions.json", "*_all_questions*.json"), "mdetr": ("finetune_gqa_*.json",),
+    }  # fmt: skip
 
     def read(self, task: str, name: str, kept: Kept) -> None:
         for path in self._files(name):

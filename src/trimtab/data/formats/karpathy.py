@@ -169,4 +169,7 @@ class Flickr30K(Captioned):
     """
 
     files_of: ClassVar[str] = "flickr30k"
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {
+        "karpathy": ("dataset_flickr30k.json",), "xvlm": ("flickr30k_*.json",),
+    }  # fmt: skip
     folders: ClassVar[tuple[str, ...]] = ("flickr30k-images", "flickr30k_images", "images")

@@ -31,6 +31,9 @@ class Flickr8K(Captioned):
     """Form of the files: the set's own text files, or one of those of Flickr30K."""
 
     files_of: ClassVar[str] = "flickr8k"
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {
+        "text": ("Flickr8k.token.txt",), "karpathy": ("dataset_flickr8k.json",),
+    }  # fmt: skip
     folders: ClassVar[tuple[str, ...]] = ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images")
 
     def read(self, task: str, name: str, kept: Kept) -> None:

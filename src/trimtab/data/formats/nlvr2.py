@@ -42,6 +42,9 @@ class NLVR2(Published):
     splits: ClassVar[tuple[str, ...]] = (
         *LISTS, *(f"{kind}_{split}" for kind in ("balanced", "unbalanced") for split in ("dev", "test1", "test2"))
     )  # fmt: skip
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {
+        "official": ("balanced_dev.json", "test1.json"), "xvlm": ("nlvr_*.json",),
+    }  # fmt: skip
 
     def read(self, task: str, name: str, kept: Kept) -> None:
         names = (f"{LISTS.get(name, name)}.json",) if self.form == "xvlm" else (f"{name}.json", f"{name}.jsonl")

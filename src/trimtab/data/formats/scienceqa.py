@@ -28,6 +28,7 @@ class ScienceQA(Published):
 
     tasks: ClassVar[tuple[str, ...]] = ("answer",)
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "test", "trainval", "minitrain", "minival", "minitest")
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {"": ("pid_splits.json",)}
 
     def read(self, task: str, name: str, kept: Kept) -> None:
         problems = find_file(self.files, "problems.json")

@@ -31,6 +31,7 @@ class SNLIVE(Published):
 
     tasks: ClassVar[tuple[str, ...]] = ("entailment",)
     splits: ClassVar[tuple[str, ...]] = ("train", "dev", "test")
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {"": ("snli_ve_*.jsonl",)}
 
     def read(self, task: str, name: str, kept: Kept) -> None:
         self.read_file(find_file(self.files, f"snli_ve_{name}.jsonl"), name, kept)

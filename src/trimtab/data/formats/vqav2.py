@@ -56,6 +56,9 @@ class VQAv2(Published):
 
     tasks: ClassVar[tuple[str, ...]] = ASKED
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "test", "test-dev", "vg", "trainable-val", "rest-val")
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {
+        "official": ("v2_OpenEnded_mscoco_*.json",), "xvlm": ("vqa_train.json", "vqa_val.json"),
+    }  # fmt: skip
 
     def load(self, task: str, split: Split) -> Dataset:
         keeps = split != "train" and self.outside != "keep"
