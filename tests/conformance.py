@@ -12,6 +12,8 @@ A sub-folder with `meta.json` is a backbone, named by the folder: checkpoint fil
 
 A folder or sub-folder with `expected.json` is a data set, and one with `index.json` holds broken files: see
 `comparisons/data.py`.
+
+A JSON file alone is a case of a metric if it has that metric's fields.
 """
 
 from __future__ import annotations
@@ -104,6 +106,8 @@ class Case:
         """What it is a case of: `pruner NAME`, `backbone FOLDER`, or the JSON's `case`."""
         if self.stage is not None:
             return f"backbone {self.folder.name}"
+        if known := [kind for kind, fields in METRICS.items() if all(_holds(self.info, f) for f in fields)]:
+            return max(known, key=lambda kind: len(METRICS[kind]))
         return f"pruner {self.info['pruner'].lower()}" if "pruner" in self.info else str(self.info.get("case"))
 
 
@@ -139,6 +143,28 @@ COMPARISONS: dict[str, Comparison] = {}
 
 # Further kinds of folders: each gives the finished lines of what it knows in a folder, none where it knows nothing.
 FOLDERS: list[Callable[[Path], Iterator[dict[str, Any]]]] = []
+
+# Kinds of cases that need no tensors, with the fields by which they are known: the kind with most of them is taken.
+METRICS: dict[str, tuple[str, ...]] = {}
+
+
+def _holds(info: Any, field: str) -> bool:
+    """Whether a JSON value has a field, or `outer.inner`; of a list the first entry must."""
+    if isinstance(info, list):
+        return bool(info) and _holds(info[0], field)
+    name, _, rest = field.partition(".")
+    return isinstance(info, dict) and name in info and (not rest or _holds(dict.get(info, name), rest))
+
+
+def metric(kind: str, *fields: str, told: Iterable[str] = ()) -> Callable[[Compare], Compare]:
+    """Register the comparison of a metric, known by the fields of its cases; `told` as of `Comparison`."""
+    METRICS[kind] = fields
+    return compares(kind, told=told)
+
+
+def number(quantity: str, found: float, wanted: float) -> Check:
+    """Within 1e-6: of the number itself below one, else of its size."""
+    return Check(quantity, abs(found - wanted) / max(1.0, abs(wanted)), 1e-6)
 
 
 def compares(*kinds: str, told: Iterable[str] = (), assumes: Mapping[str, str] | None = None
@@ -203,13 +229,14 @@ def compare(case: Case) -> list[Result]:
     if case.broken:
         return [Failed(case.broken)]
     file = case.folder / f"{case.name}.safetensors"
-    if case.stage is None and not file.exists():
+    if case.stage is None and not file.exists() and case.kind not in METRICS:
         return [Skipped("no tensors beside the JSON: figures and descriptions, nothing to compute")]
     if case.kind not in COMPARISONS:
         return [Skipped(f"no comparison for {case.kind!r}: the library does not have this part")]
     results: list[Result] = []
     try:
-        case.tensors = load_file(file) if case.stage is None else _arrays(case.folder)
+        if case.kind not in METRICS:
+            case.tensors = load_file(file) if case.stage is None else _arrays(case.folder)
         for result in COMPARISONS[case.kind].function(case):
             results.append(result)
     except Exception as error:  # whatever it is: this case has failed, and the next is compared

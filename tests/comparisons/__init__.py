@@ -8,6 +8,8 @@ from tests.comparisons import (  # noqa: F401
     data_second,
     mdetr,
     meter,
+    metrics,
+    metrics_ranks,
     prune,
     skip,
     tune,

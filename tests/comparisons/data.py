@@ -19,7 +19,7 @@ from tests.conformance import FOLDERS
 
 Rows = list[dict[str, Any]]
 Reading = Callable[[Path, str, dict[str, Any]], Rows | None]
-ROW = re.compile(r"line \d+|\[\d+\]|\bid '|\bid \"|row \d+|record \d+|question '|index \d+")
+ROW = re.compile(r"line \d+|\[\d+\]|\bid '|\bid \"|row \d+|record \d+|question '|index \d+|prediction.*: \S+")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,11 @@ def vse(root: Path, split: str) -> Rows:
     image = {r["image_id"]: r["image"] for r in rows}
     ids = next(root.rglob(f"{split}_ids.txt")).read_text().split()
     each = sum(len(r["captions"]) for r in rows) // len(ids)
-    return [{"image": image[ids[k // each]], "caption": next(left[ids[k // each]]), "image_index": k // each, "index": k}
-            for k in range(each * len(ids))]  # fmt: skip
+    rows = []
+    for k in range(each * len(ids)):
+        number = ids[k // each]
+        rows.append({"image": image[number], "caption": next(left[number]), "image_index": k // each, "index": k})
+    return rows
 
 
 # --- VQA v2 -----------------------------------------------------------------------------------------------------------
@@ -232,6 +236,33 @@ def entailment(path: Path, beside: dict[str, Path]) -> None:
     from trimtab.data.reading import Kept
 
     SNLIVE(root=beside.get("snli_ve", path.parent)).read_file(path, "dev", Kept())
+
+
+@broken(lambda path, content: _first(content, "question_id", "answer") or _first(content, "questionId", "prediction"))
+def predictions(path: Path, beside: dict[str, Path]) -> None:
+    form = "vqa" if "question_id" in json.loads(path.read_text())[0] else "gqa"
+    told = {"vqa": ("vqav2", "v2_OpenEnded_*_questions.json"), "gqa": ("gqa", "*_balanced_questions.json")}
+    _predicted(form, path, beside, *told[form])
+
+
+@broken(lambda path, content: path.suffix == ".csv" and bool(re.match(r"[\w-]+-\d+-\d+-\d+,", str(content))))
+def pairs(path: Path, beside: dict[str, Path]) -> None:
+    _predicted("nlvr2", path, beside, "nlvr2", "*.json")
+
+
+def _predicted(form: str, path: Path, beside: dict[str, Path], name: str, pattern: str) -> None:
+    """Hold predictions against the file of questions with which they have most ids in common."""
+    from trimtab.metrics import results
+
+    text, best = path.read_text(), (0, [])
+    for questions in sorted(beside[name].rglob(pattern)):
+        try:
+            known = results.ids_of(questions)
+        except ValueError:  # another file of the set, of another form
+            continue
+        shared = sum(str(i) in text for i in known)
+        best = max(best, (shared, known), key=lambda found: found[0])
+    results.read(form, path, best[1])
 
 
 @broken(lambda path, content: isinstance(content, str) and path.suffix == ".json")

@@ -81,6 +81,13 @@ class Published(ABC):
     marks: ClassVar[dict[str, tuple[str, ...]]] = {}
     drop_bad_images: ClassVar[bool] = False  # `on_error: skip` has left them out already
 
+    def __post_init__(self) -> None:
+        for split in ("train", "validation", "test"):
+            names = getattr(self, split, None)
+            for name in names if isinstance(names, tuple) else ():  # some sets have a number of rows there
+                if name not in self.splits:
+                    raise ValueError(f"{self}: {split}: {unknown('split', name, self.splits)}")
+
     def official(self, split: Split) -> tuple[str, ...]:
         """The official splits of which training, validation or test are made: the settings of these names."""
         names: tuple[str, ...] = getattr(self, split)

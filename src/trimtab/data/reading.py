@@ -145,15 +145,29 @@ def _short(value: Any) -> str:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, unique: bool = False) -> Any:
     """What a JSON file holds.
 
+    Args:
+        path: the file.
+        unique: look for keys that stand twice in an object, of which Python would keep the last; takes a while.
+
     Raises:
-        DataError: if it is not there, not text in UTF-8, cut off or not JSON, with line and column.
+        DataError: if it is not there, not text in UTF-8, cut off or not JSON, with line and column; or a key that
+            stands twice.
     """
     text = _text(path)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise DataError(f"{path}, id {twice!r}: this key stands twice in an object; ids must differ")
+        return found
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=once if unique else None)
     except json.JSONDecodeError as error:
         cut = "the file seems to be cut off: " if error.pos >= len(text.rstrip()) or "Unterminated" in error.msg else ""
         raise DataError(
@@ -183,9 +197,9 @@ def json_table(path: Path) -> Iterator[tuple[str, Entry]]:
     """The objects of a JSON object, each with the key under which it stands.
 
     Raises:
-        DataError: if the file cannot be read or holds something else.
+        DataError: if the file cannot be read or holds something else, or an id stands twice.
     """
-    found = read_json(path)
+    found = read_json(path, unique=True)
     if not isinstance(found, dict):
         raise DataError(f"{path}: expected a JSON object from ids to rows, found {_short(found)}")
     for key, values in found.items():
@@ -256,6 +270,18 @@ def find_file(root: Path, *names: str, depth: int = 3) -> Path:
         NotThere: if there is none.
         DataError: if two are equally near.
     """
+    found = look_for(root, *names, depth=depth)
+    if found is None:
+        raise NotThere(f"{root}: expected {' or '.join(names)} in it or in a folder below, found none")
+    return found
+
+
+def look_for(root: Path, *names: str, depth: int = 3) -> Path | None:
+    """As `find_file`, but None where there is none.
+
+    Raises:
+        DataError: if two are equally near.
+    """
     if not Path(root).is_dir():
         raise DataError(f"{root}: there is no such folder")
     level = [Path(root)]
@@ -267,10 +293,8 @@ def find_file(root: Path, *names: str, depth: int = 3) -> Path:
             )
         if found:
             return found[0]
-        level = [
-            Path(e.path) for folder in level for e in sorted(os.scandir(folder), key=lambda e: e.name) if e.is_dir()
-        ]
-    raise NotThere(f"{root}: expected {' or '.join(names)} in it or in a folder below, found none")
+        level = [Path(e.path) for f in level for e in sorted(os.scandir(f), key=lambda e: e.name) if e.is_dir()]
+    return None
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from trimtab.data.base import ASKED, SOURCES, Published
 from trimtab.data.formats.vqav2 import answer_list
-from trimtab.data.reading import DataError, Entry, Kept, find_file, json_rows, json_table
+from trimtab.data.reading import DataError, Entry, Kept, find_file, json_rows, json_table, look_for
 
 LXMERT = {"train_balanced": "train", "val_balanced": "valid", "testdev_balanced": "testdev", "test_balanced": "test",
           "challenge_balanced": "challenge"}  # fmt: skip
@@ -78,11 +78,8 @@ class GQA(Published):
         """
         if self.answer_list is not None:
             return answer_list(Path(self.answer_list))
-        try:
-            return answer_list(find_file(self.files, "trainval_label2ans.json"))
-        except DataError as error:
-            if "found none" not in str(error):
-                raise
+        if (listed := look_for(self.files, "trainval_label2ans.json")) is not None:
+            return answer_list(listed)
         row = {"official": _official, "lxmert": _lxmert, "mdetr": _mdetr}[self.form]
         entries = (e for name in ("train_balanced", "val_balanced") for p in self._files(name)
                    for e, _ in self._entries(p))  # fmt: skip

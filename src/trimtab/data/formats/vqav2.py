@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -82,16 +83,8 @@ class VQAv2(Published):
             return answer_list(Path(self.answer_list))
         if self.form == "xvlm":
             return answer_list(find_file(self.files, "answer_list.json"))
-        from trimtab.metrics.answers import vocabulary
-
-        return vocabulary(self._common_answers())
-
-    def _common_answers(self) -> Iterator[str]:
-        for name in ("train", "val"):
-            path = self._official(name)[1]
-            if path is not None:
-                for entry in json_rows(path, "annotations"):
-                    yield entry.text("multiple_choice_answer", empty=True)
+        annotations = [path for name in ("train", "val") if (path := self._official(name)[1])]
+        return _vocabulary(tuple((path, path.stat().st_mtime_ns) for path in annotations))
 
     def _official(self, name: str) -> tuple[Path, Path | None]:
         """The files of a split's questions and annotations; there are none of test."""
@@ -220,6 +213,15 @@ class VQAv2(Published):
                          weights=[1 / len(answers) for _ in answers], question_type="", answer_type="")  # fmt: skip
 
 
+@lru_cache(maxsize=4)  # each of a recipe's splits asks, and the files take a while
+def _vocabulary(files: tuple[tuple[Path, int], ...]) -> list[str]:
+    """The published vocabulary of files of annotations, each with the time of its last change."""
+    from trimtab.metrics.answers import vocabulary
+
+    entries = (entry for path, _ in files for entry in json_rows(path, "annotations"))
+    return vocabulary(entry.text("multiple_choice_answer", empty=True) for entry in entries)
+
+
 def answer_list(path: Path) -> list[str]:
     """A vocabulary: a JSON list of answers, or an object from answers to their numbers.
 
@@ -251,7 +253,12 @@ def _by_id(path: Path, key: str, kept: Kept) -> dict[str, Entry]:
 
 def _ten(row: Entry) -> list[str]:
     """The answers of an annotation, as written."""
-    answers = [a.text("answer", empty=True) for a in row.inner("answers")]
+    try:  # millions of them: each looked at in full only where something is wrong
+        answers = [answer["answer"] for answer in row.get("answers", list)]
+    except (TypeError, KeyError):
+        answers = [None]
+    if not all(isinstance(answer, str) for answer in answers):
+        answers = [answer.text("answer", empty=True) for answer in row.inner("answers")]
     if not answers:
         raise row.error("expected ten answers, found none")
     return answers
