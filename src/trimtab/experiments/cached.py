@@ -193,6 +193,11 @@ def _check_fits(model: TaskModel, method: Beside) -> None:
     have = {x.tower.modality for x in method.listeners.values()}
     if have != needed:
         raise ValueError(f"cache: side networks on {sorted(have)}, the task reads {sorted(needed)}: tune them all")
+    if not model.backbone.pictures.fixed:
+        raise ValueError(
+            f"cache: {model.backbone.name!r} keeps the shape of pictures, so that their numbers of tokens differ: use "
+            "`backbone.pictures: squash`"
+        )
     if model.task.name == "matching":
         raise ValueError("cache: the task 'matching' reads the backbone's pooler, which is not cached")
     sides = method.sides(model.backbone.model)
