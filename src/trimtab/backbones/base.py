@@ -58,11 +58,13 @@ class Backbone(nn.Module):
         side: the side of the square that a picture must be for the model; None if it takes other shapes too.
         load_report: what an official checkpoint file gave; None if the weights are no such file's.
         kind: `dual` (two towers, one vector each) or `joint` (one fused stream).
+        reads_padding: whether it leaves out what is padding, which it tells by its zeros.
         width: width of `Encoded.pooled`.
         token_width: width of `Encoded.tokens`: the same, but where the summary joins two streams.
     """
 
     kind: ClassVar[Literal["dual", "joint"]]
+    reads_padding: ClassVar[bool] = False
 
     def __init__(self, name: str, model: nn.Module, tokenizer: Any, pictures: Pictures, width: int, max_text: int = 32):
         super().__init__()
@@ -86,12 +88,15 @@ class Backbone(nn.Module):
         squashed to a square with the same mean and deviation.
 
         Raises:
-            ValueError: if what prepares them gives other sizes than the model was built for.
+            ValueError: if what prepares them gives other sizes than the model was built for, or padding that cannot be
+                told from picture.
         """
         if pictures == "squash":
             self.pictures = self.pictures.squashed(self.side)
         elif self.side is not None:
             self.pictures.check_side(self.side, self.name)
+        if self.reads_padding:
+            self.pictures.check_padding(self.name)
 
     def images(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
         """PIL images -> `pixel_values` (B, 3, H, W); where their shapes differ, padded with zeros at the right and the
@@ -119,10 +124,11 @@ class Backbone(nn.Module):
 
     def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         encoded = self.fuse(self.look(pixel_values), input_ids, attention_mask)
-        return replace(encoded, grid=self.grid(pixel_values))
+        shape = self.grid(pixel_values)
+        return encoded if shape is None or shape[0] == shape[1] else replace(encoded, grid=shape)
 
     def grid(self, pixel_values: Tensor) -> tuple[int, int] | None:
-        """Rows and columns of the image tokens of such a batch; None where they are a square, or there are none."""
+        """Rows and columns of the image tokens of such a batch; None if they are always a square, or there are none."""
         return None
 
     def look(self, pixel_values: Tensor) -> Tensor:
