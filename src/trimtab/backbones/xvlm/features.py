@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from trimtab.backbones.base import CLIP_MEAN, CLIP_STD, Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
+from trimtab.backbones.processed import own_pictures
 from trimtab.backbones.xvlm.pretraining import xvlm_loss
 
 
@@ -16,13 +17,15 @@ class XvlmBackbone(Backbone):
 
     kind = "joint"
 
-    def __init__(self, name: str, model: Any, tokenizer: Any):
+    def __init__(self, name: str, model: Any, tokenizer: Any, pictures: Pictures | None = None):
         if model.config.task not in ("pretrain", "retrieval", "grounding"):
             raise ValueError(f"{name}: an X-VLM for {model.config.task} does its task by itself; for ours load a "
                              "pretrained file with task='retrieval'")  # fmt: skip
         text = model.config.text_config
-        pictures = Pictures(model.config.vision_config.image_size, CLIP_MEAN, CLIP_STD)
+        side = model.config.vision_config.image_size
+        pictures = pictures or Pictures(side, CLIP_MEAN, CLIP_STD)
         super().__init__(name, model, tokenizer, pictures, text.hidden_size, min(text.max_position_embeddings, 40))
+        self.side = side
 
     def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         images, text = self.model.encode_image(pixel_values), self.model.encode_text(input_ids, attention_mask)
@@ -48,4 +51,5 @@ def load(folder: Path, name: str, pretrained: bool = True) -> XvlmBackbone:
     """A folder that `trimtab convert` or `save_pretrained` wrote; with a tokenizer if there is one in it."""
     from trimtab.backbones.xvlm.model import Xvlm
 
-    return XvlmBackbone(name, load_pretrained(Xvlm, folder, pretrained), find_tokenizer(folder))
+    model = load_pretrained(Xvlm, folder, pretrained)
+    return XvlmBackbone(name, model, find_tokenizer(folder), own_pictures(folder))
