@@ -1,7 +1,14 @@
 """What a task may ask of a backbone, whatever its family: pictures in, texts in, features out.
 
     images(list of pictures) -> pixel_values (B, 3, H, W)    texts(list of strings) -> input_ids, attention_mask (B, L)
-    kind "dual": image(...) and text(...) give one vector each; kind "joint": pair(...) gives fused tokens and a vector
+
+    kind        what tasks call
+    "dual"      image(...) and text(...), a vector each; frames(...) and compare(...) of videos
+    "joint"     pair(...), fused tokens and a vector; pair_of(...) for a text and two pictures
+    "pairs"     pair_of(...): a model that reads two pictures at once
+    "video"     frames(...), text(...) and compare(...): similarities by a head of the model's own
+    "detector"  detect(...): what a text names, as a set of objects
+    "vision"    image(...): a vision tower by itself
 
 `Backbone.model` is the plain (transformers) module that methods see through its `Anatomy`.
 """
@@ -13,11 +20,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from trimtab.anatomy import Anatomy
 from trimtab.files import replace_folder
@@ -74,12 +82,14 @@ class Backbone(nn.Module):
         anatomy: its description.
         tokenizer: of transformers, or None if the weights came from a file and nobody named one.
         load_report: what an official checkpoint file gave; None if the weights are no such file's.
-        kind: `dual` (two towers, one vector each) or `joint` (one fused stream).
+        kind: what it can be asked for, see above.
+        own_scale: whether the model itself scales what `compare` gives.
         width: width of `Encoded.pooled`.
         token_width: width of `Encoded.tokens`: the same, but where the summary joins two streams.
     """
 
-    kind: ClassVar[Literal["dual", "joint"]]
+    kind: Literal["dual", "joint", "pairs", "video", "detector", "vision"]
+    own_scale = False
 
     def __init__(self, name: str, model: nn.Module, tokenizer: Any, pictures: Pictures, width: int, max_text: int = 32):
         super().__init__()
@@ -122,6 +132,47 @@ class Backbone(nn.Module):
 
     def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         return self.fuse(self.look(pixel_values), input_ids, attention_mask)
+
+    def pair_second(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """`pair` of the second of two pictures, whose tokens have a type of their own where the authors give them one
+        and the model has it (a third row in its table of types)."""
+        return self.pair(pixel_values, input_ids, attention_mask)
+
+    def pair_of(self, first: Tensor, second: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """A text and two pictures (B, 3, H, W) each -> one vector (B, `pair_width`).
+
+        Each picture is fused with the text by itself and the two vectors are joined, as ViLT and METER do for NLVR2.
+        """
+        words = (input_ids, attention_mask)
+        return Encoded(torch.cat([self.pair(first, *words).pooled, self.pair_second(second, *words).pooled], dim=-1))
+
+    @property
+    def pair_width(self) -> int:
+        """Width of what `pair_of` gives."""
+        return 2 * self.width
+
+    def frames(self, pixel_values: Tensor) -> Tensor:
+        """A vector a frame, (B, F, 3, H, W) -> (B, F, E)."""
+        return self.image(pixel_values.flatten(0, 1)).pooled.unflatten(0, pixel_values.shape[:2])
+
+    def compare(self, text: Tensor, frames: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
+        """Similarities of all texts with all videos, (T, B): the cosine with the mean of a video's unit frames, times
+        exp(`scale`) (CLIP4Clip's meanP, section 3.3).
+
+        Args:
+            text: (T, E).
+            frames: (B, F, E).
+            mask: which frames are there, (B, F).
+            scale: a scalar, which a model with `own_scale` does not look at.
+        """
+        there = mask[..., None].to(frames.dtype)
+        video = (F.normalize(frames, dim=-1) * there).sum(dim=1) / there.sum(dim=1).clamp(min=1)
+        return scale.exp() * F.normalize(text, dim=-1) @ F.normalize(video, dim=-1).T
+
+    def own_head(self, task: str) -> nn.Module | None:
+        """The model's own head for a task by its registered name, as a module that takes what that task gives its
+        head; None if it has none. A task trains a copy, so that its head is what it is for every backbone."""
+        return None
 
     def look(self, pixel_values: Tensor) -> Tensor:
         """What `fuse` and `write` need of the pictures, (B, P, D), computed once whatever is said of them."""
@@ -240,7 +291,7 @@ def load_pretrained(model_class: Any, folder: Path, pretrained: bool, **options:
     """
     config = model_class.config_class.from_pretrained(folder)
     if not pretrained:
-        return model_class._from_config(config, dtype=torch.float32)
+        return model_class._from_config(config, dtype=torch.float32, **options)
     return load_weights(model_class, folder, config, torch.float32, **options)
 
 

@@ -125,14 +125,21 @@ def centred(boxes: Tensor) -> Tensor:
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
+def corners(boxes: Tensor) -> Tensor:
+    """(centre x, centre y, width, height) -> (left, top, right, bottom), last axis 4."""
+    middle, sides = boxes.split(2, dim=-1)
+    return torch.cat([middle - sides / 2, middle + sides / 2], dim=-1)
+
+
 def iou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and generalised IoU (Rezatofighi et al., CVPR 2019) of boxes in pairs, (N, 4) corners -> (N,), (N,)."""
+    """IoU and generalised IoU (Rezatofighi et al., CVPR 2019) of boxes in pairs, (..., 4) corners that
+    broadcast -> (...), (...)."""
 
     def area(x: Tensor) -> Tensor:
-        return (x[:, 2:] - x[:, :2]).clamp(min=0).prod(dim=-1)
+        return (x[..., 2:] - x[..., :2]).clamp(min=0).prod(dim=-1)
 
-    inner = torch.cat([torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:])], dim=-1)
-    hull = torch.cat([torch.minimum(a[:, :2], b[:, :2]), torch.maximum(a[:, 2:], b[:, 2:])], dim=-1)
+    inner = torch.cat([torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])], dim=-1)
+    hull = torch.cat([torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])], dim=-1)
     common, enclosing = area(inner), area(hull).clamp(min=1e-9)
     union = (area(a) + area(b) - common).clamp(min=1e-9)
     overlap = common / union

@@ -189,7 +189,7 @@ class BlipOfficialBackbone(Backbone):
     kind = "joint"
 
     def __init__(self, name: str, model: Any, tokenizer: Any):
-        if not hasattr(model, "text_encoder") or type(model).__name__ == "BlipForNlvr2":
+        if not hasattr(model, "text_encoder"):
             raise ValueError(f"{name}: {type(model).__name__} has no encoder of one picture and a text for our tasks; "
                              "load it with `trimtab.backbones.load_official`, or with task='retrieval'")  # fmt: skip
         text, vision = model.config.text_config, model.config.vision_config
@@ -243,8 +243,39 @@ class BlipOfficialBackbone(Backbone):
         return yes - no
 
 
+class BlipPairBackbone(Backbone):
+    """The BLIP of NLVR2, whose text encoder reads two pictures at once."""
+
+    kind = "pairs"
+
+    def __init__(self, name: str, model: Any, tokenizer: Any):
+        text = model.config.text_config
+        add_words(tokenizer, model)
+        pictures = Pictures(model.config.vision_config.image_size, CLIP_MEAN, CLIP_STD)
+        super().__init__(name, model, tokenizer, pictures, text.hidden_size, min(text.max_position_embeddings, 35))
+
+    def adopt(self, tokenizer: Any) -> None:
+        add_words(tokenizer, self.model)
+        super().adopt(tokenizer)
+
+    def pair_of(self, first: Tensor, second: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """One vector (B, D): that of the first token; ValueError for a picture or text of a size not built for."""
+        tokens = self.model.fuse(first, second, input_ids, attention_mask)
+        return Encoded(tokens[:, 0], tokens, attention_mask)
+
+    @property
+    def pair_width(self) -> int:
+        return self.width
+
+    def own_head(self, task: str) -> nn.Module | None:
+        """The published classifier."""
+        return self.model.cls_head if task == "pairs" else None
+
+
 def backbone(name: str, model: Any, tokenizer: Any) -> Backbone:
     """The model of an official file for tasks."""
+    if type(model).__name__ == "BlipForNlvr2":
+        return BlipPairBackbone(name, model, tokenizer)
     if type(model).__name__ == "BlipForConditionalGeneration":
         return BlipBackbone(
             name, model, tokenizer, Pictures(model.config.vision_config.image_size, CLIP_MEAN, CLIP_STD)
@@ -258,7 +289,7 @@ def load(folder: Path, name: str, pretrained: bool = True) -> Backbone:
     model = load_pretrained(model_class(architecture), folder, pretrained)
     tokenizer = find_tokenizer(folder)
     if architecture not in ("BlipForMatchingAndCaptions", "BlipForConditionalGeneration"):
-        return BlipOfficialBackbone(name, model, tokenizer)
+        return backbone(name, model, tokenizer)
     config: Any = model.config
     size = config.vision_config.image_size
     # What was converted from its authors' file says so in its config, and has no preprocessor beside it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.backbones.base import CLIP_MEAN, CLIP_STD, Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
 from trimtab.backbones.xvlm.pretraining import xvlm_loss
@@ -29,6 +29,10 @@ class XvlmBackbone(Backbone):
         tokens = self.model.fuse(text, attention_mask, images)
         return Encoded(tokens[:, 0], tokens, attention_mask)
 
+    def own_head(self, task: str) -> nn.Module | None:
+        """The published regression of boxes."""
+        return getattr(self.model, "bbox_head", None) if task == "box-regression" else None
+
     def pretraining_loss(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Contrast, matching and masked words on a batch of pairs; NotImplementedError for what is fine-tuned."""
         if self.model.config.task != "pretrain":
@@ -44,8 +48,38 @@ class XvlmBackbone(Backbone):
         return yes - no
 
 
-def load(folder: Path, name: str, pretrained: bool = True) -> XvlmBackbone:
+class XvlmPairBackbone(Backbone):
+    """The X-VLM of NLVR2, whose fusing layers take turns in reading two pictures."""
+
+    kind = "pairs"
+
+    def __init__(self, name: str, model: Any, tokenizer: Any):
+        text = model.config.text_config
+        pictures = Pictures(model.config.vision_config.image_size, CLIP_MEAN, CLIP_STD)
+        super().__init__(name, model, tokenizer, pictures, text.hidden_size, min(text.max_position_embeddings, 40))
+
+    def pair_of(self, first: Tensor, second: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """One vector (B, D): that of the fused class token."""
+        seen = [self.model.encode_image(pixel_values) for pixel_values in (first, second)]
+        tokens = self.model.fuse(self.model.encode_text(input_ids, attention_mask), attention_mask, *seen)
+        return Encoded(tokens[:, 0], tokens, attention_mask)
+
+    @property
+    def pair_width(self) -> int:
+        return self.width
+
+    def own_head(self, task: str) -> nn.Module | None:
+        """The published classifier."""
+        return self.model.cls_head if task == "pairs" else None
+
+
+def backbone(name: str, model: Any, tokenizer: Any) -> Backbone:
+    """A model for tasks; ValueError for one that does its task by itself."""
+    return (XvlmPairBackbone if model.config.task == "nlvr2" else XvlmBackbone)(name, model, tokenizer)
+
+
+def load(folder: Path, name: str, pretrained: bool = True) -> Backbone:
     """A folder that `trimtab convert` or `save_pretrained` wrote; with a tokenizer if there is one in it."""
     from trimtab.backbones.xvlm.model import Xvlm
 
-    return XvlmBackbone(name, load_pretrained(Xvlm, folder, pretrained), find_tokenizer(folder))
+    return backbone(name, load_pretrained(Xvlm, folder, pretrained), find_tokenizer(folder))
