@@ -53,11 +53,18 @@ def decode_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def encoded(table: Any) -> Any:
     """The table with pictures of its columns `image` and `images` as bytes and path, not decoded on access."""
-    from datasets import Image, List
+    from datasets import Dataset, Image, List
 
     if "image" in table.column_names:
         table = table.cast_column("image", Image(decode=False))
-    return table.cast_column("images", List(Image(decode=False))) if "images" in table.column_names else table
+    found = table.features.get("images")
+    if not isinstance(getattr(found, "feature", None), Image) or not found.feature.decode:
+        return table
+    # `cast_column` would write every picture of a list anew; stored, they are the same.
+    info = table.info.copy()
+    info.features = info.features.copy()
+    info.features["images"] = List(Image(decode=False))
+    return Dataset(table.data, info, table.split, table._indices)
 
 
 def readable(table: Any, where: str = "table") -> Any:
