@@ -7,12 +7,14 @@ METER, section 4).
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.data.images import decode_rows
+from trimtab.metrics import nlvr2
 from trimtab.tasks.base import TASKS, Batch
 from trimtab.tasks.labelled import Labelled, classifier, own_or
 
@@ -33,6 +35,24 @@ class Pairs(Labelled):
     def head(self, backbone: Any) -> nn.Module:
         fresh = classifier(backbone.pair_width, 2 * backbone.token_width, len(self.names))
         return own_or(backbone, self.name, len(self.names), fresh)
+
+    def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
+        """Accuracy; with NLVR2's `identifier` also consistency, the share of sentences right on all their pairs.
+
+        Raises:
+            ValueError: if an identifier stands in two rows.
+        """
+        out = super().score(backbone, head, records, rows)
+        if "identifier" not in rows.column_names:
+            return out
+        names, labels = list(rows["identifier"]), list(rows["label"])
+        if any(name.count("-") < 3 for name in names):  # a table of one's own, whose rows tell no sentence
+            return out
+        if twice := sorted(name for name, count in Counter(names).items() if count > 1):
+            raise ValueError(f"task {self.name!r}: expected each identifier once, found {twice[0]!r} more often")
+        known = {name: label for name, label in zip(names, labels, strict=True) if label}
+        found = {n: r["label"] for n, r in zip(names, records, strict=True) if n in known}
+        return out | {"consistency": nlvr2.evaluate(known, found)["consistency"]}
 
     def collate(self, backbone: Any, rows: list[dict[str, Any]], train: bool) -> Batch:
         """As everywhere; the second picture's tensors are called `second_...`.

@@ -58,9 +58,9 @@ def spans_to_tokens(encoding: Any, row: int, text: str, spans: Sequence[Sequence
         if not 0 <= begin < end <= len(text):
             raise ValueError(f"tokens_positive: expected spans from 0 to {len(text)} in {text!r}, found "
                              f"{[begin, end]}")  # fmt: skip
-        inside = range(begin, end)
-        first = next((t for c in inside[:3] if (t := encoding.char_to_token(row, c)) is not None), None)
-        last = next((t for c in inside[::-1][:3] if (t := encoding.char_to_token(row, c)) is not None), None)
+        after, before = range(begin, min(begin + 3, len(text))), range(end - 1, max(end - 4, -1), -1)
+        first = next((t for c in after if (t := encoding.char_to_token(row, c)) is not None), None)
+        last = next((t for c in before if (t := encoding.char_to_token(row, c)) is not None), None)
         if first is not None and last is not None:
             out[first : last + 1] = True
     return out
