@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import transformers as hf
@@ -27,7 +28,28 @@ from trimtab.backbones.xvlm.examples import VIT
 from trimtab.backbones.xvlm.examples import build as build_xvlm
 from trimtab.backbones.xvlm.features import backbone as xvlm
 
-WORDS = ("red blue green left right dog cat the a is of photo both one two . it near big sea").split()
+WORDS = [
+    "red",
+    "blue",
+    "green",
+    "left",
+    "right",
+    "dog",
+    "cat",
+    "the",
+    "a",
+    "is",
+    "of",
+    "photo",
+    "both",
+    "one",
+    "two",
+    ".",
+    "it",
+    "near",
+    "big",
+    "sea",
+]
 
 
 def tokenizer(pad: int = 0, clip: bool = False) -> Any:
@@ -60,7 +82,8 @@ def vilt(model: type = hf.ViltForImageAndTextRetrieval, types: int = 2) -> ViltB
 
 def clip() -> Any:
     config = build_clip4clip("meanP").config.clip_config
-    return ClipBackbone("clip", hf.CLIPModel(config).eval(), tokenizer(clip=True), Pictures(16), config.projection_dim, 8)
+    model, words = hf.CLIPModel(config).eval(), tokenizer(clip=True)
+    return ClipBackbone("clip", model, words, Pictures(16), config.projection_dim, 8)
 
 
 def vision(kind: str) -> VisionBackbone:
@@ -79,7 +102,7 @@ def mdetr(queries: int = 5) -> MdetrBackbone:
     text = hf.RobertaConfig(**BERT, type_vocab_size=1)
     config = MdetrConfig(text, {**CNN, "frozen": True}, **sizes, queries=queries, classes=12, align=8)
     found = MdetrBackbone("mdetr", Mdetr(config).eval(), tokenizer(1))
-    found.pictures = type(found.pictures)(64, found.pictures.mean, found.pictures.std)
+    found.pictures = replace(found.pictures, size=64, longest=96)
     return found
 
 
@@ -119,7 +142,8 @@ def table(kind: str, rows: int = 6) -> Dataset:
                              "identifier": Value("string")})  # fmt: skip
         data = {
             "images": both, "statement": ["both is red", "left is blue"] * (rows // 2),
-            "label": ["true", "false", "false"] * (rows // 3), "identifier": [f"dev-1-{i}-{i // 2}" for i in range(rows)],
+            "label": ["true", "false", "false"] * (rows // 3),
+            "identifier": [f"dev-1-{i}-{i // 2}" for i in range(rows)],
         }  # fmt: skip
         return Dataset.from_dict(data, features=features)
     if kind == "entailment":

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from trimtab.tasks.base import TASKS, Batch
-from trimtab.tasks.grounding import Grounding, centred, corners, iou
+from trimtab.tasks.grounding import Grounding, centred, corners, iou, visible
 from trimtab.tasks.labelled import own_or
 
 
@@ -29,17 +29,18 @@ class BoxRegression(Grounding):
         layers = (nn.Linear(width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), nn.Linear(2 * width, 4))
         return own_or(backbone, self.name, 4, nn.Sequential(*layers))
 
-    def _boxes(self, backbone: Any, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Corners and centres with sides, as shares of the picture, (B, 4) each."""
+    def _boxes(self, backbone: Any, head: nn.Module, batch: Batch) -> Any:
+        """Corners, and centres with sides, as shares of what the model sees, (B, 4) each."""
         encoded = backbone.pair(batch["pixel_values"], batch["input_ids"], batch["attention_mask"])
         found = head(encoded.pooled).float().sigmoid()
         return corners(found), found
 
     def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
         found, middle = self._boxes(backbone, head, batch)
-        _, generalised = iou(found, batch["boxes"])
-        distance = F.l1_loss(middle, centred(batch["boxes"]), reduction="none").sum(dim=-1)
-        return (distance + 1 - generalised).mean()
+        target, seen = visible(batch["boxes"], found)
+        _, generalised = iou(found, target)
+        distance = torch.where(seen, (middle - centred(target)).abs(), 0).sum(dim=-1)
+        return (distance + torch.where(seen[:, 0], 1 - generalised, 0)).mean()
 
     def fold(self, backbone: Any, head: nn.Module) -> None:
         """The head goes where the model has one of its own."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.data.images import decode_rows
 from trimtab.metrics.boxes import best_first, mdetr_boxes, mdetr_precision
 from trimtab.tasks.base import TASKS, Batch
 from trimtab.tasks.grounding import Grounding, centred, iou
@@ -37,7 +38,12 @@ class SetGrounding(Grounding):
         return copy.deepcopy(backbone.own_head(self.name))
 
     def collate(self, backbone: Any, rows: list[dict[str, Any]], train: bool) -> Batch:
+        rows = decode_rows(rows)
         batch = super().collate(backbone, rows, train)
+        # Shares are of the picture by itself, not of the batch's frame with its padding.
+        sizes = [row["image"].size for row in rows]
+        batch["boxes"] = torch.tensor([row["box"] for row in rows], dtype=torch.float32) / _whole(backbone, sizes)
+        batch["windows"] = torch.cat([torch.zeros(len(rows), 2), torch.tensor(sizes)], dim=1)
         phrases, length = [row["phrase"] for row in rows], batch["input_ids"].shape[1]
         if not getattr(backbone.tokenizer, "is_fast", False):
             raise ValueError(
@@ -57,7 +63,7 @@ class SetGrounding(Grounding):
 
     def _found(self, backbone: Any, head: Any, batch: Batch) -> dict[str, Tensor]:
         words = (batch["input_ids"], batch["attention_mask"])
-        return head(*backbone.detect(batch["pixel_values"], *words, batch.get("pixel_mask")))
+        return head(*backbone.detect(batch["pixel_values"], *words))
 
     def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
         boxes, tokens = centred(batch["boxes"])[:, None], batch["tokens"][:, None]
@@ -67,9 +73,9 @@ class SetGrounding(Grounding):
     def predict(self, backbone: Any, head: nn.Module, batch: Batch) -> list[dict[str, Any]]:
         found = self._found(backbone, head, batch)
         last = (found["logits"][-1].float().cpu(), found["boxes"][-1].float().cpu())
-        sizes, right = batch["sizes"].cpu(), (batch["boxes"] * batch["sizes"]).cpu()
-        records = []
-        for one, target in zip(mdetr_boxes(*last, sizes[:, :2].flip(1)), right, strict=True):
+        sizes = batch["windows"][:, 2:].cpu()
+        right, records = batch["boxes"].cpu() * sizes.repeat(1, 2), []
+        for one, target in zip(mdetr_boxes(*last, sizes.flip(1)), right, strict=True):
             boxes = best_first(one["scores"], one["boxes"])[:CANDIDATES]
             scores = one["scores"].sort(descending=True).values[:CANDIDATES]
             overlap = iou(boxes[:1], target[None])[0].item()
@@ -84,3 +90,16 @@ class SetGrounding(Grounding):
 
     def fold(self, backbone: Any, head: nn.Module) -> None:
         backbone.own_head(self.name).load_state_dict(head.state_dict())
+
+
+def _whole(backbone: Any, sizes: list[tuple[int, int]]) -> Tensor:
+    """Width, height, width, height of pictures (B, 4); ValueError if the backbone crops or frames them, which would
+    move what is in them."""
+    for size in sizes:
+        place = backbone.pictures.place(size)
+        if place.offset != (0, 0) or place.frame != place.resized:
+            raise ValueError(
+                f"{backbone.name}: set-grounding takes pictures whole, but one of {size[0]} x {size[1]} pixels is "
+                f"cropped or framed ({place}): squash pictures (`pictures: squash`)"
+            )
+    return torch.tensor(sizes, dtype=torch.float32).repeat(1, 2)

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from trimtab.backbones.base import CLIP_MEAN, CLIP_STD, Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
+from trimtab.backbones.pictures import Cropped
+from trimtab.backbones.processed import own_pictures
 
 
 class Clip4ClipBackbone(Backbone):
@@ -16,12 +18,14 @@ class Clip4ClipBackbone(Backbone):
 
     own_scale = True
 
-    def __init__(self, name: str, model: Any, tokenizer: Any):
+    def __init__(self, name: str, model: Any, tokenizer: Any, pictures: Pictures | None = None):
         config = model.config
         self.kind = "dual" if config.head == "meanP" and config.depth == 1 else "video"
         vision, text = config.clip_config.vision_config, config.clip_config.text_config
-        super().__init__(name, model, tokenizer, Pictures(vision.image_size, CLIP_MEAN, CLIP_STD),
-                         config.clip_config.projection_dim, min(text.max_position_embeddings, 32))  # fmt: skip
+        pictures = pictures or Cropped(vision.image_size, CLIP_MEAN, CLIP_STD)
+        super().__init__(name, model, tokenizer, pictures, config.clip_config.projection_dim,
+                         min(text.max_position_embeddings, 32))  # fmt: skip
+        self.side = vision.image_size
 
     def image(self, pixel_values: Tensor) -> Encoded:
         if self.kind != "dual":
@@ -53,4 +57,5 @@ def load(folder: Path, name: str, pretrained: bool = True) -> Clip4ClipBackbone:
     """A folder that `trimtab convert` or `save_pretrained` wrote; with a tokenizer if there is one in it."""
     from trimtab.backbones.clip4clip.model import Clip4Clip
 
-    return Clip4ClipBackbone(name, load_pretrained(Clip4Clip, folder, pretrained), find_tokenizer(folder))
+    model = load_pretrained(Clip4Clip, folder, pretrained)
+    return Clip4ClipBackbone(name, model, find_tokenizer(folder), own_pictures(folder))

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from trimtab.backbones.base import Backbone, Pictures, find_tokenizer, load_pretrained
+from trimtab.backbones.pictures import IMAGENET_MEAN, IMAGENET_STD, Bounded, pixel_mask
+from trimtab.backbones.processed import own_pictures
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PIXELS = 800  # of the shorter side in the authors' evaluation
+SHORT, LONG = 800, 1333  # pixels of the sides in the authors' evaluation
 
 
 class MdetrBackbone(Backbone):
@@ -18,24 +19,24 @@ class MdetrBackbone(Backbone):
 
     kind = "detector"
 
-    def __init__(self, name: str, model: Any, tokenizer: Any):
+    def __init__(self, name: str, model: Any, tokenizer: Any, pictures: Pictures | None = None):
         config = model.config
         text = config.text_config
         # A token is a slot of `class_embed`, whose last one stands for "no object".
         longest = min(text.max_position_embeddings - text.pad_token_id - 1, config.classes - 1)
-        super().__init__(name, model, tokenizer, Pictures(PIXELS, IMAGENET_MEAN, IMAGENET_STD), config.width, longest)
+        pictures = pictures or Bounded(SHORT, IMAGENET_MEAN, IMAGENET_STD, longest=LONG)
+        super().__init__(name, model, tokenizer, pictures, config.width, longest)
 
-    def detect(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor,
-               pixel_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def detect(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Objects after each decoder layer, or each level of a side network, (levels, B, Q, D), and the encoded text,
         (B, L, D).
 
         Args:
-            pixel_values: (B, 3, H, W), padded on the right and below.
+            pixel_values: (B, 3, H, W), padded with zeros on the right and below.
             input_ids, attention_mask: (B, L).
-            pixel_mask: (B, H, W), 1 = picture; None: no padding.
         """
-        states, text = self.model.states(pixel_values, input_ids, attention_mask, pixel_mask)
+        mask = None if self.pictures.fixed else pixel_mask(pixel_values)
+        states, text = self.model.states(pixel_values, input_ids, attention_mask, mask)
         return states[:, :, : self.model.config.queries], text
 
     @property
@@ -54,4 +55,5 @@ def load(folder: Path, name: str, pretrained: bool = True) -> MdetrBackbone:
     """A folder that `trimtab convert` or `save_pretrained` wrote; with a tokenizer if there is one in it."""
     from trimtab.backbones.mdetr.model import Mdetr
 
-    return MdetrBackbone(name, load_pretrained(Mdetr, folder, pretrained), find_tokenizer(folder))
+    model = load_pretrained(Mdetr, folder, pretrained)
+    return MdetrBackbone(name, model, find_tokenizer(folder), own_pictures(folder))

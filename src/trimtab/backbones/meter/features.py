@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.backbones.base import CLIP_MEAN, CLIP_STD, Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
+from trimtab.backbones.pictures import Cropped
+from trimtab.backbones.processed import own_pictures
 
 
 class MeterBackbone(Backbone):
@@ -16,12 +18,13 @@ class MeterBackbone(Backbone):
 
     kind = "joint"
 
-    def __init__(self, name: str, model: Any, tokenizer: Any):
-        # The authors resize the shorter side and cut out the middle; here pictures are resized to a square whole.
-        pictures = Pictures(model.config.vision_config.image_size, CLIP_MEAN, CLIP_STD)
+    def __init__(self, name: str, model: Any, tokenizer: Any, pictures: Pictures | None = None):
+        side = model.config.vision_config.image_size
         longest = model.config.text_config.max_position_embeddings - model.config.text_config.pad_token_id - 1
         width = 2 * model.config.cross_config.hidden_size
-        super().__init__(name, model, tokenizer, pictures, width, min(longest, 50))
+        super().__init__(name, model, tokenizer, pictures or Cropped(side, CLIP_MEAN, CLIP_STD, alpha=True), width,
+                         min(longest, 50))  # fmt: skip
+        self.side = side
         self.token_width = width // 2
 
     def look(self, pixel_values: Tensor) -> Tensor:
@@ -66,4 +69,5 @@ def load(folder: Path, name: str, pretrained: bool = True) -> MeterBackbone:
     """A folder that `trimtab convert` or `save_pretrained` wrote; with a tokenizer if there is one in it."""
     from trimtab.backbones.meter.model import MeterModel
 
-    return MeterBackbone(name, load_pretrained(MeterModel, folder, pretrained), find_tokenizer(folder))
+    model = load_pretrained(MeterModel, folder, pretrained)
+    return MeterBackbone(name, model, find_tokenizer(folder), own_pictures(folder))

@@ -30,6 +30,7 @@ class VisionBackbone(Backbone):
         factor = 2 if self.pooling == "class token and mean" else 1
         super().__init__(name, model, None, pictures, factor * config.hidden_size, max_text=0)
         self.token_width = config.hidden_size
+        self.side = config.image_size if config.model_type == "vit" else None  # the others take other sizes too
 
     def image(self, pixel_values: Tensor) -> Encoded:
         """Tokens (B, L, D) behind the last norm, and one vector: ViT's class token, as `ViTForImageClassification`
@@ -43,9 +44,8 @@ class VisionBackbone(Backbone):
         return Encoded(pooled, tokens, image_tokens=slice(1, tokens.shape[1]))
 
     def example(self, batch: int = 1, text_tokens: int | None = None) -> dict[str, Tensor]:
-        size = self.pictures.size
         generator = torch.Generator().manual_seed(0)
-        return {"pixel_values": torch.randn(batch, 3, size, size, generator=generator)}
+        return {"pixel_values": torch.randn(batch, 3, *self.pictures.shape, generator=generator)}
 
 
 def load(folder: Path, name: str, pretrained: bool = True) -> VisionBackbone:
