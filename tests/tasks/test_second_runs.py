@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,16 +13,14 @@ import torch
 from tests.tasks.tiny import BACKBONES, COLOURS, meter, picture, table
 from trimtab import backbones
 from trimtab.data import video
+from trimtab.data.images import encoded
 from trimtab.data.sources import SOURCES
 from trimtab.data.video import Length
 from trimtab.experiments import cached, folder
-from trimtab.experiments.assembly import assemble, tables
 from trimtab.experiments.estimate import estimate
 from trimtab.experiments.recipe import expand
 from trimtab.experiments.run import run
-from trimtab.methods import METHODS
-from trimtab.methods.adapted import adapt
-from trimtab.tasks import TASKS, TaskModel
+from trimtab.tasks import TASKS
 
 
 @pytest.fixture(autouse=True)
@@ -59,13 +58,15 @@ def recipe(task: dict, backbone: str, methods: list) -> Any:
     return expand(raw, "made-up")[0]
 
 
+PAIR = {"images": [picture("red")] * 2, "statement": "it is"}
+FILM = {"video": "1.mp4", "captions": ["red"]}
 CASES = [
-    ({"name": "pairs"}, lambda: meter(nlvr2=2), ["linear-probe"], {"images": [picture("red")] * 2, "statement": "it is"}),
-    ({"name": "pairs"}, BACKBONES["blip pairs"], ["lora"], {"images": [picture("red")] * 2, "statement": "it is"}),
+    ({"name": "pairs"}, lambda: meter(nlvr2=2), ["linear-probe"], PAIR),
+    ({"name": "pairs"}, BACKBONES["blip pairs"], ["lora"], PAIR),
     ({"name": "classification"}, BACKBONES["vit"], ["lora"], {"image": picture("red")}),
-    ({"name": "video-retrieval", "frames": 2}, BACKBONES["seqTransf"], ["full"], {"video": "1.mp4", "captions": ["red"]}),
+    ({"name": "video-retrieval", "frames": 2}, BACKBONES["seqTransf"], ["full"], FILM),
     ({"name": "set-grounding"}, BACKBONES["mdetr"], ["unipt"], {"image": picture("red"), "phrase": "the dog"}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("task", "make", "methods", "row"), CASES, ids=[f"{c[0]['name']}-{c[2][0]}" for c in CASES])
@@ -74,10 +75,12 @@ def test_a_recipe_runs_and_its_folder_answers(task, make, methods, row, tmp_path
     place = saved("backbone", make(), tmp_path)
     assert backbones.load(place).kind == make().kind
     found = recipe(task, place, methods)
-    costs = estimate(found)
+    if task["name"] == "set-grounding":  # counted on fake tensors, which takes longer than the run
+        costs = estimate(found)
+        assert costs["macs"] > costs["dense_macs"] > 0 and costs["trainable_params"] > 0
     out = run(found, tmp_path / "run", measure_costs=False)
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["primary"] in metrics["test"] and costs["macs"] > 0 and costs["trainable_params"] > 0
+    assert metrics["primary"] in metrics["test"]
     samples = json.loads((out / "samples" / "samples.json").read_text())
     assert all((out / "samples" / s["image"]).is_file() for s in samples)
     again = folder.load(out)
@@ -85,3 +88,25 @@ def test_a_recipe_runs_and_its_folder_answers(task, make, methods, row, tmp_path
     assert set(record) & {"label", "similar", "box"}
     if "label" in record:
         assert record["label"] in again.task.names
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "kind", "message"),
+    [
+        ("pairs", {}, "joint", r"task 'pairs' reads another thing of 'mine' \(joint\)"),
+        ("video-retrieval", {}, "dual", "task 'video-retrieval' reads another thing"),
+        ("classification", {"classes": COLOURS}, "dual", "task 'classification' reads another thing"),
+        ("set-grounding", {}, "detector", "task 'set-grounding' reads another thing"),
+        ("entailment", {}, "joint", "side networks on"),
+    ],
+)
+def test_what_a_cache_does_not_hold_is_refused(task, settings, kind, message):
+    model = SimpleNamespace(backbone=SimpleNamespace(kind=kind, name="mine"), task=TASKS[task](**settings))
+    with pytest.raises(ValueError, match=f"cache: .*{message}"):
+        cached._check_fits(model, SimpleNamespace(cacheable=True, name="unipt", listeners={}))
+
+
+def test_a_table_of_lists_has_a_print_of_its_pictures():
+    rows = encoded(table("pairs"))
+    other = encoded(table("pairs").map(lambda row, i: {"images": row["images"][::-1]}, with_indices=True))
+    assert cached.table_print(rows) == cached.table_print(encoded(table("pairs"))) != cached.table_print(other)
