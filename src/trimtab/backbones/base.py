@@ -20,7 +20,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -67,12 +67,14 @@ class Backbone(nn.Module):
         load_report: what an official checkpoint file gave; None if the weights are no such file's.
         kind: what it can be asked for, see above.
         own_scale: whether the model itself scales what `compare` gives.
+        reads_padding: whether it leaves out what is padding, which it tells by its zeros.
         width: width of `Encoded.pooled`.
         token_width: width of `Encoded.tokens`: the same, but where the summary joins two streams.
     """
 
     kind: Literal["dual", "joint", "pairs", "video", "detector", "vision"]
-    own_scale = False
+    own_scale: ClassVar[bool] = False
+    reads_padding: ClassVar[bool] = False
 
     def __init__(self, name: str, model: nn.Module, tokenizer: Any, pictures: Pictures, width: int, max_text: int = 32):
         super().__init__()
@@ -96,12 +98,15 @@ class Backbone(nn.Module):
         squashed to a square with the same mean and deviation.
 
         Raises:
-            ValueError: if what prepares them gives other sizes than the model was built for.
+            ValueError: if what prepares them gives other sizes than the model was built for, or padding that cannot be
+                told from picture.
         """
         if pictures == "squash":
             self.pictures = self.pictures.squashed(self.side)
         elif self.side is not None:
             self.pictures.check_side(self.side, self.name)
+        if self.reads_padding:
+            self.pictures.check_padding(self.name)
 
     def images(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
         """PIL images -> `pixel_values` (B, 3, H, W); where their shapes differ, padded with zeros at the right and the
@@ -129,10 +134,11 @@ class Backbone(nn.Module):
 
     def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         encoded = self.fuse(self.look(pixel_values), input_ids, attention_mask)
-        return replace(encoded, grid=self.grid(pixel_values))
+        shape = self.grid(pixel_values)
+        return encoded if shape is None or shape[0] == shape[1] else replace(encoded, grid=shape)
 
     def grid(self, pixel_values: Tensor) -> tuple[int, int] | None:
-        """Rows and columns of the image tokens of such a batch; None where they are a square, or there are none."""
+        """Rows and columns of the image tokens of such a batch; None if they are always a square, or there are none."""
         return None
 
     def pair_second(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:

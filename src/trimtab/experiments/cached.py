@@ -122,6 +122,8 @@ class TableCache(ActivationCache):
         place = features.image_tokens
         span = (place.start, place.stop) if place else (0, 0)
         out["features.image_tokens"] = torch.tensor(span).expand(len(words[0]), 2)
+        if features.grid is not None:
+            out["features.grid"] = torch.tensor(features.grid).expand(len(words[0]), 2)
         return out
 
 
@@ -151,7 +153,9 @@ class Replay(nn.Module):
     def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         tokens = self._side("fusion")
         start, stop = self.held["features.image_tokens"][0].tolist()
-        return Encoded(tokens[:, 0], tokens, self.held.get("features.mask"), slice(start, stop))
+        shape = self.held.get("features.grid")
+        grid = None if shape is None else (int(shape[0, 0]), int(shape[0, 1]))
+        return Encoded(tokens[:, 0], tokens, self.held.get("features.mask"), slice(start, stop), grid)
 
 
 class CachedModel(nn.Module):
