@@ -169,7 +169,8 @@ class Backbone(nn.Module):
     @property
     def temperature(self) -> Tensor:
         """By what cosines of `image_vector` and `text_vector` are divided in the contrastive loss, a scalar."""
-        raise NotImplementedError(f"{self.name}: no vectors of pictures and texts to compare (contrast): {_CONTRAST}")
+        raise NotImplementedError(f"{self.name}: no temperature of its own: give the task's `temperature` (0.07 is where "
+                                  "training of such models starts)")  # fmt: skip
 
     def answers(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Answers for the decoder of answers: `input_ids` and `attention_mask` (N, A), with their start and end."""
@@ -259,9 +260,9 @@ class Backbone(nn.Module):
     def example(self, batch: int = 1, text_tokens: int | None = None) -> dict[str, Tensor]:
         """A batch of random inputs of the usual sizes, to count operations and bytes without data.
 
-        Texts have `text_tokens` tokens; None takes what `limit_text` said, else 20.
+        Texts have `text_tokens` tokens; None takes what `limit_text` said, else 20 or the most that the model reads.
         """
-        text_tokens = text_tokens or self.counted_text
+        text_tokens = text_tokens or min(self.counted_text, self.max_text)
         generator = torch.Generator().manual_seed(0)
         size = self.pictures.size
         return {

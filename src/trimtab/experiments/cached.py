@@ -193,8 +193,8 @@ def _check_fits(model: TaskModel, method: Beside) -> None:
     have = {x.tower.modality for x in method.listeners.values()}
     if have != needed:
         raise ValueError(f"cache: side networks on {sorted(have)}, the task reads {sorted(needed)}: tune them all")
-    if model.task.name == "matching":
-        raise ValueError("cache: the task 'matching' reads the backbone's pooler, which is not cached")
+    if model.task.name in ("matching", "reranking", "answer-ranking", "captioning"):
+        raise ValueError(f"cache: the task {model.task.name!r} reads more of the backbone than side networks hand on")
     sides = method.sides(model.backbone.model)
     beside = {id(p) for p in sides.parameters()}
     wrong = [n for n, p in model.backbone.named_parameters() if p.requires_grad and id(p) not in beside]
