@@ -1,8 +1,8 @@
 """Two losses of models that compare pictures and texts in one space, and then read them together.
 
-    contrast   which picture belongs to which text of the batch? cross entropy of similarities, both ways
-    matching   does this text belong to this picture? each pair, and for each a wrong text and a wrong picture, drawn
-               from the batch in proportion to how similar they seem (ALBEF: Li et al., NeurIPS 2021, section 3.2)
+contrast   which picture belongs to which text of the batch? cross entropy of similarities, both ways
+matching   does this text belong to this picture? each pair, and for each a wrong text and a wrong picture, drawn
+           from the batch in proportion to how similar they seem (ALBEF: Li et al., NeurIPS 2021, section 3.2)
 """
 
 from __future__ import annotations

@@ -156,22 +156,22 @@ def test_ranking_scores_the_own_caption_against_others(family, table, tmp_path):
     with torch.no_grad():  # fresh weights hardly tell one text from another
         for parameter in whole.parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=0.2)
+                parameter.normal_(std=0.5)
     task = Reranking(negatives=3)
     task.check(whole, table)
-    model = TaskModel(whole, task)
+    model = TaskModel(whole, task).eval()
     rows_ = list(table)
     batch = task.collate(whole, rows_, train=True)
     assert batch["input_ids"].shape[:2] == (5, 4)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     losses = []
-    for _ in range(8):
+    for _ in range(20):
         loss = model(**batch)["loss"]
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert losses[-1] < 0.9 * losses[0], losses
+    assert losses[-1] < 0.85 * losses[0], losses
     found, records, _ = scored(whole.eval(), table, pairs=7)
     assert 0 <= found["recall@1"] <= 1 and "best" in records[0]
     assert model.answer([{"image": rows_[0]["image"], "captions": ["a cat", "a dog"]}])[0]["scores"]
@@ -201,7 +201,9 @@ def test_a_run_reranks_and_answers(tmp_path):
     assert {"recall@1", "rsum", "text to image median rank"} <= test.keys()
     assert json.loads((folder / "costs.json").read_text())["macs"] > 0
     assert len(json.loads((folder / "samples" / "samples.json").read_text())) == 8
-    answer = folder_of_runs.load(folder).answer([{"image": Pictures.new("RGB", (9, 9)), "captions": ["a dog", "a cat"]}])
+    answer = folder_of_runs.load(folder).answer(
+        [{"image": Pictures.new("RGB", (9, 9)), "captions": ["a dog", "a cat"]}]
+    )
     assert len(answer[0]["scores"]) == 2
 
 

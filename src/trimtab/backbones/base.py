@@ -169,8 +169,8 @@ class Backbone(nn.Module):
     @property
     def temperature(self) -> Tensor:
         """By what cosines of `image_vector` and `text_vector` are divided in the contrastive loss, a scalar."""
-        raise NotImplementedError(f"{self.name}: no temperature of its own: give the task's `temperature` (0.07 is where "
-                                  "training of such models starts)")  # fmt: skip
+        raise NotImplementedError(f"{self.name}: no temperature of its own: give the task's `temperature` (0.07 is "
+                                  "where training of such models starts)")  # fmt: skip
 
     def answers(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Answers for the decoder of answers: `input_ids` and `attention_mask` (N, A), with their start and end."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab.data.images import decode_rows
+from trimtab.metrics import captions as official
 from trimtab.tasks.base import TASKS, Batch, Task
-from trimtab.tasks.cider import bleu4, cider
 from trimtab.tasks.words import IGNORED, Words, next_words
 from trimtab.tasks.writing import Limits, write
 
@@ -32,6 +32,7 @@ class Captioning(Task):
         beams: of beam search; 1 writes greedily.
         no_repeat: no run of so many tokens occurs twice in a caption; 0 allows all.
         length_penalty: power of the length by which a beam's log-probability is divided.
+        java: score with the official Java tokeniser, and METEOR too; needs `pycocoevalcap` and Java.
 
     Raises:
         ValueError: for a number that cannot be.
@@ -52,12 +53,14 @@ class Captioning(Task):
         beams: int = 1,
         no_repeat: int = 0,
         length_penalty: float = 1.0,
+        java: bool = False,
     ):
         if longest < 1 or not 0 <= shortest <= longest or beams < 1 or no_repeat < 0:
             raise ValueError("captioning: expected longest >= 1, 0 <= shortest <= longest, beams >= 1, no_repeat >= 0, "
                              f"found {longest}, {shortest}, {beams}, {no_repeat}")  # fmt: skip
         self.longest, self.smoothing, self.prompt, self.shortest = longest, smoothing, prompt, shortest
         self.beams, self.no_repeat, self.length_penalty = beams, no_repeat, length_penalty
+        self.java = java
 
     def head(self, backbone: Any) -> nn.Module:
         return Words(backbone)
@@ -66,14 +69,14 @@ class Captioning(Task):
         """Ids of the token that starts a caption and of the prompt, (S,)."""
         tokenizer = backbone.tokenizer
         if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
-            raise ValueError(f"captioning: the tokenizer of {backbone.name} has no class token and separator, with which "
-                             "captions begin and end; for models that chat use the task 'answer'")  # fmt: skip
+            raise ValueError(f"captioning: the tokenizer of {backbone.name} has no class token and separator, with "
+                             "which captions begin and end; for models that chat use the task 'answer'")  # fmt: skip
         if not self.prompt:
             return torch.tensor([tokenizer.cls_token_id])
         ids = tokenizer(self.prompt)["input_ids"]
         if ids[0] != tokenizer.cls_token_id or ids[-1] != tokenizer.sep_token_id:
-            raise ValueError(f"captioning: expected {backbone.name}'s tokenizer to put a prompt between its class token "
-                             f"and separator, found {tokenizer.convert_ids_to_tokens(ids)}")  # fmt: skip
+            raise ValueError(f"captioning: expected {backbone.name}'s tokenizer to put a prompt between its class "
+                             f"token and separator, found {tokenizer.convert_ids_to_tokens(ids)}")  # fmt: skip
         return torch.tensor(ids[:-1])
 
     def collate(self, backbone: Any, rows: list[dict[str, Any]], train: bool) -> Batch:
@@ -107,9 +110,17 @@ class Captioning(Task):
         return [{"caption": text.strip()} for text in told]
 
     def score(self, backbone: Any, head: Any, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
-        captions, references = [r["caption"] for r in records], rows["captions"]
-        exact = sum(c in refs for c, refs in zip(captions, references, strict=True)) / len(captions)
-        return {"cider": cider(captions, references), "bleu@4": bleu4(captions, references), "one of them": exact}
+        """CIDEr-D (10 is perfect), BLEU and ROUGE-L as the COCO evaluation gives them, and the share of captions that
+        are one of the references word by word; CIDEr's rarity of words is that of this table."""
+        captions: dict[Hashable, str] = dict(enumerate(r["caption"] for r in records))
+        references: dict[Hashable, Sequence[str]] = dict(enumerate(rows["captions"]))
+        found = official.evaluate(captions, references, java=self.java)
+        out = {"cider": found["CIDEr"], **{f"bleu@{n}": found[f"BLEU-{n}"] for n in (4, 3, 2, 1)}}
+        out |= {
+            "rouge-l": found["ROUGE-L"],
+            "one of them": sum(c in references[i] for i, c in captions.items()) / len(rows),
+        }
+        return out | ({"meteor": found["METEOR"]} if self.java else {})
 
     def fold(self, backbone: Any, head: Any) -> None:
         """The words' head goes where the backbone has one of its own."""

@@ -141,7 +141,12 @@ class Matching(Task):
             return []
         best = {i: captions[records[i]["best"]] for i in indices}
         return [
-            {"query": "picture -> caption", "prediction": best[i], "target": captions[i], "correct": best[i] == captions[i]}
+            {
+                "query": "picture -> caption",
+                "prediction": best[i],
+                "target": captions[i],
+                "correct": best[i] == captions[i],
+            }
             for i in indices
         ]
 

@@ -1,6 +1,6 @@
 """Visual question answering by ranking answers: the model's own decoder says how likely each of a list is.
 
-    picture, question --fuse--> tokens (B, L, D) --decoder--> the next word of an answer        (BLIP, X-VLM)
+picture, question --fuse--> tokens (B, L, D) --decoder--> the next word of an answer        (BLIP, X-VLM)
 """
 
 from __future__ import annotations

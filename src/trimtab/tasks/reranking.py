@@ -32,8 +32,8 @@ class Reranking(Task):
     Training:
         rank: each picture with its caption and `negatives` captions of other rows; cross-entropy over which is its own
             (ViLT's and METER's `irtr`, with 15). Theirs come from the whole training set, these from the batch, drawn
-            again where it has too few; the matching loss that they add with half its weight is left out. What a run counts
-            as one sample is a picture with all these texts.
+            again where it has too few; the matching loss that they add with half its weight is left out. What a run
+            counts as one sample is a picture with all these texts.
         contrast: the contrastive loss of the vectors, and matching of each pair against a wrong text and a wrong
             picture drawn by the vectors' similarity (X-VLM; BLIP without momentum encoders and their queue).
 
@@ -118,8 +118,8 @@ class Reranking(Task):
         own = set(rows[i]["captions"])
         others = [c for j, row in enumerate(rows) if j != i for c in row["captions"] if c not in own]
         if not others:
-            raise ValueError("reranking: the wrong captions of a picture are those of other rows, but the batch has none "
-                             "with other captions: take a larger batch")  # fmt: skip
+            raise ValueError("reranking: the wrong captions of a picture are those of other rows, but the batch has "
+                             "none with other captions: take a larger batch")  # fmt: skip
         drawn: list[int] = []
         while len(drawn) < self.negatives:
             drawn += torch.randperm(len(others)).tolist()
@@ -205,7 +205,7 @@ class Reranking(Task):
         return out
 
     def _candidates(self, records: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Which texts a picture considers, which pictures a text considers, both (N, M) bits, and all cosines (N, M)."""
+        """Which texts a picture considers, which pictures a text considers, (N, M) bits, and all cosines (N, M)."""
         size = (len(records), sum(len(r["ids"]) for r in records))
         if not self.k:
             everything = torch.ones(size, dtype=torch.bool)

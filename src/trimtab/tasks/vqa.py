@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class VQA(Task):
         ValueError: for another word, or answers that repeat.
     """
 
-    columns: tuple[str, ...] = ("question", "answer")  # type: ignore[misc]
+    columns: ClassVar[tuple[str, ...]] = ("question", "answer")
     primary = "accuracy"
     kinds = ("joint",)
     first_token = True
@@ -126,7 +126,7 @@ class VQA(Task):
         return records
 
     def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
-        """`soft score` is the mean target of the answers given, over all rows: ViLT prints it, over rows whose answer is
+        """`soft score` is the mean target of the answers given, over all rows; ViLT prints it over rows whose answer is
         among the classes."""
         out = self._official(records, rows) if "answers" in rows.column_names else None
         if out is None:

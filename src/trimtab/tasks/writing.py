@@ -41,6 +41,9 @@ class Writer(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     config_class = PretrainedConfig
     main_input_name = "input_ids"
+    backbone: Any
+    words: Any
+    embeddings: Any
 
     def __init__(self, backbone: Any, head: nn.Module, embeddings: Tensor):
         super().__init__(PretrainedConfig())
@@ -51,7 +54,9 @@ class Writer(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def device(self) -> torch.device:
         return self.embeddings.device
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, seen: Any = None, **_: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, seen: Any = None, **_: Any
+    ) -> dict[str, Any]:
         return {"input_ids": input_ids, "seen": seen}
 
     def forward(self, input_ids: Tensor, seen: Tensor, **_: Any) -> CausalLMOutput:
@@ -74,8 +79,8 @@ def write(backbone: Any, head: nn.Module, seen: Tensor, start: Tensor, limits: L
         ValueError: if the start leaves no room.
     """
     if start.shape[1] >= limits.longest:
-        raise ValueError(f"the start of a text with its prompt has {start.shape[1]} tokens, which leaves no room: a text "
-                         f"may have {limits.longest}")  # fmt: skip
+        raise ValueError(f"the start of a text with its prompt has {start.shape[1]} tokens, which leaves no room: a "
+                         f"text may have {limits.longest}")  # fmt: skip
     tokenizer = backbone.tokenizer
     config = GenerationConfig(
         max_length=limits.longest, min_length=limits.shortest, num_beams=limits.beams, do_sample=False,

@@ -251,7 +251,6 @@ class BlipOfficialBackbone(Backbone):
         no, yes = self.model.itm_head(encoded.pooled).unbind(dim=-1)
         return yes - no
 
-
     def rank(self, encoded: Encoded, similar: Tensor) -> Tensor:
         """The logit of "together" plus the similarity of the vectors, as `train_retrieval.py` adds them."""
         self.match(encoded)  # refuses a model without the head

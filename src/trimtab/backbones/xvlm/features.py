@@ -67,7 +67,6 @@ class XvlmBackbone(Backbone):
         no, yes = self.model.itm_head(encoded.pooled).unbind(dim=-1)
         return yes - no
 
-
     def rank(self, encoded: Encoded, similar: Tensor) -> Tensor:
         """The logit of "together", as `Retrieval.py` takes it."""
         self.match(encoded)  # refuses a model without the head
