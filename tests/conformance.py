@@ -9,6 +9,8 @@ and so is one whose value it does not know. The exit status is 1 if a case fails
 
 A sub-folder with `meta.json` is a backbone, named by the folder: checkpoint files in its authors' format, and
 `io*.safetensors` with `<stage>.in.<name>` and `<stage>.out.<name>`. Each stage is a case of its own.
+
+A JSON file alone is a case of a metric if it has that metric's fields.
 """
 
 from __future__ import annotations
@@ -100,6 +102,8 @@ class Case:
         """What it is a case of: `pruner NAME`, `backbone FOLDER`, or the JSON's `case`."""
         if self.stage is not None:
             return f"backbone {self.folder.name}"
+        if known := [kind for kind, fields in METRICS.items() if all(_holds(self.info, f) for f in fields)]:
+            return max(known, key=lambda kind: len(METRICS[kind]))
         return f"pruner {self.info['pruner'].lower()}" if "pruner" in self.info else str(self.info.get("case"))
 
 
@@ -132,6 +136,28 @@ class Comparison:
 
 
 COMPARISONS: dict[str, Comparison] = {}
+
+# Kinds of cases that need no tensors, with the fields by which they are known: the kind with most of them is taken.
+METRICS: dict[str, tuple[str, ...]] = {}
+
+
+def _holds(info: Any, field: str) -> bool:
+    """Whether a JSON value has a field, or `outer.inner`; of a list the first entry must."""
+    if isinstance(info, list):
+        return bool(info) and _holds(info[0], field)
+    name, _, rest = field.partition(".")
+    return isinstance(info, dict) and name in info and (not rest or _holds(dict.get(info, name), rest))
+
+
+def metric(kind: str, *fields: str, told: Iterable[str] = ()) -> Callable[[Compare], Compare]:
+    """Register the comparison of a metric, known by the fields of its cases; `told` as of `Comparison`."""
+    METRICS[kind] = fields
+    return compares(kind, told=told)
+
+
+def number(quantity: str, found: float, wanted: float) -> Check:
+    """Within 1e-6: of the number itself below one, else of its size."""
+    return Check(quantity, abs(found - wanted) / max(1.0, abs(wanted)), 1e-6)
 
 
 def compares(*kinds: str, told: Iterable[str] = (), assumes: Mapping[str, str] | None = None
@@ -196,13 +222,14 @@ def compare(case: Case) -> list[Result]:
     if case.broken:
         return [Failed(case.broken)]
     file = case.folder / f"{case.name}.safetensors"
-    if case.stage is None and not file.exists():
+    if case.stage is None and not file.exists() and case.kind not in METRICS:
         return [Skipped("no tensors beside the JSON: figures and descriptions, nothing to compute")]
     if case.kind not in COMPARISONS:
         return [Skipped(f"no comparison for {case.kind!r}: the library does not have this part")]
     results: list[Result] = []
     try:
-        case.tensors = load_file(file) if case.stage is None else _arrays(case.folder)
+        if case.kind not in METRICS:
+            case.tensors = load_file(file) if case.stage is None else _arrays(case.folder)
         for result in COMPARISONS[case.kind].function(case):
             results.append(result)
     except Exception as error:  # whatever it is: this case has failed, and the next is compared
