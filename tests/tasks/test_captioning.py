@@ -67,7 +67,7 @@ def test_metrics_are_those_of_the_coco_evaluation():
     """Values of pycocoevalcap 1.2 on these captions, commas taken out as its tokeniser does."""
     assert cider(CAPTIONS, REFERENCES) == pytest.approx(3.216200123742512, rel=1e-9)
     assert bleu4(CAPTIONS, REFERENCES) == pytest.approx(0.8762461667565413, rel=1e-6)
-    assert bleu4(["a", "b", "c", "d"], REFERENCES) == 0
+    assert bleu4(["a", "b", "c", "d"], REFERENCES) < 1e-5  # the published code adds a little to every count
     assert cider([r[0] for r in REFERENCES], [[r[0]] for r in REFERENCES]) > 5
 
 
