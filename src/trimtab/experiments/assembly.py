@@ -131,7 +131,7 @@ def assemble(recipe: Recipe) -> Assembly:
         task = _task(recipe.task, source, f"{where}: task")
         methods = [_method(entry, f"{where}: methods.{i}") for i, entry in enumerate(recipe.methods)]
         spec = recipe.backbone
-        backbone = backbones.load(spec.name, spec.pretrained, spec.tokenizer, **spec.settings)
+        backbone = backbones.load(spec.name, spec.pretrained, spec.tokenizer, spec.pictures, **spec.settings)
         _check_reading(task, methods, backbone, where)
         for i, method in enumerate(methods):
             if why := refusal(methods[:i], method, backbone.anatomy):
@@ -202,7 +202,7 @@ def tables(recipe: Recipe, parts: Assembly) -> tuple[Any, Any, Any]:
     """Train, validation and test tables, without undecodable images if the recipe says so."""
     found = []
     for split in ("train", "validation", "test"):
-        table = parts.source.load(recipe.task["name"], split)
+        table = parts.source.load(parts.task.schema or recipe.task["name"], split)
         drop = parts.source.drop_bad_images
         found.append(readable(table, f"{recipe.data['name']} {split}") if drop else table)
     return found[0], found[1], found[2]

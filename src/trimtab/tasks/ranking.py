@@ -33,6 +33,7 @@ class AnswerRanking(VQA):
         ValueError: for a number that cannot be, or answers that repeat.
     """
 
+    schema = "vqa"
     first_token = False
     causal = True
 

@@ -56,6 +56,7 @@ class Reranking(Task):
     """
 
     columns = ("captions",)
+    schema = "retrieval"
     primary = "recall@1"
     kinds = ("joint",)
     blank = {"captions": [""]}

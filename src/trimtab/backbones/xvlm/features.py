@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab.backbones.base import CLIP_MEAN, CLIP_STD, Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
+from trimtab.backbones.processed import own_pictures
 from trimtab.backbones.xvlm.pretraining import xvlm_loss
 
 
@@ -18,13 +19,12 @@ class XvlmBackbone(Backbone):
 
     kind = "joint"
 
-    def __init__(self, name: str, model: Any, tokenizer: Any):
-        if model.config.task == "nlvr2":
-            raise ValueError(f"{name}: an X-VLM for nlvr2 reads two pictures; for tasks on one load a pretrained file "
-                             "with task='retrieval', 'vqa' or 'caption'")  # fmt: skip
+    def __init__(self, name: str, model: Any, tokenizer: Any, pictures: Pictures | None = None):
         text = model.config.text_config
-        pictures = Pictures(model.config.vision_config.image_size, CLIP_MEAN, CLIP_STD)
+        side = model.config.vision_config.image_size
+        pictures = pictures or Pictures(side, CLIP_MEAN, CLIP_STD)
         super().__init__(name, model, tokenizer, pictures, text.hidden_size, min(text.max_position_embeddings, 40))
+        self.side = side
 
     def look(self, pixel_values: Tensor) -> Tensor:
         """Image tokens, (B, 1+P, V)."""
@@ -52,6 +52,10 @@ class XvlmBackbone(Backbone):
             return None
         head = self.model.text_decoder.cls.predictions
         return head.transform.dense, head.transform.LayerNorm, head.bias
+
+    def own_head(self, task: str) -> nn.Module | None:
+        """The published regression of boxes."""
+        return getattr(self.model, "bbox_head", None) if task == "box-regression" else None
 
     def pretraining_loss(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Contrast, matching and masked words on a batch of pairs; NotImplementedError for what is fine-tuned."""
@@ -105,8 +109,40 @@ class XvlmBackbone(Backbone):
         return self.model.rank_answers(question, mask, answer_ids, answer_mask, k)[0][:, 0]
 
 
-def load(folder: Path, name: str, pretrained: bool = True) -> XvlmBackbone:
+class XvlmPairBackbone(Backbone):
+    """The X-VLM of NLVR2, whose fusing layers take turns in reading two pictures."""
+
+    kind = "pairs"
+
+    def __init__(self, name: str, model: Any, tokenizer: Any, pictures: Pictures | None = None):
+        text, side = model.config.text_config, model.config.vision_config.image_size
+        pictures = pictures or Pictures(side, CLIP_MEAN, CLIP_STD)
+        super().__init__(name, model, tokenizer, pictures, text.hidden_size, min(text.max_position_embeddings, 40))
+        self.side = side
+
+    def pair_of(self, first: Tensor, second: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """One vector (B, D): that of the fused class token."""
+        seen = [self.model.encode_image(pixel_values) for pixel_values in (first, second)]
+        tokens = self.model.fuse(self.model.encode_text(input_ids, attention_mask), attention_mask, *seen)
+        return Encoded(tokens[:, 0], tokens, attention_mask)
+
+    @property
+    def pair_width(self) -> int:
+        return self.width
+
+    def own_head(self, task: str) -> nn.Module | None:
+        """The published classifier."""
+        return self.model.cls_head if task == "pairs" else None
+
+
+def backbone(name: str, model: Any, tokenizer: Any, pictures: Pictures | None = None) -> Backbone:
+    """A model for tasks; its authors' preparation of pictures if none is given."""
+    return (XvlmPairBackbone if model.config.task == "nlvr2" else XvlmBackbone)(name, model, tokenizer, pictures)
+
+
+def load(folder: Path, name: str, pretrained: bool = True) -> Backbone:
     """A folder that `trimtab convert` or `save_pretrained` wrote; with a tokenizer if there is one in it."""
     from trimtab.backbones.xvlm.model import Xvlm
 
-    return XvlmBackbone(name, load_pretrained(Xvlm, folder, pretrained), find_tokenizer(folder))
+    model = load_pretrained(Xvlm, folder, pretrained)
+    return backbone(name, model, find_tokenizer(folder), own_pictures(folder))
