@@ -54,6 +54,10 @@ class Encoded:
     grid: tuple[int, int] | None = None
 
 
+_CONTRAST = "a pretrained BLIP or X-VLM, or one for retrieval, has them"
+_DECODER = "a BLIP or X-VLM with task='vqa' has one"
+
+
 class Backbone(nn.Module):
     """A pretrained vision-language model and what is needed to feed it.
 
@@ -203,6 +207,60 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not write")
 
+    def match(self, encoded: Encoded) -> Tensor:
+        """Logit that the text and the picture of a `fuse` belong together, (B,)."""
+        raise NotImplementedError(f"{self.name}: no head for matching")
+
+    def rank(self, encoded: Encoded, similar: Tensor) -> Tensor:
+        """By what its authors order pairs of a picture and a text, (B,): here the logit of matching.
+
+        Args:
+            encoded: what `fuse` returned.
+            similar: cosines of the pairs' vectors (B,), zeros where candidates were not chosen by vectors.
+        """
+        return self.match(encoded)
+
+    def image_vector(self, seen: Tensor) -> Tensor:
+        """Vectors of length 1 in the space shared with texts, (B, E), from what `look` returned."""
+        raise NotImplementedError(f"{self.name}: no vectors of pictures and texts to compare (contrast): {_CONTRAST}")
+
+    def text_vector(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Vectors of length 1 in the space shared with pictures, (B, E)."""
+        raise NotImplementedError(f"{self.name}: no vectors of pictures and texts to compare (contrast): {_CONTRAST}")
+
+    @property
+    def temperature(self) -> Tensor:
+        """By what cosines of `image_vector` and `text_vector` are divided in the contrastive loss, a scalar."""
+        raise NotImplementedError(f"{self.name}: no temperature of its own: give the task's `temperature` (0.07 is "
+                                  "where training of such models starts)")  # fmt: skip
+
+    def answers(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Answers for the decoder of answers: `input_ids` and `attention_mask` (N, A), with their start and end."""
+        raise NotImplementedError(f"{self.name}: no decoder of answers: {_DECODER}")
+
+    def answer_loss(self, question: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
+        """How unlikely the decoder finds answers: the loss of an answer's words summed, as in training, (N,).
+
+        Args:
+            question: fused questions (N, L, D), `fuse(...).tokens`.
+            mask: (N, L).
+            answer_ids: (N, A), of `answers`.
+            answer_mask: (N, A).
+        """
+        raise NotImplementedError(f"{self.name}: no decoder of answers: {_DECODER}")
+
+    def rank_answers(self, question: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, k: int) -> Tensor:
+        """Which answer of a list the decoder gives to each question, (B,), as its authors rank them.
+
+        Args:
+            question: (B, L, D).
+            mask: (B, L).
+            answer_ids: the list, (N, A).
+            answer_mask: (N, A).
+            k: so many answers, whose first words are likeliest, are scored whole; at most N.
+        """
+        raise NotImplementedError(f"{self.name}: no decoder of answers: {_DECODER}")
+
     def pretraining_loss(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The loss of the model's own pretraining on pairs of a picture and a text, a scalar (`PretrainingLoss`)."""
         raise NotImplementedError(f"{self.name}: no pretraining objective: a pretrained BLIP or X-VLM has one")
@@ -258,9 +316,9 @@ class Backbone(nn.Module):
     def example(self, batch: int = 1, text_tokens: int | None = None) -> dict[str, Tensor]:
         """A batch of random inputs of the usual sizes, to count operations and bytes without data.
 
-        Texts have `text_tokens` tokens; None takes what `limit_text` said, else 20.
+        Texts have `text_tokens` tokens; None takes what `limit_text` said, else 20 or the most that the model reads.
         """
-        text_tokens = text_tokens or self.counted_text
+        text_tokens = text_tokens or min(self.counted_text, self.max_text)
         generator = torch.Generator().manual_seed(0)
         return {
             "pixel_values": torch.randn(batch, 3, *self.pictures.shape, generator=generator),

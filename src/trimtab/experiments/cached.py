@@ -205,8 +205,8 @@ def _check_fits(model: TaskModel, method: Beside) -> None:
             f"cache: {model.backbone.name!r} keeps the shape of pictures, so that their numbers of tokens differ: use "
             "`backbone.pictures: squash`"
         )
-    if task.name in ("matching", "entailment", "box-regression"):
-        raise ValueError(f"cache: the task {task.name!r} reads the backbone's pooler, which is not cached")
+    if task.name in ("matching", "reranking", "answer-ranking", "captioning", "entailment", "box-regression"):
+        raise ValueError(f"cache: the task {task.name!r} reads more of the backbone than side networks hand on")
     sides = method.sides(model.backbone.model)
     beside = {id(p) for p in sides.parameters()}
     wrong = [n for n, p in model.backbone.named_parameters() if p.requires_grad and id(p) not in beside]
