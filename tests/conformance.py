@@ -10,11 +10,15 @@ and so is one whose value it does not know. The exit status is 1 if a case fails
 A sub-folder with `meta.json` is a backbone, named by the folder: checkpoint files in its authors' format, and
 `io*.safetensors` with `<stage>.in.<name>` and `<stage>.out.<name>`. Each stage is a case of its own.
 
+A folder or sub-folder with `expected.json` is a data set, and one with `index.json` holds broken files: see
+`comparisons/data.py`.
+
 A JSON file alone is a case of a metric if it has that metric's fields.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -137,6 +141,9 @@ class Comparison:
 
 COMPARISONS: dict[str, Comparison] = {}
 
+# Further kinds of folders: each gives the finished lines of what it knows in a folder, none where it knows nothing.
+FOLDERS: list[Callable[[Path], Iterator[dict[str, Any]]]] = []
+
 # Kinds of cases that need no tensors, with the fields by which they are known: the kind with most of them is taken.
 METRICS: dict[str, tuple[str, ...]] = {}
 
@@ -185,6 +192,8 @@ def find(folder: Path) -> list[Case]:
     """Every case of a folder, tensors not yet read."""
     if (folder / "meta.json").is_file():
         return _stages(folder)
+    if (folder / "expected.json").is_file() or (folder / "index.json").is_file():
+        return []  # a data set, or broken files: `comparisons/data.py` gives their lines
     cases = []
     for file in sorted(folder.glob("*.json")):
         try:
@@ -217,8 +226,6 @@ def _arrays(folder: Path) -> dict[str, Tensor]:
 
 def compare(case: Case) -> list[Result]:
     """Compare one case, or say why it is not compared; an error on the way is the last result."""
-    import tests.comparisons  # noqa: F401  (fills COMPARISONS)
-
     if case.broken:
         return [Failed(case.broken)]
     file = case.folder / f"{case.name}.safetensors"
@@ -281,17 +288,18 @@ def line(case: Case, results: list[Result]) -> dict[str, Any]:
 
 def main(folder: Path) -> int:
     """Compare every case of a folder; returns the exit status."""
+    import tests.comparisons  # noqa: F401  (fills COMPARISONS and FOLDERS)
+
     torch.set_num_threads(1)
-    cases = find(folder)
-    if not cases:
-        print(f"{folder}: expected reference files (NAME.json beside NAME.safetensors), found none", file=sys.stderr)
-        return 1
-    failed = False
-    for case in cases:
-        report = line(case, compare(case))
+    cases = (line(case, compare(case)) for case in find(folder))
+    failed, count = False, 0
+    for report in itertools.chain(cases, *(more(folder) for more in FOLDERS)):
         failed |= report["pass"] is False
+        count += 1
         print(json.dumps(report), flush=True)
-    return int(failed)
+    if not count:
+        print(f"{folder}: expected reference files (NAME.json beside NAME.safetensors), found none", file=sys.stderr)
+    return int(failed or not count)
 
 
 if __name__ == "__main__":

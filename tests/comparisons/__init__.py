@@ -4,6 +4,8 @@ from tests.comparisons import (  # noqa: F401
     blip,
     clip4clip,
     clip_vil,
+    data_first,
+    data_second,
     mdetr,
     meter,
     metrics,

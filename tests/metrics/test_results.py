@@ -114,3 +114,14 @@ def test_ids_of_json_lines_and_of_other_files(tmp_path):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             results.ids_of(file)
+
+
+def test_a_file_is_held_against_the_known_ids(tmp_path):
+    path = results.write("gqa", tmp_path / "file.json", {"012": "dog"}, ["012"])
+    assert results.read("gqa", path, ["012"]) == {"012": "dog"}
+    with pytest.raises(ValueError, match=r"file\.json: question without a prediction: '7'"):
+        results.read("gqa", path, ["012", "7"])
+    with pytest.raises(ValueError, match=r"file\.json: prediction for an unknown question: '012'"):
+        path.write_text(path.read_text()[:-1] + ', {"questionId": "7", "prediction": "cat"}]')
+        results.read("gqa", path, ["7"])
+    assert results.read("gqa", path, ["7"], extra=True)["7"] == "cat"

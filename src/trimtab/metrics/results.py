@@ -104,12 +104,18 @@ def write(
     return path
 
 
-def read(name: str, path: str | Path) -> dict[Any, str]:
+def read(name: str, path: str | Path, known: Collection[Any] | None = None, extra: bool = False) -> dict[Any, str]:
     """Read such a file: id, as the file has it -> answer.
+
+    Args:
+        name: of the form: vqa, gqa, nlvr2, captions.
+        path: of the file.
+        known: the ids that must have a prediction (see `ids_of`); None looks at the file alone.
+        extra: predictions for other ids are let pass.
 
     Raises:
         ValueError: with the file and the row, from 0: for a broken file, a row of another form, an id of another kind
-            or that is there twice.
+            or that is there twice. With the file and the id: for a prediction that is missing or for an unknown id.
     """
     form, path = _form(name), Path(path)
     found: dict[Any, str] = {}
@@ -124,6 +130,11 @@ def read(name: str, path: str | Path) -> dict[Any, str]:
         except ValueError as error:
             raise ValueError(f"{path}: row {row}: {error}") from None
         found[value] = answer
+    if known is not None:
+        try:
+            complete(found, known, form.what, extra)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     return found
 
 
