@@ -1,7 +1,14 @@
 """What a task may ask of a backbone, whatever its family: pictures in, texts in, features out.
 
     images(list of pictures) -> pixel_values (B, 3, H, W)    texts(list of strings) -> input_ids, attention_mask (B, L)
-    kind "dual": image(...) and text(...) give one vector each; kind "joint": pair(...) gives fused tokens and a vector
+
+    kind        what tasks call
+    "dual"      image(...) and text(...), a vector each; frames(...) and compare(...) of videos
+    "joint"     pair(...), fused tokens and a vector; pair_of(...) for a text and two pictures
+    "pairs"     pair_of(...): a model that reads two pictures at once
+    "video"     frames(...), text(...) and compare(...): similarities by a head of the model's own
+    "detector"  detect(...): what a text names, as a set of objects
+    "vision"    image(...): a vision tower by itself
 
 `Backbone.model` is the plain (transformers) module that methods see through its `Anatomy`.
 """
@@ -17,6 +24,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from trimtab.anatomy import Anatomy
 from trimtab.backbones.pictures import CLIP_MEAN, CLIP_STD, Pictures  # noqa: F401 (families take them from here)
@@ -46,6 +54,10 @@ class Encoded:
     grid: tuple[int, int] | None = None
 
 
+_CONTRAST = "a pretrained BLIP or X-VLM, or one for retrieval, has them"
+_DECODER = "a BLIP or X-VLM with task='vqa' has one"
+
+
 class Backbone(nn.Module):
     """A pretrained vision-language model and what is needed to feed it.
 
@@ -57,13 +69,15 @@ class Backbone(nn.Module):
         pictures: how pictures are prepared (`pictures.py`).
         side: the side of the square that a picture must be for the model; None if it takes other shapes too.
         load_report: what an official checkpoint file gave; None if the weights are no such file's.
-        kind: `dual` (two towers, one vector each) or `joint` (one fused stream).
+        kind: what it can be asked for, see above.
+        own_scale: whether the model itself scales what `compare` gives.
         reads_padding: whether it leaves out what is padding, which it tells by its zeros.
         width: width of `Encoded.pooled`.
         token_width: width of `Encoded.tokens`: the same, but where the summary joins two streams.
     """
 
-    kind: ClassVar[Literal["dual", "joint"]]
+    kind: Literal["dual", "joint", "pairs", "video", "detector", "vision"]
+    own_scale: ClassVar[bool] = False
     reads_padding: ClassVar[bool] = False
 
     def __init__(self, name: str, model: nn.Module, tokenizer: Any, pictures: Pictures, width: int, max_text: int = 32):
@@ -131,6 +145,47 @@ class Backbone(nn.Module):
         """Rows and columns of the image tokens of such a batch; None if they are always a square, or there are none."""
         return None
 
+    def pair_second(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """`pair` of the second of two pictures, whose tokens have a type of their own where the authors give them one
+        and the model has it (a third row in its table of types)."""
+        return self.pair(pixel_values, input_ids, attention_mask)
+
+    def pair_of(self, first: Tensor, second: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """A text and two pictures (B, 3, H, W) each -> one vector (B, `pair_width`).
+
+        Each picture is fused with the text by itself and the two vectors are joined, as ViLT and METER do for NLVR2.
+        """
+        words = (input_ids, attention_mask)
+        return Encoded(torch.cat([self.pair(first, *words).pooled, self.pair_second(second, *words).pooled], dim=-1))
+
+    @property
+    def pair_width(self) -> int:
+        """Width of what `pair_of` gives."""
+        return 2 * self.width
+
+    def frames(self, pixel_values: Tensor) -> Tensor:
+        """A vector a frame, (B, F, 3, H, W) -> (B, F, E)."""
+        return self.image(pixel_values.flatten(0, 1)).pooled.unflatten(0, pixel_values.shape[:2])
+
+    def compare(self, text: Tensor, frames: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
+        """Similarities of all texts with all videos, (T, B): the cosine with the mean of a video's unit frames, times
+        exp(`scale`) (CLIP4Clip's meanP, section 3.3).
+
+        Args:
+            text: (T, E).
+            frames: (B, F, E).
+            mask: which frames are there, (B, F).
+            scale: a scalar, which a model with `own_scale` does not look at.
+        """
+        there = mask[..., None].to(frames.dtype)
+        video = (F.normalize(frames, dim=-1) * there).sum(dim=1) / there.sum(dim=1).clamp(min=1)
+        return scale.exp() * F.normalize(text, dim=-1) @ F.normalize(video, dim=-1).T
+
+    def own_head(self, task: str) -> nn.Module | None:
+        """The model's own head for a task by its registered name, as a module that takes what that task gives its
+        head; None if it has none. A task trains a copy, so that its head is what it is for every backbone."""
+        return None
+
     def look(self, pixel_values: Tensor) -> Tensor:
         """What `fuse` and `write` need of the pictures, (B, P, D), computed once whatever is said of them.
 
@@ -151,6 +206,60 @@ class Backbone(nn.Module):
             attention_mask: (B, L), 1 = valid; padding follows the words.
         """
         raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not write")
+
+    def match(self, encoded: Encoded) -> Tensor:
+        """Logit that the text and the picture of a `fuse` belong together, (B,)."""
+        raise NotImplementedError(f"{self.name}: no head for matching")
+
+    def rank(self, encoded: Encoded, similar: Tensor) -> Tensor:
+        """By what its authors order pairs of a picture and a text, (B,): here the logit of matching.
+
+        Args:
+            encoded: what `fuse` returned.
+            similar: cosines of the pairs' vectors (B,), zeros where candidates were not chosen by vectors.
+        """
+        return self.match(encoded)
+
+    def image_vector(self, seen: Tensor) -> Tensor:
+        """Vectors of length 1 in the space shared with texts, (B, E), from what `look` returned."""
+        raise NotImplementedError(f"{self.name}: no vectors of pictures and texts to compare (contrast): {_CONTRAST}")
+
+    def text_vector(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Vectors of length 1 in the space shared with pictures, (B, E)."""
+        raise NotImplementedError(f"{self.name}: no vectors of pictures and texts to compare (contrast): {_CONTRAST}")
+
+    @property
+    def temperature(self) -> Tensor:
+        """By what cosines of `image_vector` and `text_vector` are divided in the contrastive loss, a scalar."""
+        raise NotImplementedError(f"{self.name}: no temperature of its own: give the task's `temperature` (0.07 is "
+                                  "where training of such models starts)")  # fmt: skip
+
+    def answers(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Answers for the decoder of answers: `input_ids` and `attention_mask` (N, A), with their start and end."""
+        raise NotImplementedError(f"{self.name}: no decoder of answers: {_DECODER}")
+
+    def answer_loss(self, question: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
+        """How unlikely the decoder finds answers: the loss of an answer's words summed, as in training, (N,).
+
+        Args:
+            question: fused questions (N, L, D), `fuse(...).tokens`.
+            mask: (N, L).
+            answer_ids: (N, A), of `answers`.
+            answer_mask: (N, A).
+        """
+        raise NotImplementedError(f"{self.name}: no decoder of answers: {_DECODER}")
+
+    def rank_answers(self, question: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, k: int) -> Tensor:
+        """Which answer of a list the decoder gives to each question, (B,), as its authors rank them.
+
+        Args:
+            question: (B, L, D).
+            mask: (B, L).
+            answer_ids: the list, (N, A).
+            answer_mask: (N, A).
+            k: so many answers, whose first words are likeliest, are scored whole; at most N.
+        """
+        raise NotImplementedError(f"{self.name}: no decoder of answers: {_DECODER}")
 
     def pretraining_loss(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The loss of the model's own pretraining on pairs of a picture and a text, a scalar (`PretrainingLoss`)."""
@@ -207,9 +316,9 @@ class Backbone(nn.Module):
     def example(self, batch: int = 1, text_tokens: int | None = None) -> dict[str, Tensor]:
         """A batch of random inputs of the usual sizes, to count operations and bytes without data.
 
-        Texts have `text_tokens` tokens; None takes what `limit_text` said, else 20.
+        Texts have `text_tokens` tokens; None takes what `limit_text` said, else 20 or the most that the model reads.
         """
-        text_tokens = text_tokens or self.counted_text
+        text_tokens = text_tokens or min(self.counted_text, self.max_text)
         generator = torch.Generator().manual_seed(0)
         return {
             "pixel_values": torch.randn(batch, 3, *self.pictures.shape, generator=generator),
@@ -232,7 +341,7 @@ def load_pretrained(model_class: Any, folder: Path, pretrained: bool, **options:
     """
     config = model_class.config_class.from_pretrained(folder)
     if not pretrained:
-        return model_class._from_config(config, dtype=torch.float32)
+        return model_class._from_config(config, dtype=torch.float32, **options)
     return load_weights(model_class, folder, config, torch.float32, **options)
 
 

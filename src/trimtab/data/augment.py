@@ -48,12 +48,20 @@ class Augmentation:
         return self.crop < 1 or self.light > 0 or self.randaugment is not None
 
     def __call__(self, rows: list[dict[str, Any]], generator: torch.Generator | None = None) -> list[dict[str, Any]]:
-        """Rows with decoded, changed pictures; the rows given stay as they are."""
+        """Rows with decoded, changed pictures, of `images` each by itself; the rows given stay as they are.
+
+        Raises:
+            ValueError: for a row of a video.
+        """
         return [self._row(row, generator) for row in decode_rows(rows)] if self else rows
 
     def _row(self, row: dict[str, Any], generator: torch.Generator | None) -> dict[str, Any]:
         from PIL import ImageEnhance
 
+        if "images" in row:
+            return {**row, "images": [self._row({"image": p}, generator)["image"] for p in row["images"]]}
+        if "image" not in row:
+            raise ValueError("augmentation changes pictures, and the rows hold videos: leave training.augmentation out")
         out = {**row, "image": row["image"].convert("RGB")}
         if self.crop < 1:
             out |= _cropped(out, self.crop, generator)

@@ -202,7 +202,7 @@ def tables(recipe: Recipe, parts: Assembly) -> tuple[Any, Any, Any]:
     """Train, validation and test tables, without undecodable images if the recipe says so."""
     found = []
     for split in ("train", "validation", "test"):
-        table = parts.source.load(recipe.task["name"], split)
+        table = parts.source.load(parts.task.schema or recipe.task["name"], split)
         drop = parts.source.drop_bad_images
         found.append(readable(table, f"{recipe.data['name']} {split}") if drop else table)
     return found[0], found[1], found[2]

@@ -115,9 +115,7 @@ class Grounding(Task):
 
     def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
         found, shares, shape = self._boxes(backbone, head, batch)
-        target = batch["boxes"].clamp(0, 1)
-        seen = (target[:, 2:] > target[:, :2]).all(dim=-1, keepdim=True)  # (B, 1)
-        target = torch.where(seen, target, found.detach())  # what was cropped off whole costs nothing
+        target, seen = visible(batch["boxes"], found)
         _, generalised = iou(found, target)
         centre = grid(shares.shape[1], shares.device, shape)
         inside = ((centre > target[:, None, :2]) & (centre < target[:, None, 2:])).all(dim=-1)  # (B, P)
@@ -146,6 +144,14 @@ class Grounding(Task):
         ]  # fmt: skip
 
 
+def visible(boxes: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+    """Targets (B, 4), the boxes cut at the edge of what the model sees, and whether anything of them is left, (B, 1);
+    what was cropped off whole has the box found as its target, so that it costs nothing."""
+    target = boxes.clamp(0, 1)
+    seen = (target[:, 2:] > target[:, :2]).all(dim=-1, keepdim=True)
+    return torch.where(seen, target, found.detach()), seen
+
+
 def frames(windows: Tensor) -> tuple[Tensor, Tensor]:
     """Origins and spans (B, 4) each, as x, y, x, y, of windows (B, 4): `(box - origin) / span` are shares of them."""
     low, high = windows.split(2, dim=-1)
@@ -158,14 +164,21 @@ def centred(boxes: Tensor) -> Tensor:
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
+def corners(boxes: Tensor) -> Tensor:
+    """(centre x, centre y, width, height) -> (left, top, right, bottom), last axis 4."""
+    middle, sides = boxes.split(2, dim=-1)
+    return torch.cat([middle - sides / 2, middle + sides / 2], dim=-1)
+
+
 def iou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and generalised IoU (Rezatofighi et al., CVPR 2019) of boxes in pairs, (N, 4) corners -> (N,), (N,)."""
+    """IoU and generalised IoU (Rezatofighi et al., CVPR 2019) of boxes in pairs, (..., 4) corners that
+    broadcast -> (...), (...)."""
 
     def area(x: Tensor) -> Tensor:
-        return (x[:, 2:] - x[:, :2]).clamp(min=0).prod(dim=-1)
+        return (x[..., 2:] - x[..., :2]).clamp(min=0).prod(dim=-1)
 
-    inner = torch.cat([torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:])], dim=-1)
-    hull = torch.cat([torch.minimum(a[:, :2], b[:, :2]), torch.maximum(a[:, 2:], b[:, 2:])], dim=-1)
+    inner = torch.cat([torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])], dim=-1)
+    hull = torch.cat([torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])], dim=-1)
     common, enclosing = area(inner), area(hull).clamp(min=1e-9)
     union = (area(a) + area(b) - common).clamp(min=1e-9)
     overlap = common / union

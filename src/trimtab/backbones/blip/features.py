@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,17 @@ class BlipBackbone(Backbone):
             target.copy_(value)
 
 
+_ANSWERS = ("BlipForVqa",)  # classes whose decoder reads questions and leaves out their padding
+
+
+def answer_loss(model: Any, questions: Tensor, mask: Tensor, answers: Tensor, answer_mask: Tensor) -> Tensor:
+    """Sum of the losses of an answer's words, with the label smoothing of training, (N,); arguments (N, ...)."""
+    return model.text_decoder(
+        input_ids=answers, attention_mask=answer_mask, labels=answers.masked_fill(answer_mask == 0, -100),
+        reduction="none", encoder_hidden_states=questions, encoder_attention_mask=mask,
+    ).loss  # fmt: skip
+
+
 def rank_answers(model: Any, questions: Tensor, mask: Tensor, answers: Tensor, answer_mask: Tensor, k: int) -> Tensor:
     """Which of a list of answers a `BlipForVqa` gives, as the authors rank them.
 
@@ -175,10 +187,7 @@ def rank_answers(model: Any, questions: Tensor, mask: Tensor, answers: Tensor, a
     likely = first.logits[:, 0].softmax(dim=-1)[:, answers[:, 1]]  # (Q, A)
     top = likely.topk(k, dim=1).indices  # (Q, k)
     ids, atts = answers[top.flatten()], answer_mask[top.flatten()]  # (Q * k, M)
-    loss = model.text_decoder(
-        input_ids=ids, attention_mask=atts, labels=ids.masked_fill(atts == 0, -100), reduction="none",
-        encoder_hidden_states=questions.repeat_interleave(k, 0), encoder_attention_mask=mask.repeat_interleave(k, 0),
-    ).loss  # fmt: skip
+    loss = answer_loss(model, questions.repeat_interleave(k, 0), mask.repeat_interleave(k, 0), ids, atts)
     best = loss.view(len(questions), k).argmin(dim=1)
     return top[torch.arange(len(top)), best]
 
@@ -190,7 +199,7 @@ class BlipOfficialBackbone(Backbone):
     kind = "joint"
 
     def __init__(self, name: str, model: Any, tokenizer: Any, pictures: Pictures | None = None):
-        if not hasattr(model, "text_encoder") or type(model).__name__ == "BlipForNlvr2":
+        if not hasattr(model, "text_encoder"):
             raise ValueError(f"{name}: {type(model).__name__} has no encoder of one picture and a text for our tasks; "
                              "load it with `trimtab.backbones.load_official`, or with task='retrieval'")  # fmt: skip
         text, vision = model.config.text_config, model.config.vision_config
@@ -244,14 +253,87 @@ class BlipOfficialBackbone(Backbone):
         no, yes = self.model.itm_head(encoded.pooled).unbind(dim=-1)
         return yes - no
 
+    def rank(self, encoded: Encoded, similar: Tensor) -> Tensor:
+        """The logit of "together" plus the similarity of the vectors, as `train_retrieval.py` adds them."""
+        self.match(encoded)  # refuses a model without the head
+        return self.model.itm_head(encoded.pooled)[:, 1] + similar
 
-def backbone(name: str, model: Any, tokenizer: Any) -> Backbone:
-    """The model of an official file for tasks."""
+    def image_vector(self, seen: Tensor) -> Tensor:
+        if not hasattr(self.model, "vision_proj"):
+            return super().image_vector(seen)
+        return F.normalize(self.model.vision_proj(seen[:, 0]), dim=-1)
+
+    def text_vector(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if not hasattr(self.model, "text_proj"):
+            return super().text_vector(input_ids, attention_mask)
+        check_sizes("BLIP", input_ids, self.model.config.text_config.max_position_embeddings)
+        text = self.model.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return F.normalize(self.model.text_proj(text[:, 0]), dim=-1)
+
+    @property
+    def temperature(self) -> Tensor:
+        """Of the file if it has one; transformers' class for retrieval leaves it out."""
+        if hasattr(self.model, "temp"):
+            return self.model.temp.clamp(0.001, 0.5)  # as the authors keep it
+        return super().temperature
+
+    def answers(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        if type(self.model).__name__ not in _ANSWERS:
+            return super().answers(texts)
+        found = self.texts(texts)
+        found["input_ids"][:, 0] = self.model.config.text_config.bos_token_id  # [DEC], not [CLS]
+        return found
+
+    def answer_loss(self, question: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
+        if type(self.model).__name__ not in _ANSWERS:
+            return super().answer_loss(question, mask, answer_ids, answer_mask)
+        return answer_loss(self.model, question, mask, answer_ids, answer_mask)
+
+    def rank_answers(self, question: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, k: int) -> Tensor:
+        if type(self.model).__name__ not in _ANSWERS:
+            return super().rank_answers(question, mask, answer_ids, answer_mask, k)
+        return rank_answers(self.model, question, mask, answer_ids, answer_mask, k)
+
+
+class BlipPairBackbone(Backbone):
+    """The BLIP of NLVR2, whose text encoder reads two pictures at once."""
+
+    kind = "pairs"
+
+    def __init__(self, name: str, model: Any, tokenizer: Any, pictures: Pictures | None = None):
+        text, side = model.config.text_config, model.config.vision_config.image_size
+        add_words(tokenizer, model)
+        pictures = pictures or Pictures(side, CLIP_MEAN, CLIP_STD)
+        super().__init__(name, model, tokenizer, pictures, text.hidden_size, min(text.max_position_embeddings, 35))
+        self.side = side
+
+    def adopt(self, tokenizer: Any) -> None:
+        add_words(tokenizer, self.model)
+        super().adopt(tokenizer)
+
+    def pair_of(self, first: Tensor, second: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """One vector (B, D): that of the first token; ValueError for a picture or text of a size not built for."""
+        tokens = self.model.fuse(first, second, input_ids, attention_mask)
+        return Encoded(tokens[:, 0], tokens, attention_mask)
+
+    @property
+    def pair_width(self) -> int:
+        return self.width
+
+    def own_head(self, task: str) -> nn.Module | None:
+        """The published classifier."""
+        return self.model.cls_head if task == "pairs" else None
+
+
+def backbone(name: str, model: Any, tokenizer: Any, pictures: Pictures | None = None) -> Backbone:
+    """The model of an official file for tasks; its authors' preparation of pictures if none is given."""
+    if type(model).__name__ == "BlipForNlvr2":
+        return BlipPairBackbone(name, model, tokenizer, pictures)
     if type(model).__name__ == "BlipForConditionalGeneration":
         return BlipBackbone(
             name, model, tokenizer, Pictures(model.config.vision_config.image_size, CLIP_MEAN, CLIP_STD)
         )
-    return BlipOfficialBackbone(name, model, tokenizer)
+    return BlipOfficialBackbone(name, model, tokenizer, pictures)
 
 
 def load(folder: Path, name: str, pretrained: bool = True) -> Backbone:
@@ -260,7 +342,7 @@ def load(folder: Path, name: str, pretrained: bool = True) -> Backbone:
     model = load_pretrained(model_class(architecture), folder, pretrained)
     tokenizer = find_tokenizer(folder)
     if architecture not in ("BlipForMatchingAndCaptions", "BlipForConditionalGeneration"):
-        return BlipOfficialBackbone(name, model, tokenizer, own_pictures(folder))
+        return backbone(name, model, tokenizer, own_pictures(folder))
     config: Any = model.config
     size = config.vision_config.image_size
     pictures = read_pictures(folder, size, Pictures(size, CLIP_MEAN, CLIP_STD))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.backbones.base import CLIP_MEAN, CLIP_STD, Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
 from trimtab.backbones.pictures import Cropped
@@ -33,7 +33,19 @@ class MeterBackbone(Backbone):
 
     def fuse(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         """`pair` of what `look` returned."""
-        out = self.model(seen=seen, input_ids=input_ids, attention_mask=attention_mask)
+        return self._fused(seen, input_ids, attention_mask, 1)
+
+    def pair_second(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """As `pair`; the picture has stream type 2, which a file loaded with the task `nlvr2` gives, else 1."""
+        second = min(2, self.model.config.token_types - 1)
+        return self._fused(self.look(pixel_values), input_ids, attention_mask, second)
+
+    def own_head(self, task: str) -> nn.Module | None:
+        """The published classifiers of NLVR2 and SNLI-VE."""
+        return getattr(self.model, {"pairs": "nlvr2_classifier", "entailment": "snli_classifier"}.get(task, ""), None)
+
+    def _fused(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor, image_type: int) -> Encoded:
+        out = self.model(seen=seen, input_ids=input_ids, attention_mask=attention_mask, image_type=image_type)
         tokens = torch.cat([out.text, out.image], dim=1)  # (B, L + 1 + P, H)
         mask = torch.cat([attention_mask, attention_mask.new_ones(out.image.shape[:2])], dim=1)
         return Encoded(out.pooled, tokens, mask, slice(input_ids.shape[1] + 1, tokens.shape[1]))

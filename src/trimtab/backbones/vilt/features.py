@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab.backbones.base import WEIGHTS, Backbone, Encoded, Pictures, check_sizes, find_tokenizer, load_pretrained
@@ -71,9 +71,23 @@ class ViltBackbone(Backbone):
         return pixel_values.shape[2] // step, pixel_values.shape[3] // step
 
     def fuse(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        return self._fused(seen, input_ids, attention_mask, 1)
+
+    def pair_second(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """As `pair`; the picture has token type 2, which a model for `nlvr2` has, else 1."""
+        second = min(2, self.model.config.modality_type_vocab_size - 1)
+        return self._fused(self.look(pixel_values), input_ids, attention_mask, second)
+
+    def own_head(self, task: str) -> nn.Module | None:
+        """The published classifier of NLVR2."""
+        named = type(self.model).__name__ == "ViltForImagesAndTextClassification"
+        return self.model.classifier if task == "pairs" and named else None
+
+    def _fused(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor, image_type: int) -> Encoded:
         check_sizes("ViLT", input_ids, self.model.config.max_position_embeddings)
         valid = (seen != 0).any(dim=-1).long()
-        out = self.model.vilt(input_ids=input_ids, attention_mask=attention_mask, image_embeds=seen, pixel_mask=valid)
+        out = self.model.vilt(input_ids=input_ids, attention_mask=attention_mask, image_embeds=seen, pixel_mask=valid,
+                              image_token_type_idx=image_type)  # fmt: skip
         start = input_ids.shape[1] + 1  # after the text and the image's class token
         tokens = out.last_hidden_state  # (B, L + 1 + P, D)
         mask = torch.cat([attention_mask, valid], dim=1)
