@@ -46,9 +46,15 @@ class Pictograms:
     drop_bad_images: bool = False
     """Leave out images that cannot be decoded instead of stopping."""
 
+    programs: bool = False
+    """Compositional questions with programs, as in GQA, in a VQA task."""
+    label: Literal["category", "name"] = "category"
+    """What a classification tells: one of five Unicode categories, or the name of the thing."""
+
     tasks = {
         "retrieval": "retrieval", "matching": "retrieval", "captioning": "retrieval",
-        "pretraining": "retrieval", "vqa": "vqa", "grounding": "grounding",
+        "pretraining": "retrieval", "vqa": "vqa", "grounding": "grounding", "answer": "vqa", "gqa": "programs",
+        "pairs": "pairs", "entailment": "entailment", "classification": "groups", "video-retrieval": "video",
     }  # fmt: skip
 
     def load(self, task: str, split: Literal["train", "validation", "test"]) -> Dataset:
@@ -57,15 +63,27 @@ class Pictograms:
 
         if task not in self.tasks:
             raise ValueError(f"data 'pictograms': {unknown('task', task, self.tasks)}")
+        kind = "programs" if self.programs and task in ("vqa", "answer") else self.tasks[task]
+        if kind == "programs" and not self.programs:
+            raise ValueError(f"data 'pictograms': task {task!r} asks questions with programs: set `programs: true`")
         name = self.split if split == "test" else split
-        return pictograms.load(self.tasks[task], self.style, name, getattr(self, split), self.seed, self.size,
-                               self.per_scene, self.count, self.questions)  # fmt: skip
+        table = pictograms.load(kind, self.style, name, getattr(self, split), self.seed, self.size, self.per_scene,
+                                self.count, self.questions)  # fmt: skip
+        if task == "classification" and self.label == "name":
+            return table.remove_columns("label").rename_column("name", "label")
+        return table
 
     def answers(self) -> Sequence[str]:
         """The classes of a VQA task on this source."""
         from trimtab.data import pictograms
 
-        return pictograms.answers(self.count)
+        return [*pictograms.answers(self.count), *(pictograms.programs.ANSWERS if self.programs else ())]
+
+    def classes(self) -> Sequence[str]:
+        """The classes of a classification task on this source."""
+        from trimtab.data.pictograms.concepts import concepts
+
+        return sorted({c.name if self.label == "name" else c.category for c in concepts(self.count)})
 
 
 @SOURCES.register("easy-vqa")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -43,10 +44,15 @@ class Scene:
     things: tuple[Thing, ...]
 
     def png(self) -> bytes:
-        buffer = io.BytesIO()
-        # Level 1 is 3x faster than the default for files 5 % larger: encoding is most of a scene's cost.
-        Image.fromarray(self.image).save(buffer, "PNG", compress_level=1)
-        return buffer.getvalue()
+        return png(self.image)
+
+
+def png(image: np.ndarray) -> bytes:
+    """A picture (H, W, 3), uint8, as a PNG file."""
+    buffer = io.BytesIO()
+    # Level 1 is 3x faster than the default for files 5 % larger: encoding is most of a scene's cost.
+    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 @cache
@@ -97,10 +103,48 @@ def compose(style: str, split: str, seed: int, index: int, size: int = 64, count
             return scene
 
 
+@dataclass(frozen=True)
+class World:
+    """What all scenes of a table have in common; see `compose` for the fields."""
+
+    style: str
+    split: str
+    seed: int
+    size: int
+    count: int
+
+    def scene(self, index: int) -> Scene:
+        return compose(self.style, self.split, self.seed, index, self.size, self.count)
+
+    def rng(self, index: int, salt: int) -> np.random.Generator:
+        """A generator of its own for number `index` of the split."""
+        return np.random.default_rng([self.seed, SPLITS.index(self.split), index, salt])
+
+    def choose(self, rng: np.random.Generator) -> list[int]:
+        """Which concepts one scene holds, by their numbers, as the split demands."""
+        return _choose(rng, self.split, self.count)
+
+    def allows(self, chosen: Sequence[int]) -> bool:
+        """Whether these concepts may stand together in a scene of the split that is not made for an unseen pair."""
+        names = concepts(self.count)
+        return self.split == "unseen-concepts" or not _has_unseen_pair([names[i] for i in chosen])
+
+    def draw(self, rng: np.random.Generator, chosen: list[int]) -> Scene:
+        """A scene of these concepts; what finds no free place is left out."""
+        return _draw_scene(rng, art(self.style, self.count), chosen, self.size, self.count)
+
+    def other(self, rng: np.random.Generator, present: Collection[str]) -> str:
+        """The name of a concept of the split that is none of these."""
+        pool = concept_groups(self.count)[self.split == "unseen-concepts"]
+        while (name := concepts(self.count)[int(rng.choice(pool))].name) in present:
+            pass
+        return name
+
+
 def _draw_scene(
     rng: np.random.Generator, drawings: tuple[tuple[np.ndarray, ...], ...], chosen: list[int], size: int, count: int
 ) -> Scene:
-    canvas = _background(rng, size)
+    canvas = backdrop(rng, size)
     things: list[Thing] = []
     for i in chosen:
         variants = drawings[i]
@@ -153,7 +197,7 @@ def _place(
     return None
 
 
-def _background(rng: np.random.Generator, size: int) -> Image.Image:
+def backdrop(rng: np.random.Generator, size: int) -> Image.Image:
     """A plain, shaded, split, striped or speckled ground in pale to middle tones, so that every style stands out."""
     a, b = rng.integers(110, 256, size=(2, 3)).astype(np.float32)
     kind = rng.integers(5)
