@@ -102,6 +102,9 @@ def check(path: Path, source: str | None = None, settings: Mapping[str, Any] | N
     found += [_own(path, name, own, samples) for name, own in choices if not _is_published(name)]
     if source is None and not found:
         found += _loose(path, settings, samples)
+    for later, each in enumerate(found):  # a set in several forms is shown once
+        if any(before.source == each.source and before.samples for before in found[:later]):
+            each.samples = []
     if not found:
         raise DataError(
             f"{path}: expected data in a form that a reader knows, found none. Known sets: "
@@ -141,7 +144,7 @@ def _files(folder: Path, depth: int) -> Iterator[str]:
 def _published(name: str, settings: dict[str, Any], samples: int, decode: bool) -> Found:
     source: Published = build(SOURCES[name], {"on_error": "skip" if decode else "stop", **settings}, f"data {name!r}")
     shown = {k: v for k, v in settings.items() if k != "root"}
-    found = Found(name, shown, (SOURCES[name].__doc__ or "").strip().split("\n")[0], source.tasks[0], source.tasks)
+    found = Found(name, shown, _about(SOURCES[name]), source.tasks[0], source.tasks)
     for split in source.splits:
         kept, each = Kept("skip"), SplitFound(split)
         try:
@@ -156,6 +159,10 @@ def _published(name: str, settings: dict[str, Any], samples: int, decode: bool) 
             table = kept.table(f"{name} {split}")
             found.columns, found.samples = list(table.column_names), _first(table, samples)
     return found
+
+
+def _about(cls: type) -> str:
+    return " ".join((cls.__doc__ or "").split("\n\n")[0].split())
 
 
 def _first(table: Dataset, count: int) -> list[dict[str, Any]]:

@@ -72,10 +72,22 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
                     if len(data) != member.size:
                         raise DataError(f"{path}: cut off in {member.name!r}")
                     yield member.name, data
+                archive.members = []  # otherwise it remembers every member of the shard
+        if not _ended(path):
+            raise DataError(f"{path}: cut off, it lacks the empty blocks with which a tar file ends")
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such shard") from error
     except (tarfile.TarError, EOFError, OSError) as error:
         raise DataError(f"{path}: cannot be read as a tar file, it seems damaged or cut ({error})") from error
+
+
+def _ended(path: Path) -> bool:
+    """Whether a tar file has its end: tarfile passes over a head that is cut off. Packed ones say so themselves."""
+    with path.open("rb") as file:
+        if file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")):
+            return True
+        file.seek(max(0, path.stat().st_size - 1024))
+        return file.read() == bytes(1024)
 
 
 def picture(entry: Entry) -> dict[str, Any]:

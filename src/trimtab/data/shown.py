@@ -27,8 +27,10 @@ def tell(found: Sequence[Found], console: Any) -> None:
         console.print(f"[bold]{escape(each.source)}[/bold]{escape(settings)}: {escape(each.about)}".rstrip(": "))
         console.print(f"  tasks: {', '.join(each.tasks) or 'none'}; columns: {', '.join(each.columns) or 'none'}")
         if not each.tasks and each.columns:
-            for task, columns in each.lacking.items():
-                console.print(f"  {task} would need {', '.join(columns)}: name them, columns.{columns[0]}=...")
+            for columns in dict.fromkeys(each.lacking.values()):
+                tasks = ", ".join(task for task, lacking in each.lacking.items() if lacking == columns)
+                console.print(f"  without {', '.join(columns)}: not for {tasks}", highlight=False)
+            console.print("  settings give columns these names, such as columns.captions=text", highlight=False)
         absent = [split for split in each.splits if split.absent]
         if len(absent) == len(each.splits):
             absent = absent[1:]  # then the first says what is looked for

@@ -139,10 +139,10 @@ class _Reader:
         Raises:
             RowError: if a column that a task knows has no value of its type.
         """
-        for file in self.names:
-            if file not in entry:
-                raise entry.error(f"expected the field {file!r} (for {self.names[file]!r}), found "
-                                  f"{', '.join(map(repr, entry.values)) or 'none'}")  # fmt: skip
+        for file, name in self.names.items():
+            if entry.values.get(file) is None:
+                there = ", ".join(repr(k) for k, v in entry.values.items() if v is not None)
+                raise entry.error(f"expected the field {file!r} (for {name!r}), found {there or 'none'}")
         named = Entry({self.names.get(k, k): v for k, v in entry.values.items()}, entry.file, entry.row)
         if not any(named.values.get(c) is not None for c in SEEN):
             raise entry.error(f"expected a JSON object with 'image' (or {', '.join(SEEN[1:])}), found "
