@@ -8,7 +8,7 @@ import pytest
 from tests.data import official
 from trimtab import cli
 from trimtab.data import check, shown
-from trimtab.data.base import ASKED, CAPTIONED, SOURCES, Published
+from trimtab.data.base import ASKED, CAPTIONED, NEEDED, SOURCES, Published
 from trimtab.data.reading import DataError
 from trimtab.settings import from_texts
 
@@ -86,7 +86,7 @@ def test_what_is_no_data(tmp_path, refs):
 
 def test_every_task_of_a_published_set_has_its_columns_written_down():
     tasks = {task for cls in SOURCES._items.values() if issubclass(cls, Published) for task in cls.tasks}
-    assert tasks <= set(check.NEEDED) and set(ASKED) <= set(check.NEEDED)
+    assert tasks <= set(NEEDED) and set(ASKED) <= set(NEEDED)
 
 
 def test_the_command_tells_and_writes_a_page(refs, tmp_path, capsys):
