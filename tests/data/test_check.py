@@ -8,7 +8,7 @@ import pytest
 from tests.data import official
 from trimtab import cli
 from trimtab.data import check, shown
-from trimtab.data.base import ASKED, CAPTIONED, NEEDED, SOURCES, Published
+from trimtab.data.base import ASKED, CAPTIONED, GROUNDED, NEEDED, SOURCES, Published
 from trimtab.data.reading import DataError
 from trimtab.settings import from_texts
 
@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 def test_a_published_set_is_known_by_its_files(refs):
     (found,) = check.check(refs)
-    assert (found.source, found.settings, found.tasks) == ("refcoco", {"form": "refer"}, ("grounding",))
+    assert (found.source, found.settings, found.tasks) == ("refcoco", {"form": "refer"}, GROUNDED)
     rows = {s.name: (s.rows, len(s.left_out), s.missing) for s in found.splits}
     assert rows == {
         "train": (1, 0, ""),

@@ -19,7 +19,8 @@ Split = Literal["train", "validation", "test"]
 
 # Tasks that read tables of one schema; see the tasks themselves for what they do with it.
 CAPTIONED = ("retrieval", "matching", "reranking", "captioning", "pretraining")
-ASKED = ("vqa", "gqa", "ranking", "answer")
+ASKED = ("vqa", "gqa", "answer-ranking", "answer")
+GROUNDED = ("grounding", "box-regression", "set-grounding")
 
 # Columns without which a task cannot use a table; of several groups, one is enough.
 NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -27,13 +28,13 @@ NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
     **dict.fromkeys(ASKED, (("image", "question", "answer"),)),
     "answer": (("images", "question", "answer"), ("image", "question", "answer"), ("images", "messages")),
     "video-retrieval": (("video", "captions"),), "pairs": (("images", "statement", "label"),),
-    "entailment": (("image", "statement", "label"),), "grounding": (("image", "phrase", "box"),),
+    "entailment": (("image", "statement", "label"),), **dict.fromkeys(GROUNDED, (("image", "phrase", "box"),)),
     "classification": (("image", "label"),),
 }  # fmt: skip
 # Further columns that some tasks read where they are there.
 READ_TOO: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((*ASKED, "answer"), ("answers", "weights", "question_id", "choices", "hint")),
-    "grounding": ("tokens_positive",), "pairs": ("identifier",),
+    **dict.fromkeys(GROUNDED, ("tokens_positive",)), "pairs": ("identifier",),
 }  # fmt: skip
 
 
