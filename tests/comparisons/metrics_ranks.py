@@ -133,7 +133,7 @@ def video_several(case: Case) -> Iterator[Check | Skipped]:
         yield from table(way, _video_names(result[way], wanted), wanted)
 
 
-@metric("video frames", "clip4clip", told=("how", "what", "notes"))
+@metric("video frames", "clip4clip.indices_read", told=("how", "what", "notes"))
 def video_frames(case: Case) -> Iterator[Check | Skipped]:
     keep = {0: "first", 1: "last", 2: "spread"}
     for row in case.info["clip4clip"]:

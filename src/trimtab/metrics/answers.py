@@ -91,7 +91,7 @@ def class_accuracy(logits: Any, labels: Sequence[int] | Tensor, ignored: int = -
         raise ValueError(f"row {row}: expected a class from 0 to {logits.shape[1] - 1}, found {int(labels[row])}")
     if not told.any():
         raise ValueError(f"all {len(labels)} rows have the label {ignored}, which is left out: nothing to score")
-    best = torch.from_numpy(np.argmax(logits.detach().cpu().float().numpy(), axis=1))
+    best = torch.from_numpy(np.argmax(logits.detach().cpu().double().numpy(), axis=1))
     return float((best == labels.cpu())[told.cpu()].double().mean())
 
 

@@ -55,7 +55,8 @@ _PART = re.compile(
 # HTML, and contractions, numbers and names of which only half is known.
 _ELSE = re.compile(
     r"""[:;=]-?[()\[\]]|[:;=]-?[dp](?!\w)|\(\d{3}\)|www\.|://|&\w+;|\w[@#]|\.\.\.\.|[-/]['(\[{]|[)\]}'][-/]
-    |(?-i:[A-Z]&[A-Z]*[a-z])|nn't|[\d/-]\w*n't|cannot'|(?<!\w)[dljy]'(?!\w)|(?<!\w)o'(?:re|ve|ll|\w+-)|'em\w|'till|'\d\d(?!s)|(?:ptys?|mfg)\.
+    |(?-i:[A-Z]&[A-Z]*[a-z])|nn't|[\d/-]\w*n't|cannot'|(?<!\w)[dljy]'(?!\w)|(?<!\w)o'(?:re|ve|ll|\w+-)|'em\w|'till
+    |'\d\d(?!s)|(?:ptys?|mfg)\.
     |\d[.,:/]\d+(?:[a-z]|-\w*[a-z]|/)|(?<!\w)-\d+[a-z/-]|\d[,:][a-z]|[a-z/-]\d+[.,:]\d|-\d+\.\d""",
     re.VERBOSE | re.IGNORECASE,
 )
