@@ -14,7 +14,7 @@ from tests.tasks.tiny import BACKBONES, meter, picture, table, vilt
 from trimtab.backbones.pictures import pixel_mask
 from trimtab.tasks import TASKS, TaskModel
 from trimtab.tasks.labelled import own_or
-from trimtab.tasks.pairs import Pairs
+from trimtab.tasks.pairs import Pairs, swapped
 
 
 def pair_batch(backbone) -> tuple[TaskModel, dict]:
@@ -94,6 +94,24 @@ def test_consistency_is_of_sentences_and_the_number_of_pictures_is_two():
         task.score(None, None, records, twice)
     with pytest.raises(ValueError, match="compares two pictures, a row has 3: 'dev-1-0-0'"):
         task.collate(stub(), [{**rows[0], "images": [picture("red")] * 3}], True)
+
+
+def test_pictures_and_sides_are_swapped_together_in_training_alone():
+    row = {"images": [picture("red"), picture("blue")], "statement": "Left of it: upright, the left is not right.",
+           "label": "true"}  # fmt: skip
+    other = swapped(row)
+    assert other["statement"] == "Right of it: upright, the right is not left." and swapped(other) == row
+    assert other["images"] == row["images"][::-1] and other["label"] == "true"
+    seen: dict[bool, set[str]] = {True: set(), False: set()}
+    for train in seen:
+        for _ in range(20):
+            backbone = stub()
+            Pairs(swap=True).collate(backbone, [row], train)
+            seen[train].add(backbone.heard[0][:5])
+    assert seen == {True: {"Left ", "Right"}, False: {"Left "}}
+    backbone = stub()
+    Pairs().collate(backbone, [row] * 20, True)
+    assert set(backbone.heard) == {row["statement"]}
 
 
 def test_entailment_reads_the_premise_if_asked():

@@ -120,6 +120,10 @@ def test_wrong_settings_and_rows_are_named():
                               ({"frames": 0}, "must be at least 1, found 0 and 1")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             VideoRetrieval(**settings)
+    for head, most in (("seqTransf", 8), ("tightTransf", 7)):
+        model = built(head, frames=most + 1)
+        with torch.no_grad(), pytest.raises(ValueError, match=f"of {most + 1} frames, .* has positions for {most}"):
+            model(**model.example(2))
     model = built("clip")
     with pytest.raises(ValueError, match=r"2\.mp4: has no caption"):
         model.task.collate(model.backbone, [{"video": "2.mp4", "captions": []}], True)
