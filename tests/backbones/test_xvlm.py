@@ -130,3 +130,31 @@ def test_resized_biases_keep_constants_and_the_middle():
     torch.testing.assert_close(resized[11 * 23 + 11], table[6 * 13 + 6])
     torch.testing.assert_close(resize_bias(torch.ones(49, 2), 8), torch.ones(225, 2))
     assert resize_bias(table, 7) is table
+
+
+@torch.no_grad()
+def test_captions_of_the_task_are_those_of_the_model(tmp_path):
+    """Written greedily, with a prompt; and features that the head maps to words as the model's own does."""
+    import trimtab
+    from tests.models.official import BERT, file, tokenizer
+    from trimtab.tasks import TASKS, TaskModel
+
+    path, settings, _ = file(tmp_path, "xvlm")
+    words = tokenizer(tmp_path / "words", 95, BERT)  # as many as the file has embeddings
+    whole = trimtab.load(path, tokenizer=words, task="caption", **settings)
+    model = TaskModel(whole, TASKS["captioning"](prompt="a red ", longest=9)).eval()
+    for parameter in whole.model.text_decoder.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=0.3)
+    model.head = model.task.head(whole)
+    x = torch.randn(4, 3, 32, 32)
+    start = torch.tensor(whole.tokenizer("a red ")["input_ids"][:-1]).repeat(4, 1)
+    own = whole.model.caption(x, start, end=whole.tokenizer.sep_token_id, length=10)
+    told = [r["caption"] for r in model.predict({"pixel_values": x})]
+    assert told == whole.tokenizer.batch_decode(own[:, start.shape[1] :], skip_special_tokens=True)
+    assert len(set(told)) > 1
+    batch = {"pixel_values": x, "input_ids": own, "attention_mask": torch.ones_like(own)}
+    written = model.head(
+        whole.write(whole.look(x), own, batch["attention_mask"]), whole.model.get_input_embeddings().weight
+    )
+    torch.testing.assert_close(written, whole.model(**batch)["words"])

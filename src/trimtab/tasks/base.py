@@ -131,7 +131,8 @@ class TaskModel(nn.Module):
 
         Returns:
             One record a row: `answer`, or `label` and the `shares` of all labels, or `box` in pixels of the picture, or
-            unit vectors `image` and `text`, or `similar`, how well each of its captions fits the video.
+            unit vectors `image` (D,) and `text`, one a caption (C, D), or `scores` of the captions (reranking), or
+            `similar`, how well each of its captions fits the video, or a `caption`.
         """
         self.eval()
         device = next(self.parameters()).device
