@@ -74,14 +74,15 @@ class Backbone(nn.Module):
         anatomy: its description.
         tokenizer: of transformers, or None if the weights came from a file and nobody named one.
         load_report: what an official checkpoint file gave; None if the weights are no such file's.
-        kind: `dual` (two towers, one vector each) or `joint` (one fused stream).
+        kind: `dual` (two towers, one vector each), `joint` (one fused stream) or `chat` (writes answers).
         width: width of `Encoded.pooled`.
         token_width: width of `Encoded.tokens`: the same, but where the summary joins two streams.
     """
 
-    kind: ClassVar[Literal["dual", "joint"]]
+    kind: ClassVar[Literal["dual", "joint", "chat"]]
 
-    def __init__(self, name: str, model: nn.Module, tokenizer: Any, pictures: Pictures, width: int, max_text: int = 32):
+    def __init__(self, name: str, model: nn.Module, tokenizer: Any, pictures: Pictures, width: int, max_text: int = 32,
+                 anatomy: Anatomy | None = None):  # fmt: skip
         super().__init__()
         self.name = name
         self.model: Any = model  # Any: torch types what a module holds as Tensor or Module
@@ -90,7 +91,7 @@ class Backbone(nn.Module):
         self.width = self.token_width = width
         self.max_text = max_text
         self.counted_text = 20
-        self.anatomy = Anatomy.of(model)
+        self.anatomy = Anatomy.of(model) if anatomy is None else anatomy
         self.load_report: Any = None
 
     def adopt(self, tokenizer: Any) -> None:

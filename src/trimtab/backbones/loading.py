@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from trimtab.anatomy import Anatomy
+from trimtab.backbones import chat
 from trimtab.backbones.base import Backbone
 from trimtab.backbones.family import FAMILIES, View, model_class
 from trimtab.backbones.official import LoadReport, load_official
@@ -37,7 +38,8 @@ ARCHITECTURES: View[Any] = View(
 _FOLDERS: View[Any] = View("model_type", lambda family: family.folders)
 
 
-def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = None, **settings: Any) -> Backbone:
+def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = None, kind: str | None = None,
+         **settings: Any) -> Backbone:  # fmt: skip
     """A backbone by registered name, from a local transformers folder, or from a checkpoint file of its authors.
 
     Args:
@@ -46,6 +48,8 @@ def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = Non
         pretrained: False gives the same model with fresh random weights (not for files).
         tokenizer: a tokenizer, or the folder of one, in place of the backbone's own. Files hold none, nor do folders
             that were converted from them; without it texts must be given as ids there.
+        kind: `chat` takes a folder of a model that writes answers as one, also where another kind of backbone is made
+            of such folders (LLaVA, PaliGemma, Idefics3, SmolVLM: `joint`). None: that other kind.
         settings: for files, of their format, such as `image_size`; for architectures, those of their function.
 
     Raises:
@@ -72,9 +76,10 @@ def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = Non
         backbone = BACKBONES[name](pretrained)
     else:
         folder, family, _ = _read_folder(name)
-        if family not in _FOLDERS:
+        chats = chat.reads(family) and (kind == "chat" or family not in _FOLDERS)
+        if not chats and family not in _FOLDERS:
             raise ValueError(f"{folder / 'config.json'}: {unknown('model_type', family, _FOLDERS)}")
-        backbone = _FOLDERS[family](folder, name, pretrained)
+        backbone = (chat.load if chats else _FOLDERS[family])(folder, name, pretrained)
     if isinstance(tokenizer, (str, Path)):
         from transformers import AutoTokenizer
 
