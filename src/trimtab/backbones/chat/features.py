@@ -6,13 +6,14 @@ import copy
 import inspect
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.anatomy import Anatomy
+from trimtab.anatomy import Anatomy, Tap
 from trimtab.backbones.base import Backbone, load_pretrained
 from trimtab.backbones.chat.batches import Batches
 from trimtab.backbones.chat.processor import FILES, load_processor
@@ -39,7 +40,7 @@ class ChatBackbone(Backbone):
         text = config.get_text_config(decoder=True)
         apart = bool(config.is_encoder_decoder or getattr(text, "is_encoder_decoder", False))
         batches = Batches(Words(name, processor, _ends(model)), apart, getattr(text, "max_position_embeddings", None))
-        anatomy = Anatomy.of(model, _seen(batches))
+        anatomy = _at_work(model, Anatomy.of(model, _seen(batches)))
         super().__init__(name, model, processor.tokenizer, processor.image_processor, text.hidden_size,
                          anatomy=anatomy)  # fmt: skip
         self.batches, self.writes_apart, self.folder = batches, apart, folder
@@ -66,7 +67,9 @@ class ChatBackbone(Backbone):
         inputs, labels = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
         more: dict[str, Any] = {"use_cache": False} if "use_cache" in self.takes else {}
         if self.writes_apart:
-            told = labels != IGNORED
+            told = labels != IGNORED  # the decoder is given as many tokens: its start, and all but the last
+            if "decoder_attention_mask" in self.takes:
+                more["decoder_attention_mask"] = told.long()
             return self.model(**inputs, **more, labels=labels).logits[told], labels[told]
         ahead = labels[:, 1:]  # (B, L - 1): what each token is followed by
         told = ahead != IGNORED
@@ -148,6 +151,23 @@ def _pictured(config: Any) -> set[int]:
     """Ids that stand for pictures and videos, which are no words of an answer."""
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
     return {i for name in names if isinstance(i := getattr(config, name, None), int)}
+
+
+def _at_work(model: Any, anatomy: Anatomy) -> Anatomy:
+    """The anatomy with masks where generation passes, too: BLIP-2's runs its language model and not the whole."""
+    from transformers import GenerationMixin
+
+    inner = getattr(model, "language_model", None)
+    if type(model).generate is GenerationMixin.generate or inner is None:
+        return anatomy
+    if "attention_mask" not in inspect.signature(inner.forward).parameters:
+        return anatomy
+    outside, within = Tap("", "input", "attention_mask"), Tap("language_model", "input", "attention_mask")
+    towers = [
+        replace(t, mask=within) if t.mask == outside and t.blocks[0].path.startswith("language_model.") else t
+        for t in anatomy.towers
+    ]
+    return replace(anatomy, towers=tuple(towers))
 
 
 def _picture() -> Any:
