@@ -101,7 +101,7 @@ def test_anatomy_and_tasks():
     assert backbone.match(backbone.pair(**example)).shape == (2,)
     with pytest.raises(ValueError, match="text of 10 tokens: ViLT has positions for 9"):
         backbone.pair(**backbone.example(2, 10))
-    with pytest.raises(ValueError, match=r"picture of 20 x 24: ViLT was built for 24 x 24"):
+    with pytest.raises(ValueError, match=r"picture of 20 x 24: ViLT takes multiples of its patch of 8 pixels"):
         backbone.pair(**example | {"pixel_values": example["pixel_values"][:, :, :20]})
     with pytest.raises(ValueError, match=r"no tokenizer: give its folder"):
         backbone.texts(["a picture"])

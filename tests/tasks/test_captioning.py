@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trimtab import backbones
-from trimtab.tasks.cider import bleu4, cider
+from trimtab.metrics.captions import bleu4, cider
 from trimtab.tasks.words import IGNORED, Words, next_words
 
 REFERENCES = [

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from tests.tasks.parts import stub
+from trimtab.backbones import Encoded, Pictures
 from trimtab.tasks.grounding import BoxHead, Grounding, centred, grid, iou
 
 
@@ -87,8 +88,8 @@ def grounded(boxes, size=(40, 20)) -> tuple[Grounding, SimpleNamespace, dict]:
     rows = [{"image": Image.new("RGB", size), "phrase": "the dog", "box": list(box)} for box in boxes]
     right = torch.tensor(boxes) / torch.tensor(size * 2)
     tokens = torch.stack([torch.full_like(right, 9), right], dim=1)  # a text token, then an image token
-    encoded_ = SimpleNamespace(tokens=tokens, image_tokens=slice(1, 2))
-    backbone = stub(pair=lambda *_: encoded_)
+    encoded_ = Encoded(tokens[:, 0], tokens, image_tokens=slice(1, 2))
+    backbone = stub(pair=lambda *_: encoded_, pictures=Pictures(8))
     return task, backbone, task.collate(backbone, rows, train=True) | {"attention_mask": torch.ones(len(rows), 1)}
 
 
@@ -99,13 +100,13 @@ def test_grounding_targets_are_shares_of_each_picture():
 
 def test_a_right_box_costs_nothing_and_a_wrong_one_does():
     task, backbone, batch = grounded([(10, 5, 30, 20), (0, 0, 8, 8)])
-    take = lambda tokens, words: (tokens[:, 0], torch.zeros(len(tokens), 1))  # noqa: E731
+    take = lambda tokens, words, *_: (tokens[:, 0], torch.zeros(len(tokens), 1))  # noqa: E731
     assert task.loss(backbone, take, batch).item() == pytest.approx(0, abs=1e-5)
     records = task.predict(backbone, take, batch)
     assert [r["box"] for r in records] == [pytest.approx([10, 5, 30, 20]), pytest.approx([0, 0, 8, 8])]
     assert task.score(None, None, records, None) == {"accuracy@0.5": 1, "mean IoU": pytest.approx(1)}
     shift = torch.tensor([0.1, 0.0, 0.1, 0.0])
-    off = lambda tokens, words: (tokens[:, 0] + shift, take(tokens, words)[1])  # noqa: E731
+    off = lambda tokens, words, *_: (tokens[:, 0] + shift, take(tokens, words)[1])  # noqa: E731
     # By hand: the boxes (0.25, 0.25, 0.75, 1) and (0, 0, 0.2, 0.4) moved by 0.1 overlap by 0.4 / 0.6 and 0.1 / 0.3.
     assert task.loss(backbone, off, batch).item() == pytest.approx(
         5 * 0.1 / 4 + 2 * (1 - (2 / 3 + 1 / 3) / 2), abs=1e-5
@@ -118,11 +119,13 @@ def test_votes_from_outside_the_box_cost_their_share():
     task = Grounding()
     target = torch.tensor([[0.0, 0.0, 0.5, 0.5]])
     batch = {"pixel_values": None, "input_ids": None, "attention_mask": torch.ones(1, 1), "boxes": target}
-    backbone = SimpleNamespace(pair=lambda *_: SimpleNamespace(tokens=torch.zeros(1, 5, 2), image_tokens=slice(1, 5)))
-    even = lambda tokens, words: (target, torch.full((1, 4), math.log(0.25)))  # noqa: E731
+    backbone = SimpleNamespace(
+        pair=lambda *_: Encoded(torch.zeros(1, 2), torch.zeros(1, 5, 2), image_tokens=slice(1, 5))
+    )
+    even = lambda tokens, words, *_: (target, torch.full((1, 4), math.log(0.25)))  # noqa: E731
     assert task.loss(backbone, even, batch).item() == pytest.approx(math.log(4), abs=1e-6)
     small = batch | {
         "boxes": torch.tensor([[0.4, 0.4, 0.6, 0.6]])
     }  # no centre lies in it: nothing is asked of the vote
-    right = lambda tokens, words: (small["boxes"], torch.full((1, 4), math.log(0.25)))  # noqa: E731
+    right = lambda tokens, words, *_: (small["boxes"], torch.full((1, 4), math.log(0.25)))  # noqa: E731
     assert task.loss(backbone, right, small).item() == pytest.approx(0, abs=1e-6)

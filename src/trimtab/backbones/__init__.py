@@ -39,6 +39,7 @@ for _name in (
     "siglip",
     "reader",
     "dual",
+    "vision",
     "described",
 ):
     add(import_module(f"{__name__}.{_name}").FAMILY)

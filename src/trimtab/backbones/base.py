@@ -1,7 +1,15 @@
 """What a task may ask of a backbone, whatever its family: pictures in, texts in, features out.
 
     images(list of pictures) -> pixel_values (B, 3, H, W)    texts(list of strings) -> input_ids, attention_mask (B, L)
-    kind "dual": image(...) and text(...) give one vector each; kind "joint": pair(...) gives fused tokens and a vector
+
+    kind        what tasks call
+    "dual"      image(...) and text(...), a vector each; frames(...) and compare(...) of videos
+    "joint"     pair(...), fused tokens and a vector; pair_of(...) for a text and two pictures
+    "pairs"     pair_of(...): a model that reads two pictures at once
+    "video"     frames(...), text(...) and compare(...): similarities by a head of the model's own
+    "detector"  detect(...): what a text names, as a set of objects
+    "vision"    image(...): a vision tower by itself
+    "chat"      teach(...) and told(...), ask(...) and answers(...): conversations with pictures, answered in words
 
 `Backbone.model` is the plain (transformers) module that methods see through its `Anatomy`.
 """
@@ -11,15 +19,17 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from trimtab.anatomy import Anatomy
+from trimtab.backbones.pictures import CLIP_MEAN, CLIP_STD, Pictures  # noqa: F401 (families take them from here)
+from trimtab.backbones.processed import read_pictures  # noqa: F401
 from trimtab.files import replace_folder
 from trimtab.storage.checkpoints import load_weights, write_pretrained
 from trimtab.storage.shards import open_safetensors
@@ -34,35 +44,15 @@ class Encoded:
         tokens: (B, L, D), or None where a family gives only vectors.
         mask: (B, L), 1 = valid.
         image_tokens: which of the L tokens are image patches, in row-major order and without class tokens.
+        grid: rows and columns of those patches; None if they are a square. Patches of a padded batch that are no
+            picture are 0 in `mask`.
     """
 
     pooled: Tensor
     tokens: Tensor | None = None
     mask: Tensor | None = None
     image_tokens: slice | None = None
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """How pictures become tensors: resized to a square of `size` pixels, scaled to 0..1, then normalised."""
-
-    size: int
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-
-    def __call__(self, pictures: Sequence[Any]) -> Tensor:
-        """From PIL images (any mode, any size) to (B, 3, size, size) float32."""
-        from PIL import Image
-
-        side = (self.size, self.size)
-        arrays = []
-        for picture in pictures:
-            picture = picture.convert("RGB")
-            arrays.append(
-                np.asarray(picture if picture.size == side else picture.resize(side, Image.Resampling.BICUBIC))
-            )
-        pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
-        return (pixels - torch.tensor(self.mean).view(3, 1, 1)) / torch.tensor(self.std).view(3, 1, 1)
+    grid: tuple[int, int] | None = None
 
 
 class Backbone(nn.Module):
@@ -73,13 +63,17 @@ class Backbone(nn.Module):
         model: the plain module; all paths of the anatomy are relative to it.
         anatomy: its description.
         tokenizer: of transformers, or None if the weights came from a file and nobody named one.
+        pictures: how pictures are prepared (`pictures.py`).
+        side: the side of the square that a picture must be for the model; None if it takes other shapes too.
         load_report: what an official checkpoint file gave; None if the weights are no such file's.
-        kind: `dual` (two towers, one vector each), `joint` (one fused stream) or `chat` (writes answers).
+        kind: what it can be asked for, see above.
+        own_scale: whether the model itself scales what `compare` gives.
         width: width of `Encoded.pooled`.
         token_width: width of `Encoded.tokens`: the same, but where the summary joins two streams.
     """
 
-    kind: ClassVar[Literal["dual", "joint", "chat"]]
+    kind: Literal["dual", "joint", "pairs", "video", "detector", "vision", "chat"]
+    own_scale = False
 
     def __init__(self, name: str, model: nn.Module, tokenizer: Any, pictures: Pictures, width: int, max_text: int = 32,
                  anatomy: Anatomy | None = None):  # fmt: skip
@@ -88,6 +82,7 @@ class Backbone(nn.Module):
         self.model: Any = model  # Any: torch types what a module holds as Tensor or Module
         self.tokenizer = tokenizer
         self.pictures = pictures
+        self.side: int | None = None
         self.width = self.token_width = width
         self.max_text = max_text
         self.counted_text = 20
@@ -98,8 +93,21 @@ class Backbone(nn.Module):
         """Take a tokenizer that did not come with the weights."""
         self.tokenizer = tokenizer
 
+    def prepare(self, pictures: Literal["own", "squash"]) -> None:
+        """Choose how pictures are prepared: as the authors or the folder's image processor do, or whole pictures
+        squashed to a square with the same mean and deviation.
+
+        Raises:
+            ValueError: if what prepares them gives other sizes than the model was built for.
+        """
+        if pictures == "squash":
+            self.pictures = self.pictures.squashed(self.side)
+        elif self.side is not None:
+            self.pictures.check_side(self.side, self.name)
+
     def images(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
-        """PIL images -> `pixel_values` (B, 3, H, W)."""
+        """PIL images -> `pixel_values` (B, 3, H, W); where their shapes differ, padded with zeros at the right and the
+        bottom (`pixel_mask` tells padding from picture)."""
         return {"pixel_values": self.pictures(pictures)}
 
     def texts(self, sentences: Sequence[str]) -> dict[str, Tensor]:
@@ -122,10 +130,59 @@ class Backbone(nn.Module):
         raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not encode texts alone")
 
     def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
-        return self.fuse(self.look(pixel_values), input_ids, attention_mask)
+        encoded = self.fuse(self.look(pixel_values), input_ids, attention_mask)
+        return replace(encoded, grid=self.grid(pixel_values))
+
+    def grid(self, pixel_values: Tensor) -> tuple[int, int] | None:
+        """Rows and columns of the image tokens of such a batch; None where they are a square, or there are none."""
+        return None
+
+    def pair_second(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """`pair` of the second of two pictures, whose tokens have a type of their own where the authors give them one
+        and the model has it (a third row in its table of types)."""
+        return self.pair(pixel_values, input_ids, attention_mask)
+
+    def pair_of(self, first: Tensor, second: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """A text and two pictures (B, 3, H, W) each -> one vector (B, `pair_width`).
+
+        Each picture is fused with the text by itself and the two vectors are joined, as ViLT and METER do for NLVR2.
+        """
+        words = (input_ids, attention_mask)
+        return Encoded(torch.cat([self.pair(first, *words).pooled, self.pair_second(second, *words).pooled], dim=-1))
+
+    @property
+    def pair_width(self) -> int:
+        """Width of what `pair_of` gives."""
+        return 2 * self.width
+
+    def frames(self, pixel_values: Tensor) -> Tensor:
+        """A vector a frame, (B, F, 3, H, W) -> (B, F, E)."""
+        return self.image(pixel_values.flatten(0, 1)).pooled.unflatten(0, pixel_values.shape[:2])
+
+    def compare(self, text: Tensor, frames: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
+        """Similarities of all texts with all videos, (T, B): the cosine with the mean of a video's unit frames, times
+        exp(`scale`) (CLIP4Clip's meanP, section 3.3).
+
+        Args:
+            text: (T, E).
+            frames: (B, F, E).
+            mask: which frames are there, (B, F).
+            scale: a scalar, which a model with `own_scale` does not look at.
+        """
+        there = mask[..., None].to(frames.dtype)
+        video = (F.normalize(frames, dim=-1) * there).sum(dim=1) / there.sum(dim=1).clamp(min=1)
+        return scale.exp() * F.normalize(text, dim=-1) @ F.normalize(video, dim=-1).T
+
+    def own_head(self, task: str) -> nn.Module | None:
+        """The model's own head for a task by its registered name, as a module that takes what that task gives its
+        head; None if it has none. A task trains a copy, so that its head is what it is for every backbone."""
+        return None
 
     def look(self, pixel_values: Tensor) -> Tensor:
-        """What `fuse` and `write` need of the pictures, (B, P, D), computed once whatever is said of them."""
+        """What `fuse` and `write` need of the pictures, (B, P, D), computed once whatever is said of them.
+
+        A row of zeros is a place that is padding; `fuse` and `write` leave it out.
+        """
         raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not fuse image and text")
 
     def fuse(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
@@ -176,17 +233,11 @@ class Backbone(nn.Module):
         """
         if not hasattr(self.model, "save_pretrained"):
             raise ValueError(f"{self.name}: {type(self.model).__name__} cannot be exported: no transformers model")
-        p = self.pictures
-        prepare = {
-            "do_resize": True, "size": {"height": p.size, "width": p.size}, "do_center_crop": False,
-            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-            "image_mean": list(p.mean), "image_std": list(p.std), "image_processor_type": "CLIPImageProcessor",
-        }  # fmt: skip
         with replace_folder(folder) as partial:
             write_pretrained(copy.deepcopy(self.model).to(dtype), partial, sparse)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(partial)
-            (partial / "preprocessor_config.json").write_text(json.dumps(prepare, indent=1) + "\n")
+            (partial / "preprocessor_config.json").write_text(json.dumps(self.pictures.config(), indent=1) + "\n")
 
     def fold_projections(self, image: Tensor, text: Tensor, scale: Tensor) -> None:
         """Put linear maps that follow the features into the model; ValueError if it has no place for them."""
@@ -207,27 +258,14 @@ class Backbone(nn.Module):
         """
         text_tokens = text_tokens or self.counted_text
         generator = torch.Generator().manual_seed(0)
-        size = self.pictures.size
         return {
-            "pixel_values": torch.randn(batch, 3, size, size, generator=generator),
+            "pixel_values": torch.randn(batch, 3, *self.pictures.shape, generator=generator),
             "input_ids": torch.randint(5, self.vocabulary, (batch, text_tokens), generator=generator),
             "attention_mask": torch.ones(batch, text_tokens, dtype=torch.long),
         }
 
 
-# What CLIP's pictures, and those of models built on it, are normalised with.
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
 WEIGHTS = Path(__file__).parent / "weights"
-
-
-def read_pictures(folder: Path, size: int) -> Pictures:
-    """How a transformers folder wants its pictures normalised; as `Pictures` does by default if it does not say."""
-    file = folder / "preprocessor_config.json"
-    content = json.loads(file.read_text()) if file.is_file() else {}
-    if "image_mean" not in content or "image_std" not in content:
-        return Pictures(size)
-    return Pictures(size, tuple(content["image_mean"]), tuple(content["image_std"]))
 
 
 def load_pretrained(model_class: Any, folder: Path, pretrained: bool, **options: Any) -> nn.Module:
@@ -241,7 +279,7 @@ def load_pretrained(model_class: Any, folder: Path, pretrained: bool, **options:
     """
     config = model_class.config_class.from_pretrained(folder)
     if not pretrained:
-        return model_class._from_config(config, dtype=torch.float32)
+        return model_class._from_config(config, dtype=torch.float32, **options)
     return load_weights(model_class, folder, config, torch.float32, **options)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -38,7 +38,8 @@ ARCHITECTURES: View[Any] = View(
 _FOLDERS: View[Any] = View("model_type", lambda family: family.folders)
 
 
-def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = None, kind: str | None = None,
+def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = None,
+         pictures: Literal["own", "squash"] = "own", kind: str | None = None,
          **settings: Any) -> Backbone:  # fmt: skip
     """A backbone by registered name, from a local transformers folder, or from a checkpoint file of its authors.
 
@@ -48,13 +49,16 @@ def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = Non
         pretrained: False gives the same model with fresh random weights (not for files).
         tokenizer: a tokenizer, or the folder of one, in place of the backbone's own. Files hold none, nor do folders
             that were converted from them; without it texts must be given as ids there.
+        pictures: `own` prepares pictures as the model's authors, or the image processor in its folder, do; `squash`
+            resizes them whole to a square, whatever their shape.
         kind: `chat` takes a folder of a model that writes answers as one, also where another kind of backbone is made
             of such folders (LLaVA, PaliGemma, Idefics3, SmolVLM: `joint`). None: that other kind.
         settings: for files, of their format, such as `image_size`; for architectures, those of their function.
 
     Raises:
         ValueError: if the name is unknown, the weights are truncated, missing, or do not fit, weights are asked for of
-            an architecture, or there are settings for what is neither a file nor an architecture.
+            an architecture, there are settings for what is neither a file nor an architecture, or a folder's image
+            processor gives pictures of another size than the model takes.
         FileNotFoundError: if the folder lacks a file.
     """
     name = str(name_or_path)
@@ -86,6 +90,8 @@ def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = Non
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     if tokenizer is not None:
         backbone.adopt(tokenizer)
+    if isinstance(backbone, Backbone):
+        backbone.prepare(pictures)
     return backbone
 
 

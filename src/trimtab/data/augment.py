@@ -1,6 +1,7 @@
 """Random changes of training pictures that leave what is asked about them as it is.
 
-No mirroring, after which "left of" is wrong, and no change of hue, after which "red" is.
+No mirroring, after which "left of" is wrong, and no change of hue, after which "red" is; but what papers train with
+(`randaugment.py`) does change colours, and can be asked for.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from trimtab.data.images import decode_rows
+from trimtab.data.randaugment import Dialect, operations, randaugment
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Augmentation:
         crop: smallest share of a picture's area that a random crop leaves, (0, 1], stretched to the old size; 1 for
             none. A crop holds the row's `box` whole.
         light: brightness and contrast are multiplied by numbers from 1 - light to 1 + light, [0, 1); 0 for none.
+        randaugment: a dialect of RandAugment, applied last; None for none. Rows with a `box` get only those of its
+            operations that leave everything in its place.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -29,24 +33,35 @@ class Augmentation:
 
     crop: float = 1.0
     light: float = 0.0
+    randaugment: Dialect | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 1:
             raise ValueError(f"crop must be above 0 and at most 1, found {self.crop}")
         if not 0 <= self.light < 1:
             raise ValueError(f"light must be at least 0 and below 1, found {self.light}")
+        if self.randaugment is not None:
+            operations(self.randaugment)
 
     def __bool__(self) -> bool:
         """Whether it changes anything."""
-        return self.crop < 1 or self.light > 0
+        return self.crop < 1 or self.light > 0 or self.randaugment is not None
 
     def __call__(self, rows: list[dict[str, Any]], generator: torch.Generator | None = None) -> list[dict[str, Any]]:
-        """Rows with decoded, changed pictures; the rows given stay as they are."""
+        """Rows with decoded, changed pictures, of `images` each by itself; the rows given stay as they are.
+
+        Raises:
+            ValueError: for a row of a video.
+        """
         return [self._row(row, generator) for row in decode_rows(rows)] if self else rows
 
     def _row(self, row: dict[str, Any], generator: torch.Generator | None) -> dict[str, Any]:
         from PIL import ImageEnhance
 
+        if "images" in row:
+            return {**row, "images": [self._row({"image": p}, generator)["image"] for p in row["images"]]}
+        if "image" not in row:
+            raise ValueError("augmentation changes pictures, and the rows hold videos: leave training.augmentation out")
         out = {**row, "image": row["image"].convert("RGB")}
         if self.crop < 1:
             out |= _cropped(out, self.crop, generator)
@@ -54,6 +69,8 @@ class Augmentation:
             for change in (ImageEnhance.Brightness, ImageEnhance.Contrast):
                 factor = _uniform(1 - self.light, 1 + self.light, generator)
                 out["image"] = change(out["image"]).enhance(factor)
+        if self.randaugment is not None:
+            out["image"] = randaugment(out["image"], self.randaugment, generator, still="box" in row)
         return out
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -38,27 +38,93 @@ def decode(cell: Any, where: str = "image") -> Any:
 
 
 def decode_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with their `image` decoded; ImageError at the first that cannot be."""
-    return [{**row, "image": decode(row["image"], f"image {i} of the batch")} for i, row in enumerate(rows)]
+    """The rows with what stands in `image`, and all that stand in `images`, decoded; ImageError at the first that
+    cannot be."""
+    out = []
+    for i, row in enumerate(rows):
+        row = dict(row)
+        if "image" in row:
+            row["image"] = decode(row["image"], f"image {i} of the batch")
+        if "images" in row:
+            row["images"] = [decode(c, f"picture {k} of row {i} of the batch") for k, c in enumerate(row["images"])]
+        out.append(row)
+    return out
 
 
 def encoded(table: Any) -> Any:
-    """The table with its `image` column as bytes and path instead of pictures decoded on access."""
-    from datasets import Image
+    """The table with pictures of its columns `image` and `images` as bytes and path, not decoded on access."""
+    from datasets import Dataset, Image, List
 
-    return table.cast_column("image", Image(decode=False))
+    if "image" in table.column_names:
+        table = table.cast_column("image", Image(decode=False))
+    found = table.features.get("images")
+    if not isinstance(getattr(found, "feature", None), Image) or not found.feature.decode:
+        return table
+    # `cast_column` would write every picture of a list anew; stored, they are the same.
+    info = table.info.copy()
+    info.features = info.features.copy()
+    info.features["images"] = List(Image(decode=False))
+    return Dataset(table.data, info, table.split, table._indices)
 
 
 def readable(table: Any, where: str = "table") -> Any:
-    """The rows whose image can be decoded, a warning for each other one; ImageError if none is left."""
-    cells = encoded(table)["image"]
+    """The rows whose pictures can be decoded, a warning for each other one; ImageError if none is left.
+
+    Videos are not looked at: that would take as long as reading them.
+    """
+    columns = [c for c in ("image", "images") if c in table.column_names]
+    if not columns:
+        return table
     kept = []
-    for i, cell in enumerate(cells):
+    for i, row in enumerate(encoded(table).select_columns(columns)):
         try:
-            decode(cell, f"row {i} of {where}")
+            for column in columns:
+                for cell in row[column] if column == "images" else [row[column]]:
+                    decode(cell, f"row {i} of {where}")
             kept.append(i)
         except ImageError as error:
             log.warning("left out: %s", error)
     if not kept:
         raise ImageError(f"{where}: none of its {len(table)} images can be decoded")
     return table if len(kept) == len(table) else table.select(kept)
+
+
+def blanked(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with small black pictures in place of its own, for what reads words only."""
+    from PIL import Image
+
+    blank = Image.new("RGB", (8, 8))
+    row = {**row, "image": blank} if "image" in row else dict(row)
+    return {**row, "images": [blank] * len(row["images"])} if "images" in row else row
+
+
+def shown(row: dict[str, Any]) -> Any:
+    """One RGB picture that stands for a row: its image, its images side by side, or its video's middle frame; None if
+    it has no picture.
+
+    Raises:
+        ImageError, VideoError: if what it has cannot be decoded.
+    """
+    if "image" in row:
+        return decode(row["image"]).convert("RGB")
+    if row.get("images"):
+        return beside([decode(cell, f"picture {k}") for k, cell in enumerate(row["images"])])
+    if "video" in row:
+        from trimtab.data.video import read
+
+        return read(row["video"], lambda length: [length.frames // 2])[0]
+    return None
+
+
+def beside(pictures: Sequence[Any], gap: int = 4) -> Any:
+    """Pictures in a row from left to right, all as high as the highest, on white ground."""
+    from PIL import Image
+
+    high = max(p.height for p in pictures)
+    fitted = [p.convert("RGB").resize((max(1, round(p.width * high / p.height)), high)) for p in pictures]
+    ground = Image.new("RGB", (sum(p.width for p in fitted) + gap * (len(fitted) - 1), high), "white")
+    left = 0
+    for picture in fitted:
+        ground.paste(picture, (left, 0))
+        left += picture.width + gap
+    return ground

@@ -132,7 +132,7 @@ def assemble(recipe: Recipe) -> Assembly:
         methods = [_method(entry, f"{where}: methods.{i}") for i, entry in enumerate(recipe.methods)]
         spec = recipe.backbone
         kind = task.kinds[0] if len(task.kinds) == 1 else None
-        backbone = backbones.load(spec.name, spec.pretrained, spec.tokenizer, kind, **spec.settings)
+        backbone = backbones.load(spec.name, spec.pretrained, spec.tokenizer, spec.pictures, kind, **spec.settings)
         _check_reading(task, methods, backbone, where)
         for i, method in enumerate(methods):
             if why := refusal(methods[:i], method, backbone.anatomy):
@@ -203,7 +203,7 @@ def tables(recipe: Recipe, parts: Assembly) -> tuple[Any, Any, Any]:
     """Train, validation and test tables, without undecodable images if the recipe says so."""
     found = []
     for split in ("train", "validation", "test"):
-        table = parts.source.load(recipe.task["name"], split)
+        table = parts.source.load(parts.task.schema or recipe.task["name"], split)
         drop = parts.source.drop_bad_images
         found.append(readable(table, f"{recipe.data['name']} {split}") if drop else table)
     return found[0], found[1], found[2]

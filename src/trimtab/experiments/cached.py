@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from trimtab.anatomy.description import Modality
 from trimtab.backbones.base import Encoded
 from trimtab.data.augment import Augmentation
-from trimtab.data.images import encoded
+from trimtab.data.images import blanked, encoded
 from trimtab.methods.tune import cache
 from trimtab.methods.tune.beside import Beside, slot
 from trimtab.methods.tune.cache import ActivationCache, Precision, record, replay, stands_for_vector
@@ -77,13 +77,11 @@ class TableCache(ActivationCache):
 
     def _longest(self) -> int:
         """Tokens of the longest text: all are padded to it, so that every sample has one layout."""
-        from PIL import Image
-
-        blank, longest = Image.new("RGB", (8, 8)), 1
+        longest = 1
         for start in range(0, len(self), cache.SHARD_ROWS):
             rows = self._rows(start, min(start + cache.SHARD_ROWS, len(self)))
             for view in range(self.views):
-                batch = self._collated([{**row, "image": blank} for row in rows], view * len(self) + start)
+                batch = self._collated([blanked(row) for row in rows], view * len(self) + start)
                 longest = max(longest, batch["input_ids"].shape[1])
         return longest
 
@@ -181,7 +179,12 @@ def _check_fits(model: TaskModel, method: Beside) -> None:
     """ValueError unless the side networks' results are all that the task reads of the backbone."""
     if not method.cacheable:
         raise ValueError(f"cache: the side networks of {method.name!r} are not cached: use unipt")
-    kind = model.backbone.kind
+    kind, task = model.backbone.kind, model.task
+    if kind not in ("dual", "joint") or task.sees != "image" or task.name == "classification":
+        raise ValueError(
+            f"cache: holds what a dual or joint backbone computes of one picture and a text a row, task {task.name!r} "
+            f"reads another thing of {model.backbone.name!r} ({kind}): train it without `training.cache`"
+        )
     for name, listener in method.listeners.items():
         if listener.place is None or listener.memory or stands_for_vector(listener) != (kind == "dual"):
             form = "vector" if kind == "dual" else "token"
@@ -193,6 +196,11 @@ def _check_fits(model: TaskModel, method: Beside) -> None:
     have = {x.tower.modality for x in method.listeners.values()}
     if have != needed:
         raise ValueError(f"cache: side networks on {sorted(have)}, the task reads {sorted(needed)}: tune them all")
+    if not model.backbone.pictures.fixed:
+        raise ValueError(
+            f"cache: {model.backbone.name!r} keeps the shape of pictures, so that their numbers of tokens differ: use "
+            "`backbone.pictures: squash`"
+        )
     if model.task.name == "matching":
         raise ValueError("cache: the task 'matching' reads the backbone's pooler, which is not cached")
     sides = method.sides(model.backbone.model)
@@ -218,7 +226,7 @@ def table_print(table: Any) -> str:
     for i in range(0, len(table), max(1, len(table) // 256)):
         row = table[i]
         for name in sorted(row):
-            value = row[name]
-            raw = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
-            digest.update(raw if isinstance(raw, bytes) else str(raw).encode())
+            for value in row[name] if name == "images" else [row[name]]:
+                raw = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
+                digest.update(raw if isinstance(raw, bytes) else str(raw).encode())
     return digest.hexdigest()[:16]

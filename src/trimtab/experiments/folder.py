@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from trimtab.data.images import decode, encoded
+from trimtab.data.images import encoded, shown
 from trimtab.experiments.assembly import Assembly, assemble
 from trimtab.experiments.recipe import expand
 from trimtab.experiments.schema import Recipe
@@ -125,8 +125,9 @@ def write_gallery(task: Task, records: list[dict[str, Any]], table: Any, folder:
         return
     folder.mkdir(parents=True, exist_ok=True)
     for i, entry in zip(indices, entries, strict=True):
-        entry["image"] = f"{i}.png"
-        decode(rows[i]["image"]).convert("RGB").save(folder / entry["image"])
+        if (picture := shown(rows[i])) is not None:
+            entry["image"] = f"{i}.png"
+            picture.save(folder / entry["image"])
     write_json(folder / "samples.json", entries)
 
 

@@ -32,6 +32,9 @@ class BackboneSpec:
     """Folder of a tokenizer in place of the backbone's own; official checkpoint files have none."""
     max_text: int | None = None
     """Tokens at which texts are cut, and of which costs are counted; None cuts where the backbone must, counts 20."""
+    pictures: Literal["own", "squash"] = "own"
+    """`own`: pictures resized, cropped and padded as the model's authors, or the image processor in its folder, do it;
+    `squash`: whole pictures resized to a square, whatever their shape."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,9 @@ class TrainingSpec:
     what a question counts or a caption names; a `box` stays whole."""
     light: float = 0.0
     """Augmentation: brightness and contrast of training pictures times 1 - light to 1 + light; 0 for none."""
+    randaugment: Literal["vilt", "xvlm", "blip"] | None = None
+    """Augmentation: RandAugment as the authors of ViLT (METER and DAS too), X-VLM (MULTIFLOW too) or BLIP train with it;
+    None for none. It changes colours and moves and turns pictures; rows with a `box` get changes of colour alone."""
     cache: Literal["fp32", "fp16", "int8"] | None = None
     """Write what the frozen backbone computes to disk in this precision and train UniPT's side networks from there."""
     cache_views: int = 1
@@ -90,7 +96,7 @@ class TrainingSpec:
     @property
     def augmentation(self) -> Augmentation:
         """How training pictures are changed."""
-        return Augmentation(self.crop, self.light)
+        return Augmentation(self.crop, self.light, self.randaugment)
 
 
 @dataclass(frozen=True)

@@ -235,6 +235,7 @@ def evaluate(model: TaskModel, table: Any, size: int = 64) -> tuple[dict[str, fl
     records: list[dict[str, Any]] = []
     for _, batch in batches(model, table, size, train=False):
         records += model.predict(batch)
+    records = model.task.finish(model.backbone, model.head, records)
     metrics = model.task.score(model.backbone, model.head, records, table)
     model.train(was)
     return metrics, records

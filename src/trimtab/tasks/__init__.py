@@ -1,6 +1,20 @@
 """One file a task: head, loss, prediction, metrics. `TASKS` is the registry."""
 
-from trimtab.tasks import answer, captioning, grounding, matching, pretraining, retrieval, vqa  # noqa: F401
+from trimtab.tasks import (  # noqa: F401
+    answer,
+    box_regression,
+    captioning,
+    classification,
+    entailment,
+    grounding,
+    matching,
+    pairs,
+    pretraining,
+    retrieval,
+    set_grounding,
+    video_retrieval,
+    vqa,
+)
 from trimtab.tasks.base import TASKS, Task, TaskModel
 
 __all__ = ["TASKS", "Task", "TaskModel"]

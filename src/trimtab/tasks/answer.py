@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab.data.images import decode, encoded
+from trimtab.metrics import captions, vqa
 from trimtab.tasks.base import TASKS, Batch, Task
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -159,10 +160,8 @@ class Answer(Task):
     def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
         texts, table = [record["answer"] for record in records], list(_words_of(rows))
         if self.metric == "cider":
-            from trimtab.tasks.cider import bleu4, cider
-
             references = [self._references(row, i) for i, row in enumerate(table)]
-            return {"cider": cider(texts, references), "bleu@4": bleu4(texts, references)}
+            return {"cider": captions.cider(texts, references), "bleu@4": captions.bleu4(texts, references)}
         values = [self._value(text, row, i) for i, (text, row) in enumerate(zip(texts, table, strict=True))]
         out = {self.primary: sum(values) / len(values)}
         if self.metric == "choice":
@@ -187,7 +186,7 @@ class Answer(Task):
                 _chosen(text, row["choices"], self.choose) == _index(row["answer"], row["choices"], f"row {number}")
             )
         if self.metric == "vqa":
-            return _vqa(text, row["answers"])
+            return vqa.score(row["answers"], text)
         return float(text in [reference.strip() for reference in self._references(row, number)])
 
     def chance(self, rows: Any) -> float | None:
@@ -288,15 +287,6 @@ def _chosen(text: str, choices: Sequence[str], choose: str) -> int | None:
     by_text = plain[1:].index(plain[0]) if plain[0] in plain[1:] else None
     first, second = (by_letter, by_text) if choose == "letter" else (by_text, by_letter)
     return second if first is None else first
-
-
-def _vqa(text: str, answers: Sequence[str]) -> float:
-    """VQA accuracy of one answer, with the official normalisation."""
-    try:
-        from trimtab.metrics import vqa
-    except ImportError as error:
-        raise ValueError("metric: vqa is not in this version; use exact") from error
-    return vqa.accuracy(text, answers)
 
 
 def _groups(column: str, row: Mapping[str, Any]) -> list[str]:

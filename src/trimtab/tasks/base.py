@@ -24,16 +24,20 @@ class Task(ABC):
 
     Attributes:
         name: registered name, which the registry sets.
-        columns: columns that its tables must have beside `image`.
+        sees: the column of its tables that holds pictures: `image`, `images` (several a row) or `video` (a path).
+        columns: columns that its tables must have beside it.
+        schema: name of the task whose tables it takes; empty for its own.
         primary: the metric by which methods are compared; larger is better.
-        kinds: which kinds of backbone it works on (`dual`, `joint`).
+        kinds: which kinds of backbone it works on (`Backbone.kind`).
         blank: what stands for the target columns of a row whose answer is not known.
         causal: whether a word may be predicted from those before it only.
         first_token: whether it reads nothing but first tokens, itself or pooled.
     """
 
     name: ClassVar[str]
+    sees: ClassVar[str] = "image"
     columns: ClassVar[tuple[str, ...]]
+    schema: ClassVar[str] = ""
     primary: ClassVar[str]
     kinds: ClassVar[tuple[str, ...]]
     blank: ClassVar[dict[str, Any]] = {}
@@ -61,6 +65,10 @@ class Task(ABC):
     def predict(self, backbone: Any, head: nn.Module, batch: Batch) -> list[dict[str, Any]]:
         """One record a sample: what `score` and the gallery need."""
 
+    def finish(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The records of a whole table with what is the same for all of them and so is computed once."""
+        return records
+
     @abstractmethod
     def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
         """Metrics over all records of a table, fractions in 0..1; the one named `primary` is among them."""
@@ -86,7 +94,7 @@ class Task(ABC):
             raise ValueError(
                 f"task {self.name!r} needs a {' or '.join(self.kinds)} backbone, {backbone.name!r} is {backbone.kind}"
             )
-        missing = [c for c in ("image", *self.columns) if c not in table.column_names]
+        missing = [c for c in (self.sees, *self.columns) if c not in table.column_names]
         if missing:
             raise ValueError(f"task {self.name!r} needs the columns {missing}, the table has {table.column_names}")
 
@@ -117,15 +125,19 @@ class TaskModel(nn.Module):
         """Predictions for rows as a person has them: an `image` and the text that the task asks for.
 
         Args:
-            rows: `{"image": PIL image, "question": ...}` for VQA, `"phrase"` for grounding, `"captions"` for retrieval.
+            rows: `{"image": PIL image, "question": ...}` for VQA, `"phrase"` for grounding, `"captions"` for retrieval,
+                `"statement"` for entailment, nothing more for classification; `{"images": [left, right], "statement":
+                ...}` for pairs; `{"video": path, "captions": ...}` for video retrieval.
 
         Returns:
-            One record a row: `answer`, or `box` in pixels of the picture, or unit vectors `image` and `text`.
+            One record a row: `answer`, or `label` and the `shares` of all labels, or `box` in pixels of the picture, or
+            unit vectors `image` and `text`, or `similar`, how well each of its captions fits the video.
         """
         self.eval()
         device = next(self.parameters()).device
         batch = self.task.collate(self.backbone, [{**self.task.blank, **row} for row in rows], train=False)
-        return self.predict({k: v.to(device) for k, v in batch.items()})
+        records = self.predict({k: v.to(device) for k, v in batch.items()})
+        return self.task.finish(self.backbone, self.head, records)
 
     def example(self, size: int) -> Batch:
         return self.task.example(self.backbone, size)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab.data.images import decode_rows
+from trimtab.metrics.captions import bleu4, cider
 from trimtab.tasks.base import TASKS, Batch, Task
-from trimtab.tasks.cider import bleu4, cider
 from trimtab.tasks.words import IGNORED, Words, next_words
 
 

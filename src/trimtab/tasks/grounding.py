@@ -20,7 +20,7 @@ class BoxHead(nn.Module):
     As in FCOS (Tian et al., ICCV 2019), a token gives its distances to the four sides, so that the centre need not be
     learned from the features. A token's weight is a bias of its own plus the product of a key from it and a query from
     the words: image-text matching teaches words to look at patches, not patches to look at words. The tokens are a
-    square grid in row-major order (`Encoded.image_tokens`).
+    grid in row-major order (`Encoded.image_tokens`), square or of the rows and columns given.
     """
 
     def __init__(self, width: int):
@@ -28,35 +28,52 @@ class BoxHead(nn.Module):
         self.layers = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 5))
         self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Image tokens (B, P, D) and the words' mean (B, D) -> corners as shares of the picture (B, 4), and the log of
-        each token's weight in them (B, P)."""
+    def forward(self, tokens: Tensor, words: Tensor, shape: tuple[int, int] | None = None,
+                there: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Image tokens (B, P, D) and the words' mean (B, D) -> corners as shares of what the model sees (B, 4), and the
+        log of each token's weight in them (B, P).
+
+        Args:
+            tokens, words: see above.
+            shape: rows and columns of the tokens; None for a square.
+            there: which tokens are picture and not padding, (B, P); None for all.
+        """
         votes, sides = self.layers(tokens).float().split([1, 4], dim=-1)
         meant = (self.key(tokens) @ self.query(words)[..., None]).float() / tokens.shape[-1] ** 0.5  # (B, P, 1)
-        shares = (votes + meant).squeeze(-1).log_softmax(dim=1)
-        here = grid(tokens.shape[1], tokens.device).repeat(1, 2)  # (P, 4): x, y, x, y
+        vote = (votes + meant).squeeze(-1)
+        if there is not None:
+            vote = vote.masked_fill(there == 0, torch.finfo(vote.dtype).min)
+        shares = vote.log_softmax(dim=1)
+        here = grid(tokens.shape[1], tokens.device, shape).repeat(1, 2)  # (P, 4): x, y, x, y
         # A start of 0.2 of the picture to each side is a box of the usual size.
         reach = (sides - 1.4).sigmoid() * torch.tensor([-1.0, -1.0, 1.0, 1.0], device=tokens.device)
         return (shares.exp()[..., None] * (here + reach)).sum(dim=1), shares
 
 
-def grid(tokens: int, device: torch.device) -> Tensor:
-    """Centres (x, y) of a square grid of that many patches as shares of the picture, row by row, (tokens, 2).
+def grid(tokens: int, device: torch.device, shape: tuple[int, int] | None = None) -> Tensor:
+    """Centres (x, y) of a grid of that many patches as shares of what the model sees, row by row, (tokens, 2).
+
+    Args:
+        shape: rows and columns; None for a square.
 
     Raises:
-        ValueError: if the number is no square.
+        ValueError: if the number is no square, or not that of the rows and columns.
     """
-    side = math.isqrt(tokens)
-    if side * side != tokens:
-        raise ValueError(f"grounding needs image tokens that form a square grid, the backbone gives {tokens}")
-    axis = (torch.arange(side, device=device) + 0.5) / side
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    rows, columns = shape or (math.isqrt(tokens),) * 2
+    if rows * columns != tokens:
+        wanted = f"a grid of {rows} x {columns}" if shape else "a square grid"
+        raise ValueError(f"grounding needs image tokens that form {wanted}, the backbone gives {tokens}")
+    y, x = torch.meshgrid(*((torch.arange(n, device=device) + 0.5) / n for n in (rows, columns)), indexing="ij")
     return torch.stack([x, y], dim=-1).flatten(0, 1)
 
 
 @TASKS.register("grounding")
 class Grounding(Task):
     """Columns `image`, `phrase`, `box` (left, top, right, bottom in pixels of the picture).
+
+    Boxes go through the same resizing, cropping and padding as the picture (`Pictures.windows`). In training a box is cut
+    at the edge of what the model sees, and one that was cropped off whole asks for nothing; in evaluation the whole box
+    is what counts, so that a crop costs what it hides.
 
     Loss as in DETR (section 3.1): 5 x L1 + 2 x generalised IoU, and beside it the log of the share in the vote of the
     patches inside the box, as MDETR aligns phrases and regions. Accuracy: share of boxes with IoU of at least 0.5.
@@ -72,38 +89,46 @@ class Grounding(Task):
 
     def collate(self, backbone: Any, rows: list[dict[str, Any]], train: bool) -> Batch:
         rows = decode_rows(rows)
-        sizes = torch.tensor([r["image"].size * 2 for r in rows], dtype=torch.float32)  # (B, 4): W, H, W, H
+        windows = backbone.pictures.windows([r["image"].size for r in rows])
+        origin, span = frames(windows)
         return {
             **backbone.images([r["image"] for r in rows]),
             **backbone.texts([r["phrase"] for r in rows]),
-            "boxes": torch.tensor([r["box"] for r in rows], dtype=torch.float32) / sizes,
-            "sizes": sizes,
+            "boxes": (torch.tensor([r["box"] for r in rows], dtype=torch.float32) - origin) / span,
+            "windows": windows,
         }
 
     def example(self, backbone: Any, size: int) -> Batch:
         box = torch.tensor([0.2, 0.2, 0.6, 0.6]).expand(size, 4)
-        return {**backbone.example(size), "boxes": box, "sizes": torch.ones(size, 4)}
+        return {**backbone.example(size), "boxes": box, "windows": torch.tensor([0.0, 0, 1, 1]).expand(size, 4)}
 
-    def _boxes(self, backbone: Any, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _boxes(self, backbone: Any, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
+        """Boxes (B, 4), shares of the vote (B, P), and rows and columns of the patches."""
         encoded = backbone.pair(batch["pixel_values"], batch["input_ids"], batch["attention_mask"])
+        if encoded.image_tokens is None:
+            raise ValueError(f"grounding needs image tokens among the fused ones: {backbone.name!r} gives none")
         mask = batch["attention_mask"][..., None].to(encoded.tokens.dtype)
-        words = (encoded.tokens[:, : mask.shape[1]] * mask).sum(dim=1) / mask.sum(dim=1)  # the text comes first
-        return head(encoded.tokens[:, encoded.image_tokens], words)
+        first = 0 if encoded.image_tokens.start > 0 else encoded.image_tokens.stop  # of the text, before or after
+        words = (encoded.tokens[:, first : first + mask.shape[1]] * mask).sum(dim=1) / mask.sum(dim=1)
+        there = None if encoded.mask is None else encoded.mask[:, encoded.image_tokens]
+        return *head(encoded.tokens[:, encoded.image_tokens], words, encoded.grid, there), encoded.grid
 
     def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
-        found, shares = self._boxes(backbone, head, batch)
-        target = batch["boxes"]
+        found, shares, shape = self._boxes(backbone, head, batch)
+        target, seen = visible(batch["boxes"], found)
         _, generalised = iou(found, target)
-        centre = grid(shares.shape[1], shares.device)
+        centre = grid(shares.shape[1], shares.device, shape)
         inside = ((centre > target[:, None, :2]) & (centre < target[:, None, 2:])).all(dim=-1)  # (B, P)
-        inside |= ~inside.any(dim=1, keepdim=True)  # a box between the centres of four patches asks nothing of the vote
+        # A box between the centres of four patches asks nothing of the vote.
+        inside |= ~inside.any(dim=1, keepdim=True) | ~seen
         vote = -shares.masked_fill(~inside, -torch.inf).logsumexp(dim=1).mean()
         return 5 * F.l1_loss(centred(found), centred(target)) + 2 * (1 - generalised).mean() + vote
 
     def predict(self, backbone: Any, head: nn.Module, batch: Batch) -> list[dict[str, Any]]:
         boxes = self._boxes(backbone, head, batch)[0].clamp(0, 1)
         overlap, _ = iou(boxes, batch["boxes"])
-        pixels = (boxes * batch["sizes"]).tolist()
+        origin, span = frames(batch["windows"])
+        pixels = (boxes * span + origin).tolist()
         return [{"box": box, "iou": o} for box, o in zip(pixels, overlap.tolist(), strict=True)]
 
     def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
@@ -119,20 +144,41 @@ class Grounding(Task):
         ]  # fmt: skip
 
 
+def visible(boxes: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+    """Targets (B, 4), the boxes cut at the edge of what the model sees, and whether anything of them is left, (B, 1);
+    what was cropped off whole has the box found as its target, so that it costs nothing."""
+    target = boxes.clamp(0, 1)
+    seen = (target[:, 2:] > target[:, :2]).all(dim=-1, keepdim=True)
+    return torch.where(seen, target, found.detach()), seen
+
+
+def frames(windows: Tensor) -> tuple[Tensor, Tensor]:
+    """Origins and spans (B, 4) each, as x, y, x, y, of windows (B, 4): `(box - origin) / span` are shares of them."""
+    low, high = windows.split(2, dim=-1)
+    return low.repeat(1, 2), (high - low).repeat(1, 2)
+
+
 def centred(boxes: Tensor) -> Tensor:
     """(left, top, right, bottom) -> (centre x, centre y, width, height), last axis 4."""
     low, high = boxes.split(2, dim=-1)
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
+def corners(boxes: Tensor) -> Tensor:
+    """(centre x, centre y, width, height) -> (left, top, right, bottom), last axis 4."""
+    middle, sides = boxes.split(2, dim=-1)
+    return torch.cat([middle - sides / 2, middle + sides / 2], dim=-1)
+
+
 def iou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and generalised IoU (Rezatofighi et al., CVPR 2019) of boxes in pairs, (N, 4) corners -> (N,), (N,)."""
+    """IoU and generalised IoU (Rezatofighi et al., CVPR 2019) of boxes in pairs, (..., 4) corners that
+    broadcast -> (...), (...)."""
 
     def area(x: Tensor) -> Tensor:
-        return (x[:, 2:] - x[:, :2]).clamp(min=0).prod(dim=-1)
+        return (x[..., 2:] - x[..., :2]).clamp(min=0).prod(dim=-1)
 
-    inner = torch.cat([torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:])], dim=-1)
-    hull = torch.cat([torch.minimum(a[:, :2], b[:, :2]), torch.maximum(a[:, 2:], b[:, 2:])], dim=-1)
+    inner = torch.cat([torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])], dim=-1)
+    hull = torch.cat([torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])], dim=-1)
     common, enclosing = area(inner), area(hull).clamp(min=1e-9)
     union = (area(a) + area(b) - common).clamp(min=1e-9)
     overlap = common / union

@@ -20,11 +20,11 @@ from trimtab.backbones.base import (
     check_sizes,
     find_tokenizer,
     load_pretrained,
-    read_pictures,
 )
 from trimtab.backbones.blip.pretraining import blip_loss
 from trimtab.backbones.clip.features import without_pre_norm
 from trimtab.backbones.family import model_class
+from trimtab.backbones.processed import own_pictures, read_pictures
 
 
 def add_words(tokenizer: Any, model: Any) -> None:
@@ -58,6 +58,7 @@ class BlipBackbone(Backbone):
         text = model.config.text_config
         add_words(tokenizer, model)
         super().__init__(name, model, tokenizer, pictures, text.hidden_size, min(text.max_position_embeddings, 40))
+        self.side = model.config.vision_config.image_size
 
     def adopt(self, tokenizer: Any) -> None:
         add_words(tokenizer, self.model)
@@ -188,14 +189,15 @@ class BlipOfficialBackbone(Backbone):
 
     kind = "joint"
 
-    def __init__(self, name: str, model: Any, tokenizer: Any):
-        if not hasattr(model, "text_encoder") or type(model).__name__ == "BlipForNlvr2":
+    def __init__(self, name: str, model: Any, tokenizer: Any, pictures: Pictures | None = None):
+        if not hasattr(model, "text_encoder"):
             raise ValueError(f"{name}: {type(model).__name__} has no encoder of one picture and a text for our tasks; "
                              "load it with `trimtab.backbones.load_official`, or with task='retrieval'")  # fmt: skip
         text, vision = model.config.text_config, model.config.vision_config
         add_words(tokenizer, model)
-        super().__init__(name, model, tokenizer, Pictures(vision.image_size, CLIP_MEAN, CLIP_STD), text.hidden_size,
-                         min(text.max_position_embeddings, 35))  # fmt: skip
+        pictures = pictures or Pictures(vision.image_size, CLIP_MEAN, CLIP_STD)
+        super().__init__(name, model, tokenizer, pictures, text.hidden_size, min(text.max_position_embeddings, 35))
+        self.side = vision.image_size
 
     def look(self, pixel_values: Tensor) -> Tensor:
         """The vision tower alone, (B, 1+P, D); ValueError if the picture is of another size than the model's."""
@@ -243,13 +245,45 @@ class BlipOfficialBackbone(Backbone):
         return yes - no
 
 
-def backbone(name: str, model: Any, tokenizer: Any) -> Backbone:
-    """The model of an official file for tasks."""
+class BlipPairBackbone(Backbone):
+    """The BLIP of NLVR2, whose text encoder reads two pictures at once."""
+
+    kind = "pairs"
+
+    def __init__(self, name: str, model: Any, tokenizer: Any, pictures: Pictures | None = None):
+        text, side = model.config.text_config, model.config.vision_config.image_size
+        add_words(tokenizer, model)
+        pictures = pictures or Pictures(side, CLIP_MEAN, CLIP_STD)
+        super().__init__(name, model, tokenizer, pictures, text.hidden_size, min(text.max_position_embeddings, 35))
+        self.side = side
+
+    def adopt(self, tokenizer: Any) -> None:
+        add_words(tokenizer, self.model)
+        super().adopt(tokenizer)
+
+    def pair_of(self, first: Tensor, second: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """One vector (B, D): that of the first token; ValueError for a picture or text of a size not built for."""
+        tokens = self.model.fuse(first, second, input_ids, attention_mask)
+        return Encoded(tokens[:, 0], tokens, attention_mask)
+
+    @property
+    def pair_width(self) -> int:
+        return self.width
+
+    def own_head(self, task: str) -> nn.Module | None:
+        """The published classifier."""
+        return self.model.cls_head if task == "pairs" else None
+
+
+def backbone(name: str, model: Any, tokenizer: Any, pictures: Pictures | None = None) -> Backbone:
+    """The model of an official file for tasks; its authors' preparation of pictures if none is given."""
+    if type(model).__name__ == "BlipForNlvr2":
+        return BlipPairBackbone(name, model, tokenizer, pictures)
     if type(model).__name__ == "BlipForConditionalGeneration":
         return BlipBackbone(
             name, model, tokenizer, Pictures(model.config.vision_config.image_size, CLIP_MEAN, CLIP_STD)
         )
-    return BlipOfficialBackbone(name, model, tokenizer)
+    return BlipOfficialBackbone(name, model, tokenizer, pictures)
 
 
 def load(folder: Path, name: str, pretrained: bool = True) -> Backbone:
@@ -258,12 +292,10 @@ def load(folder: Path, name: str, pretrained: bool = True) -> Backbone:
     model = load_pretrained(model_class(architecture), folder, pretrained)
     tokenizer = find_tokenizer(folder)
     if architecture not in ("BlipForMatchingAndCaptions", "BlipForConditionalGeneration"):
-        return BlipOfficialBackbone(name, model, tokenizer)
+        return backbone(name, model, tokenizer, own_pictures(folder))
     config: Any = model.config
     size = config.vision_config.image_size
-    # What was converted from its authors' file says so in its config, and has no preprocessor beside it.
-    official = hasattr(model.config, "blip_task") and not (folder / "preprocessor_config.json").is_file()
-    pictures = Pictures(size, CLIP_MEAN, CLIP_STD) if official else read_pictures(folder, size)
+    pictures = read_pictures(folder, size, Pictures(size, CLIP_MEAN, CLIP_STD))
     return BlipBackbone(name, model, tokenizer, pictures)
 
 

@@ -185,13 +185,17 @@ class BlipForNlvr2(BlipPreTrainedModel):
         Raises:
             ValueError: if the text is too long, or a picture of another size than the model was built for.
         """
+        return self.cls_head(self.fuse(first, second, input_ids, attention_mask)[:, 0])
+
+    def fuse(self, first: Tensor, second: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Words that have read both pictures, (B, L, D); arguments and errors as `forward`."""
         for pixel_values in (first, second):
             _check(self.config, input_ids, pixel_values)
         seen = tuple(self.vision_model(pixel_values=x).last_hidden_state for x in (first, second))
         ids = input_ids.clone()
         ids[:, 0] = self.config.enc_token_id
         text = self.text_encoder(input_ids=ids, attention_mask=attention_mask, encoder_hidden_states=seen)
-        return self.cls_head(text.last_hidden_state[:, 0])
+        return text.last_hidden_state
 
 
 def _check(config: Any, input_ids: Tensor, pixel_values: Tensor) -> None:

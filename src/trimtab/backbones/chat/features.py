@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +113,13 @@ class ChatBackbone(Backbone):
             f"{self.name}: a tokenizer of another folder does not fit the processor of a chat model: put its files "
             "into the model's folder in place of its own"
         )
+
+    def prepare(self, pictures: Literal["own", "squash"]) -> None:
+        """Pictures are prepared by the folder's processor; ValueError if they are to be squashed."""
+        if pictures == "squash":
+            raise ValueError(
+                f"{self.name}: a chat model's pictures are prepared by its own processor: use pictures: own"
+            )
 
     def limit_text(self, tokens: int) -> None:
         """Refuse conversations of more tokens, pictures among them, and count costs with questions of that length."""

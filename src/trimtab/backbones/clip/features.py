@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trimtab.backbones.base import WEIGHTS, Backbone, Encoded, load_pretrained, read_pictures
+from trimtab.backbones.base import WEIGHTS, Backbone, Encoded, load_pretrained
+from trimtab.backbones.pictures import CLIP_MEAN, CLIP_STD, Cropped
+from trimtab.backbones.processed import read_pictures
 
 
 class ClipBackbone(Backbone):
@@ -73,9 +75,12 @@ def load(folder: Path, name: str, pretrained: bool = True) -> ClipBackbone:
 
     model = load_pretrained(CLIPModel, folder, pretrained)
     config: Any = model.config
-    pictures = read_pictures(folder, config.vision_config.image_size)
-    return ClipBackbone(name, model, AutoTokenizer.from_pretrained(folder), pictures, config.projection_dim,
-                        config.text_config.max_position_embeddings)  # fmt: skip
+    side = config.vision_config.image_size
+    pictures = read_pictures(folder, side, Cropped(side, CLIP_MEAN, CLIP_STD))
+    found = ClipBackbone(name, model, AutoTokenizer.from_pretrained(folder), pictures, config.projection_dim,
+                         config.text_config.max_position_embeddings)  # fmt: skip
+    found.side = side
+    return found
 
 
 def tiny_clip(pretrained: bool = True) -> ClipBackbone:

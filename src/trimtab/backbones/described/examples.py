@@ -22,8 +22,6 @@ from trimtab.backbones.examples.inputs import (
     SMALL,
     T5,
     TEXT,
-    VISION,
-    pixels,
     sized,
 )
 
@@ -130,14 +128,6 @@ def grounding_dino(model: type = hf.GroundingDinoForObjectDetection) -> hf.PreTr
 
 
 EXAMPLES: dict[str, Example] = {
-    "dino": Example(
-        "ViT, DINO", lambda: hf.ViTForImageClassification(hf.ViTConfig(**VISION, **PICTURE)),
-        {"pixel_values": pixels(2, 3, 16, 16), "labels": CLASSES},
-    ),
-    "dinov2": Example(
-        "DINOv2", lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**VISION, **PICTURE, mlp_ratio=2)),
-        {"pixel_values": pixels(2, 3, 16, 16), "labels": CLASSES},
-    ),
     "t5": Example("T5", partial(t5, hf.T5ForConditionalGeneration), {**T5, "labels": DECODES}),
     "bridgetower": Example(
         "BridgeTower", partial(bridgetower, hf.BridgeTowerForImageAndTextRetrieval), {**PAIR, "labels": CLASSES}

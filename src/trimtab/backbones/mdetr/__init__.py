@@ -13,6 +13,7 @@ from __future__ import annotations
 from trimtab.backbones.family import Family
 from trimtab.backbones.mdetr import (
     describe,  # noqa: F401  (registers how models are described)
+    features,
     official,
 )
 
@@ -20,6 +21,8 @@ FAMILY = Family(
     "mdetr",
     "MDETR",
     __name__,
+    folders={"trimtab_mdetr": features.load},
+    features=features.MdetrBackbone,
     architecture=official.architecture,
     format=official.MdetrFormat(),
     own=("Mdetr",),

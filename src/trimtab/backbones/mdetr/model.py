@@ -243,24 +243,49 @@ class Mdetr(PreTrainedModel):
             which the last layer's are the result; `objects` (layers, B, Q, E) and `words` (B, L, E), aligned, of
             length 1; `answer_<kind>` (B, answers).
         """
+        states, text = self.states(pixel_values, input_ids, attention_mask, pixel_mask)
+        out = {}
+        for i, kind in enumerate(self.config.answers):
+            # Answers are read from the FIRST decoder layer, as in the authors' code (they index layers, not the end).
+            out[answer_head(kind).removesuffix("_head")] = getattr(self, answer_head(kind))(
+                states[0, :, self.config.queries + i]
+            )
+        return out | found(self, states[:, :, : self.config.queries], text)
+
+    def states(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor,
+               pixel_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The decoder's states after each layer, (layers, B, Q + answers, D), and the encoded text, (B, L, D)."""
         seen = self.encode(pixel_values, input_ids, attention_mask, pixel_mask)
         query = self.query_embed.weight
         if self.config.answers:
             query = torch.cat([query, self.qa_embed.weight])
         query = query[None].expand(len(pixel_values), -1, -1)
         states = self.transformer.decoder(seen["memory"], seen["valid"], seen["pos"], query)
-        objects, out = states[:, :, : self.config.queries], {}
-        for i, kind in enumerate(self.config.answers):
-            # Answers are read from the FIRST decoder layer, as in the authors' code (they index layers, not the end).
-            out[answer_head(kind).removesuffix("_head")] = getattr(self, answer_head(kind))(
-                states[0, :, self.config.queries + i]
-            )
-        out |= {"logits": self.class_embed(objects), "boxes": self.bbox_embed(objects).sigmoid()}
-        if self.config.align:
-            text = seen["memory"][:, -input_ids.shape[1] :]
-            out["objects"] = F.normalize(self.contrastive_align_projection_image(objects), dim=-1)
-            out["words"] = F.normalize(self.contrastive_align_projection_text(text), dim=-1)
-        return out
+        return states, seen["memory"][:, -input_ids.shape[1] :]
+
+
+def found(heads: Any, objects: Tensor, text: Tensor) -> dict[str, Tensor]:
+    """What the grounding heads, attributes of a module, say of objects (layers, B, Q, D) and the text (B, L, D): see
+    `Mdetr.forward`."""
+    out = {"logits": heads.class_embed(objects), "boxes": heads.bbox_embed(objects).sigmoid()}
+    if hasattr(heads, "contrastive_align_projection_image"):
+        out["objects"] = F.normalize(heads.contrastive_align_projection_image(objects), dim=-1)
+        out["words"] = F.normalize(heads.contrastive_align_projection_text(text), dim=-1)
+    return out
+
+
+class SetHeads(nn.Module):
+    """The grounding heads of a model by themselves, under its names: the very modules, not copies of them."""
+
+    def __init__(self, model: Mdetr):
+        super().__init__()
+        names = ("class_embed", "bbox_embed", "contrastive_align_projection_image", "contrastive_align_projection_text")
+        for name in names:
+            if hasattr(model, name):
+                self.add_module(name, getattr(model, name))
+
+    def forward(self, objects: Tensor, text: Tensor) -> dict[str, Tensor]:
+        return found(self, objects, text)
 
 
 def answer_head(kind: str) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.backbones.base import CLIP_MEAN, CLIP_STD, Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
+from trimtab.backbones.processed import read_pictures
 
 
 class ReaderBackbone(Backbone):
@@ -41,7 +42,9 @@ class ReaderBackbone(Backbone):
 def load(folder: Path, name: str, pretrained: bool = True) -> ReaderBackbone:
     """A transformers folder of one of the families: config.json, model.safetensors, the tokenizer's files if any.
 
-    Pictures are squares of the vision tower's size, normalised as CLIP's or SigLIP's are.
+    Pictures are prepared as the folder's image processor does it; one that cuts pictures into tiles (Idefics3, SmolVLM)
+    is followed in mean and deviation alone: features are taken of the whole picture, squashed to one tile. A folder
+    without one gets squares of the vision tower's size, normalised as CLIP's or SigLIP's are.
     """
     import transformers
 
@@ -52,5 +55,8 @@ def load(folder: Path, name: str, pretrained: bool = True) -> ReaderBackbone:
     )
     vision, text = model.config.vision_config, model.config.text_config
     clip = (CLIP_MEAN, CLIP_STD) if "clip" in vision.model_type else ()
-    pictures = Pictures(vision.image_size, *clip)
-    return ReaderBackbone(name, model, find_tokenizer(folder), pictures, text.hidden_size, 64)
+    side = vision.image_size
+    pictures = read_pictures(folder, side, Pictures(side, *clip), tiles=True)
+    found = ReaderBackbone(name, model, find_tokenizer(folder), pictures, text.hidden_size, 64)
+    found.side = side
+    return found

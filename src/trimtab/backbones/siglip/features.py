@@ -11,13 +11,14 @@ from torch import Tensor
 
 from trimtab.backbones.base import Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
 from trimtab.backbones.clip.features import ClipBackbone
+from trimtab.backbones.processed import read_pictures
 
 
 class SiglipBackbone(ClipBackbone):
     """Texts are padded to the length at which it was trained: padding is text to it, its vector is the last token's.
 
     SigLIP 2 models that take pictures of any shape (`Siglip2Model`) are given squares of as many patches as they have
-    positions.
+    positions, with the mean and deviation of the folder's processor.
     """
 
     def texts(self, sentences: Sequence[str]) -> dict[str, Tensor]:
@@ -67,5 +68,7 @@ def load(folder: Path, name: str, pretrained: bool = True) -> SiglipBackbone:
     flexible = getattr(vision, "num_patches", None)
     size = vision.patch_size * round(flexible**0.5) if flexible else vision.image_size
     width = getattr(text, "projection_size", None) or text.hidden_size
-    tokenizer = find_tokenizer(folder)
-    return SiglipBackbone(name, model, tokenizer, Pictures(size), width, text.max_position_embeddings)
+    pictures = read_pictures(folder, size, Pictures(size), tiles=bool(flexible))
+    found = SiglipBackbone(name, model, find_tokenizer(folder), pictures, width, text.max_position_embeddings)
+    found.side = size
+    return found

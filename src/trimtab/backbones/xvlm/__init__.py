@@ -24,7 +24,7 @@ FAMILY = Family(
     "X-VLM",
     __name__,
     folders={"trimtab_xvlm": features.load},
-    features=features.XvlmBackbone,
+    features=features.backbone,
     architecture=official.architecture,
     format=official.XvlmFormat(),
     own=("Xvlm",),
