@@ -93,7 +93,7 @@ CHATS: dict[str, Chat] = {
                    _seen(image_token_index="<image>", boi_token_index="<boi>", eoi_token_index="<eoi>"),
                    {"image_seq_length": 4}, "<boi>"),
     "paligemma": Chat("PaliGemmaForConditionalGeneration", "PaliGemmaProcessor", _square("SiglipImageProcessorPil"),
-                      _seen(image_token_index="<image>"), {}, None, "answer en {question}"),
+                      _seen(image_token_index="<image>"), {}, None, "{images}answer en {question}"),
     "blip-2": Chat("Blip2ForConditionalGeneration", "Blip2Processor", _square("BlipImageProcessorPil"),
                    _seen(image_token_index="<image>"), {"num_query_tokens": 4}, None, "Question: {question} Answer:"),
     "florence2": Chat("Florence2ForConditionalGeneration", "Florence2Processor", _CLIP,

@@ -81,8 +81,8 @@ class Words:
             raise ConversationError(
                 f"{self.name}: the folder has no chat template (chat_template.jinja), so that nothing says how a "
                 "question is put to the model: give the task a plain `template`, such as "
-                "'Question: {question} Answer:' for BLIP-2 or 'answer en {question}' for PaliGemma, or put the model's "
-                "chat_template.jinja into the folder"
+                "'Question: {question} Answer:' for BLIP-2 or '{images}answer en {question}' for PaliGemma, or put the "
+                "model's chat_template.jinja into the folder"
             )
         from jinja2 import TemplateError
 
