@@ -9,6 +9,7 @@
     "video"     frames(...), text(...) and compare(...): similarities by a head of the model's own
     "detector"  detect(...): what a text names, as a set of objects
     "vision"    image(...): a vision tower by itself
+    "chat"      teach(...) and told(...), ask(...) and answers(...): conversations with pictures, answered in words
 
 `Backbone.model` is the plain (transformers) module that methods see through its `Anatomy`.
 """
@@ -76,11 +77,12 @@ class Backbone(nn.Module):
         token_width: width of `Encoded.tokens`: the same, but where the summary joins two streams.
     """
 
-    kind: Literal["dual", "joint", "pairs", "video", "detector", "vision"]
+    kind: Literal["dual", "joint", "pairs", "video", "detector", "vision", "chat"]
     own_scale: ClassVar[bool] = False
     reads_padding: ClassVar[bool] = False
 
-    def __init__(self, name: str, model: nn.Module, tokenizer: Any, pictures: Pictures, width: int, max_text: int = 32):
+    def __init__(self, name: str, model: nn.Module, tokenizer: Any, pictures: Pictures, width: int, max_text: int = 32,
+                 anatomy: Anatomy | None = None):  # fmt: skip
         super().__init__()
         self.name = name
         self.model: Any = model  # Any: torch types what a module holds as Tensor or Module
@@ -90,7 +92,7 @@ class Backbone(nn.Module):
         self.width = self.token_width = width
         self.max_text = max_text
         self.counted_text = 20
-        self.anatomy = Anatomy.of(model)
+        self.anatomy = Anatomy.of(model) if anatomy is None else anatomy
         self.load_report: Any = None
 
     def adopt(self, tokenizer: Any) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from trimtab.anatomy import Anatomy
+from trimtab.backbones import chat
 from trimtab.backbones.base import Backbone
 from trimtab.backbones.family import FAMILIES, View, model_class
 from trimtab.backbones.official import LoadReport, load_official
@@ -38,7 +39,8 @@ _FOLDERS: View[Any] = View("model_type", lambda family: family.folders)
 
 
 def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = None,
-         pictures: Literal["own", "squash"] = "own", **settings: Any) -> Backbone:  # fmt: skip
+         pictures: Literal["own", "squash"] = "own", kind: str | None = None,
+         **settings: Any) -> Backbone:  # fmt: skip
     """A backbone by registered name, from a local transformers folder, or from a checkpoint file of its authors.
 
     Args:
@@ -49,6 +51,8 @@ def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = Non
             that were converted from them; without it texts must be given as ids there.
         pictures: `own` prepares pictures as the model's authors, or the image processor in its folder, do; `squash`
             resizes them whole to a square, whatever their shape.
+        kind: `chat` takes a folder of a model that writes answers as one, also where another kind of backbone is made
+            of such folders (LLaVA, PaliGemma, Idefics3, SmolVLM: `joint`). None: that other kind.
         settings: for files, of their format, such as `image_size`; for architectures, those of their function.
 
     Raises:
@@ -76,9 +80,10 @@ def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = Non
         backbone = BACKBONES[name](pretrained)
     else:
         folder, family, _ = _read_folder(name)
-        if family not in _FOLDERS:
+        chats = chat.reads(family) and (kind == "chat" or family not in _FOLDERS)
+        if not chats and family not in _FOLDERS:
             raise ValueError(f"{folder / 'config.json'}: {unknown('model_type', family, _FOLDERS)}")
-        backbone = _FOLDERS[family](folder, name, pretrained)
+        backbone = (chat.load if chats else _FOLDERS[family])(folder, name, pretrained)
     if isinstance(tokenizer, (str, Path)):
         from transformers import AutoTokenizer
 

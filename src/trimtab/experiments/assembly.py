@@ -131,7 +131,8 @@ def assemble(recipe: Recipe) -> Assembly:
         task = _task(recipe.task, source, f"{where}: task")
         methods = [_method(entry, f"{where}: methods.{i}") for i, entry in enumerate(recipe.methods)]
         spec = recipe.backbone
-        backbone = backbones.load(spec.name, spec.pretrained, spec.tokenizer, spec.pictures, **spec.settings)
+        kind = task.kinds[0] if len(task.kinds) == 1 else None
+        backbone = backbones.load(spec.name, spec.pretrained, spec.tokenizer, spec.pictures, kind, **spec.settings)
         _check_reading(task, methods, backbone, where)
         for i, method in enumerate(methods):
             if why := refusal(methods[:i], method, backbone.anatomy):

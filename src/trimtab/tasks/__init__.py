@@ -1,6 +1,7 @@
 """One file a task: head, loss, prediction, metrics. `TASKS` is the registry."""
 
 from trimtab.tasks import (  # noqa: F401
+    answer,
     box_regression,
     captioning,
     classification,
