@@ -263,9 +263,9 @@ def _data(options: Namespace) -> None:
 
     from trimtab.data import shown
     from trimtab.data.check import check
-    from trimtab.experiments.recipe import settings_of
+    from trimtab.settings import from_texts
 
-    found = check(options.path, options.source, settings_of(options.settings), decode=options.decode)
+    found = check(options.path, options.source, from_texts(options.settings), decode=options.decode)
     shown.tell(found, Console())
     if options.picture:
         rows = [(f"{f.source} {i + 1}", row) for f in found for i, row in enumerate(f.samples)]

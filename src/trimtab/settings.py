@@ -7,7 +7,7 @@ same message everywhere. The types and defaults stand in the classes alone; json
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -51,3 +51,29 @@ def build(cls: type, values: Mapping[str, Any], where: str, what: str = "setting
         return cls(**{k: getattr(parsed, k) for k in known if hasattr(parsed, k)})
     except (ArgumentError, TypeError, ValueError) as error:
         raise SettingsError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def from_texts(texts: Iterable[str]) -> dict[str, Any]:
+    """Settings of one thing from texts `key=value`, the value in YAML; `columns.captions=text` sets a key of a mapping.
+
+    Raises:
+        SettingsError: if a text has another form.
+    """
+    import yaml
+
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, sign, value = text.partition("=")
+        *path, last = key.split(".")
+        if not sign or not all([*path, last]):
+            raise SettingsError(f"{text!r}: expected key=value, such as columns.captions=text")
+        inner = found
+        for part in path:
+            inner = inner.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise SettingsError(f"{text!r}: {part!r} has a value already, so nothing can stand below it")
+        try:
+            inner[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SettingsError(f"{text!r}: the value is not YAML: {error}") from error
+    return found

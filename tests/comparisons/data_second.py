@@ -259,9 +259,14 @@ def flowers(root: Path, table: str, expected: dict[str, Any]) -> Rows | None:
 
 @data_set("hf_imagefolder", "metadata.jsonl", "metadata.csv")
 def imagefolder(root: Path, table: str, expected: dict[str, Any]) -> Rows | None:
-    if table not in tables.splits(root):
+    if not (root / table).is_dir():
         return None
-    rows = {r["image"]: r for r in rows_of(ImageFolder(root=root, train=table).load("retrieval", "train"), root)}
+    rows = {r["image"]: r for r in rows_of(tables.read(root / table, typed=()), root)}
+    split = next((split for split, paths in tables.splits(root).items() if root / table in paths), None)
+    if split:
+        agree(
+            table, set(rows), {r["image"] for r in rows_of(ImageFolder(root=root, train=split).load("", "train"), root)}
+        )
     wanted = expected["tables"][table]
     at = wanted["columns"].index("image")  # the order of rows is not part of the format
     return [rows.pop(row[at], {"image": "missing"}) for row in wanted["rows"]] + list(rows.values())

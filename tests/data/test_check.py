@@ -8,8 +8,9 @@ import pytest
 from tests.data import official
 from trimtab import cli
 from trimtab.data import check, shown
-from trimtab.data.base import ASKED, CAPTIONED, SOURCES, Published
+from trimtab.data.base import ASKED, CAPTIONED, GROUNDED, NEEDED, SOURCES, Published
 from trimtab.data.reading import DataError
+from trimtab.settings import from_texts
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def folder(tmp_path):
 
 def test_a_published_set_is_known_by_its_files(refs):
     (found,) = check.check(refs)
-    assert (found.source, found.settings, found.tasks) == ("refcoco", {"form": "refer"}, ("grounding",))
+    assert (found.source, found.settings, found.tasks) == ("refcoco", {"form": "refer"}, GROUNDED)
     rows = {s.name: (s.rows, len(s.left_out), s.missing) for s in found.splits}
     assert rows == {
         "train": (1, 0, ""),
@@ -48,7 +49,7 @@ def test_a_missing_picture_and_a_broken_one_are_told(refs):
     picture.write_bytes(b"<html>")
     (found,) = check.check(refs)
     assert found.splits[0].rows == 1  # there, as far as its name tells
-    assert check.check(refs, decode=True)[0].splits[0].left_out[0].endswith("data.drop_bad_images=true")
+    assert "cannot be decoded as an image" in check.check(refs, decode=True)[0].splits[0].left_out[0]
     assert shown.pictures(found.samples[0])[1].startswith(str(picture))
     picture.unlink()
     (found,) = check.check(refs)
@@ -85,7 +86,7 @@ def test_what_is_no_data(tmp_path, refs):
 
 def test_every_task_of_a_published_set_has_its_columns_written_down():
     tasks = {task for cls in SOURCES._items.values() if issubclass(cls, Published) for task in cls.tasks}
-    assert tasks <= set(check.NEEDED) and set(ASKED) <= set(check.NEEDED)
+    assert tasks <= set(NEEDED) and set(ASKED) <= set(NEEDED)
 
 
 def test_the_command_tells_and_writes_a_page(refs, tmp_path, capsys):
@@ -103,6 +104,15 @@ def test_the_command_takes_settings(folder, capsys):
     assert "tasks: retrieval" in capsys.readouterr().out
     assert cli.main(["data", "check", str(folder / "gone")]) == 2
     assert "there is no such file or folder" in capsys.readouterr().err
+
+
+def test_settings_from_texts():
+    found = from_texts(["form=mdetr", "columns.captions=text", "columns.image=file", "test=[val, testA]"])
+    wanted = {"form": "mdetr", "columns": {"captions": "text", "image": "file"}, "test": ["val", "testA"]}
+    assert found == wanted
+    for text, message in (("form", "expected key=value"), ("a=1", "'a.b=2': 'a' has a value"), ("=1", "expected key=")):
+        with pytest.raises(ValueError, match=message):
+            from_texts([text, "a.b=2"])
 
 
 def test_a_drawn_picture_has_its_light_and_its_box():

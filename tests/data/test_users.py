@@ -55,24 +55,28 @@ def test_json_lists_and_pictures_in_another_folder(folder):
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("task", "row", "message"),
     [
-        ({"image": "gone.png"}, r"the picture 'gone.png' is not there; looked in"),
-        ({"image": "pictures/0.png", "answer": True}, r"expected 'answer' to be a string, found 'True'"),
-        ({"image": "pictures/0.png", "box": [5, 5, 5, 9]}, r"left, top, right, bottom with an area"),
-        ({"image": "pictures/0.png", "question_id": 1}, r"the question_id '1' stands twice"),
-        ({"video": "gone.mp4"}, r"the video 'gone.mp4' is not there"),
-        ({"question": "?"}, r"expected a JSON object with 'image' \(or images, video, messages\)"),
-        ({"image": "pictures/0.png", "captions": [1.5]}, r"expected 'captions' to be a string, found '1.5'"),
+        ("vqa", {"image": "gone.png"}, r"the picture 'gone.png' is not there; looked in"),
+        ("vqa", {"image": "pictures/0.png", "answer": True}, r"expected 'answer' to be a string, found 'True'"),
+        ("grounding", {"image": "pictures/0.png", "box": [5, 5, 5, 9]}, r"left, top, right, bottom with an area"),
+        ("vqa", {"image": "pictures/0.png", "question_id": 1}, r"the question_id '1' stands twice"),
+        ("vqa", {"video": "gone.mp4"}, r"the video 'gone.mp4' is not there"),
+        ("vqa", {"question": "?"}, r"expected a JSON object with 'image' \(or images, video, messages\)"),
+        (
+            "retrieval",
+            {"image": "pictures/0.png", "captions": [1.5]},
+            r"expected 'captions' to be a string, found '1.5'",
+        ),
     ],
 )
-def test_a_bad_row_is_named_or_left_out(folder, row, message, caplog):
+def test_a_bad_row_is_named_or_left_out(folder, task, row, message, caplog):
     path = lines(folder / "a.jsonl", {"image": "pictures/0.png", "question_id": 1}, {}, row)
     path.write_text(path.read_text().replace("{}\n", "\n"))  # blank lines count, and say nothing
     with pytest.raises(RowError, match=rf"a\.jsonl, line 3: .*{message}"):
-        Files(path, path).load("vqa", "train")
+        Files(path, path).load(task, "train")
     with caplog.at_level(logging.WARNING):
-        assert len(Files(path, path, on_error="skip").load("vqa", "train")) == 1
+        assert len(Files(path, path, on_error="skip").load(task, "train")) == 1
     assert "left out 1, kept 1 rows" in caplog.text and "line 3" in caplog.text
 
 
@@ -87,6 +91,25 @@ def test_values_of_different_kinds_in_a_column_are_an_error(folder):
     path = lines(folder / "a.jsonl", {"image": "pictures/0.png", "x": 1}, {"image": "pictures/0.png", "x": "b"})
     with pytest.raises(DataError, match=r"a.jsonl: expected the column 'x' to hold values of one kind"):
         Files(path, path).load("vqa", "train")
+
+
+def test_a_column_that_the_task_does_not_read_may_hold_anything(folder):
+    row = {
+        "image": "pictures/0.png",
+        "captions": "a",
+        "box": [[1, 2], [3, 4]],
+        "group": ["x"],
+        "label": 1.5,
+        "image_id": 7,
+    }
+    path = lines(folder / "a.jsonl", row)
+    found = Files(path, path).load("retrieval", "train")[0]
+    assert found["box"] == [[1, 2], [3, 4]] and found["group"] == ["x"] and found["label"] == 1.5
+    assert found["image_id"] == "7"
+    with pytest.raises(RowError, match=r"line 1: expected 'box' to be numbers, found '\[1, 2\]'"):
+        Files(path, path).load("grounding", "train")
+    with pytest.raises(RowError, match=r"line 1: expected 'label' to be a string, found '1.5'"):
+        Files(path, path).classes()
 
 
 def test_an_unknown_kind_of_file(folder):

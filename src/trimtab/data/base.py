@@ -19,7 +19,29 @@ Split = Literal["train", "validation", "test"]
 
 # Tasks that read tables of one schema; see the tasks themselves for what they do with it.
 CAPTIONED = ("retrieval", "matching", "reranking", "captioning", "pretraining")
-ASKED = ("vqa", "gqa", "ranking", "answer")
+ASKED = ("vqa", "gqa", "answer-ranking", "answer")
+GROUNDED = ("grounding", "box-regression", "set-grounding")
+
+# Columns without which a task cannot use a table; of several groups, one is enough.
+NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
+    **dict.fromkeys(CAPTIONED, (("image", "captions"),)),
+    **dict.fromkeys(ASKED, (("image", "question", "answer"),)),
+    "answer": (("images", "question", "answer"), ("image", "question", "answer"), ("images", "messages")),
+    "video-retrieval": (("video", "captions"),), "pairs": (("images", "statement", "label"),),
+    "entailment": (("image", "statement", "label"),), **dict.fromkeys(GROUNDED, (("image", "phrase", "box"),)),
+    "classification": (("image", "label"),),
+}  # fmt: skip
+# Further columns that some tasks read where they are there.
+READ_TOO: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys((*ASKED, "answer"), ("answers", "weights", "question_id", "choices", "hint")),
+    **dict.fromkeys(GROUNDED, ("tokens_positive",)), "pairs": ("identifier",),
+}  # fmt: skip
+
+
+def read_by(task: str) -> set[str]:
+    """The columns that a task reads; empty for an unknown task."""
+    return {name for group in NEEDED.get(task, ()) for name in group} | set(READ_TOO.get(task, ()))
+
 
 # Every column that a reader may give, with its type in a few letters; see `features`.
 COLUMNS = {

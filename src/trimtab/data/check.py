@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.data import tables
-from trimtab.data.base import ASKED, CAPTIONED, SOURCES, Published
+from trimtab.data.base import NEEDED, SOURCES, Published, read_by
 from trimtab.data.formats.cc3m import tsv
 from trimtab.data.reading import DataError, Kept, NotThere
 from trimtab.settings import build
@@ -22,15 +22,6 @@ from trimtab.settings import build
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# Columns without which a task cannot use a table; of several groups, one is enough.
-NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
-    **dict.fromkeys(CAPTIONED, (("image", "captions"),)),
-    **dict.fromkeys(ASKED, (("image", "question", "answer"),)),
-    "answer": (("images", "question", "answer"), ("image", "question", "answer"), ("images", "messages")),
-    "video-retrieval": (("video", "captions"),), "pairs": (("images", "statement", "label"),),
-    "entailment": (("image", "statement", "label"),), "grounding": (("image", "phrase", "box"),),
-    "classification": (("image", "label"),),
-}  # fmt: skip
 DEPTH = 5  # folders below the one that is looked at
 
 
@@ -217,7 +208,7 @@ def _tables(name: str, splits: Mapping[str, Sequence[Path]], settings: dict[str,
         found.splits.append(each)
         for path in paths:
             try:
-                table, left_out = tables.look(path, settings.get("columns"), settings.get("pictures"))
+                table, left_out = _look(path, settings)
             except (ValueError, OSError) as error:
                 each.missing = str(error)
                 continue
@@ -227,6 +218,13 @@ def _tables(name: str, splits: Mapping[str, Sequence[Path]], settings: dict[str,
     found.tasks, found.lacking = served(found.columns)
     found.task = found.tasks[0] if found.tasks else ""
     return found
+
+
+def _look(path: Path, settings: dict[str, Any]) -> tuple[Dataset, list[str]]:
+    """A table whose columns are of the types of the tasks that it serves."""
+    own = settings.get("columns"), settings.get("pictures")
+    tasks, _ = served(tables.look(path, *own, typed=())[0].column_names)
+    return tables.look(path, *own, typed={name for task in tasks for name in read_by(task)})
 
 
 def served(columns: Sequence[str]) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:

@@ -10,25 +10,28 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-
-# (module, name) as the pickle writes them -> what they stand for. numpy 2 renamed `core` to `_core`.
-_RECONSTRUCT = (np._core if hasattr(np, "_core") else np.core).multiarray._reconstruct  # type: ignore[attr-defined]
-ARRAYS: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-}
 
 # What reading a damaged pickle raises, whichever instruction the damage hits.
 _DAMAGED = (
     pickle.UnpicklingError, EOFError, ArithmeticError, AttributeError, ImportError, LookupError, MemoryError,
     RecursionError, TypeError, ValueError,
 )  # fmt: skip
+
+
+@cache
+def _arrays() -> dict[tuple[str, str], Any]:
+    """(module, name) as a pickle of arrays writes them -> what they stand for; numpy 2 renamed `core` to `_core`."""
+    import numpy as np
+
+    core = np._core if hasattr(np, "_core") else np.core  # type: ignore[attr-defined]
+    rebuild = core.multiarray._reconstruct
+    return {
+        ("numpy.core.multiarray", "_reconstruct"): rebuild, ("numpy._core.multiarray", "_reconstruct"): rebuild,
+        ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
+    }  # fmt: skip
 
 
 class PickleRefused(ValueError):
@@ -74,7 +77,7 @@ def read(
     """
     path = Path(path)
     try:
-        found = _Reader(io.BytesIO(path.read_bytes()), path, ARRAYS if arrays else {}, encoding).load()
+        found = _Reader(io.BytesIO(path.read_bytes()), path, _arrays() if arrays else {}, encoding).load()
     except PickleRefused:
         raise
     except _DAMAGED as error:

@@ -72,7 +72,7 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
                     if len(data) != member.size:
                         raise DataError(f"{path}: cut off in {member.name!r}")
                     yield member.name, data
-                archive.members = []  # otherwise it remembers every member of the shard
+                archive.members = []  # type: ignore[attr-defined]  # otherwise it remembers every member of the shard
         if not _ended(path):
             raise DataError(f"{path}: cut off, it lacks the empty blocks with which a tar file ends")
     except FileNotFoundError as error:

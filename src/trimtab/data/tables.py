@@ -7,7 +7,7 @@ stay as they are. A column map, {task's column: the file's}, gives them their na
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,12 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SEEN = ("image", "images", "video", "messages")  # a row needs one of these
 ONCE = ("question_id", "identifier", "pair_id")  # ids of rows; a picture's id may stand in many
+IDS = (*ONCE, "image_id", "video_id", "caption_ids", "ref_id", "ann_id")
 FOLDER_SAVED = "dataset_info.json"
 
 
 def read(path: Path, columns: Mapping[str, str] | None = None, pictures: Path | None = None,
-         on_error: OnError = "stop", find: bool = True) -> Dataset:  # fmt: skip
+         on_error: OnError = "stop", find: bool = True, typed: Collection[str] = COLUMNS) -> Dataset:  # fmt: skip
     """The table of a file or folder.
 
     Args:
@@ -38,33 +39,36 @@ def read(path: Path, columns: Mapping[str, str] | None = None, pictures: Path | 
         pictures: folder from which paths of pictures and videos go out; None for the file's own.
         on_error: `stop`, or `skip`: rows that cannot be read are left out, counted and listed.
         find: look whether the pictures are there.
+        typed: columns that must be of a task's type, beside ids and what a row shows; one that the task does not read
+            may hold anything under its name, and stays as it is.
 
     Raises:
         FileNotFoundError: if there is no such file or folder.
         DataError: if it is of no known kind, or a row cannot be read.
     """
-    table, reader = _read(Path(path), columns, pictures, on_error, find)
+    table, reader = _read(Path(path), columns, pictures, on_error, find, typed)
     if reader is not None:
         reader.kept.tell(str(path), len(table))
     return table
 
 
-def look(path: Path, columns: Mapping[str, str] | None = None, pictures: Path | None = None
+def look(path: Path, columns: Mapping[str, str] | None, pictures: Path | None, typed: Collection[str]
          ) -> tuple[Dataset, list[str]]:  # fmt: skip
     """The table of a file or folder as `read` gives it, and a sentence for each row that cannot be read."""
-    table, reader = _read(Path(path), columns, pictures, "skip", True, decode=False)
+    table, reader = _read(Path(path), columns, pictures, "skip", True, typed, decode=False)
     return table, [] if reader is None else reader.kept.left_out
 
 
 def _read(path: Path, columns: Mapping[str, str] | None, pictures: Path | None, on_error: OnError, find: bool,
-          decode: bool = True) -> tuple[Dataset, _Reader | None]:  # fmt: skip
+          typed: Collection[str], decode: bool = True) -> tuple[Dataset, _Reader | None]:  # fmt: skip
     columns = dict(columns or {})
+    typed = {*SEEN, *IDS, *columns, *typed}
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder")
     if files := ready(path):
-        return saved(files, columns, Path(pictures) if pictures else path.parent), None
+        return saved(files, columns, Path(pictures) if pictures else path.parent, typed), None
     folder = Path(pictures) if pictures else path if path.is_dir() else path.parent
-    reader = _Reader(folder, columns, on_error, find, decode)
+    reader = _Reader(folder, columns, on_error, find, typed, decode)
     for entry in entries(path, reader.kept):
         with reader.kept.row():
             reader.add(entry)
@@ -124,13 +128,15 @@ def _image_columns(entry: Entry) -> Iterator[tuple[str, Any]]:
 class _Reader:
     """Turns rows into typed columns."""
 
-    def __init__(self, folder: Path, columns: Mapping[str, str], on_error: OnError, find: bool, decode: bool):
+    def __init__(self, folder: Path, columns: Mapping[str, str], on_error: OnError, find: bool,
+                 typed: Collection[str], decode: bool):  # fmt: skip
         for name in columns:
             if name not in COLUMNS and name != "messages":
                 raise DataError(f"the column map: {unknown('column', name, [*COLUMNS, 'messages'])}")
         self.kept, self.folder, self.find = Kept(on_error), folder, find
         self.names = {file: name for name, file in columns.items()}
         self.pictures = Pictures(folder, decode=decode and on_error == "skip")
+        self.typed = {name for name in typed if name in COLUMNS}
         self.rows: list[dict[str, Any]] = []
 
     def add(self, entry: Entry) -> None:
@@ -147,7 +153,7 @@ class _Reader:
         if not any(named.values.get(c) is not None for c in SEEN):
             raise entry.error(f"expected a JSON object with 'image' (or {', '.join(SEEN[1:])}), found "
                               f"{', '.join(map(repr, entry.values)) or 'none'}")  # fmt: skip
-        row = {k: self._cell(named, k, v) if k in COLUMNS else v for k, v in named.values.items() if k != "messages"}
+        row = {k: self._cell(named, k, v) if k in self.typed else v for k, v in named.values.items() if k != "messages"}
         if "messages" in named:
             alone = [row.pop("image")] if row.get("image") is not None else []
             row["messages"], row["images"] = chats.conversation(named, self._picture, row.get("images") or alone)
@@ -224,16 +230,17 @@ class _Reader:
             raise DataError(f"{path}: holds no rows{why}")
         names = list(dict.fromkeys(k for row in self.rows for k in row))
         columns = {n: [row.get(n) for row in self.rows] for n in names}
-        types = {n: _type(path, n, columns[n]) for n in names}
+        typed = self.typed | ({"answer"} if "messages" in columns else set())
+        types = {n: _type(path, n, columns[n], typed) for n in names}
         return Dataset.from_dict(columns, features=Features(types))
 
 
-def _type(path: Path, name: str, values: list[Any]) -> Any:
+def _type(path: Path, name: str, values: list[Any], typed: Collection[str]) -> Any:
     """The type of a column: a task's own, or what its values are."""
     import pyarrow as pa
     from datasets import Features, List, Value
 
-    if name in COLUMNS:
+    if name in typed:
         return features([name])[name]
     if name == "messages":
         return List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
@@ -253,13 +260,15 @@ def ready(path: Path) -> list[Path]:
     return sorted(path.glob("*.parquet")) if path.is_dir() else []
 
 
-def saved(paths: Sequence[Path], columns: Mapping[str, str], folder: Path) -> Dataset:
+def saved(paths: Sequence[Path], columns: Mapping[str, str], folder: Path, typed: Collection[str] = COLUMNS
+          ) -> Dataset:  # fmt: skip
     """Parquet files, or one folder that `Dataset.save_to_disk` wrote, with the columns' names and types of a task.
 
     Args:
         paths: the files, in order, or the folder.
         columns: a task's column -> the table's.
         folder: from which paths of pictures go out.
+        typed: as of `read`.
 
     Raises:
         DataError: if it cannot be read, or a column is missing or cannot be given its type.
@@ -280,7 +289,7 @@ def saved(paths: Sequence[Path], columns: Mapping[str, str], folder: Path) -> Da
             table = table.remove_columns(name) if name in table.column_names else table
             table = table.rename_column(file, name)
     for name in table.column_names:
-        if name in COLUMNS:
+        if name in COLUMNS and name in typed:
             table = _typed(table, name, path, folder)
     return table
 

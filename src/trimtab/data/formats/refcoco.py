@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from trimtab.data import pickles
-from trimtab.data.base import SOURCES, Published
+from trimtab.data.base import GROUNDED, SOURCES, Published
 from trimtab.data.boxes import Box, clamped, corners
 from trimtab.data.reading import DataError, Entry, Kept, find_file, json_rows
 
@@ -196,7 +196,7 @@ class _Referring(Published):
     test: tuple[str, ...] = ("testA",)
     """Official splits to evaluate on: testA has people, testB other things."""
 
-    tasks = ("grounding",)
+    tasks = GROUNDED
     splits = ("train", "val", "test", "testA", "testB")
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trimtab.data import tables
-from trimtab.data.base import SOURCES, Split
+from trimtab.data.base import SOURCES, Split, read_by
 from trimtab.data.reading import DataError, OnError
 
 if TYPE_CHECKING:
@@ -26,11 +26,12 @@ class _Mapped:
     drop_bad_images: bool = False
     """Leave out images that cannot be decoded instead of stopping."""
 
-    def _read(self, path: Path) -> Dataset:
-        return tables.read(path, self.columns, self.pictures, self.on_error, find=not self.drop_bad_images)
+    def _read(self, path: Path, task: str) -> Dataset:
+        typed = read_by(task) or {task}  # a column's own name, where its values alone are asked for
+        return tables.read(path, self.columns, self.pictures, self.on_error, not self.drop_bad_images, typed)
 
     def _values(self, column: str) -> Sequence[str]:
-        table: Any = self.load("", "train")  # type: ignore[attr-defined]
+        table: Any = self.load(column, "train")  # type: ignore[attr-defined]
         if column not in table.column_names:
             raise DataError(f"{self._name}: expected the column {column!r} in the training rows, found "
                             f"{', '.join(table.column_names)}; name it with data.columns")  # fmt: skip
@@ -73,7 +74,7 @@ class Files(_Mapped):
             DataError: if it is of no known kind, or a row lacks a picture or has a value of a wrong type, with both.
         """
         path = (self.validation or self.train) if split == "validation" else getattr(self, split)
-        return self._read(Path(path))
+        return self._read(Path(path), task)
 
     def answers(self) -> Sequence[str]:
         """The answers of the training rows, in order of the alphabet.
@@ -115,7 +116,7 @@ class _Folder(_Mapped):
             raise DataError(f"{self._name}: {self.root}: expected a file or folder for {name!r}, found "
                             f"{', '.join(found) or 'no split'}; choose with data.{split}, or name files with "
                             "the source 'files'")  # fmt: skip
-        read = [self._read(path) for path in found[name]]
+        read = [self._read(path, task) for path in found[name]]
         return concatenate_datasets(read) if len(read) > 1 else read[0]
 
 

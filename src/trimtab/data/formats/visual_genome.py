@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from trimtab.data.base import CAPTIONED, SOURCES
+from trimtab.data.base import CAPTIONED, GROUNDED, SOURCES
 from trimtab.data.boxes import inside
 from trimtab.data.held_out import HeldOut
 from trimtab.data.images import decode
@@ -161,7 +161,7 @@ class VisualGenome(HeldOut):
     rows: int | None = 10_000
     """At most so many rows, the first ones: reading stops there. None for all."""
 
-    tasks = ("grounding", *CAPTIONED)
+    tasks = (*GROUNDED, *CAPTIONED)
     splits = ("train",)
     marks: ClassVar[dict[str, tuple[str, ...]]] = {
         "official": ("region_descriptions.json",),
@@ -194,7 +194,7 @@ class VisualGenome(HeldOut):
         for path in self._files():
             for entry, image, captions, parts in self._pictured(path, find, kept):
                 # In X-VLM's lists one bad region leaves out its picture, in the published file only itself.
-                alone = self.form == "official" and task == "grounding"
+                alone = self.form == "official" and task in GROUNDED
                 for group in [[p] for p in parts] if alone else [parts]:
                     with kept.row():
                         for row in self._rows(task, entry, image, captions, group):
@@ -223,8 +223,8 @@ class VisualGenome(HeldOut):
     def _rows(self, task: str, entry: Entry, image: Any, captions: list[str] | None, parts: list[Region]
               ) -> list[dict[str, Any]]:  # fmt: skip
         """The rows of a picture for a task."""
-        cut = self.form == "multiflow-pretraining" and task != "grounding"
-        if task != "grounding" and not cut:
+        cut = self.form == "multiflow-pretraining" and task not in GROUNDED
+        if task not in GROUNDED and not cut:
             if not captions:
                 raise entry.error("has no caption of the picture as a whole; it serves the task 'grounding'")
             return [{"image": image, "captions": captions}]
