@@ -9,10 +9,16 @@ and so is one whose value it does not know. The exit status is 1 if a case fails
 
 A sub-folder with `meta.json` is a backbone, named by the folder: checkpoint files in its authors' format, and
 `io*.safetensors` with `<stage>.in.<name>` and `<stage>.out.<name>`. Each stage is a case of its own.
+
+A folder or sub-folder with `expected.json` is a data set, and one with `index.json` holds broken files: see
+`comparisons/data.py`.
+
+A JSON file alone is a case of a metric if it has that metric's fields.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -100,6 +106,8 @@ class Case:
         """What it is a case of: `pruner NAME`, `backbone FOLDER`, or the JSON's `case`."""
         if self.stage is not None:
             return f"backbone {self.folder.name}"
+        if known := [kind for kind, fields in METRICS.items() if all(_holds(self.info, f) for f in fields)]:
+            return max(known, key=lambda kind: len(METRICS[kind]))
         return f"pruner {self.info['pruner'].lower()}" if "pruner" in self.info else str(self.info.get("case"))
 
 
@@ -133,6 +141,31 @@ class Comparison:
 
 COMPARISONS: dict[str, Comparison] = {}
 
+# Further kinds of folders: each gives the finished lines of what it knows in a folder, none where it knows nothing.
+FOLDERS: list[Callable[[Path], Iterator[dict[str, Any]]]] = []
+
+# Kinds of cases that need no tensors, with the fields by which they are known: the kind with most of them is taken.
+METRICS: dict[str, tuple[str, ...]] = {}
+
+
+def _holds(info: Any, field: str) -> bool:
+    """Whether a JSON value has a field, or `outer.inner`; of a list the first entry must."""
+    if isinstance(info, list):
+        return bool(info) and _holds(info[0], field)
+    name, _, rest = field.partition(".")
+    return isinstance(info, dict) and name in info and (not rest or _holds(dict.get(info, name), rest))
+
+
+def metric(kind: str, *fields: str, told: Iterable[str] = ()) -> Callable[[Compare], Compare]:
+    """Register the comparison of a metric, known by the fields of its cases; `told` as of `Comparison`."""
+    METRICS[kind] = fields
+    return compares(kind, told=told)
+
+
+def number(quantity: str, found: float, wanted: float) -> Check:
+    """Within 1e-6: of the number itself below one, else of its size."""
+    return Check(quantity, abs(found - wanted) / max(1.0, abs(wanted)), 1e-6)
+
 
 def compares(*kinds: str, told: Iterable[str] = (), assumes: Mapping[str, str] | None = None
              ) -> Callable[[Compare], Compare]:  # fmt: skip
@@ -159,6 +192,8 @@ def find(folder: Path) -> list[Case]:
     """Every case of a folder, tensors not yet read."""
     if (folder / "meta.json").is_file():
         return _stages(folder)
+    if (folder / "expected.json").is_file() or (folder / "index.json").is_file():
+        return []  # a data set, or broken files: `comparisons/data.py` gives their lines
     cases = []
     for file in sorted(folder.glob("*.json")):
         try:
@@ -191,18 +226,17 @@ def _arrays(folder: Path) -> dict[str, Tensor]:
 
 def compare(case: Case) -> list[Result]:
     """Compare one case, or say why it is not compared; an error on the way is the last result."""
-    import tests.comparisons  # noqa: F401  (fills COMPARISONS)
-
     if case.broken:
         return [Failed(case.broken)]
     file = case.folder / f"{case.name}.safetensors"
-    if case.stage is None and not file.exists():
+    if case.stage is None and not file.exists() and case.kind not in METRICS:
         return [Skipped("no tensors beside the JSON: figures and descriptions, nothing to compute")]
     if case.kind not in COMPARISONS:
         return [Skipped(f"no comparison for {case.kind!r}: the library does not have this part")]
     results: list[Result] = []
     try:
-        case.tensors = load_file(file) if case.stage is None else _arrays(case.folder)
+        if case.kind not in METRICS:
+            case.tensors = load_file(file) if case.stage is None else _arrays(case.folder)
         for result in COMPARISONS[case.kind].function(case):
             results.append(result)
     except Exception as error:  # whatever it is: this case has failed, and the next is compared
@@ -254,17 +288,18 @@ def line(case: Case, results: list[Result]) -> dict[str, Any]:
 
 def main(folder: Path) -> int:
     """Compare every case of a folder; returns the exit status."""
+    import tests.comparisons  # noqa: F401  (fills COMPARISONS and FOLDERS)
+
     torch.set_num_threads(1)
-    cases = find(folder)
-    if not cases:
-        print(f"{folder}: expected reference files (NAME.json beside NAME.safetensors), found none", file=sys.stderr)
-        return 1
-    failed = False
-    for case in cases:
-        report = line(case, compare(case))
+    cases = (line(case, compare(case)) for case in find(folder))
+    failed, count = False, 0
+    for report in itertools.chain(cases, *(more(folder) for more in FOLDERS)):
         failed |= report["pass"] is False
+        count += 1
         print(json.dumps(report), flush=True)
-    return int(failed)
+    if not count:
+        print(f"{folder}: expected reference files (NAME.json beside NAME.safetensors), found none", file=sys.stderr)
+    return int(failed or not count)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import conformance
+from tests.data import made_sets
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -84,3 +85,39 @@ def test_a_search_ends_after_the_epochs_that_its_case_states(tmp_path, capsys):
 
 def test_conformance_of_an_empty_folder_fails(tmp_path):
     assert conformance.main(tmp_path) == 1
+
+
+def test_a_data_set_is_read_and_held_against_its_tables(tmp_path, capsys):
+    """Which set it is stands in the file, or shows in the names of its files; the folder's name says nothing here."""
+    made_sets.nlvr2(tmp_path / "some")
+    row = ["dev-6-1-0", "Two dogs.", False]
+    tables = {"dev": {"columns": ["identifier", "sentence", "label"], "rows": [row], "n_rows": 1}}
+    made_sets.write(tmp_path / "some/expected.json", {"dataset": "nlvr2", "tables": tables})
+    status, lines = report(tmp_path, capsys)
+    assert status == 0 and lines["some/dev"]["pass"] and lines["some/dev"]["checks"] == 3
+    row[2] = True
+    made_sets.write(tmp_path / "some/expected.json", {"tables": tables})
+    made_sets.write(tmp_path / "some/balanced_dev.json", "")
+    status, lines = report(tmp_path / "some", capsys)
+    assert status == 1 and lines["some/dev"]["difference"] == "row 0, 'label': expected True, found False"
+    tables["dev"]["n_rows"] = 2
+    made_sets.write(tmp_path / "some/expected.json", {"tables": tables})
+    assert report(tmp_path, capsys)[1]["some/dev"]["difference"] == "expected 2 rows, found 1"
+    made_sets.write(tmp_path / "some/expected.json", {"tables": {"train": tables["dev"], "test1": tables["dev"]}})
+    assert "expected test1.json" in report(tmp_path, capsys)[1]["some/test1"]["error"]
+
+
+def test_a_broken_file_passes_with_an_error_that_names_file_and_row(tmp_path, capsys):
+    made_sets.nlvr2(tmp_path / "set")
+    made_sets.write(tmp_path / "set/expected.json", {"dataset": "nlvr2", "tables": {}})
+    good = {"identifier": "dev-6-1-0", "sentence": "x", "label": "True"}
+    files = {"whole": (good,), "broken": (good, {**good, "identifier": "dev-6-1-1", "label": "yes"})}
+    for name, rows in files.items():
+        made_sets.write(tmp_path / f"bad/{name}.jsonl", rows)
+    made_sets.write(tmp_path / "bad/cut.json", '{"images": [')
+    made_sets.write(tmp_path / "bad/other.xyz", "?")
+    names = ["whole.jsonl", "broken.jsonl", "cut.json", "other.xyz"]
+    made_sets.write(tmp_path / "bad/index.json", [{"file": name, "what_is_wrong": "see"} for name in names])
+    status, lines = report(tmp_path, capsys)
+    assert status == 1 and [lines[f"bad/{name}"]["pass"] for name in names] == [False, True, True, None]
+    assert "broken.jsonl, line 2: expected 'label'" in lines["bad/broken.jsonl"]["told"]

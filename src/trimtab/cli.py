@@ -73,6 +73,7 @@ def _parser(commands: dict[str, ArgumentParser] | None = None) -> ArgumentParser
 
     _add_recipe_commands(command)
     _add_model_commands(command)
+    _add_data(command)
     _add_list(command)
     return parser
 
@@ -141,6 +142,16 @@ def _add_model_commands(command: Callable[..., ArgumentParser]) -> None:
         "anatomy", _anatomy, "The towers of a model as methods see them: modality, blocks, widths, parameters."
     )
     anatomy.add_argument("model", help="a registered backbone or a transformers folder")
+
+
+def _add_data(command: Callable[..., ArgumentParser]) -> None:
+    data = command("data", _data, "Look at a folder or file of data: what it is, its splits and rows, what is missing.")
+    data.add_argument("action", choices=["check"], help="what to do with it")
+    data.add_argument("path", type=Path, help="a published data set's folder, or own files (see `trimtab list data`)")
+    data.add_argument("settings", nargs="*", help="settings of the source, such as form=mdetr columns.captions=text")
+    data.add_argument("--source", help="read it as this (`trimtab list data`); otherwise its files tell")
+    data.add_argument("--decode", action="store_true", help="decode every picture of a published set (slow)")
+    data.add_argument("--picture", type=Path, help="write a page (HTML) with the three samples as pictures")
 
 
 def _add_list(command: Callable[..., ArgumentParser]) -> None:
@@ -245,6 +256,21 @@ def _convert(options: Namespace) -> None:
         table.add_column(column, justify="right")
     table.add_row(*(f"{v:,}" if isinstance(v, int) else f"{v:.3f}" for v in row.values()))
     Console().print(table)
+
+
+def _data(options: Namespace) -> None:
+    from rich.console import Console
+
+    from trimtab.data import shown
+    from trimtab.data.check import check
+    from trimtab.experiments.recipe import settings_of
+
+    found = check(options.path, options.source, settings_of(options.settings), decode=options.decode)
+    shown.tell(found, Console())
+    if options.picture:
+        rows = [(f"{f.source} {i + 1}", row) for f in found for i, row in enumerate(f.samples)]
+        options.picture.write_text(shown.page(rows, f"{options.path}"), encoding="utf-8")
+        print(f"samples: {options.picture}")
 
 
 def _speed(options: Namespace) -> None:

@@ -1,3 +1,19 @@
 """How each kind of reference case is compared: importing this fills `tests.conformance.COMPARISONS`."""
 
-from tests.comparisons import blip, clip4clip, clip_vil, mdetr, meter, prune, skip, tune, vilt, vse, xvlm  # noqa: F401
+from tests.comparisons import (  # noqa: F401
+    blip,
+    clip4clip,
+    clip_vil,
+    data_first,
+    data_second,
+    mdetr,
+    meter,
+    metrics,
+    metrics_ranks,
+    prune,
+    skip,
+    tune,
+    vilt,
+    vse,
+    xvlm,
+)

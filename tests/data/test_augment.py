@@ -72,3 +72,57 @@ def test_the_same_seed_draws_the_same_and_nothing_asked_for_changes_nothing():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Augmentation(**settings)
+
+
+@pytest.mark.parametrize("dialect", ["vilt", "xvlm", "blip"])
+def test_randaugment_is_drawn_and_repeatable(dialect):
+    change = Augmentation(randaugment=dialect)
+    row = {"image": Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))}
+    found = [change([row], torch.Generator().manual_seed(seed))[0]["image"] for seed in (0, 0, 1, 2, 3, 4)]
+    assert all(p.size == (30, 20) and p.mode == "RGB" for p in found)
+    assert found[0].tobytes() == found[1].tobytes() and len({p.tobytes() for p in found}) > 2
+    assert change and row["image"].tobytes() != b"" and not Augmentation()
+
+
+def test_randaugment_of_vilt_does_what_its_authors_do():
+    """Every operation at 9 of 30 by hand, from the table in their code; moving ones in both directions."""
+    from PIL import ImageEnhance, ImageOps
+
+    from trimtab.data.randaugment import operations
+
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    added = Image.fromarray(np.clip(np.asarray(picture).astype(int) + 33, 0, 255).astype(np.uint8))
+    move = lambda *data: picture.transform(picture.size, Image.Transform.AFFINE, data)  # noqa: E731
+    wanted = [
+        ImageOps.autocontrast(picture), ImageOps.equalize(picture), picture.rotate(9), ImageOps.posterize(picture, 1),
+        ImageOps.solarize(picture, 77), ImageOps.solarize(added, 128), ImageEnhance.Color(picture).enhance(0.64),
+        ImageEnhance.Contrast(picture).enhance(0.64), ImageEnhance.Brightness(picture).enhance(0.64),
+        ImageEnhance.Sharpness(picture).enhance(0.64), move(1, 0.09, 0, 0, 1, 0), move(1, 0, 0, 0.09, 1, 0),
+        move(1, 0, 30, 0, 1, 0), move(1, 0, 0, 0, 1, 30),
+    ]  # fmt: skip
+    for own, theirs in zip(operations("vilt"), wanted, strict=True):
+        found = own.change(picture, own.low + 0.3 * (own.high - own.low), 1)
+        assert found.tobytes() == theirs.tobytes()
+        other = own.change(picture, own.low + 0.3 * (own.high - own.low), -1)
+        assert (other.tobytes() != found.tobytes()) == own.moves
+
+
+def test_randaugment_leaves_boxes_where_they_are():
+    """Of a row with a box only colours change: a black column in white never moves, though it may become grey."""
+    picture = Image.new("RGB", (40, 40), "white")
+    picture.paste((0, 0, 0), (10, 0, 20, 40))
+    for dialect in ("vilt", "xvlm"):
+        change, moved = Augmentation(randaugment=dialect), 0
+        for seed in range(30):
+            row = {"image": picture, "box": [10, 0, 20, 40]}
+            kept = change([row], torch.Generator().manual_seed(seed))[0]
+            pixels = np.asarray(kept["image"].convert("L"))[2:-2]  # sharpening leaves the edge as it is
+            assert kept["box"] == row["box"] and (pixels == pixels[:1]).all()
+            free = np.asarray(change([{"image": picture}], torch.Generator().manual_seed(seed))[0]["image"])[2:-2]
+            moved += not (free == free[:1]).all()
+        assert moved > 3
+
+
+def test_randaugment_that_is_not_there():
+    with pytest.raises(ValueError, match="randaugment must be one of vilt, xvlm, blip, found 'timm'"):
+        Augmentation(randaugment="timm")

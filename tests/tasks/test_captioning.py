@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.tasks.parts import rows_of
 from trimtab import backbones
 from trimtab.metrics.captions import bleu4, cider
+from trimtab.tasks.captioning import Captioning
 from trimtab.tasks.words import IGNORED, Words, next_words
 
 REFERENCES = [
@@ -65,5 +67,27 @@ def test_metrics_are_those_of_the_coco_evaluation():
     """Values of pycocoevalcap 1.2 on these captions, commas taken out as its tokeniser does."""
     assert cider(CAPTIONS, REFERENCES) == pytest.approx(3.216200123742512, rel=1e-9)
     assert bleu4(CAPTIONS, REFERENCES) == pytest.approx(0.8762461667565413, rel=1e-6)
-    assert bleu4(["a", "b", "c", "d"], REFERENCES) == 0
+    assert bleu4(["a", "b", "c", "d"], REFERENCES) == pytest.approx(1.83547636e-06, rel=1e-6)
     assert cider([r[0] for r in REFERENCES], [[r[0]] for r in REFERENCES]) > 5
+
+
+def test_a_prompt_is_given_and_not_learned(vilt):
+    row = {**rows_of("retrieval", 1)[0], "captions": ["two dogs"]}
+    plain = Captioning().collate(vilt, [row], train=True)
+    prompted = Captioning(prompt="a picture of ").collate(vilt, [row], train=True)
+    assert vilt.tokenizer.decode(prompted["input_ids"][0]) == "[CLS] a picture of two dogs [SEP]"
+    told = prompted["labels"][0] != IGNORED
+    assert told.nonzero()[0, 0] == 3  # the word after "of" is the first that is learned
+    assert prompted["labels"][0][told].tolist() == plain["labels"][0][plain["labels"][0] != IGNORED].tolist()
+
+
+@pytest.mark.parametrize("settings", [{"longest": 0}, {"longest": 3, "shortest": 4}, {"beams": 0}, {"no_repeat": -1}])
+def test_lengths_and_beams_that_cannot_be(settings):
+    with pytest.raises(ValueError, match="captioning: expected longest >= 1"):
+        Captioning(**settings)
+
+
+def test_a_prompt_must_leave_room(vilt):
+    task = Captioning(longest=3, prompt="a picture of ")
+    with pytest.raises(ValueError, match="has 4 tokens, which leaves no room: a text may have 4"), torch.no_grad():
+        task.predict(vilt, task.head(vilt), {"pixel_values": torch.zeros(1, 3, 64, 64)})

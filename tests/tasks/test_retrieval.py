@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tests.tasks.parts import rows_of
+from trimtab.metrics import retrieval as measured
 from trimtab.tasks.retrieval import Retrieval, recalls
 
 
@@ -49,7 +50,7 @@ def test_retrieval_starts_from_the_pretrained_space(clip):
     assert torch.allclose(
         torch.stack([r["image"] for r in records]), pooled / pooled.norm(dim=-1, keepdim=True), atol=1e-6
     )
-    assert all(r["text"].norm().item() == pytest.approx(1, abs=1e-5) for r in records)
+    assert all(torch.allclose(r["text"].norm(dim=-1), torch.ones(4), atol=1e-5) for r in records)  # four captions
 
 
 def test_retrieval_loss_of_a_perfect_and_a_blind_space():
@@ -92,12 +93,13 @@ def test_pooled_heads_read_valid_tokens_only(clip):
         image, text = task.embed(clip, head, batch)
         longer = {**batch, **{k: nn.functional.pad(batch[k], (0, 3)) for k in ("input_ids", "attention_mask")}}
         assert torch.allclose(task.embed(clip, head, longer)[1], text, atol=1e-5)
-    assert image.shape == text.shape == (4, clip.width)
+    assert image.shape == (4, clip.width) and text.shape == (16, clip.width)
+    batch = task.collate(clip, rows_of("retrieval", 4), train=True)
     task.loss(clip, head, batch).backward()
     assert head.image.linear.weight.grad.any() and head.text.pool.linear.weight.grad.any()
 
 
-@pytest.mark.parametrize("settings", [{"pooling": "max"}, {"objective": "hinge"}])
+@pytest.mark.parametrize("settings", [{"pooling": "max"}, {"objective": "hinge"}, {"captions": "five"}])
 def test_retrieval_names_the_words_it_knows(settings):
     with pytest.raises(ValueError, match="must be one of"):
         Retrieval(**settings)
@@ -126,3 +128,72 @@ def test_folding_the_head_into_the_backbone_changes_no_vector(clip):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(before, after, strict=True))
     assert not any(torch.allclose(a, b, atol=1e-2) for a, b in zip(before, plain, strict=True))
     assert model.logit_scale.item() == pytest.approx(head.scale.item())
+
+
+class Vectors(nn.Module):
+    """A dual encoder whose pictures and texts are vectors already: pixels and ids hold them."""
+
+    def image(self, pixels):
+        return SimpleNamespace(pooled=pixels.float())
+
+    def text(self, ids, mask):
+        assert mask.any(dim=-1).all()  # no text of padding alone is encoded
+        return SimpleNamespace(pooled=ids.float())
+
+
+def test_all_captions_of_every_picture_are_ranked():
+    """Any number of captions a picture; the official numbers, whatever the batches."""
+    torch.manual_seed(0)
+    counts = [2, 1, 3, 1, 2, 3]
+    images, texts = torch.randn(6, 4), torch.randn(sum(counts), 4)
+    owner = [i for i, n in enumerate(counts) for _ in range(n)]
+    table = {"captions": [[f"{i} {k}" for k in range(n)] for i, n in enumerate(counts)]}
+    parts = list(texts.split(counts))
+    task = Retrieval(folds=2)
+    head = task.head(SimpleNamespace(width=4))
+
+    def batch(rows):
+        most = max(counts[i] for i in rows)
+        ids = torch.zeros(len(rows), most, 4)
+        mask = torch.zeros(len(rows), most, 4, dtype=torch.long)
+        for b, i in enumerate(rows):
+            ids[b, : counts[i]], mask[b, : counts[i]] = parts[i], 1
+        return {"pixel_values": images[rows], "input_ids": ids, "attention_mask": mask}
+
+    with torch.no_grad():
+        records = [r for rows in ([0, 1, 2, 3], [4, 5]) for r in task.predict(Vectors(), head, batch(rows))]
+    assert [len(r["text"]) for r in records] == counts
+    found = task.score(None, head, records, table)
+    unit = torch.nn.functional.normalize
+    wanted = measured.evaluate(unit(images, dim=-1), unit(texts, dim=-1), owner)
+    assert found["rsum"] == pytest.approx(wanted["rsum"])
+    assert found["image to text recall@1"] == pytest.approx(wanted["i2t"]["R@1"] / 100)
+    assert found["text to image median rank"] == wanted["t2i"]["medr"]
+    assert found["recall@1"] == pytest.approx((wanted["i2t"]["R@1"] + wanted["t2i"]["R@1"]) / 200)
+    halves = [measured.evaluate(unit(images[a:b], dim=-1), unit(texts[c:d], dim=-1), [o - a for o in owner[c:d]])
+              for a, b, c, d in ((0, 3, 0, 6), (3, 6, 6, 12))]  # fmt: skip
+    assert found["2 folds: rsum"] == pytest.approx(sum(h["rsum"] for h in halves) / 2)
+    cosines = unit(images, dim=-1) @ unit(texts, dim=-1).T
+    for entry, i in zip(task.gallery(records, table, [0, 5]), (0, 5), strict=True):
+        assert entry["prediction"].startswith(str(owner[int(cosines[i].argmax())]))
+        assert entry["correct"] == (owner[int(cosines[i].argmax())] == i)
+
+
+def test_evaluation_takes_all_captions_or_as_many_as_are_asked_for(clip):
+    rows = rows_of("retrieval", 3)
+    rows[1]["captions"] = rows[1]["captions"][:1]
+    for settings, counts in (({}, [4, 1, 4]), ({"most": 2}, [2, 1, 2]), ({"captions": "first"}, [1, 1, 1])):
+        task = Retrieval(**settings)
+        batch = task.collate(clip, rows, train=False)
+        assert batch["attention_mask"].any(dim=-1).sum(dim=1).tolist() == counts
+        texts = clip.texts([c for row, n in zip(rows, counts, strict=True) for c in row["captions"][:n]])
+        there = batch["attention_mask"].any(dim=-1)
+        assert torch.equal(batch["input_ids"][there], texts["input_ids"])
+    with pytest.raises(ValueError, match="row 1 of the batch has no caption"):
+        Retrieval().collate(clip, [rows[0], {**rows[1], "captions": []}], train=False)
+
+
+@pytest.mark.parametrize("settings", [{"most": -1}, {"folds": 0}, {"captions": "first", "folds": 2}])
+def test_numbers_that_cannot_be(settings):
+    with pytest.raises(ValueError, match="folds"):
+        Retrieval(**settings)

@@ -97,8 +97,10 @@ def vision(kind: str) -> VisionBackbone:
     return VisionBackbone(kind, made[kind]().eval(), Pictures(16))
 
 
-def mdetr(queries: int = 5) -> MdetrBackbone:
-    sizes: dict[str, Any] = {"width": 16, "heads": 2, "encoder_layers": 2, "decoder_layers": 3, "feed_forward": 32}
+def mdetr(queries: int = 5, layers: int = 3) -> MdetrBackbone:
+    sizes: dict[str, Any] = {
+        "width": 16, "heads": 2, "encoder_layers": layers, "decoder_layers": layers, "feed_forward": 32,
+    }  # fmt: skip
     text = hf.RobertaConfig(**BERT, type_vocab_size=1)
     config = MdetrConfig(text, {**CNN, "frozen": True}, **sizes, queries=queries, classes=12, align=8)
     found = MdetrBackbone("mdetr", Mdetr(config).eval(), tokenizer(1))

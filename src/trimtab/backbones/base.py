@@ -21,7 +21,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,10 @@ class Encoded:
     grid: tuple[int, int] | None = None
 
 
+_CONTRAST = "a pretrained BLIP or X-VLM, or one for retrieval, has them"
+_DECODER = "a BLIP or X-VLM with task='vqa' has one"
+
+
 class Backbone(nn.Module):
     """A pretrained vision-language model and what is needed to feed it.
 
@@ -68,12 +72,14 @@ class Backbone(nn.Module):
         load_report: what an official checkpoint file gave; None if the weights are no such file's.
         kind: what it can be asked for, see above.
         own_scale: whether the model itself scales what `compare` gives.
+        reads_padding: whether it leaves out what is padding, which it tells by its zeros.
         width: width of `Encoded.pooled`.
         token_width: width of `Encoded.tokens`: the same, but where the summary joins two streams.
     """
 
     kind: Literal["dual", "joint", "pairs", "video", "detector", "vision", "chat"]
-    own_scale = False
+    own_scale: ClassVar[bool] = False
+    reads_padding: ClassVar[bool] = False
 
     def __init__(self, name: str, model: nn.Module, tokenizer: Any, pictures: Pictures, width: int, max_text: int = 32,
                  anatomy: Anatomy | None = None):  # fmt: skip
@@ -98,12 +104,15 @@ class Backbone(nn.Module):
         squashed to a square with the same mean and deviation.
 
         Raises:
-            ValueError: if what prepares them gives other sizes than the model was built for.
+            ValueError: if what prepares them gives other sizes than the model was built for, or padding that cannot be
+                told from picture.
         """
         if pictures == "squash":
             self.pictures = self.pictures.squashed(self.side)
         elif self.side is not None:
             self.pictures.check_side(self.side, self.name)
+        if self.reads_padding:
+            self.pictures.check_padding(self.name)
 
     def images(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
         """PIL images -> `pixel_values` (B, 3, H, W); where their shapes differ, padded with zeros at the right and the
@@ -131,10 +140,11 @@ class Backbone(nn.Module):
 
     def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         encoded = self.fuse(self.look(pixel_values), input_ids, attention_mask)
-        return replace(encoded, grid=self.grid(pixel_values))
+        shape = self.grid(pixel_values)
+        return encoded if shape is None or shape[0] == shape[1] else replace(encoded, grid=shape)
 
     def grid(self, pixel_values: Tensor) -> tuple[int, int] | None:
-        """Rows and columns of the image tokens of such a batch; None where they are a square, or there are none."""
+        """Rows and columns of the image tokens of such a batch; None if they are always a square, or there are none."""
         return None
 
     def pair_second(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
@@ -199,6 +209,60 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not write")
 
+    def match(self, encoded: Encoded) -> Tensor:
+        """Logit that the text and the picture of a `fuse` belong together, (B,)."""
+        raise NotImplementedError(f"{self.name}: no head for matching")
+
+    def rank(self, encoded: Encoded, similar: Tensor) -> Tensor:
+        """By what its authors order pairs of a picture and a text, (B,): here the logit of matching.
+
+        Args:
+            encoded: what `fuse` returned.
+            similar: cosines of the pairs' vectors (B,), zeros where candidates were not chosen by vectors.
+        """
+        return self.match(encoded)
+
+    def image_vector(self, seen: Tensor) -> Tensor:
+        """Vectors of length 1 in the space shared with texts, (B, E), from what `look` returned."""
+        raise NotImplementedError(f"{self.name}: no vectors of pictures and texts to compare (contrast): {_CONTRAST}")
+
+    def text_vector(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Vectors of length 1 in the space shared with pictures, (B, E)."""
+        raise NotImplementedError(f"{self.name}: no vectors of pictures and texts to compare (contrast): {_CONTRAST}")
+
+    @property
+    def temperature(self) -> Tensor:
+        """By what cosines of `image_vector` and `text_vector` are divided in the contrastive loss, a scalar."""
+        raise NotImplementedError(f"{self.name}: no temperature of its own: give the task's `temperature` (0.07 is "
+                                  "where training of such models starts)")  # fmt: skip
+
+    def answers(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Answers for the decoder of answers: `input_ids` and `attention_mask` (N, A), with their start and end."""
+        raise NotImplementedError(f"{self.name}: no decoder of answers: {_DECODER}")
+
+    def answer_loss(self, question: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
+        """How unlikely the decoder finds answers: the loss of an answer's words summed, as in training, (N,).
+
+        Args:
+            question: fused questions (N, L, D), `fuse(...).tokens`.
+            mask: (N, L).
+            answer_ids: (N, A), of `answers`.
+            answer_mask: (N, A).
+        """
+        raise NotImplementedError(f"{self.name}: no decoder of answers: {_DECODER}")
+
+    def rank_answers(self, question: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, k: int) -> Tensor:
+        """Which answer of a list the decoder gives to each question, (B,), as its authors rank them.
+
+        Args:
+            question: (B, L, D).
+            mask: (B, L).
+            answer_ids: the list, (N, A).
+            answer_mask: (N, A).
+            k: so many answers, whose first words are likeliest, are scored whole; at most N.
+        """
+        raise NotImplementedError(f"{self.name}: no decoder of answers: {_DECODER}")
+
     def pretraining_loss(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The loss of the model's own pretraining on pairs of a picture and a text, a scalar (`PretrainingLoss`)."""
         raise NotImplementedError(f"{self.name}: no pretraining objective: a pretrained BLIP or X-VLM has one")
@@ -254,9 +318,9 @@ class Backbone(nn.Module):
     def example(self, batch: int = 1, text_tokens: int | None = None) -> dict[str, Tensor]:
         """A batch of random inputs of the usual sizes, to count operations and bytes without data.
 
-        Texts have `text_tokens` tokens; None takes what `limit_text` said, else 20.
+        Texts have `text_tokens` tokens; None takes what `limit_text` said, else 20 or the most that the model reads.
         """
-        text_tokens = text_tokens or self.counted_text
+        text_tokens = text_tokens or min(self.counted_text, self.max_text)
         generator = torch.Generator().manual_seed(0)
         return {
             "pixel_values": torch.randn(batch, 3, *self.pictures.shape, generator=generator),

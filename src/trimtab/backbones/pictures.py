@@ -1,19 +1,19 @@
 """How pictures become tensors: as the authors of a model prepare them, or as the image processor in its folder does.
 
-    Pictures    squashed to a square                                     BLIP, X-VLM; of any model with `pictures: squash`
-    Cropped     shorter side resized, then the middle                    METER, CLIP4Clip
-    Bounded     shape kept, both sides bounded, padded or not            CLIP-ViL, MDETR
-    Stretched   squashed by torch, each pixel from four neighbours       VSE-infinity
-    Processed   transformers' own processor                              CLIP, SigLIP, LLaVA, ViLT, ... (`processed.py`)
+    Pictures    squashed to a square                                BLIP, X-VLM; any model with `pictures: squash`
+    Cropped     shorter side resized, then the middle               METER, CLIP4Clip
+    Bounded     shape kept, both sides bounded, padded or not       CLIP-ViL, MDETR
+    Stretched   squashed by torch, each pixel from four neighbours  VSE-infinity
+    Processed   transformers' own processor                         CLIP, SigLIP, LLaVA, ViLT, ... (`processed.py`)
 
     picture --resized--> (w, h) --pasted at an offset into--> frame (W, H) --/255, mean, std--> (3, H, W)
 
 Frames of unlike sizes are padded at the right and at the bottom with zeros after the normalisation, so that a batch
-tells by itself what is padding (`pixel_mask`): a pixel of a picture is never zero in all three channels.
+tells by itself what is padding (`pixel_mask`): with published means no pixel of a picture is zero in all channels.
 
-What happens to a picture that is not plain RGB is what PIL's `convert("RGB")` does, which is what authors call: grey gets
-three equal channels, a palette its colours, CMYK PIL's plain formula; an alpha channel is dropped (`Processed` does with
-it what transformers does: it lays the picture on white); values of 16 bits above 255 become white (with a warning).
+What happens to a picture that is not plain RGB is what PIL's `convert("RGB")` does, which is what authors call: grey
+gets three equal channels, a palette its colours, CMYK PIL's plain formula; an alpha channel is dropped (`Processed`
+lays the picture on white, as transformers does); values of 16 bits above 255 become white, with a warning.
 The rotation in EXIF data is not applied, neither by authors nor by processors: they are given what the file holds.
 """
 
@@ -22,7 +22,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -122,6 +121,18 @@ class Pictures:
             f"{where}: its image processor gives {found}, the model was built for {side} x {side}: mend `size` and "
             "`crop_size` in preprocessor_config.json, or squash pictures (`pictures: squash`)"
         )
+
+    def check_padding(self, where: str) -> None:
+        """Raise a ValueError if a colour becomes zero in all channels: what is picture and what padding is not told."""
+        from PIL import Image
+
+        likely = (round(self.mean[0] * 255), round(self.mean[1] * 255), round(self.mean[2] * 255))
+        for colour in (likely, (0, 0, 0)):
+            if not self([Image.new("RGB", (16, 16), colour)])[0, :, 0, 0].any():
+                raise ValueError(
+                    f"{where}: pixels of the colour {colour} become zero, which stands for padding to this model: "
+                    "normalise pictures with the mean of its authors (`image_mean` in preprocessor_config.json)"
+                )
 
     def squashed(self, side: int | None = None) -> Pictures:
         """The same normalisation of whole pictures that are squashed to a square."""

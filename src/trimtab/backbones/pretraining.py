@@ -6,16 +6,14 @@
     words      BLIP writes the text word by word (labels smoothed by 0.1); X-VLM finds masked words again
 
 Left out: momentum copies with their queues (BLIP), and regions with their boxes (X-VLM), which plain pairs do not have.
+The first two stand in `trimtab.contrast`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class PretrainingLoss(nn.Module):
@@ -31,33 +29,3 @@ class PretrainingLoss(nn.Module):
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         return {"loss": self.backbone.pretraining_loss(**batch)}
-
-
-def contrast(image: Tensor, text: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors of length 1, (B, E) each -> similarities (B, B), images by texts, and the contrastive loss."""
-    similar = image @ text.T / temperature
-    pairs = torch.arange(len(similar), device=similar.device)
-    return similar, (F.cross_entropy(similar, pairs) + F.cross_entropy(similar.T, pairs)) / 2
-
-
-def matching(similar: Tensor, judge: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Loss of telling pairs from mismatches.
-
-    Args:
-        similar: (B, B), images by texts.
-        judge: numbers of images and of texts (N,) -> logits of "apart" and "together" (N, 2).
-
-    Raises:
-        ValueError: if the batch has one pair only, so that there is nothing wrong to draw.
-    """
-    size = len(similar)
-    if size < 2:
-        raise ValueError("the matching loss takes wrong texts and pictures from the batch: give two pairs or more")
-    pairs = torch.arange(size, device=similar.device)
-    own = torch.eye(size, dtype=torch.bool, device=similar.device)
-    with torch.no_grad():
-        texts = similar.softmax(dim=1).masked_fill(own, 0) + 1e-9 * ~own  # (B, B): a chance for all, as published
-        images = similar.T.softmax(dim=1).masked_fill(own, 0) + 1e-9 * ~own
-        texts, images = torch.multinomial(texts, 1)[:, 0], torch.multinomial(images, 1)[:, 0]
-    logits = judge(torch.cat([pairs, pairs, images]), torch.cat([pairs, texts, pairs]))  # (3 B, 2)
-    return F.cross_entropy(logits.float(), (torch.arange(3 * size, device=logits.device) < size).long())

@@ -55,21 +55,35 @@ class Processed(Pictures):
         """
         shape = _shapes(processor, [(8, 8)])
         if shape is None:
-            raise ValueError(f"{where}: {type(processor).__name__} gives no (3, H, W) for a picture: it cuts pictures "
-                             "into tiles or patches, which the tasks of features do not take; squash them instead")  # fmt: skip
+            raise ValueError(
+                f"{where}: {type(processor).__name__} gives no (3, H, W) for a picture: it cuts pictures into tiles or "
+                "patches, which this model's tasks of features do not take"
+            )
         mean, std = (tuple(float(x) for x in _three(getattr(processor, n))) for n in ("image_mean", "image_std"))
         settings = json.dumps(processor.to_dict(), sort_keys=True, default=str)
         return Processed(shape[0][0], mean, std, settings, processor)  # type: ignore[arg-type]
 
     @property
     def fixed(self) -> bool:
-        found = _shapes(self.processor, [(16, 8), (8, 16)])
-        return found is not None and found[0] == found[1] == (self.size, self.size)
+        found = _shapes(self.processor, [(8, 8), (16, 8), (8, 16)]) or []
+        return len(set(found)) == 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        found = _shapes(self.processor, [(8, 8)])
+        assert found is not None  # `of` has seen to it
+        return found[0]
 
     def __call__(self, pictures: Sequence[Any]) -> Tensor:
         # A processor that does not turn pictures into RGB takes grey ones for something else, or fails.
         ready = list(pictures) if self.processor.do_convert_rgb else [plain(p) for p in pictures]
-        found = self.processor(ready)["pixel_values"]
+        try:
+            found = self.processor(ready)["pixel_values"]
+        except ValueError as error:
+            sizes = ", ".join(sorted({f"{p.size[0]} x {p.size[1]}" for p in pictures})[:3])
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{type(self.processor).__name__}: cannot prepare pictures such as {sizes} ({reason}); "
+                             "`pictures: squash` takes any shape") from error  # fmt: skip
         return together([torch.as_tensor(np.asarray(p), dtype=torch.float32) for p in found])
 
     def place(self, size: tuple[int, int]) -> Placement:
@@ -210,4 +224,5 @@ def _rule(content: dict[str, Any], file: Path) -> Pictures:
     if kind is None or given.keys() - names or "size" not in given:
         raise ValueError(f"{file}: {RULE}: expected `rule`, one of {', '.join(RULES)}, and its settings, found "
                          f"{content!r}")  # fmt: skip
-    return kind(**given)
+    settings: dict[str, Any] = given
+    return kind(**settings)

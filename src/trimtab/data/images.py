@@ -33,7 +33,8 @@ def decode(cell: Any, where: str = "image") -> Any:
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError, AttributeError,
             Image.DecompressionBombError) as error:  # fmt: skip
         raise ImageError(
-            f"{name}: cannot be decoded as an image ({error}); mend it, or leave it out with data.drop_bad_images=true"
+            f"{name}: cannot be decoded as an image ({error}); mend it, or leave it out with data.drop_bad_images=true "
+            "(readers of published sets: data.on_error=skip)"
         ) from error
 
 

@@ -1,8 +1,8 @@
 """Data that was published as Python pickles, read without running what they ask for.
 
-A pickle is a small program: it may name any function of any module and call it. The published pickles of refer, MSVD and
-CIFAR hold lists, dictionaries, numbers, strings and (CIFAR) arrays, for which no function or three of numpy's are enough.
-Every other name stops the reading before it is looked up.
+A pickle is a small program: it may name any function of any module and call it. The published pickles of refer, MSVD
+and CIFAR hold lists, dictionaries, numbers, strings and (CIFAR) arrays, for which no function or three of numpy's are
+enough. Every other name stops the reading before it is looked up.
 """
 
 from __future__ import annotations
@@ -47,15 +47,19 @@ class _Reader(pickle.Unpickler):
             return self.allowed[module, name]
         known = ", ".join(f"{m}.{n}" for m, n in self.allowed) or "no function at all"
         raise PickleRefused(
-            f"{self.path}: refused, it asks for '{module}.{name}', which could run code; expected a pickle of data that "
-            f"asks for {known}. Fetch the file again from its authors"
+            f"{self.path}: refused, it asks for '{module}.{name}', which could run code; expected a pickle of data "
+            f"that asks for {known}. Fetch the file again from its authors"
         )
 
     def persistent_load(self, pid: Any) -> Any:
-        raise PickleRefused(f"{self.path}: refused, it asks for an object outside the file ({pid!r}); expected only data")
+        raise PickleRefused(
+            f"{self.path}: refused, it asks for an object outside the file ({pid!r}); expected only data"
+        )
 
 
-def read(path: str | Path, arrays: bool = False, encoding: str = "utf-8", types: Collection[type] = (list, dict)) -> Any:
+def read(
+    path: str | Path, arrays: bool = False, encoding: str = "utf-8", types: Collection[type] = (list, dict)
+) -> Any:
     """What a pickle of data holds.
 
     Args:

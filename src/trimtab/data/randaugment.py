@@ -6,8 +6,8 @@
 
 `vilt` is its authors' own code in PIL, operation by operation. The other two are written with OpenCV by their authors:
 here the same operations with the same strengths are PIL's, which differ by rounding and by half a pixel of a rotation.
-The authors apply them to the cropped and resized picture, here they come before resizing, so that a shift by 7 pixels is
-one of 7 pixels of the picture itself. Mirroring, which both train with, is not among them.
+The authors apply them to the cropped and resized picture, here they come before resizing, so that a shift by 7 pixels
+is one of 7 pixels of the picture itself. Mirroring, which both train with, is not among them.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def _moving(smooth: bool) -> dict[str, Change]:
     from PIL import Image
 
     def rotate(picture: Any, v: float, sign: float) -> Any:
-        return picture.rotate(sign * v, Image.Resampling.BILINEAR, fillcolor=GREY) if smooth else picture.rotate(sign * v)
+        return (
+            picture.rotate(sign * v, Image.Resampling.BILINEAR, fillcolor=GREY) if smooth else picture.rotate(sign * v)
+        )
 
     return {
         "rotate": rotate,

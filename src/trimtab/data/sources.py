@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from trimtab.registry import Registry, unknown
+from trimtab.data import formats  # noqa: F401 (fills SOURCES)
+from trimtab.data.base import SOURCES
+from trimtab.data.formats.users import Files
+from trimtab.registry import unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SOURCES: Registry[type] = Registry("data source")
+
+__all__ = ["SOURCES", "EasyVQA", "Files", "Pictograms"]
 
 
 @SOURCES.register("pictograms")
@@ -116,65 +118,6 @@ class EasyVQA:
     def answers(self) -> Sequence[str]:
         """The 13 answers of the set."""
         return sorted(_easy_vqa().get_answers())
-
-
-@SOURCES.register("files")
-@dataclass(frozen=True)
-class Files:
-    """Your own rows: one JSON object a line, with `image` (a path beside the file) and the task's columns.
-
-    `{"image": "cats/1.jpg", "question": "how many cats are there?", "answer": "2"}`
-    """
-
-    train: Path
-    """JSON lines to train on."""
-    test: Path
-    """JSON lines to evaluate on."""
-    validation: Path | None = None
-    """JSON lines from which searches draw their rewards; None takes the training rows."""
-    drop_bad_images: bool = False
-    """Leave out images that cannot be decoded instead of stopping."""
-
-    def load(self, task: str, split: Literal["train", "validation", "test"]) -> Dataset:
-        """All rows of the split's file.
-
-        Raises:
-            FileNotFoundError: if the file is not there.
-            ValueError: if a line is no JSON object or lacks `image`, with its number.
-        """
-        from datasets import Dataset, Image
-
-        path = (self.validation or self.train) if split == "validation" else getattr(self, split)
-        rows = []
-        for number, row in _json_lines(Path(path), "image"):
-            if not isinstance(row["image"], str):
-                raise ValueError(f"{path}, line {number}: expected 'image' to be a path, found {row['image']!r}")
-            rows.append({**row, "image": {"path": str(Path(path).parent / row["image"]), "bytes": None}})
-        return Dataset.from_list(rows).cast_column("image", Image())
-
-    def answers(self) -> Sequence[str]:
-        """The answers of the training rows, in order of the alphabet."""
-        return sorted({row["answer"] for _, row in _json_lines(Path(self.train), "answer")})
-
-
-def _json_lines(path: Path, *columns: str) -> list[tuple[int, dict]]:
-    """Numbered objects of a JSON-lines file; ValueError with the line's number if one is broken or lacks a column."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            missing = [c for c in columns if c not in row]
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: expected a JSON object ({error})") from error
-        if missing or not isinstance(row, dict):
-            lacking = missing[0] if missing else columns[0]
-            raise ValueError(f"{path}, line {number}: expected a JSON object with '{lacking}'")
-        rows.append((number, row))
-    if not rows:
-        raise ValueError(f"{path}: holds no rows")
-    return rows
 
 
 def _easy_vqa():

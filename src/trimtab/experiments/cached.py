@@ -122,6 +122,8 @@ class TableCache(ActivationCache):
         place = features.image_tokens
         span = (place.start, place.stop) if place else (0, 0)
         out["features.image_tokens"] = torch.tensor(span).expand(len(words[0]), 2)
+        if features.grid is not None:
+            out["features.grid"] = torch.tensor(features.grid).expand(len(words[0]), 2)
         return out
 
 
@@ -151,7 +153,9 @@ class Replay(nn.Module):
     def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         tokens = self._side("fusion")
         start, stop = self.held["features.image_tokens"][0].tolist()
-        return Encoded(tokens[:, 0], tokens, self.held.get("features.mask"), slice(start, stop))
+        shape = self.held.get("features.grid")
+        grid = None if shape is None else (int(shape[0, 0]), int(shape[0, 1]))
+        return Encoded(tokens[:, 0], tokens, self.held.get("features.mask"), slice(start, stop), grid)
 
 
 class CachedModel(nn.Module):
@@ -201,8 +205,8 @@ def _check_fits(model: TaskModel, method: Beside) -> None:
             f"cache: {model.backbone.name!r} keeps the shape of pictures, so that their numbers of tokens differ: use "
             "`backbone.pictures: squash`"
         )
-    if model.task.name == "matching":
-        raise ValueError("cache: the task 'matching' reads the backbone's pooler, which is not cached")
+    if task.name in ("matching", "reranking", "answer-ranking", "captioning", "entailment", "box-regression"):
+        raise ValueError(f"cache: the task {task.name!r} reads more of the backbone than side networks hand on")
     sides = method.sides(model.backbone.model)
     beside = {id(p) for p in sides.parameters()}
     wrong = [n for n, p in model.backbone.named_parameters() if p.requires_grad and id(p) not in beside]

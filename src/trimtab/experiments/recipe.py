@@ -256,6 +256,25 @@ def _merge(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+def settings_of(texts: Iterable[str]) -> dict[str, Any]:
+    """Settings of one thing from `key=value` texts; `columns.captions=text` sets a key of a mapping.
+
+    Raises:
+        RecipeError: if a text has another form.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, value = _override(text)
+        *path, last = key.split(".")
+        inner = found
+        for part in path:
+            inner = inner.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise RecipeError(f"'{text}': {part!r} is set to a value already, so nothing can stand below it")
+        inner[last] = value
+    return found
+
+
 def _override(text: str) -> tuple[str, Any]:
     import yaml
 

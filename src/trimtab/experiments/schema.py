@@ -75,8 +75,8 @@ class TrainingSpec:
     light: float = 0.0
     """Augmentation: brightness and contrast of training pictures times 1 - light to 1 + light; 0 for none."""
     randaugment: Literal["vilt", "xvlm", "blip"] | None = None
-    """Augmentation: RandAugment as the authors of ViLT (METER and DAS too), X-VLM (MULTIFLOW too) or BLIP train with it;
-    None for none. It changes colours and moves and turns pictures; rows with a `box` get changes of colour alone."""
+    """Augmentation: RandAugment as the authors of ViLT (METER and DAS too), X-VLM (MULTIFLOW too) or BLIP train with
+    it; None for none. It changes colours, moves and turns pictures; rows with a `box` get changes of colour alone."""
     cache: Literal["fp32", "fp16", "int8"] | None = None
     """Write what the frozen backbone computes to disk in this precision and train UniPT's side networks from there."""
     cache_views: int = 1

@@ -41,11 +41,11 @@ def complete(predictions: Mapping[Any, Any], wanted: Collection[Any], what: str,
                 f"{what} {first!r}: its prediction is under {twin!r}: ids must be of one kind on both sides, expected "
                 f"{type(first).__name__}, found {type(twin).__name__}"
             )
-        raise ValueError(f"{len(missing)} of {len(wanted)} {what}s without a prediction: {listed(missing)}")
+        raise ValueError(f"{what} without a prediction: {listed(missing)} ({len(missing)} of {len(wanted)})")
     if not extra and len(predictions) > len(wanted):
         known = set(wanted)
         unknown = [name for name in predictions if name not in known]
-        raise ValueError(f"{len(unknown)} predictions for an unknown {what}: {listed(unknown)}")
+        raise ValueError(f"prediction for an unknown {what}: {listed(unknown)}")
 
 
 def paired(first: Sequence[Any] | Tensor, second: Sequence[Any] | Tensor, names: tuple[str, str]) -> None:

@@ -93,7 +93,7 @@ def _belonging(balanced: Mapping[str, Any], predictions: Mapping[str, str], choi
     if not choices:
         return None
     if missing := [name for name in balanced if name not in choices]:
-        raise ValueError(f"{len(missing)} questions are not in the choices: {listed(missing)}")
+        raise ValueError(f"question that is not in the choices: {listed(missing)}")
     allowed = (
         COMMON if "Common" in question["types"]["detailed"] else choices[name][which]
         for name, question in balanced.items()

@@ -54,8 +54,9 @@ _PART = re.compile(
 # Runs that the official tokeniser takes for something else: a telephone number, a web or mail address, an entity of
 # HTML, and contractions, numbers and names of which only half is known.
 _ELSE = re.compile(
-    r"""\(\d{3}\)|www\.|://|&\w+;|\w[@#]|\.\.\.\.|[-/]['(\[{]|[)\]}'][-/]
-    |(?-i:[A-Z]&[A-Z]*[a-z])|nn't|[\d/-]\w*n't|cannot'|(?<!\w)[dljy]'(?!\w)|(?<!\w)o'(?:re|ve|ll)|'em\w|'till|'\d\d(?!s)|(?:ptys?|mfg)\.
+    r"""[:;=]-?[()\[\]]|[:;=]-?[dp](?!\w)|\(\d{3}\)|www\.|://|&\w+;|\w[@#]|\.\.\.\.|[-/]['(\[{]|[)\]}'][-/]
+    |(?-i:[A-Z]&[A-Z]*[a-z])|nn't|[\d/-]\w*n't|cannot'|(?<!\w)[dljy]'(?!\w)|(?<!\w)o'(?:re|ve|ll|\w+-)|'em\w|'till
+    |'\d\d(?!s)|(?:ptys?|mfg)\.
     |\d[.,:/]\d+(?:[a-z]|-\w*[a-z]|/)|(?<!\w)-\d+[a-z/-]|\d[,:][a-z]|[a-z/-]\d+[.,:]\d|-\d+\.\d""",
     re.VERBOSE | re.IGNORECASE,
 )
@@ -120,7 +121,7 @@ def _chunk(chunk: str, after: str) -> tuple[list[str], bool]:
 def _within(chunk: str, start: int, end: int) -> bool:
     """Whether punctuation stands within a word, or beside a period."""
     before, sign, after = chunk[start - 1 : start], chunk[start:end], chunk[end : end + 1]
-    if sign in (",", ";", ":", '"', "--"):
+    if sign in (",", ";", ":", '"', "-", "--"):
         return False
     return (before.isalnum() and after.isalnum()) or (sign == "." and after == ".")
 

@@ -43,12 +43,12 @@ def rank_rows(scores: Tensor, own: Tensor, ties: Ties = "against") -> Tensor:
             first, as numpy's stable sort does when it is reversed.
     """
     best = scores.masked_fill(~own, -math.inf).amax(dim=1, keepdim=True)
+    if ties == "against":
+        return ((scores >= best) & ~own).sum(dim=1)
     before = (scores > best).sum(dim=1)
     if ties == "for":
         return before
     level = scores == best
-    if ties == "against":
-        return before + (level & ~own).sum(dim=1)
     column = torch.arange(scores.shape[1], device=scores.device)
     last = torch.where(level & own, column, -1).amax(dim=1, keepdim=True)
     return before + (level & (column > last)).sum(dim=1)

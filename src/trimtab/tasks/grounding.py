@@ -71,9 +71,9 @@ def grid(tokens: int, device: torch.device, shape: tuple[int, int] | None = None
 class Grounding(Task):
     """Columns `image`, `phrase`, `box` (left, top, right, bottom in pixels of the picture).
 
-    Boxes go through the same resizing, cropping and padding as the picture (`Pictures.windows`). In training a box is cut
-    at the edge of what the model sees, and one that was cropped off whole asks for nothing; in evaluation the whole box
-    is what counts, so that a crop costs what it hides.
+    Boxes go through the same resizing, cropping and padding as the picture (`Pictures.windows`). In training a box is
+    cut at the edge of what the model sees, and one that was cropped off whole asks for nothing; in evaluation the whole
+    box is what counts, so that a crop costs what it hides.
 
     Loss as in DETR (section 3.1): 5 x L1 + 2 x generalised IoU, and beside it the log of the share in the vote of the
     patches inside the box, as MDETR aligns phrases and regions. Accuracy: share of boxes with IoU of at least 0.5.

@@ -8,6 +8,7 @@ another picture's and the picture's own with one thing or direction changed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -109,14 +110,17 @@ class Matching(Task):
         ]
 
     def score(self, backbone: Any, head: Any, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
+        """Adds to each record `best`, the row whose caption its picture finds within its block."""
         captions = [c[0] for c in rows["captions"]]
         blocks = [records[i : i + self.pool] for i in range(0, len(records) - self.pool + 1, self.pool)]
         if not blocks:
             raise ValueError(f"matching ranks blocks of {self.pool} pictures, the table has {len(records)} rows")
-        found = [
-            recalls(self._similarity(backbone, block), captions[i * self.pool : (i + 1) * self.pool])
-            for i, block in enumerate(blocks)
-        ]
+        found = []
+        for i, block in enumerate(blocks):
+            similarity, start = self._similarity(backbone, block), i * self.pool
+            found.append(recalls(similarity, captions[start : start + self.pool]))
+            for record, best in zip(block, similarity.argmax(dim=1).tolist(), strict=True):
+                record["best"] = start + best
         return {key: sum(f[key] for f in found) / len(found) for key in found[0]}
 
     def _similarity(self, backbone: Any, block: list[dict[str, Any]]) -> Tensor:
@@ -129,6 +133,22 @@ class Matching(Task):
             seen = backbone.look(record["pixels"].to(device)[None]).expand(len(block), -1, -1)
             out.append(backbone.match(backbone.fuse(seen, ids.to(device), mask.to(device))).float().cpu())
         return torch.stack(out)
+
+    def gallery(self, records: list[dict[str, Any]], rows: Any, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """After `score`, which finds the best captions; rows beyond the last whole block have none."""
+        captions = [c[0] for c in rows["captions"]]
+        if any("best" not in records[i] for i in indices):
+            return []
+        best = {i: captions[records[i]["best"]] for i in indices}
+        return [
+            {
+                "query": "picture -> caption",
+                "prediction": best[i],
+                "target": captions[i],
+                "correct": best[i] == captions[i],
+            }
+            for i in indices
+        ]
 
     def chance(self, rows: Any) -> float | None:
         return 1 / self.pool

@@ -7,6 +7,7 @@ METER, section 4).
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -25,12 +26,19 @@ class Pairs(Labelled):
 
     The head is a copy of the model's own classifier where it has one, else that of ViLT and METER: two linear layers
     with LayerNorm and GELU between, twice as wide as one stream.
+
+    Args:
+        swap: in training exchange the two pictures of every second row, drawn at random, and the words "left" and
+            "right" of its statement with them (BLIP's `nlvr_dataset.py`, which does it in evaluation too).
     """
 
     sees = "images"
     columns = ("statement", "label")
     kinds = ("joint", "pairs")
     names = ("false", "true")
+
+    def __init__(self, swap: bool = False):
+        self.swap = swap
 
     def head(self, backbone: Any) -> nn.Module:
         fresh = classifier(backbone.pair_width, 2 * backbone.token_width, len(self.names))
@@ -65,6 +73,8 @@ class Pairs(Labelled):
             if len(row["images"]) != 2:
                 raise ValueError(f"task {self.name!r} compares two pictures, a row has {len(row['images'])}: "
                                  f"{row.get('identifier', row['statement'])!r}")  # fmt: skip
+        if train and self.swap:
+            rows = [swapped(row) if bool(torch.rand(()) < 0.5) else row for row in rows]
         # All together, so that pictures that are padded are padded alike.
         both = backbone.images([row["images"][side] for side in (0, 1) for row in rows])
         first = {key: value[: len(rows)] for key, value in both.items()}
@@ -79,3 +89,12 @@ class Pairs(Labelled):
     def logits(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
         names = ("pixel_values", "second_pixel_values", "input_ids", "attention_mask")
         return head(backbone.pair_of(*(batch[name] for name in names)).pooled)
+
+
+SIDES = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
+
+
+def swapped(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its two pictures exchanged, and the words "left" and "right"."""
+    statement = re.sub(rf"\b({'|'.join(SIDES)})\b", lambda found: SIDES[found[0]], row["statement"])
+    return {**row, "images": row["images"][::-1], "statement": statement}

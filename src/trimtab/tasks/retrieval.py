@@ -2,7 +2,7 @@
 
 Symmetric cross-entropy over the cosine similarities of a batch (CLIP, section 2.3), or VSE's triplets with the hardest
 negative (VSE++: Faghri et al., BMVC 2018, eq. 6) over vectors pooled by a learned operator (VSE-infinity: Chen et al.,
-CVPR 2021). Recall@K in both directions.
+CVPR 2021). Recall@K in both directions over all captions of every picture, as the papers report it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab.data.images import decode_rows
+from trimtab.metrics import retrieval as measured
 from trimtab.pooling import GPO
 from trimtab.tasks.base import TASKS, Batch, Task
 
@@ -56,10 +57,9 @@ class PooledSides(nn.Module):
 
 @TASKS.register("retrieval")
 class Retrieval(Task):
-    """Columns `image`, `captions` (a list a row; training draws one, evaluation takes the first).
+    """Columns `image`, `captions` (a list a row, of any length; training draws one, evaluation takes all).
 
-    A retrieved caption is right when its words are those of the picture's own caption, so that two scenes with the same
-    things do not count as errors of each other.
+    A record of an answer is `image`, a unit vector (D,), and `text`, one a caption (C, D).
 
     Args:
         pooling: `own` takes the backbone's vectors, a linear map a side behind them; `gpo` pools its tokens by
@@ -68,14 +68,21 @@ class Retrieval(Task):
         margin: of the triplets, in units of cosine similarity.
         all_negatives: so many training batches at first count all negatives of a triplet, not the hardest alone, from
             which a random space learns nothing (VSE-infinity: the batches of one epoch).
+        captions: which captions of a picture evaluation ranks. `all`, as the papers do: a caption belongs to its own
+            picture alone. `first` takes one a picture, and any caption with its words is right, so that two scenes with
+            the same things do not count as errors of each other; the built-in world, where scenes are alike, is
+            measured so.
+        most: captions of a picture that count with `all`, the first ones; 0 counts all. VSE's files of MS-COCO have 5.
+        folds: beside the whole, the mean over so many consecutive blocks of pictures; 5 of MS-COCO's 5,000 are "1K".
 
     Raises:
-        ValueError: for another word.
+        ValueError: for another word, or a number that cannot be.
     """
 
     columns = ("captions",)
     primary = "recall@1"
     kinds = ("dual",)
+    blank = {"captions": [""]}
 
     def __init__(
         self,
@@ -83,12 +90,21 @@ class Retrieval(Task):
         objective: Literal["contrastive", "triplet"] = "contrastive",
         margin: float = 0.2,
         all_negatives: int = 0,
+        captions: Literal["all", "first"] = "all",
+        most: int = 0,
+        folds: int = 1,
     ):
         for field, found, known in (
-            ("pooling", pooling, ("own", "gpo")), ("objective", objective, ("contrastive", "triplet"))
+            ("pooling", pooling, ("own", "gpo")), ("objective", objective, ("contrastive", "triplet")),
+            ("captions", captions, ("all", "first")),
         ):  # fmt: skip
             if found not in known:
                 raise ValueError(f"{field} must be one of {', '.join(known)}, found {found!r}")
+        if most < 0 or folds < 1:
+            raise ValueError(f"expected most >= 0 and folds >= 1, found {most} and {folds}")
+        if captions == "first" and (most or folds > 1):
+            raise ValueError("captions 'first' ranks one caption a picture: leave out `most` and `folds`")
+        self.captions, self.most, self.folds = captions, most, folds
         self.pooling, self.objective, self.margin, self.all_negatives = pooling, objective, margin, all_negatives
 
     def head(self, backbone: Any) -> nn.Module:
@@ -101,14 +117,24 @@ class Retrieval(Task):
 
     def collate(self, backbone: Any, rows: list[dict[str, Any]], train: bool) -> Batch:
         rows = decode_rows(rows)
-        pick = [int(torch.randint(len(r["captions"]), ())) if train else 0 for r in rows]
-        texts = [r["captions"][k] for r, k in zip(rows, pick, strict=True)]
-        return {**backbone.images([r["image"] for r in rows]), **backbone.texts(texts)}
+        pictures = backbone.images([r["image"] for r in rows])
+        if not train:
+            return {**pictures, **many_texts(backbone, [self._told(r["captions"]) for r in rows])}
+        pick = [int(torch.randint(len(r["captions"]), ())) for r in rows]
+        return {**pictures, **backbone.texts([r["captions"][k] for r, k in zip(rows, pick, strict=True)])}
+
+    def _told(self, captions: Sequence[str]) -> list[str]:
+        """The captions of a picture that evaluation ranks."""
+        return list(captions[: 1 if self.captions == "first" else self.most or None])
 
     def embed(self, backbone: Any, head: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Unit vectors of pictures and texts, each (B, D)."""
+        """Unit vectors of pictures (B, D), and of texts: (B, D), or of all captions one after another (N, D)."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        if ids is not None and ids.ndim == 3:  # (B, C, L), rows with fewer captions padded
+            there = mask.any(dim=-1)
+            ids, mask = ids[there], mask[there]
         seen = backbone.image(batch["pixel_values"])
-        read = backbone.text(batch["input_ids"], batch["attention_mask"])
+        read = backbone.text(ids, mask)
         if self.pooling == "own":
             image, text = head.image(seen.pooled), head.text(read.pooled)
         elif seen.tokens is None or read.tokens is None:
@@ -139,7 +165,8 @@ class Retrieval(Task):
 
     def predict(self, backbone: Any, head: Any, batch: Batch) -> list[dict[str, Any]]:
         image, text = self.embed(backbone, head, batch)
-        return [{"image": i.cpu(), "text": t.cpu()} for i, t in zip(image, text, strict=True)]
+        counts = batch["attention_mask"].any(dim=-1).sum(dim=1).tolist()
+        return [{"image": i, "text": t} for i, t in zip(image.cpu(), text.cpu().split(counts), strict=True)]
 
     def fold(self, backbone: Any, head: Any) -> None:
         """A product of two linear maps is one: the head's maps go into the backbone's projections, its scale too."""
@@ -148,19 +175,53 @@ class Retrieval(Task):
         backbone.fold_projections(head.image.weight, head.text.weight, head.scale)
 
     def score(self, backbone: Any, head: Any, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
-        return recalls(_similarity(records), [c[0] for c in rows["captions"]])
+        images, texts = torch.stack([r["image"] for r in records]), torch.cat([r["text"] for r in records])
+        if self.captions == "first":
+            return recalls(images @ texts.T, [c[0] for c in rows["captions"]])
+        owner = owners([len(r["text"]) for r in records])
+        out = named(measured.evaluate(images, texts, owner))
+        if self.folds > 1:
+            folds = named(measured.evaluate(images, texts, owner, self.folds))
+            out |= {f"{self.folds} folds: {name}": value for name, value in folds.items()}
+        return out
 
     def chance(self, rows: Any) -> float | None:
         return 1 / len(rows)
 
     def gallery(self, records: list[dict[str, Any]], rows: Any, indices: Sequence[int]) -> list[dict[str, Any]]:
-        captions = [c[0] for c in rows["captions"]]
-        best = _similarity(records).argmax(dim=1).tolist()
+        texts, own = torch.cat([r["text"] for r in records]), [self._told(c) for c in rows["captions"]]
+        told = [caption for captions in own for caption in captions]
+        best = {i: told[int((texts @ records[i]["image"]).argmax())] for i in indices}
         return [
-            {"query": "picture -> caption", "prediction": captions[best[i]], "target": captions[i],
-             "correct": captions[best[i]] == captions[i]}
+            {"query": "picture -> caption", "prediction": best[i], "target": own[i][0], "correct": best[i] in own[i]}
             for i in indices
-        ]  # fmt: skip
+        ]
+
+
+def many_texts(backbone: Any, texts: Sequence[Sequence[str]]) -> Batch:
+    """Several texts a row -> `input_ids` and `attention_mask` (B, C, L); rows with fewer are padded with texts of no
+    token.
+
+    Raises:
+        ValueError: for a row without a text, with its number in the batch.
+    """
+    for i, row in enumerate(texts):
+        if not len(row):
+            raise ValueError(f"row {i} of the batch has no caption: a picture needs one at least")
+    flat = backbone.texts([text for row in texts for text in row])
+    most, there = max(map(len, texts)), torch.tensor([len(row) for row in texts])
+    place = torch.arange(most) < there[:, None]  # (B, C)
+    out = {}
+    for name, values in flat.items():
+        padded = values.new_zeros(len(texts), most, values.shape[1])
+        padded[place] = values
+        out[name] = padded
+    return out
+
+
+def owners(counts: Sequence[int]) -> Tensor:
+    """The picture of every caption, (N,), from the number of captions of every picture."""
+    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
 
 
 def _token_width(backbone: Any, side: str) -> int:
@@ -174,8 +235,20 @@ def _token_width(backbone: Any, side: str) -> int:
     return int(tokens.shape[-1])
 
 
-def _similarity(records: list[dict[str, Any]]) -> Tensor:
-    return torch.stack([r["image"] for r in records]) @ torch.stack([r["text"] for r in records]).T
+WAYS = {"i2t": "image to text", "t2i": "text to image"}
+
+
+def named(found: dict[str, Any]) -> dict[str, float]:
+    """What `trimtab.metrics.retrieval` found under this library's names: recalls as shares, of each direction and their
+    mean; `rsum`, the six recalls in percent added; median and mean ranks, counted from 1."""
+    out = {}
+    for k in (1, 5, 10):
+        out[f"recall@{k}"] = sum(found[way][f"R@{k}"] for way in WAYS) / 200
+    out["rsum"] = found["rsum"]
+    for way, name in WAYS.items():
+        out |= {f"{name} recall@{k}": found[way][f"R@{k}"] / 100 for k in (1, 5, 10)}
+        out |= {f"{name} median rank": found[way]["medr"], f"{name} mean rank": found[way]["meanr"]}
+    return out
 
 
 def recalls(similarity: Tensor, captions: list[str]) -> dict[str, float]:

@@ -82,7 +82,6 @@ def match(logits: Tensor, boxes: Tensor, things: Things) -> Tensor:
 
     Raises:
         ValueError: if a row has more things than there are objects.
-        ImportError: if rows have several things and scipy is not installed.
     """
     kind = -(logits.float().softmax(dim=-1) @ soft(things, logits.shape[-1]).transpose(1, 2))  # (B, Q, T)
     distance = torch.cdist(boxes.float(), things.boxes, p=1)
@@ -101,10 +100,8 @@ def match(logits: Tensor, boxes: Tensor, things: Things) -> Tensor:
 
 def _solved(costs: Tensor) -> tuple[Tensor, Tensor]:
     """The assignment of least cost (Hungarian method): objects, and the things that they stand for."""
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise ImportError("matching several things a row needs scipy: pip install 'trimtab[grounding]'") from error
+    from scipy.optimize import linear_sum_assignment
+
     rows, columns = linear_sum_assignment(costs.numpy())
     return torch.as_tensor(rows), torch.as_tensor(columns)
 

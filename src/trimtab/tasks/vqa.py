@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab.data.images import decode_rows
+from trimtab.metrics import vqa as official
+from trimtab.metrics.answers import soft_targets
+from trimtab.metrics.words import normalise_vilt
 from trimtab.tasks.base import TASKS, Batch, Task
 
 
@@ -18,24 +21,50 @@ from trimtab.tasks.base import TASKS, Batch, Task
 class VQA(Task):
     """Columns `image`, `question`, `answer`; with a column `kind`, accuracy is given for each kind of question too.
 
+    With a column `answers` (those of ten people, as written) the accuracy is the official one of VQA, also by
+    `question_type` and `answer_type` where these columns are there. Without it an answer is right if it is `answer`.
+
     The head is ViLT's: two linear layers with LayerNorm and GELU between. It reads the first token itself and not the
     pooled feature: a pooler that was trained to match keeps what tells a match from none and little else. Where the
     pooled feature joins two streams (METER), whose first tokens know half each, it is read as published. An answer
-    outside `answers` is never right, and no gradient comes from it.
+    outside the classes is never right, and no gradient comes from a row that has no other.
 
     Args:
         answers: the classes; a recipe that leaves them out takes those of its data source.
+        loss: `binary` is the cross-entropy of every class by itself, summed over classes (ViLT, METER, CLIP-ViL),
+            against 0, 0.3, 0.6, 0.9 or 1 for an answer that none, one, two, three or more people gave; 1 for `answer`
+            in a table without `answers`, and for the answer of one person alone (Visual Genome). `one` is the
+            cross-entropy of choosing `answer`. `auto` takes `binary` where a table has `answers`, else `one`.
+        counting: `written` counts people's answers as they are, as ViLT and METER do; `normalised` first writes them as
+            the classes are written, as LXMERT and CLIP-ViL do, which finds more of them.
+
+    Raises:
+        ValueError: for another word, or answers that repeat.
     """
 
-    columns = ("question", "answer")
+    columns: ClassVar[tuple[str, ...]] = ("question", "answer")
     primary = "accuracy"
     kinds = ("joint",)
     first_token = True
     blank = {"answer": ""}
 
-    def __init__(self, answers: Sequence[str]):
+    def __init__(
+        self,
+        answers: Sequence[str],
+        loss: Literal["auto", "one", "binary"] = "auto",
+        counting: Literal["written", "normalised"] = "written",
+    ):
+        for field, found, known in (
+            ("loss", loss, ("auto", "one", "binary")), ("counting", counting, ("written", "normalised"))
+        ):  # fmt: skip
+            if found not in known:
+                raise ValueError(f"{field} must be one of {', '.join(known)}, found {found!r}")
         self.answers = list(answers)
         self.index = {a: i for i, a in enumerate(self.answers)}
+        if len(self.index) < len(self.answers):
+            twice = [a for a, n in Counter(self.answers).items() if n > 1]
+            raise ValueError(f"answers: {len(twice)} of them stand there twice, such as {twice[0]!r}")
+        self.objective, self.counting = loss, counting
 
     @classmethod
     def settings_from(cls, source: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,15 +77,30 @@ class VQA(Task):
 
     def collate(self, backbone: Any, rows: list[dict[str, Any]], train: bool) -> Batch:
         rows = decode_rows(rows)
-        labels = torch.tensor([self.index.get(r["answer"], -100) for r in rows])
-        return {
-            **backbone.images([r["image"] for r in rows]),
-            **backbone.texts([r["question"] for r in rows]),
-            "labels": labels,
-        }
+        batch = {**backbone.images([r["image"] for r in rows]), **backbone.texts([r["question"] for r in rows])}
+        if self.objective == "binary" or (self.objective == "auto" and "answers" in rows[0]):
+            return batch | {"targets": torch.stack([self.targets(r) for r in rows])}
+        return batch | {"labels": torch.tensor([self.index.get(r["answer"], -100) for r in rows])}
+
+    def targets(self, row: Mapping[str, Any]) -> Tensor:
+        """Soft targets of a row, (classes,)."""
+        told = people(row)
+        if len(told) > 1:
+            found = soft_targets(told, self.index, normalise_vilt if self.counting == "normalised" else None)
+        else:
+            only = told[0] if told else row["answer"]
+            only = normalise_vilt(only) if self.counting == "normalised" and only not in self.index else only
+            found = {self.index[only]: 1.0} if only in self.index else {}
+        out = torch.zeros(len(self.answers))
+        for index, target in found.items():
+            out[index] = target
+        return out
 
     def example(self, backbone: Any, size: int) -> Batch:
-        return {**backbone.example(size), "labels": torch.zeros(size, dtype=torch.long)}
+        batch = backbone.example(size)
+        if self.objective == "binary":
+            return {**batch, "targets": torch.ones(size, len(self.answers))}
+        return {**batch, "labels": torch.zeros(size, dtype=torch.long)}
 
     def _logits(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
         encoded = backbone.pair(batch["pixel_values"], batch["input_ids"], batch["attention_mask"])
@@ -64,29 +108,85 @@ class VQA(Task):
         return head(encoded.tokens[:, 0] if one_stream else encoded.pooled).float()
 
     def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
+        logits = self._logits(backbone, head, batch)
+        if "targets" in batch:
+            told = batch["targets"].any(dim=1)
+            each = F.binary_cross_entropy_with_logits(logits, batch["targets"], reduction="none").sum(dim=1)
+            return each.masked_fill(~told, 0).sum() / told.sum().clamp(min=1)
         labels = batch["labels"]
-        total = F.cross_entropy(self._logits(backbone, head, batch), labels, reduction="sum")
-        return total / (labels >= 0).sum().clamp(min=1)  # a batch without a known answer gives 0, not 0 / 0
+        # A batch without a known answer gives 0, not 0 / 0.
+        return F.cross_entropy(logits, labels, reduction="sum") / (labels >= 0).sum().clamp(min=1)
 
     def predict(self, backbone: Any, head: nn.Module, batch: Batch) -> list[dict[str, Any]]:
-        best = self._logits(backbone, head, batch).argmax(dim=-1).tolist()
-        return [{"answer": self.answers[i]} for i in best]
+        best = self._logits(backbone, head, batch).argmax(dim=-1)
+        records: list[dict[str, Any]] = [{"answer": self.answers[i]} for i in best.tolist()]
+        if "targets" in batch:
+            soft = batch["targets"].gather(1, best[:, None])[:, 0].tolist()
+            records = [r | {"soft score": s} for r, s in zip(records, soft, strict=True)]
+        return records
 
     def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
-        right = [r["answer"] == a for r, a in zip(records, rows["answer"], strict=True)]
-        out = {"accuracy": sum(right) / len(right)}
-        if "kind" in rows.column_names:
-            total, hits = Counter(rows["kind"]), Counter(k for k, r in zip(rows["kind"], right, strict=True) if r)
-            out |= {f"accuracy: {k}": hits[k] / n for k, n in sorted(total.items())}
+        """`soft score` is the mean target of the answers given, over all rows; ViLT prints it over rows whose answer is
+        among the classes."""
+        out = self._official(records, rows) if "answers" in rows.column_names else None
+        if out is None:
+            right = [float(r["answer"] == a) for r, a in zip(records, rows["answer"], strict=True)]
+            out = {"accuracy": sum(right) / len(right)}
+            if "kind" in rows.column_names:
+                total, hits = Counter(rows["kind"]), Counter(k for k, r in zip(rows["kind"], right, strict=True) if r)
+                out |= {f"accuracy: {k}": hits[k] / n for k, n in sorted(total.items())}
+        if records and all("soft score" in r for r in records):
+            out["soft score"] = sum(r["soft score"] for r in records) / len(records)
+        return out
+
+    def _official(self, records: list[dict[str, Any]], rows: Any) -> dict[str, float] | None:
+        """VQA's own accuracy, as shares; None if no row has people's answers."""
+        names = [n for n in ("answers", "weights", "question_type", "answer_type") if n in rows.column_names]
+        columns = {n: rows[n] for n in names}
+        annotations = {}
+        for i in range(len(records)):
+            row = {n: columns[n][i] for n in names}
+            annotations[i] = {**row, "answers": people(row)}
+        empty = [i for i, a in annotations.items() if not a["answers"]]
+        if len(empty) == len(annotations):
+            return None
+        if empty:
+            raise ValueError(f"row {empty[0]}: no answers of people, which other rows have: VQA's accuracy is over all")
+        found = official.evaluate(annotations, {i: r["answer"] for i, r in enumerate(records)})
+        out = {"accuracy": found["overall"] / 100}
+        for kind in ("answer_type", "question_type"):
+            title = kind.replace("_", " ")
+            out |= {f"accuracy, {title}: {k}": v / 100 for k, v in sorted(found[f"by_{kind}"].items())}
         return out
 
     def chance(self, rows: Any) -> float | None:
         """Always giving the commonest answer."""
-        return Counter(rows["answer"]).most_common(1)[0][1] / len(rows)
+        commonest, times = Counter(rows["answer"]).most_common(1)[0]
+        if "answers" in rows.column_names and (out := self._official([{"answer": commonest}] * len(rows), rows)):
+            return out["accuracy"]
+        return times / len(rows)
 
     def gallery(self, records: list[dict[str, Any]], rows: Any, indices: Sequence[int]) -> list[dict[str, Any]]:
-        return [
-            {"query": rows[i]["question"], "prediction": records[i]["answer"], "target": rows[i]["answer"],
-             "correct": records[i]["answer"] == rows[i]["answer"]}
-            for i in indices
-        ]  # fmt: skip
+        """With people's answers, right is what at least three of them say as well."""
+        out = []
+        for i in indices:
+            row, answer = rows[i], records[i]["answer"]
+            told = people(row)
+            right = official.score(told, answer) >= 0.9 if len(told) > 1 else answer == row["answer"]
+            out.append({"query": row["question"], "prediction": answer, "target": row["answer"], "correct": right})
+        return out
+
+
+def people(row: Mapping[str, Any]) -> list[str]:
+    """The answers of people to a row's question; one with a weight (a share of ten people, in the files of X-VLM and
+    BLIP) as often as it stands for one of ten.
+
+    Raises:
+        ValueError: if there are not as many weights as answers.
+    """
+    told, weights = list(row.get("answers") or ()), row.get("weights")
+    if not weights:
+        return told
+    if len(weights) != len(told):
+        raise ValueError(f"expected a weight an answer, found {len(weights)} weights and {len(told)} answers: {told}")
+    return [answer for answer, weight in zip(told, weights, strict=True) for _ in range(max(1, round(10 * weight)))]

@@ -20,7 +20,7 @@ class Words(nn.Module):
         super().__init__()
         width = backbone.token_width
         self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
-        self.bias = nn.Parameter(torch.zeros(backbone.vocabulary))
+        self.bias = nn.Parameter(torch.zeros(len(backbone.model.get_input_embeddings().weight)))
         for mine, theirs in self._pairs(backbone):
             mine.data.copy_(theirs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,17 @@ class BlipBackbone(Backbone):
             target.copy_(value)
 
 
+_ANSWERS = ("BlipForVqa",)  # classes whose decoder reads questions and leaves out their padding
+
+
+def answer_loss(model: Any, questions: Tensor, mask: Tensor, answers: Tensor, answer_mask: Tensor) -> Tensor:
+    """Sum of the losses of an answer's words, with the label smoothing of training, (N,); arguments (N, ...)."""
+    return model.text_decoder(
+        input_ids=answers, attention_mask=answer_mask, labels=answers.masked_fill(answer_mask == 0, -100),
+        reduction="none", encoder_hidden_states=questions, encoder_attention_mask=mask,
+    ).loss  # fmt: skip
+
+
 def rank_answers(model: Any, questions: Tensor, mask: Tensor, answers: Tensor, answer_mask: Tensor, k: int) -> Tensor:
     """Which of a list of answers a `BlipForVqa` gives, as the authors rank them.
 
@@ -175,10 +187,7 @@ def rank_answers(model: Any, questions: Tensor, mask: Tensor, answers: Tensor, a
     likely = first.logits[:, 0].softmax(dim=-1)[:, answers[:, 1]]  # (Q, A)
     top = likely.topk(k, dim=1).indices  # (Q, k)
     ids, atts = answers[top.flatten()], answer_mask[top.flatten()]  # (Q * k, M)
-    loss = model.text_decoder(
-        input_ids=ids, attention_mask=atts, labels=ids.masked_fill(atts == 0, -100), reduction="none",
-        encoder_hidden_states=questions.repeat_interleave(k, 0), encoder_attention_mask=mask.repeat_interleave(k, 0),
-    ).loss  # fmt: skip
+    loss = answer_loss(model, questions.repeat_interleave(k, 0), mask.repeat_interleave(k, 0), ids, atts)
     best = loss.view(len(questions), k).argmin(dim=1)
     return top[torch.arange(len(top)), best]
 
@@ -243,6 +252,47 @@ class BlipOfficialBackbone(Backbone):
             raise ValueError(f"{self.name}: {type(self.model).__name__} has no head for matching: task='retrieval' has")
         no, yes = self.model.itm_head(encoded.pooled).unbind(dim=-1)
         return yes - no
+
+    def rank(self, encoded: Encoded, similar: Tensor) -> Tensor:
+        """The logit of "together" plus the similarity of the vectors, as `train_retrieval.py` adds them."""
+        self.match(encoded)  # refuses a model without the head
+        return self.model.itm_head(encoded.pooled)[:, 1] + similar
+
+    def image_vector(self, seen: Tensor) -> Tensor:
+        if not hasattr(self.model, "vision_proj"):
+            return super().image_vector(seen)
+        return F.normalize(self.model.vision_proj(seen[:, 0]), dim=-1)
+
+    def text_vector(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if not hasattr(self.model, "text_proj"):
+            return super().text_vector(input_ids, attention_mask)
+        check_sizes("BLIP", input_ids, self.model.config.text_config.max_position_embeddings)
+        text = self.model.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return F.normalize(self.model.text_proj(text[:, 0]), dim=-1)
+
+    @property
+    def temperature(self) -> Tensor:
+        """Of the file if it has one; transformers' class for retrieval leaves it out."""
+        if hasattr(self.model, "temp"):
+            return self.model.temp.clamp(0.001, 0.5)  # as the authors keep it
+        return super().temperature
+
+    def answers(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        if type(self.model).__name__ not in _ANSWERS:
+            return super().answers(texts)
+        found = self.texts(texts)
+        found["input_ids"][:, 0] = self.model.config.text_config.bos_token_id  # [DEC], not [CLS]
+        return found
+
+    def answer_loss(self, question: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
+        if type(self.model).__name__ not in _ANSWERS:
+            return super().answer_loss(question, mask, answer_ids, answer_mask)
+        return answer_loss(self.model, question, mask, answer_ids, answer_mask)
+
+    def rank_answers(self, question: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, k: int) -> Tensor:
+        if type(self.model).__name__ not in _ANSWERS:
+            return super().rank_answers(question, mask, answer_ids, answer_mask, k)
+        return rank_answers(self.model, question, mask, answer_ids, answer_mask, k)
 
 
 class BlipPairBackbone(Backbone):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from trimtab.backbones.pretraining import contrast, matching
+from trimtab.contrast import contrast, matching
 
 SMOOTHING = 0.1  # of BLIP's words
 

@@ -36,7 +36,17 @@ class Clip4ClipBackbone(Backbone):
         return self.model.encode_video(pixel_values)
 
     def compare(self, text: Tensor, frames: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
-        """Similarities (T, B) by the model's own head, which has its own scale."""
+        """Similarities (T, B) by the model's own head, which has its own scale.
+
+        Raises:
+            ValueError: if there are more frames than the head has positions for.
+        """
+        config = self.model.config
+        if config.head in ("seqTransf", "tightTransf"):
+            longest = config.cross_config.max_position_embeddings - (config.head == "tightTransf")
+            if frames.shape[1] > longest:
+                raise ValueError(f"{self.name}: videos of {frames.shape[1]} frames, its head {config.head!r} has "
+                                 f"positions for {longest}: lower the task's `frames`")  # fmt: skip
         return self.model.compare(text, frames, mask)
 
     def text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:

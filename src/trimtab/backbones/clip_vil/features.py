@@ -20,6 +20,7 @@ class ClipVilBackbone(Backbone):
     """A CLIP-ViL: text and places of the picture in one sequence, text first."""
 
     kind = "joint"
+    reads_padding = True
 
     def __init__(self, name: str, model: Any, tokenizer: Any, pictures: Pictures | None = None):
         text = model.config.text_config

@@ -18,6 +18,7 @@ class MdetrBackbone(Backbone):
     """An MDETR: what a text names in a picture, as a set of objects."""
 
     kind = "detector"
+    reads_padding = True
 
     def __init__(self, name: str, model: Any, tokenizer: Any, pictures: Pictures | None = None):
         config = model.config

@@ -259,7 +259,7 @@ class Mdetr(PreTrainedModel):
         query = self.query_embed.weight
         if self.config.answers:
             query = torch.cat([query, self.qa_embed.weight])
-        query = query[None].expand(len(pixel_values), -1, -1)
+        query = query.repeat(len(pixel_values), 1, 1)  # no view of a parameter: counting on fake tensors refuses that
         states = self.transformer.decoder(seen["memory"], seen["valid"], seen["pos"], query)
         return states, seen["memory"][:, -input_ids.shape[1] :]
 

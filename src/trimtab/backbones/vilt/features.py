@@ -19,6 +19,7 @@ class ViltBackbone(Backbone):
     """A ViLT; matching starts from its ranking head (`ViltForImageAndTextRetrieval`) or that of its pretraining."""
 
     kind = "joint"
+    reads_padding = True
 
     def __init__(self, name: str, model: Any, tokenizer: Any, pictures: Pictures | None = None):
         config = model.config
@@ -160,8 +161,8 @@ def published(config: Any) -> Processed:
     """
     from transformers.models.vilt.image_processing_pil_vilt import ViltImageProcessorPil
 
-    size = {"shortest_edge": config.image_size}
-    return Processed.of(ViltImageProcessorPil(size=size, size_divisor=config.patch_size))
+    settings: dict[str, Any] = {"size": {"shortest_edge": config.image_size}, "size_divisor": config.patch_size}
+    return Processed.of(ViltImageProcessorPil(**settings))
 
 
 def load(folder: Path, name: str, pretrained: bool = True) -> ViltBackbone:

@@ -249,6 +249,11 @@ class Xvlm(PreTrainedModel):
             self.cls_head = head(width, 2)
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Of the encoder of text; of the decoder where there is none (captions)."""
+        text = self.text_decoder if self.config.task == "caption" else self.text_encoder
+        return text.bert.embeddings.word_embeddings
+
     # --- parts ---------------------------------------------------------------------------------------------------
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:

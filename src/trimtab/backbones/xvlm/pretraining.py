@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trimtab.backbones.pretraining import contrast, matching
+from trimtab.contrast import contrast, matching
 
 MASKED = 0.4  # share of words that X-VLM's configuration masks
 

@@ -1,0 +1,154 @@
+"""Pictures from the web with their alternative texts: CC3M (Sharma et al. 2018), SBU (Ordonez et al. 2011), and any
+WebDataset shards of pictures and captions. They calibrate pruners, and pretrain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from trimtab.data import shards
+from trimtab.data.base import CAPTIONED, SOURCES
+from trimtab.data.held_out import HeldOut
+from trimtab.data.reading import DataError, Entry, Kept, Pictures, RowError, find_file, json_rows, read_json, text_lines
+
+
+def tsv(path: Path, kept: Kept) -> Iterator[tuple[str, str]]:
+    """(caption, address) of each line of CC3M's published file: no header, no quoting, blanks kept.
+
+    Raises:
+        DataError: if the file cannot be read, or a line is not a caption, a tab and an address.
+    """
+    for number, line in text_lines(path):
+        row = None
+        with kept.row():
+            cells = line.split("\t")
+            if len(cells) != 2 or not cells[0].strip() or not cells[1].strip():
+                raise RowError(f"{path}, line {number}: expected a caption, a tab and an address, found {line[:80]!r}")
+            row = cells[0], cells[1]
+        if row is not None:
+            yield row
+
+
+def vilt(path: Path, kept: Kept) -> Iterator[tuple[Entry, str, list[str]]]:
+    """(path of the picture, its captions) of ViLT's `*_annot.json`, a list of [path, caption], by picture.
+
+    Raises:
+        DataError: if the file or a row of it cannot be read.
+    """
+    pairs = read_json(path)
+    if not isinstance(pairs, list):
+        raise DataError(f"{path}: expected a JSON list of [path, caption], found a {type(pairs).__name__}")
+    found: dict[str, tuple[Entry, list[str]]] = {}
+    for i, pair in enumerate(pairs):
+        entry = Entry({}, path, f"row [{i}]")
+        with kept.row():
+            if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(v, str) and v.strip() for v in pair):
+                raise entry.error(f"expected [path, caption], found {str(pair)[:80]}")
+            found.setdefault(pair[0], (entry, []))[1].append(pair[1])
+    for name, (entry, captions) in found.items():
+        yield entry, name, captions
+
+
+def multiflow(path: Path, kept: Kept) -> Iterator[tuple[Entry, str, str, str]]:
+    """(path of the picture, caption, data set) of each row of MULTIFLOW's list.
+
+    Raises:
+        DataError: if the file or a row of it cannot be read.
+    """
+    for entry in json_rows(path):
+        row = None
+        with kept.row():
+            row = entry, entry.text("image"), entry.text("caption"), entry.text("dataset")
+        if row is not None:
+            yield row
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Streamed(HeldOut):
+    rows: int | None = 10_000
+    """At most so many rows, the first ones: reading stops there. None for all, which are kept in memory."""
+
+    tasks = CAPTIONED
+    splits = ("train",)
+
+    def _full(self, kept: Kept) -> bool:
+        return self.rows is not None and len(kept) >= self.rows
+
+    def _read_shards(self, pattern: str, kept: Kept) -> None:
+        for entry in shards.samples(shards.shards(self.files, pattern)):
+            with kept.row():
+                image = shards.picture(entry)
+                if kept.on_error == "skip":
+                    _check(entry, image)
+                kept.add(image=image, captions=[shards.caption(entry)], image_id=entry.text("__key__"))
+            if self._full(kept):
+                return
+
+
+def _check(entry: Entry, image: dict[str, Any]) -> None:
+    from trimtab.data.images import ImageError, decode
+
+    try:
+        decode(image)
+    except ImageError as error:
+        raise entry.error(f"the picture {error}") from error
+
+
+@SOURCES.register("webdataset")
+@dataclass(frozen=True, kw_only=True)
+class WebDataset(_Streamed):
+    """Any WebDataset shards whose samples have a picture (jpg, png, ...) and a caption (txt, or in the json)."""
+
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {"": ("*.tar",)}
+
+    shards: str = "**/*.tar"
+    """Which files below the root, in the order of their names."""
+
+    def read(self, task: str, name: str, kept: Kept) -> None:
+        self._read_shards(self.shards, kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FromTheWeb(_Streamed):
+    form: Literal["webdataset", "vilt", "multiflow"] = "webdataset"
+    """How it lies there: shards as img2dataset writes them, ViLT's `train_annot.json`, or MULTIFLOW's list. The
+    published tsv holds captions and addresses, no pictures."""
+
+    @property
+    def _set(self) -> str:
+        return str(getattr(type(self), "name", ""))
+
+    def read(self, task: str, name: str, kept: Kept) -> None:
+        if self.form == "webdataset":
+            return self._read_shards("**/*.tar", kept)
+        if self.form == "vilt":
+            path = find_file(self.files, "train_annot.json", "annot.json")
+            find = Pictures(path.parent, decode=self.on_error == "skip")
+            rows = ((e, p, c) for e, p, c in vilt(path, kept))
+        else:
+            path = find_file(self.files, f"{self._set}_pretrain.json", f"{self._set}.json")
+            find = self.find_pictures(f"images/{self._set}", self._set, "images")
+            rows = ((e, p, [c]) for e, p, c, _ in multiflow(path, kept))
+        for entry, picture, captions in rows:
+            with kept.row():
+                kept.add(image=find(entry, picture), captions=captions, image_id=Path(picture).stem)
+            if self._full(kept):
+                return
+
+
+@SOURCES.register("cc3m")
+@dataclass(frozen=True, kw_only=True)
+class CC3M(_FromTheWeb):
+    """Conceptual Captions: 3.3 million pictures from the web with cleaned alternative texts."""
+
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {"vilt": ("train_annot.json",), "multiflow": ("cc3m_*.json",)}
+
+
+@SOURCES.register("sbu")
+@dataclass(frozen=True, kw_only=True)
+class SBU(_FromTheWeb):
+    """SBU captions: a million pictures of Flickr with what their owners wrote."""
+
+    marks: ClassVar[dict[str, tuple[str, ...]]] = {"vilt": ("annot.json",), "multiflow": ("sbu_*.json",)}

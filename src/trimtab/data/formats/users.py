@@ -1,0 +1,132 @@
+"""A user's own data: single files, a folder of pictures with `metadata.jsonl`, and folders that `datasets` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from trimtab.data import tables
+from trimtab.data.base import SOURCES, Split
+from trimtab.data.reading import DataError, OnError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Mapped:
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names of columns, {the task's: the file's}, such as {captions: text}; columns named as the task's need none."""
+    pictures: Path | None = None
+    """Folder from which the paths of pictures and videos go out; None for the folder of the file."""
+    on_error: OnError = "stop"
+    """`stop` at the first row that cannot be read, or `skip`: leave it out, count and list what was left out."""
+    drop_bad_images: bool = False
+    """Leave out images that cannot be decoded instead of stopping."""
+
+    def _read(self, path: Path) -> Dataset:
+        return tables.read(path, self.columns, self.pictures, self.on_error, find=not self.drop_bad_images)
+
+    def _values(self, column: str) -> Sequence[str]:
+        table: Any = self.load("", "train")  # type: ignore[attr-defined]
+        if column not in table.column_names:
+            raise DataError(f"{self._name}: expected the column {column!r} in the training rows, found "
+                            f"{', '.join(table.column_names)}; name it with data.columns")  # fmt: skip
+        return tables.names_of(table, column)
+
+    @property
+    def _name(self) -> str:
+        return f"data {getattr(type(self), 'name', '')!r}"
+
+    def answers(self) -> Sequence[str]:
+        """The answers of the training rows, in order of the alphabet."""
+        return self._values("answer")
+
+    def classes(self) -> Sequence[str]:
+        """The labels of the training rows, in order of the alphabet."""
+        return self._values("label")
+
+
+@SOURCES.register("files")
+@dataclass(frozen=True)
+class Files(_Mapped):
+    """Your own rows: a JSON object a line (or a JSON list, CSV, TSV, Parquet, or a folder of pictures with
+    `metadata.jsonl`), with `image` (a path beside the file) and the task's columns. Or rows of a chat, with `messages`.
+
+    `{"image": "cats/1.jpg", "question": "how many cats are there?", "answer": "2"}`
+    """
+
+    train: Path
+    """File or folder to train on."""
+    test: Path
+    """File or folder to evaluate on."""
+    validation: Path | None = None
+    """File or folder from which searches draw their rewards; None takes the training rows."""
+
+    def load(self, task: str, split: Split) -> Dataset:
+        """All rows of the split's file.
+
+        Raises:
+            FileNotFoundError: if the file is not there.
+            DataError: if it is of no known kind, or a row lacks a picture or has a value of a wrong type, with both.
+        """
+        path = (self.validation or self.train) if split == "validation" else getattr(self, split)
+        return self._read(Path(path))
+
+    def answers(self) -> Sequence[str]:
+        """The answers of the training rows, in order of the alphabet.
+
+        Raises:
+            DataError: if a row of a text file has none.
+        """
+        kept = tables.Kept(self.on_error)
+        if not tables.ready(Path(self.train)):
+            for entry in tables.entries(Path(self.train), kept):
+                with kept.row():
+                    entry.get(self.columns.get("answer", "answer"))
+        return super().answers()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Folder(_Mapped):
+    root: Path
+    """Folder with one file or folder a split: train, test, and perhaps validation (or val, dev)."""
+    train: Literal["train", "test", "validation"] = "train"
+    """Which split to train on."""
+    test: Literal["train", "test", "validation"] = "test"
+    """Which split to evaluate on; `validation` where the answers of the test split are not published."""
+    validation: Literal["train", "test", "validation"] | None = None
+    """From which split searches draw their rewards; None takes `validation` if it is there, else the training rows."""
+
+    def load(self, task: str, split: Split) -> Dataset:
+        """All rows of a split.
+
+        Raises:
+            FileNotFoundError: if the folder is not there.
+            DataError: if it has no such split, or a row cannot be read.
+        """
+        from datasets import concatenate_datasets
+
+        found = tables.splits(self.root)
+        name = getattr(self, split) or ("validation" if "validation" in found else self.train)
+        if name not in found:
+            raise DataError(f"{self._name}: {self.root}: expected a file or folder for {name!r}, found "
+                            f"{', '.join(found) or 'no split'}; choose with data.{split}, or name files with "
+                            "the source 'files'")  # fmt: skip
+        read = [self._read(path) for path in found[name]]
+        return concatenate_datasets(read) if len(read) > 1 else read[0]
+
+
+@SOURCES.register("imagefolder")
+@dataclass(frozen=True, kw_only=True)
+class ImageFolder(_Folder):
+    """Pictures with a `metadata.jsonl` (or .csv) in the folder of each split, as Hugging Face's `imagefolder`; or a
+    folder of pictures a class."""
+
+
+@SOURCES.register("datasets")
+@dataclass(frozen=True, kw_only=True)
+class Datasets(_Folder):
+    """A folder that the library `datasets` saved (`save_to_disk`), or Parquet files named by their splits."""

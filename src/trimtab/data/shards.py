@@ -1,0 +1,151 @@
+"""WebDataset shards: tar files whose neighbouring members with one key make a sample. Read as a stream, never unpacked.
+
+Python's own tarfile reads them; the package webdataset is not needed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from trimtab.data.reading import DataError, Entry
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp")
+_NAME = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]+)")  # the key ends at the first dot of the file's name
+
+
+def shards(root: Path, pattern: str = "**/*.tar") -> list[Path]:
+    """The tar files below a folder, in the order of their names, or the file itself.
+
+    Raises:
+        DataError: if there is none.
+    """
+    root = Path(root)
+    found = [root] if root.is_file() else sorted(p for p in root.glob(pattern) if p.is_file())
+    if not found:
+        raise DataError(f"{root}: expected shards ({pattern}), found none")
+    return found
+
+
+def samples(paths: Iterable[Path]) -> Iterator[Entry]:
+    """Each sample of the shards as an entry: suffix -> bytes, and `__key__` -> its key.
+
+    A shard is opened when the one before is read to its end, and read from front to back.
+
+    Raises:
+        DataError: if a shard is not there, damaged or cut.
+        RowError: where a sample has two members of one suffix.
+    """
+    for path in paths:
+        key, parts = "", dict[str, bytes]()
+        for name, content in _members(path):
+            match = _NAME.fullmatch(name)
+            if match is None:
+                continue  # a folder's own file, such as `._x` or a name without a suffix
+            if match[1] != key:
+                if parts:
+                    yield _sample(path, key, parts)
+                key, parts = match[1], {}
+            suffix = match[2].lower()
+            if suffix in parts:
+                raise _sample(path, key, parts).error(f"expected one member with the suffix {suffix!r}, found two")
+            parts[suffix] = content
+        if parts:
+            yield _sample(path, key, parts)
+
+
+def _sample(path: Path, key: str, parts: dict[str, bytes]) -> Entry:
+    return Entry({"__key__": key, **parts}, path, f"sample {key!r}")
+
+
+def _members(path: Path) -> Iterator[tuple[str, bytes]]:
+    try:
+        with tarfile.open(path, "r|*") as archive:
+            for member in archive:
+                content = archive.extractfile(member) if member.isfile() else None
+                if content is not None:
+                    data = content.read()
+                    if len(data) != member.size:
+                        raise DataError(f"{path}: cut off in {member.name!r}")
+                    yield member.name, data
+                archive.members = []  # otherwise it remembers every member of the shard
+        if not _ended(path):
+            raise DataError(f"{path}: cut off, it lacks the empty blocks with which a tar file ends")
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: there is no such shard") from error
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise DataError(f"{path}: cannot be read as a tar file, it seems damaged or cut ({error})") from error
+
+
+def _ended(path: Path) -> bool:
+    """Whether a tar file has its end: tarfile passes over a head that is cut off. Packed ones say so themselves."""
+    with path.open("rb") as file:
+        if file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")):
+            return True
+        file.seek(max(0, path.stat().st_size - 1024))
+        return file.read() == bytes(1024)
+
+
+def picture(entry: Entry) -> dict[str, Any]:
+    """The picture of a sample as a cell of a picture column.
+
+    Raises:
+        RowError: if it has none.
+    """
+    for suffix in PICTURES:
+        if suffix in entry:
+            return {"path": None, "bytes": entry.get(suffix, bytes)}
+    raise entry.error(f"expected a picture ({', '.join(PICTURES)}), found {_suffixes(entry)}")
+
+
+def about(entry: Entry) -> dict[str, Any]:
+    """The json of a sample; empty if it has none.
+
+    Raises:
+        RowError: if it is no JSON object.
+    """
+    if "json" not in entry:
+        return {}
+    try:
+        found = json.loads(entry.get("json", bytes))
+    except ValueError as error:
+        raise entry.error(f"expected its json to be a JSON object ({error})") from error
+    if not isinstance(found, dict):
+        raise entry.error("expected its json to be a JSON object, found another value")
+    return found
+
+
+def words(entry: Entry) -> str | None:
+    """The text of a sample as it is written; None if it has none.
+
+    Raises:
+        RowError: if it is not in UTF-8.
+    """
+    if "txt" not in entry:
+        return None
+    try:
+        return entry.get("txt", bytes).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise entry.error(f"expected its txt in UTF-8, found other bytes at position {error.start}") from error
+
+
+def caption(entry: Entry) -> str:
+    """The caption of a sample: its txt, or the `caption` of its json.
+
+    Raises:
+        RowError: if it has neither.
+    """
+    found = words(entry)
+    if found is None:
+        found = about(entry).get("caption")
+    if not isinstance(found, str) or not found.strip():
+        raise entry.error(f"expected a caption (its txt, or 'caption' in its json), found {_suffixes(entry)}")
+    return found
+
+
+def _suffixes(entry: Entry) -> str:
+    return ", ".join(k for k in entry.values if k != "__key__") or "nothing"
