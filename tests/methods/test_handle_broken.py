@@ -155,7 +155,7 @@ def test_a_side_network_beside_a_discovered_decoder_sees_no_later_token(tune):
     torch.testing.assert_close(first, second)
 
 
-@pytest.mark.parametrize(("tune", "settings"), [("unipt", {}), ("deep-prompt", {"prompts": 2})])
+@pytest.mark.parametrize(("tune", "settings"), [("side-tuning", {}), ("deep-prompt", {"prompts": 2})])
 def test_a_cache_that_is_given_by_position_is_noticed(tune, settings):
     fit = trimtab.adapt(gpt2()).tune(tune, **settings)
     words, how = torch.tensor([[5, 6, 7]]), {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}

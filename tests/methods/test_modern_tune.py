@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import trimtab
-from tests.models.modern import MEMBERS, deeper, outputs, written
+from tests.methods.test_tune_copies import learned
+from tests.models.modern import DEEPER, MEMBERS, deeper, outputs, written
 from tests.models.zoo import Member
 from trimtab import methods
 from trimtab.anatomy import Anatomy
@@ -110,16 +111,30 @@ def test_prompts_refuse_a_cache_that_would_hold_them_twice():
 
 
 @pytest.mark.parametrize("name", ["paligemma", "florence2"])
-def test_side_networks_write_without_a_cache_and_refuse_one(name):
+def test_ladders_write_without_a_cache_and_refuse_one(name):
     """Florence-2's decoder is given no mask when it writes: the cache itself tells."""
     model, member, _ = deeper(name)
-    trimtab.tune(model, "unipt")
+    towers = {"towers": ("decoder",)} if name == "florence2" else {}
+    trimtab.tune(model, "lst", initialise="random", **towers)
     assert written(model, member, cache=False).shape[0] == 5
     with pytest.raises(ValueError, match="use no key-value cache in generation"):
         written(model, member, cache=True)
 
 
-@pytest.mark.parametrize("method", ["unipt", "lst", "sherl", "side-tuning", "shallow-prompt", "deep-prompt"])
+@pytest.mark.parametrize("name", DEEPER)
+def test_unipt_writes_the_same_with_a_cache(name):
+    model, member, _ = deeper(name)
+    plain = written(model, member, cache=True)
+    trimtab.tune(model, "unipt")
+    learned(model)
+    found = written(model, member)  # with a cache, as the model is set
+    assert model.generation_config.use_cache and torch.equal(found, written(model, member, cache=True))
+    finite = found.isfinite()
+    assert torch.allclose(found[finite], written(model, member, cache=False)[finite], atol=1e-4)
+    assert (found - plain)[finite].abs().max() > 0.1  # the side network says something
+
+
+@pytest.mark.parametrize("method", ["lst", "sherl", "side-tuning", "shallow-prompt", "deep-prompt"])
 def test_generation_goes_without_a_cache_where_nothing_is_said(method):
     model, member, _ = deeper("paligemma")
     trimtab.tune(model, method, **({"initialise": "random"} if method == "lst" else {}))
@@ -135,7 +150,7 @@ def test_a_tower_without_a_cache_leaves_the_other_its_own():
 
 def test_detached_a_model_generates_with_a_cache_again():
     model, _, _ = deeper("paligemma")
-    method = methods.METHODS["unipt"]()
+    method = methods.METHODS["sherl"]()
     method.attach(model, Anatomy.of(model))
     assert not model.generation_config.use_cache
     method.detach(model)

@@ -70,12 +70,75 @@ def test_blip_writes_captions_beside_what_is_added(name):
     assert torch.allclose(torch.stack(out.logits, 1), plain[:, -4:], atol=1e-4)
 
 
-def test_a_cache_of_states_is_left_out_and_named():
-    """Mamba's counts no tokens."""
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}])
+@pytest.mark.parametrize("make", [bart, t5])
+def test_beams_and_several_answers_go_on_from_a_cache(make, how):
+    """Beams change places in the cache, the side network's part with them."""
+    model, found = learned(tuned(make(), "unipt"), 0.3), []
+    mask = torch.ones_like(WORDS)
+    mask[1, :3] = 0
+    for cache in (True, False):
+        torch.manual_seed(0)
+        options = {"use_cache": cache, "return_dict_in_generate": True, "output_logits": True, **how}
+        found.append(
+            model.generate(input_ids=WORDS, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, **options)
+        )
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    with_cache, without = (torch.stack(f.logits) for f in found)
+    assert torch.allclose(with_cache, without, atol=1e-4)
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                            num_attention_heads=2, pad_token_id=0, initializer_range=0.3)  # fmt: skip
+    return learned(tuned(hf.LlamaForCausalLM(config).eval(), "unipt"), 0.3)
+
+
+def test_several_tokens_at_a_time_after_padding_go_on_from_a_cache():
+    model, mask = llama(), torch.ones_like(WORDS)
+    mask[1, :2] = 0
+    with torch.no_grad():
+        whole = model(WORDS, attention_mask=mask, use_cache=False).logits
+        cache, found = hf.DynamicCache(config=model.config), []
+        for start, stop in ((0, 3), (3, 4), (4, WORDS.shape[1])):
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, start:stop]
+            found.append(model(WORDS[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache,
+                               position_ids=positions).logits)  # fmt: skip
+        plain = model(
+            WORDS, attention_mask=mask, use_cache=False, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
+        ).logits
+    assert torch.allclose(torch.cat(found, 1)[mask == 1], plain[mask == 1], atol=1e-5)
+    assert not torch.allclose(whole[1, -1], whole[0, -1], atol=1e-2)
+
+
+def test_a_cache_that_the_side_network_has_not_seen_filled_is_refused():
+    model = llama()
+    cache = hf.DynamicCache(config=model.config)
+    model(WORDS, past_key_values=cache)  # with gradients: nothing is kept beside a graph
+    with torch.no_grad(), pytest.raises(AnatomyError, match="cache of 7 tokens, of which the side network has kept 0"):
+        model(WORDS[:, :1], past_key_values=cache)
+    with pytest.raises(AnatomyError, match="called with the newest token alone"):
+        model(WORDS[:, :1], past_key_values=cache)
+
+
+def test_unipt_goes_on_beside_a_cache_of_states():
+    """Mamba's has states and counts no tokens."""
     config = hf.MambaConfig(vocab_size=60, hidden_size=16, state_size=4, num_hidden_layers=2, time_step_rank=4,
                             pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
     model = hf.MambaForCausalLM(config).eval()
     trimtab.adapt(model, example={"input_ids": WORDS}).tune("unipt")
+    learned(model)
+    how = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    found = [torch.stack(model.generate(WORDS, output_logits=True, use_cache=c, **how).logits) for c in (True, False)]
+    assert torch.allclose(*found, atol=1e-4)
+
+
+def test_a_cache_of_states_is_left_out_and_named():
+    config = hf.MambaConfig(vocab_size=60, hidden_size=16, state_size=4, num_hidden_layers=2, time_step_rank=4,
+                            pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    model = hf.MambaForCausalLM(config).eval()
+    trimtab.adapt(model, example={"input_ids": WORDS}).tune("sherl")
     learned(model)
     how = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     out = model.generate(WORDS, **how)

@@ -76,7 +76,8 @@ class Beside(Method):
                 self.listeners[name].memory = self.listeners[stand.memory]
         for listener in self.listeners.values():
             listener.attach(model)
-        self.uncached = without_cache(model, [anatomy.tower(name) for name in made])
+        stuck = [x.tower for x in self.listeners.values() if x.place is not None and not x.goes_on]
+        self.uncached = without_cache(model, stuck)
         return anatomy
 
     @abstractmethod

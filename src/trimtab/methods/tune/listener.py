@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from trimtab.anatomy import AnatomyError, Tap, Tower, pre_hook, read, rewrite
 from trimtab.anatomy.structure import module_at, under
+from trimtab.methods.tune.past import Past, growing, length
 from trimtab.methods.tune.results import Results
 
 
@@ -36,6 +37,8 @@ class Seen:
         position: (B,) of the token from which the tower's vector is read, None for the first.
         memory: what another side network made for this one to read, (B, M, d).
         memory_mask: its valid tokens, (B, M).
+        past: what the side network has kept of earlier tokens, and keeps these in; the mask is then of all tokens. None
+            without a key-value cache.
     """
 
     maps: list[Tensor]
@@ -44,6 +47,7 @@ class Seen:
     position: Tensor | None = None
     memory: Tensor | None = None
     memory_mask: Tensor | None = None
+    past: Past | None = None
 
     def take(self) -> Iterator[Tensor]:
         """The maps in their order; the list lets go of each, so that one of which a copy is kept is freed at once."""
@@ -60,11 +64,13 @@ class _Pass:
         shape: of the stream, as the last block that ran put it out; None before the first.
         found: hidden maps by number.
         given: tensors with which the first block was called, of a tower that reads another.
+        past: of the side network, if the tower works with a cache that it can go on from.
     """
 
     shape: torch.Size | None = None
     found: dict[int, Tensor] = field(default_factory=dict)
     given: list[Tensor] = field(default_factory=list)
+    past: Past | None = None
 
 
 @dataclass(eq=False)
@@ -100,6 +106,11 @@ class Listener:
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without what belongs to a pass."""
         return {**vars(self), "now": _Pass(), "mask": None, "mask_seen": False, "handed": None}
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the side network can go on from a key-value cache."""
+        return self.tower.causal and self.place is not None and getattr(self.side, "goes_on", False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -140,12 +151,7 @@ class Listener:
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before the first block: a pass begins. No graph goes through a tower that a side network reads, also where
         its input has one (transformers sets `requires_grad` on embeddings for gradient checkpointing)."""
-        block = self.tower.blocks[0]
-        if holds_tokens(args, kwargs):
-            raise AnatomyError(
-                f"{self.method}: block '{block.path}' was called with the newest token alone, and the side network "
-                "reads all: use no key-value cache in generation (use_cache=False)"
-            )
+        block, past = self.tower.blocks[0], self._past(args, kwargs)
         stream = block.stream_of(module, args, kwargs)
         if self.handed is not None and self.handed() is stream:
             raise AnatomyError(
@@ -159,12 +165,36 @@ class Listener:
                 f"{self.method}: block '{block.path}' takes in {tuple(stream.shape)}, expected the width "
                 f"{block.width}, as tower {self.tower.name!r} is described: correct the `width` of its blocks"
             )
-        self.now = _Pass(stream.shape)
+        self.now = _Pass(stream.shape, past=past)
         if 0 in self.maps:
             self.now.found[0] = stream.detach()
         if self.memory is not None:
             self.now.given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
         return block.with_stream(module, args, kwargs, stream.detach()) if stream.requires_grad else None
+
+    def _past(self, args: tuple, kwargs: dict) -> Past | None:
+        """Of a pass with a cache: what the side network has kept of earlier tokens, None if it keeps nothing.
+
+        Raises:
+            AnatomyError: if the cache holds tokens that the side network has not kept.
+        """
+        cache = growing(args, kwargs) if self.goes_on and not torch.is_grad_enabled() else None
+        past = None if cache is None else Past(cache, f"{self.method}: {self.tower.name}")
+        if not holds_tokens(args, kwargs):
+            return past
+        if past is not None and past.tokens == (length(cache) or past.tokens) > 0:
+            return past
+        path = self.tower.blocks[0].path
+        if past is None:
+            raise AnatomyError(
+                f"{self.method}: block '{path}' was called with the newest token alone, and the side network reads "
+                "all: use no key-value cache in generation (use_cache=False)"
+            )
+        raise AnatomyError(
+            f"{self.method}: block '{path}' was called with a key-value cache of {length(cache)} tokens, of which the "
+            f"side network has kept {past.tokens}: fill the cache without gradients and with the side network in "
+            "place, or use none (use_cache=False)"
+        )
 
     def _next(self, index: int, value: Tensor) -> None:
         tower, block, shape = self.tower, self.tower.blocks[index - 1], self.now.shape
@@ -213,7 +243,9 @@ class Listener:
                 f"{self.method}: the maps of tower {tower.name!r} have {lengths} tokens, and its mask is of one "
                 "number: name maps of one number in `layers`, or another tower in `towers`"
             )
-        out = Seen(chosen, self._valid(tuple(chosen[-1].shape[:2])), value.detach().to(self.dtype))
+        rows, tokens = chosen[-1].shape[:2]
+        before = 0 if now.past is None else now.past.tokens
+        out = Seen(chosen, self._valid((rows, before + tokens)), value.detach().to(self.dtype), past=now.past)
         if tower.pooled_token == "last":
             out.position = _last(out.mask, chosen[-1])
         if self.memory is not None:

@@ -29,6 +29,7 @@ from trimtab.methods.tune.listener import Seen
 from trimtab.methods.tune.unipt.core import Keep, attend, check_lengths, confidences, merge
 from trimtab.methods.tune.unipt.down import Target, down, down_grid, pooled, project, some, spread
 from trimtab.methods.tune.unipt.pools import guided_down, read_vector
+from trimtab.methods.tune.unipt.steps import newest
 
 Final = Literal["linear", "relu", "relu-norm", "none"]
 
@@ -119,6 +120,16 @@ class TokenUniPT(nn.Module):
 
     any_length = True
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether it can work on the newest tokens, with a cache of those before (`steps`)."""
+        return self.how.causal
+
+    @property
+    def zeroes(self) -> bool:
+        """Whether it hands on 0 where the mask is."""
+        return self.how.skip_padding
+
     def __init__(self, width: int | Sequence[int], layers: int, reduction: int, how: Computation | None = None,
                  out: int | None = None):  # fmt: skip
         super().__init__()
@@ -147,6 +158,8 @@ class TokenUniPT(nn.Module):
         for all, or None -> (B, L or 1, out)."""
         how, mask = self.how, seen.mask
         check_lengths(seen.maps, mask, how.causal)
+        if seen.past is not None and (out := self.going_on(seen)) is not None:
+            return out
         where = some(mask.flatten()) if mask is not None and how.skip_padding else None
         targets = [down(layer, h, how.kept, where) for layer, h in zip(self.down, seen.take(), strict=True)]
         anchor = targets.pop()
@@ -161,6 +174,19 @@ class TokenUniPT(nn.Module):
         if where is not None and mask is not None:
             return spread(out, where, mask.shape)
         return out if mask is None or not how.skip_padding else out * mask[..., None].to(out.dtype)
+
+    def going_on(self, seen: Seen) -> Tensor | None:
+        """What it hands on of the newest tokens, (B, q, out); None of the first, which are only kept."""
+        past = seen.past
+        assert past is not None
+        new, first = self.levels_of(seen), not past.tokens
+        every = past.add(new)
+        return None if first else newest(self, new, every, seen)
+
+    def levels_of(self, seen: Seen) -> Tensor:
+        """z of all layers and the anchor, (B, N + 1, L, d); `seen` stays as it is."""
+        dtype = self.gate.weight.dtype
+        return torch.stack([layer(h.to(dtype)) for layer, h in zip(self.down, seen.maps, strict=True)], dim=1)
 
 
 class DecoderUniPT(TokenUniPT):
@@ -186,22 +212,43 @@ class DecoderUniPT(TokenUniPT):
 
     def forward(self, seen: Seen) -> Tensor:
         """Maps (B, L, D), memory (B, M, d), their masks -> (B, L, out), with `levels` (N + 1, B, L, out)."""
-        how, memory, mask = self.how, seen.memory, seen.mask
-        assert memory is not None
+        how, mask = self.how, seen.mask
+        assert seen.memory is not None
         check_lengths(seen.maps, mask, how.causal)
+        if seen.past is not None and (out := self.going_on(seen)) is not None:
+            return out
         if self.levels:
             seen.maps[-1] = seen.value[-1].clone()  # a part of the stack would keep all of it for the backward pass
         targets = [down(layer, h, how.kept) for layer, h in zip(self.down, seen.take(), strict=True)]
         anchor = targets.pop()
         crossed = []
         for target, cross in zip(targets, self.cross, strict=True):
-            read = attend(
-                target, [Target(memory)], seen.memory_mask, how.eps, keep=how.keep, skip_padding=how.skip_padding
-            )
-            crossed.append(target.tokens() + down(cross, read).tokens())
+            crossed.append(target.tokens() + down(cross, self._read(target, seen)).tokens())
         merged = merge(anchor, [Target(z) for z in crossed], mask, self.gate, how.eps, how.causal, how.keep)
         final = anchor.tokens() + project(self.project, merged).tokens()
         return self.up(torch.stack([*crossed, final]) if self.levels else final)
+
+    @property
+    def goes_on(self) -> bool:
+        return super().goes_on and not self.levels
+
+    @property
+    def zeroes(self) -> bool:
+        return False
+
+    def levels_of(self, seen: Seen) -> Tensor:
+        """As of the other, the layers after they have read the memory."""
+        assert seen.memory is not None
+        *layers, anchor = super().levels_of(seen).unbind(dim=1)
+        crossed = [
+            z + down(cross, self._read(Target(z), seen)).tokens() for z, cross in zip(layers, self.cross, strict=True)
+        ]
+        return torch.stack([*crossed, anchor], dim=1)
+
+    def _read(self, target: Target, seen: Seen) -> Tensor:
+        """What a layer reads of the memory, (B, L, d)."""
+        how, memory = self.how, Target(seen.memory)  # type: ignore[arg-type]
+        return attend(target, [memory], seen.memory_mask, how.eps, keep=how.keep, skip_padding=how.skip_padding)
 
 
 class VectorUniPT(nn.Module):
