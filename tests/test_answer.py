@@ -17,6 +17,7 @@ from trimtab.backbones.chat.words import IGNORED, ConversationError
 from trimtab.experiments import folder as folders
 from trimtab.experiments.recipe import expand
 from trimtab.experiments.run import run
+from trimtab.methods import METHODS
 from trimtab.tasks import TaskModel
 from trimtab.tasks.answer import Answer, _chosen
 
@@ -110,7 +111,7 @@ def test_answers_are_what_the_model_finds_likeliest_word_by_word(chats, name):
         words.append(logits.argmax(-1))
         ids = torch.cat([ids, words[-1][:, None]], 1)
     expected = backbone.tokenizer.decode(torch.cat(words), skip_special_tokens=True).strip()
-    assert backbone.answers(batch, longest=3, shortest=3) == [expected]
+    assert backbone.reply(batch, longest=3, shortest=3) == [expected]
 
 
 def test_beams_and_lengths_are_handed_on(chats):
@@ -120,7 +121,7 @@ def test_beams_and_lengths_are_handed_on(chats):
     seen = {}
     backbone.model.generate = lambda **how: seen.update(how) or kept(**how)
     try:
-        (found,) = backbone.answers(batch, longest=3, shortest=2, beams=3, length_penalty=0.5)
+        (found,) = backbone.reply(batch, longest=3, shortest=2, beams=3, length_penalty=0.5)
     finally:
         del backbone.model.generate
     how = seen["generation_config"]
@@ -384,3 +385,20 @@ def test_an_exported_run_is_a_chat_folder_of_its_own(chats, tmp_path):
     assert again.answer([row]) == folders.load(out).answer([row])
     for kept in ("processor_config.json", "preprocessor_config.json", "chat_template.jinja"):
         assert (exported / kept).read_bytes() == (chats("smolvlm").folder / kept).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "blip-2", "florence2"])
+def test_unipt_answers_with_a_cache_as_without(chats, name):
+    backbone, task = backbones.load(chats(name).folder, kind="chat"), task_of(name)
+    METHODS["unipt"]().attach(backbone.model.requires_grad_(False), backbone.anatomy)
+    batch = task.collate(backbone, rows_of(name), False)
+    with torch.no_grad():
+        for parameter in backbone.model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter) if parameter.requires_grad else 0
+    logits = []
+    for cache in (True, False):
+        how = {"use_cache": cache, "return_dict_in_generate": True, "output_logits": True, "suppress_tokens": MARKS}
+        out = backbone.model.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False, **how)
+        logits.append(torch.stack(out.logits))
+    finite = logits[0].isfinite()
+    assert torch.allclose(logits[0][finite], logits[1][finite], atol=1e-4) and logits[0][finite].std() > 0.1

@@ -9,7 +9,7 @@
     "video"     frames(...), text(...) and compare(...): similarities by a head of the model's own
     "detector"  detect(...): what a text names, as a set of objects
     "vision"    image(...): a vision tower by itself
-    "chat"      teach(...) and told(...), ask(...) and answers(...): conversations with pictures, answered in words
+    "chat"      teach(...) and told(...), ask(...) and reply(...): conversations with pictures, answered in words
 
 `Backbone.model` is the plain (transformers) module that methods see through its `Anatomy`.
 """

@@ -148,7 +148,7 @@ class Answer(Task):
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.smoothing)
 
     def predict(self, backbone: Any, head: nn.Module, batch: Batch) -> list[dict[str, Any]]:
-        return [{"answer": text} for text in backbone.answers(batch, **self.how)]
+        return [{"answer": text} for text in backbone.reply(batch, **self.how)]
 
     def example(self, backbone: Any, size: int) -> Batch:
         """Rows of one picture, a question of as many words as costs are counted with, and an answer of one."""

@@ -80,7 +80,7 @@ class ChatBackbone(Backbone):
         logits = self.model(**inputs, **more).logits[:, :-1]  # (B, kept - 1, V)
         return logits[told], ahead[told]
 
-    def answers(self, batch: dict[str, Tensor], longest: int, shortest: int = 0, beams: int = 1,
+    def reply(self, batch: dict[str, Tensor], longest: int, shortest: int = 0, beams: int = 1,
                 length_penalty: float = 1.0) -> list[str]:  # fmt: skip
         """What the model answers to a batch of `ask`: written greedily or by beam search, without spaces around it.
 
