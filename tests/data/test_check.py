@@ -66,6 +66,13 @@ def test_own_files_serve_what_their_columns_allow(folder):
     assert one.source == "files" and one.splits[0].rows == 4
 
 
+def test_a_stream_is_counted_as_far_as_it_is_read(tmp_path, capsys):
+    official.shard(tmp_path / "a.tar", {str(i): {"jpg": official.jpeg(), "txt": b"words"} for i in range(4)})
+    assert [(s.rows, s.more) for s in check.check(tmp_path)[0].splits] == [(4, False)]
+    assert cli.main(["data", "check", str(tmp_path), "rows=3"]) == 0
+    assert "train: 3 rows, or more: reading stopped at the setting rows" in capsys.readouterr().out
+
+
 def test_a_tsv_of_addresses_lacks_its_pictures(tmp_path):
     (tmp_path / "a.tsv").write_text("a dog\thttp://x/1\n")
     (found,) = check.check(tmp_path / "a.tsv")

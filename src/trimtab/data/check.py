@@ -34,6 +34,7 @@ class SplitFound:
         left_out: a sentence for each row that cannot.
         missing: why the split as a whole cannot be read; empty if it can.
         absent: it has no file here, which is usual: not every split is published, or fetched.
+        more: reading stopped at the source's setting `rows`; there may be more.
     """
 
     name: str
@@ -41,6 +42,7 @@ class SplitFound:
     left_out: list[str] = field(default_factory=list)
     missing: str = ""
     absent: bool = False
+    more: bool = False
 
 
 @dataclass
@@ -145,6 +147,7 @@ def _published(name: str, settings: dict[str, Any], samples: int, decode: bool) 
         except (ImportError, ValueError) as error:
             each.missing = str(error)
         each.rows, each.left_out = len(kept), kept.left_out
+        each.more = source.rows is not None and each.rows >= source.rows
         found.splits.append(each)
         if len(kept) and not found.samples:
             table = kept.table(f"{name} {split}")

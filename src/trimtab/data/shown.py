@@ -38,7 +38,8 @@ def tell(found: Sequence[Found], console: Any) -> None:
             console.print(f"  not there: {', '.join(split.name for split in absent)}", highlight=False)
         for split in (split for split in each.splits if split not in absent):
             out = f", {len(split.left_out)} rows cannot be used" if split.left_out else ""
-            console.print(f"  {split.name}: {split.rows:,} rows{out}", highlight=False)
+            more = ", or more: reading stopped at the setting rows" if split.more else ""
+            console.print(f"  {split.name}: {split.rows:,} rows{more}{out}", highlight=False)
             for fault in [split.missing, *split.left_out[:3]]:
                 if fault:
                     console.print(f"    missing: {fault}", markup=False, highlight=False, soft_wrap=True)
