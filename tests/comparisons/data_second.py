@@ -197,7 +197,7 @@ def genome(root: Path, table: str, expected: dict[str, Any]) -> Rows | None:
 
 def _size(root: Path, pictured: visual_genome.Pictured) -> tuple[int, int]:
     cell = {"bytes": pictured.content, "path": None if pictured.content else str(root / pictured.picture)}
-    return visual_genome._size(Entry({}, root, "a picture"), cell)
+    return boxes.size_of(Entry({}, root, "a picture"), cell)
 
 
 def _published(root: Path) -> Rows:
@@ -206,7 +206,7 @@ def _published(root: Path) -> Rows:
     find, out = source._find(), []
     for entry, number, region in visual_genome.published(path, Kept()):
         cell = find(entry, f"{number}.jpg")
-        valid = boxes.inside(region.box, visual_genome._size(entry, cell))
+        valid = boxes.inside(region.box, boxes.size_of(entry, cell))
         out.append({"image": relative(cell["path"], root), "phrase": region.phrase, "box_xyxy": region.box,
                     "image_id": number, "box_valid_for_xvlm": valid})  # fmt: skip
     rows = rows_of(source.table("grounding", "train"), root)

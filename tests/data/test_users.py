@@ -59,6 +59,11 @@ def test_json_lists_and_pictures_in_another_folder(folder):
     [
         ("vqa", {"image": "gone.png"}, r"the picture 'gone.png' is not there; looked in"),
         ("vqa", {"image": "pictures/0.png", "answer": True}, r"expected 'answer' to be a string, found 'True'"),
+        (
+            "grounding",
+            {"image": "pictures/0.png", "box": [40, 0, 50, 9]},
+            r"in its picture of 40 x 30 pixels, found \[40",
+        ),
         ("grounding", {"image": "pictures/0.png", "box": [5, 5, 5, 9]}, r"left, top, right, bottom with an area"),
         ("vqa", {"image": "pictures/0.png", "question_id": 1}, r"the question_id '1' stands twice"),
         ("vqa", {"video": "gone.mp4"}, r"the video 'gone.mp4' is not there"),

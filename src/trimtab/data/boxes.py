@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+from typing import Any
 
 from trimtab.data.reading import Entry
 
@@ -44,3 +46,18 @@ def inside(box: Box, size: tuple[int, int]) -> bool:
     """Whether a box with an area lies in the picture as a whole, which X-VLM demands."""
     left, top, right, bottom = box
     return left >= 0 and top >= 0 and left < right <= size[0] and top < bottom <= size[1]
+
+
+def size_of(entry: Entry, cell: dict[str, Any]) -> tuple[int, int]:
+    """Width and height of a picture, from the head of its file.
+
+    Raises:
+        RowError: if the file is no picture.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]) as picture:
+            return picture.size
+    except (UnidentifiedImageError, OSError) as error:
+        raise entry.error(f"its picture cannot be decoded ({error})") from error

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.data import chats
 from trimtab.data.base import COLUMNS, features
+from trimtab.data.boxes import clamped, size_of
 from trimtab.data.reading import DataError, Entry, Kept, OnError, Pictures, csv_rows, json_lines, json_rows
 from trimtab.registry import unknown
 
@@ -137,6 +138,7 @@ class _Reader:
         self.names = {file: name for name, file in columns.items()}
         self.pictures = Pictures(folder, decode=decode and on_error == "skip")
         self.typed = {name for name in typed if name in COLUMNS}
+        self.sizes: dict[str, tuple[int, int]] = {}
         self.rows: list[dict[str, Any]] = []
 
     def add(self, entry: Entry) -> None:
@@ -158,10 +160,20 @@ class _Reader:
             alone = [row.pop("image")] if row.get("image") is not None else []
             row["messages"], row["images"] = chats.conversation(named, self._picture, row.get("images") or alone)
             row["answer"] = chats.answer(row["messages"])
+        if "box" in self.typed and row.get("box") and row.get("image") and self.find:
+            size = self._size(named, row["image"])
+            left, top, right, bottom = clamped(row["box"], size)
+            if right <= left or bottom <= top:
+                raise named.error(f"expected 'box' in its picture of {size[0]} x {size[1]} pixels, found {row['box']}")
         for key in ONCE:
             if row.get(key) is not None:
                 self.kept.once(named, row[key], key)
         self.rows.append(row)
+
+    def _size(self, entry: Entry, cell: dict[str, Any]) -> tuple[int, int]:
+        if cell["path"] not in self.sizes:  # many phrases are about one picture
+            self.sizes[cell["path"]] = size_of(entry, cell)
+        return self.sizes[cell["path"]]
 
     def _picture(self, entry: Entry, name: str) -> dict[str, Any]:
         if self.find:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from trimtab.data.base import CAPTIONED, GROUNDED, SOURCES
-from trimtab.data.boxes import inside
+from trimtab.data.boxes import inside, size_of
 from trimtab.data.held_out import HeldOut
 from trimtab.data.images import decode
 from trimtab.data.reading import DataError, Entry, Kept, Pictures, find_file, json_lines, json_rows
@@ -134,19 +134,6 @@ def valid(entry: Entry, region: Region, size: tuple[int, int]) -> list[int]:
     return region.box
 
 
-def _size(entry: Entry, cell: dict[str, Any]) -> tuple[int, int]:
-    """Width and height of a picture, from the head of its file."""
-    import io
-
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]) as picture:
-            return picture.size
-    except (UnidentifiedImageError, OSError) as error:
-        raise entry.error(f"its picture cannot be decoded ({error})") from error
-
-
 @SOURCES.register("visual-genome")
 @dataclass(frozen=True, kw_only=True)
 class VisualGenome(HeldOut):
@@ -228,7 +215,7 @@ class VisualGenome(HeldOut):
             if not captions:
                 raise entry.error("has no caption of the picture as a whole; it serves the task 'grounding'")
             return [{"image": image, "captions": captions}]
-        size = _size(entry, image)
+        size = size_of(entry, image)
         boxes = [valid(entry, p, size) for p in parts]
         if cut:
             picture = decode(image).convert("RGB")
