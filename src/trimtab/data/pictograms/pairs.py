@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -24,27 +25,45 @@ def count(scene: Scene, name: str | None = None) -> int:
     return sum(name in (None, t.concept.name) for t in scene.things)
 
 
+def _compared(pair: Pair, sign: int) -> bool:
+    """Whether the left picture holds more things (1), the right one does (-1), or both hold as many (0)."""
+    difference = count(pair[0]) - count(pair[1])
+    return (difference > 0) - (difference < 0) == sign
+
+
+def _in_all(pair: Pair, number: int, name: str | None = None) -> bool:
+    return sum(count(scene, name) for scene in pair) == number
+
+
+def _shown(pair: Pair, name: str, left: bool | None, right: bool | None) -> bool:
+    """Whether a thing is in the left picture, and in the right one; None asks nothing of a picture."""
+    return all(w is None or (count(s, name) > 0) == w for s, w in zip(pair, (left, right), strict=True))
+
+
+def _in_one(pair: Pair, name: str) -> bool:
+    return (count(pair[0], name) > 0) != (count(pair[1], name) > 0)
+
+
 def _statements(names: list[str], most: int) -> list[Statement]:
     """What can be said about two pictures in which these things may stand."""
     found: list[Statement] = [
-        ("compare", "the left picture holds more things than the right one", lambda p: count(p[0]) > count(p[1])),
-        ("compare", "the right picture holds more things than the left one", lambda p: count(p[1]) > count(p[0])),
-        ("compare", "the two pictures hold the same number of things", lambda p: count(p[0]) == count(p[1])),
+        ("compare", "the left picture holds more things than the right one", partial(_compared, sign=1)),
+        ("compare", "the right picture holds more things than the left one", partial(_compared, sign=-1)),
+        ("compare", "the two pictures hold the same number of things", partial(_compared, sign=0)),
     ]
-    for n in range(2, most + 1):
-        found.append(("total", f"there are {n} things in all", lambda p, n=n: count(p[0]) + count(p[1]) == n))
+    found += [("total", f"there are {n} things in all", partial(_in_all, number=n)) for n in range(2, most + 1)]
     for x in names:
         a = article(x)
         found += [
-            ("both", f"both pictures show {a}", lambda p, x=x: all(count(s, x) for s in p)),
-            ("one", f"only one of the pictures shows {a}", lambda p, x=x: sum(count(s, x) > 0 for s in p) == 1),
-            ("none", f"neither picture shows {a}", lambda p, x=x: not any(count(s, x) for s in p)),
-            ("left", f"{a} is in the left picture", lambda p, x=x: count(p[0], x) > 0),
-            ("right", f"{a} is in the right picture", lambda p, x=x: count(p[1], x) > 0),
+            ("both", f"both pictures show {a}", partial(_shown, name=x, left=True, right=True)),
+            ("none", f"neither picture shows {a}", partial(_shown, name=x, left=False, right=False)),
+            ("left", f"{a} is in the left picture", partial(_shown, name=x, left=True, right=None)),
+            ("right", f"{a} is in the right picture", partial(_shown, name=x, left=None, right=True)),
+            ("one", f"only one of the pictures shows {a}", partial(_in_one, name=x)),
         ]
-        for n in (2, 3):
-            words = f"there are {NUMBERS[n]} {plural(x)} in all"
-            found.append(("number", words, lambda p, x=x, n=n: sum(count(s, x) for s in p) == n))
+        found += [
+            ("number", f"there are {NUMBERS[n]} {plural(x)} in all", partial(_in_all, number=n, name=x)) for n in (2, 3)
+        ]
     return found
 
 

@@ -149,15 +149,15 @@ def _relational(scene: Scene, rng: np.random.Generator, world: World) -> list[As
         return there[0] if len(there) == 1 and relation(there[0], anchor, size) == where else None
 
     for b in single:
-        for where in DIRECTIONS:
-            first = only(b, where)
+        for side in DIRECTIONS:
+            first = only(b, side)
             if first is None:
                 continue
-            asked.append(_what(first, [(b.concept.name, where)]))
+            asked.append(_what(first, [(b.concept.name, side)]))
             for then in DIRECTIONS:
                 second = only(first, then)
                 if second is not None and second is not b:
-                    asked.append(_what(second, [(b.concept.name, where), ("", then)]))
+                    asked.append(_what(second, [(b.concept.name, side), ("", then)]))
     for a in single:
         for b in single:
             where = relation(a, b, size) if a is not b else None
@@ -190,7 +190,7 @@ def _of_what_there_is(scene: Scene, rng: np.random.Generator, world: World) -> l
     asked = []
     x = here if rng.random() < 0.5 else absent
     answer = _yes(x in names)
-    steps = (Step("select", x), Step("exist", "", (0,)))
+    steps: tuple[Step, ...] = (Step("select", x), Step("exist", "", (0,)))
     full = f"{answer}, there is {article(x) if answer == 'yes' else f'no {x}'}"
     asked.append(Asked(f"is there {article(x)}?", steps, answer, full, "verify", "obj", "exist"))
     word, truth = ("and", len(kinds) > 1 and rng.random() < 0.5) if rng.random() < 0.5 else ("or", rng.random() < 0.5)
