@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ def test_a_run_is_plain_files_and_only_the_learned_part(finished):
         k.startswith(("task.head.", "learned.unipt.", "kept.unipt.")) for k in load_file(folder / "weights.safetensors")
     )
     info = json.loads((folder / "run.json").read_text())
+    assert 0 < info["waiting"] < 1  # share of the training time
     assert info["seed"] == r.seed and info["versions"]["torch"] and "commit" in info["git"]
     costs = json.loads((folder / "costs.json").read_text())
     assert costs["checkpoint_bytes"] == (folder / "weights.safetensors").stat().st_size
@@ -85,6 +87,13 @@ def test_what_a_policy_alone_trains_is_stored(tiny_raw, tmp_path, methods):
     assert kept and all(name.endswith(".bias") for name in kept)
     own = dict(folder_of_runs.load(folder).backbone.model.named_parameters())
     assert all(torch.equal(own[name.removeprefix("kept.")], stored[name]) for name in kept)
+
+
+def test_rows_that_are_read_ahead_train_the_same_model_where_nothing_is_drawn(finished, tiny_raw, tmp_path):
+    ahead = replace(finished[1], training=replace(finished[1].training, workers=1))
+    folder = run.run(ahead, tmp_path / "ahead", measure_costs=False)
+    told, again = (json.loads((f / "metrics.json").read_text()) for f in (finished[0], folder))
+    assert told == again
 
 
 def test_another_seed_gives_another_model(finished, tmp_path, tiny_raw):

@@ -59,6 +59,11 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
     label = f"{recipe.name} {recipe.variant}"
     parts.pull(training.TrainingSession(parts.model, train, validation, recipe.training, recipe.seed, label, folder))
     history = _train(parts, train, recipe, label, folder / "checkpoints")
+    waited = [entry.pop("waiting") for entry in history]
+    waiting = sum(waited) / len(waited) if waited else None
+    if waiting is not None:
+        more = "; `training.workers` reads ahead" if waiting > 0.05 and not recipe.training.workers else ""
+        print(f"{label}: waited for data in {waiting:.1%} of the training time{more}")
     metrics, records = training.evaluate(parts.model, test, recipe.training.evaluation_batch)
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +80,7 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
     files.write_gallery(parts.task, records, test, folder / "samples")
     for scratch in (folder / "checkpoints", folder / "search"):
         shutil.rmtree(scratch, ignore_errors=True)
-    write_json(folder / "run.json", _info(recipe, parts, started))
+    write_json(folder / "run.json", {**_info(recipe, parts, started), "waiting": waiting})
     return folder
 
 

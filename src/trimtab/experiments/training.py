@@ -10,6 +10,7 @@ import ctypes
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,24 @@ class _Trainer(Trainer):
 
     def __init__(self, *args: Any, spec: TrainingSpec, rates: Mapping[str, float], **kwargs: Any):
         self.spec, self.rates = spec, rates
+        self.waited, self.since = 0.0, time.perf_counter()
         super().__init__(*args, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, timed: the model waits while rows are read, decoded and collated."""
+        started = time.perf_counter()
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        finally:
+            self.waited += time.perf_counter() - started
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """With the share of the time since the last log in which the model waited for data."""
+        if "loss" in logs:
+            now = time.perf_counter()
+            logs["waiting"] = round(self.waited / max(now - self.since, 1e-9), 4)
+            self.waited, self.since = 0.0, now
+        super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -121,7 +139,8 @@ def fit(
         cache: a filled `ActivationCache` of the table, from which `model`, a `CachedModel`, trains.
 
     Returns:
-        One dict a logged step: `step`, `loss`, `learning_rate`, `grad_norm`.
+        One dict a logged step: `step`, `loss`, `learning_rate`, `grad_norm`, and `waiting`, the share of the time since
+        the last one in which the model waited for data.
     """
     keep_freed_memory()
     steps = spec.steps if steps is None else steps
@@ -143,7 +162,7 @@ def fit(
         last = saving and any(Path(str(args.output_dir)).glob("checkpoint-*"))
         trainer.train(resume_from_checkpoint=bool(last))
     model.zero_grad(set_to_none=True)
-    keep = ("step", "loss", "learning_rate", "grad_norm")
+    keep = ("step", "loss", "learning_rate", "grad_norm", "waiting")
     return [{k: float(e[k]) for k in keep if k in e} for e in trainer.state.log_history if "loss" in e]
 
 
@@ -169,6 +188,8 @@ def _arguments(spec: TrainingSpec, steps: int, seed: int, folder: Path, saving: 
         remove_unused_columns=False,
         dataloader_drop_last=len(table) >= spec.batch_size,
         dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_num_workers=spec.workers,
+        dataloader_persistent_workers=spec.workers > 0,
         disable_tqdm=True,
         report_to="none",
         seed=seed,
