@@ -191,7 +191,7 @@ class _Watch:
         ran = {call.path for call in self.recording.calls}
         idle = tuple(p for p, children in repeated(self.model) if not ran & set(children))
         source = f"seen on an example ({shapes(self.example)})"
-        return Anatomy(towers, tuple(heads), ignored, source, seen=True, idle=idle)
+        return Anatomy(towers, tuple(heads), ignored, source, True, idle, self.recording.severed())
 
     def _tower(self, tower: SeenTower, scope: tuple[str, ...]) -> Tower:
         links = tower.links[: tower.used]
