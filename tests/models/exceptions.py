@@ -20,6 +20,36 @@ _DETECTOR: dict[str, Any] = {
     "backbone_config": {"image_size": 32, "patch_size": 4, **_SWIN, "out_indices": (1, 2)},
     "num_queries": 4, "num_feature_levels": 3, "max_text_len": 16, "d_model": 32,
 }  # fmt: skip
+_HGNET: dict[str, Any] = {
+    "embedding_size": 16, "hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 2, 1], "stem_channels": [3, 16, 16],
+    "stage_in_channels": [16, 16, 24, 32], "stage_mid_channels": [8, 8, 8, 8], "stage_out_channels": [16, 24, 32, 48],
+    "stage_num_blocks": [1, 1, 2, 1], "stage_numb_of_layers": [2, 2, 2, 2], "out_indices": [2, 3, 4],
+}  # fmt: skip
+_RESNET: dict[str, Any] = {"embedding_size": 16, "hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 2, 1],
+                           "out_indices": [2, 3, 4]}  # fmt: skip
+_RT_DETR: dict[str, Any] = {
+    "backbone_config": _HGNET, "encoder_in_channels": [24, 32, 48], "decoder_in_channels": [32, 32, 32], "d_model": 32,
+    "encoder_hidden_dim": 32, "decoder_layers": 3, "num_denoising": 0, "num_queries": 4,
+}  # fmt: skip
+_SWIN_LEVELS: dict[str, Any] = {"image_size": 64, "depths": [1, 1, 1, 1], "embed_dim": 16, "num_heads": [2, 2, 2, 2],
+                                "window_size": 2, "out_indices": [1, 2, 3, 4]}  # fmt: skip
+_LONG = {f"{way}_{size}ratio": [kernel, [1, 1], [k // 2 for k in kernel]]
+         for way, kernels in {"vertical_long_to_small_conv": ([7, 1], [5, 1], [3, 1]),
+                              "horizontal_small_to_long_conv": ([1, 7], [1, 5], [1, 3]),
+                              "symmetric_conv_long": ([7, 7], [5, 5], [3, 3])}.items()
+         for size, kernel in zip(("long", "mid", "short"), kernels, strict=True)}  # fmt: skip
+_LCNET: dict[str, Any] = {
+    "block_configs": [[[3, 16, 16, 1, True]], [[3, 16, 24, 2, False], [3, 24, 24, 1, True], [3, 24, 24, 1, False]],
+                      [[3, 24, 32, 2, False], [3, 32, 32, 1, True]], [[3, 32, 40, 2, False], [3, 40, 40, 1, True]]],
+    "stem_channels": [3, 8, 16], "out_indices": [1, 2, 3, 4],
+}  # fmt: skip
+_OCR: dict[str, Any] = {
+    "backbone_config": {**_HGNET, "out_indices": [1, 2, 3, 4]}, "neck_out_channels": 16,
+    "scale_factor_list": [1, 2, 4, 8], "kernel_list": [3, 2, 2],
+    "intraclass_block_config": {"reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0], **_LONG},
+}  # fmt: skip
+_LEVELS: dict[str, Any] = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]}
+_DPT: dict[str, Any] = {"neck_hidden_sizes": [16, 16, 24, 32], "fusion_hidden_size": 16, "backbone_config": _LEVELS}
 
 # Fields of a small configuration that are set to these values; dictionaries are merged.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -33,15 +63,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bridgetower": {"vision_config": {"hidden_size": 64, "image_size": 16}, "text_config": {"hidden_size": 64},
         "hidden_size": 64},
     "chameleon": {"vocabulary_map": _LETTERS, "vq_config": _VQ},
+    "chmv2": {"backbone_config": {**_LEVELS, "return_class_token": True}, "post_process_channels": [16, 16, 24, 32],
+        "fusion_hidden_size": 16, "head_hidden_size": 16, "number_output_channels": 16},
     "codegen": {"n_embd": 32, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0,
         "mrope_section": [2, 1, 1]}}},
     "convnext": {"hidden_sizes": [16, 24, 32, 48]},
     "convnextv2": {"hidden_sizes": [16, 24, 32, 48]},
     "cosmos3_edge_text": _SECTIONS,
+    "d_fine": _RT_DETR,
     "deepseek_ocr2": {"vision_config": {"sam_config": {**_SAM, "downsample_channels": [32, 32]}}},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse"], "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1},
+    "deimv2": _RT_DETR,
+    "depth_anything": _DPT,
+    "depth_pro": {"patch_size": 16, "intermediate_hook_ids": [2, 1], "intermediate_feature_dims": [16, 16],
+        "scaled_images_feature_dims": [32, 32, 16], "fusion_hidden_size": 16},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
     "dinov3_convnext": {"image_size": 64},
     "donut-swin": {"embed_dim": 16, "depths": [1, 2], "num_heads": [2, 4], "window_size": 4, "image_size": 32},
@@ -51,7 +88,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 8,
         "swa_kv_lora_rank": 8, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8},
     "dots3_note_vision_encoder": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
-    "efficientnet": {"image_size": 64, "width_coefficient": 0.5, "depth_coefficient": 0.3, "hidden_dim": 640},
+    "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [16, 16, 24, 32],
+        "fusion_hidden_size": 16},
+    "efficientnet": {"image_size": 64, "width_coefficient": 0.5, "depth_coefficient": 0.3, "hidden_dim": 640,
+        "initializer_range": 0.3},
     "emu3": {"vocabulary_map": _TOKENS, "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1, 1, 1],
         "num_res_blocks": 1, "codebook_size": 16, "embed_dim": 8, "hidden_size": 32, "attn_resolutions": [2]}},
     "ernie4_5_vl_moe_text": {"rope_parameters": {"mrope_section": [1, 1, 2]}, "moe_intermediate_size": [16, 16],
@@ -84,7 +124,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 16},
     "grounding-dino": _DETECTOR,
     "hiera": {"embed_dim": 16, "image_size": [64, 64], "depths": [1, 1, 2], "num_heads": [1, 2, 4], "patch_size":
-        [7, 7], "query_stride": [2, 2], "masked_unit_size": [4, 4]},
+        [7, 7], "num_query_pool": 2, "query_stride": [2, 2], "masked_unit_size": [4, 4]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "hunyuan_vl_text": {**_SECTIONS, "head_dim": 8},
@@ -97,13 +137,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "kimi_k25_vision": {"pos_emb_height": 8, "pos_emb_width": 8},
     "kyutai_speech_to_text": {"num_codebooks": 2, "codebook_vocab_size": 20},
     "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
-    "levit": {"image_size": 64},
+    "levit": {"image_size": 64, "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 3, 4], "depths": [2, 2, 2],
+        "patch_size": 16, "key_dim": [8, 8, 8],
+        "down_ops": [["Subsample", 8, 2, 2, 2, 2], ["Subsample", 8, 3, 2, 2, 2]]},
     "llama4": {"vision_config": {"vision_output_dim": 48, "intermediate_size": 192, "projector_input_dim": 48,
         "projector_output_dim": 48}},
     "llava_next": _TILES,
     "llava_next_video": _TILES,
     "llava_onevision": _TILES,
+    "lw_detr": {"backbone_config": {"image_size": 32, "pretrain_image_size": 16, "patch_size": 4, "num_windows": 4,
+        "num_windows_side": 2, "window_block_indices": [0], "num_hidden_layers": 3, "out_indices": [1, 3]},
+        "projector_scale_factors": [1.0], "num_queries": 4, "decoder_cross_attention_heads": 4},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 16},
+    "mask2former": {"backbone_config": _SWIN_LEVELS, "feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32,
+        "decoder_layers": 3, "encoder_layers": 2},
+    "maskformer": {"backbone_config": _SWIN_LEVELS, "fpn_feature_size": 32, "mask_feature_size": 32},
     "mimi": {"upsample_groups": 16, "num_filters": 4, "hidden_size": 32, "upsampling_ratios": [2, 4],
         "codebook_dim": 16},
     "minicpm_ocr": {"image_token_id": 127},
@@ -115,8 +163,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mm-grounding-dino": _DETECTOR,
     "mobilenet_v1": {"image_size": 64},
     "mobilenet_v2": {"image_size": 64},
-    "mobilevit": {"image_size": 64},
-    "mobilevitv2": {"image_size": 64},
+    "mobilevit": {"image_size": 64, "initializer_range": 0.3, "hidden_sizes": [24, 32, 40],
+        "neck_hidden_sizes": [16, 16, 16, 24, 24, 32, 40]},
+    "mobilevitv2": {"image_size": 64, "initializer_range": 0.3, "base_attn_unit_dims": [16, 24, 32], "width_multiplier":
+        0.25, "n_attn_blocks": [1, 2, 1]},
     "molmo2": {"vision_config": {"image_size": [16, 16], "num_position_embeddings": 16, "patch_size": 4},
         "adapter_config": {"vision_feature_layer": [2, 1]}},
     "moss_transcribe_diarize_audio": {"max_source_positions": 16},
@@ -126,9 +176,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "nemotron": {"head_dim": 8},
     "nemotron_h": {"ssm_state_size": 16, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "chunk_size": 8},
     "nemotron_h_omni": {"image_token_id": 127},
+    "oneformer": {"backbone_config": _SWIN_LEVELS, "conv_dim": 32, "mask_dim": 32, "hidden_dim": 32,
+        "decoder_layers": 3, "encoder_layers": 2},
     "paddleocr_vl_text": _SECTIONS,
     "phi4_multimodal_vision": {"crop_size": 16},
+    "pp_doclayout_v2": {**_RT_DETR, "class_thresholds": [0.1, 0.1], "class_order": [0, 1],
+        "reading_order_config": {"max_2d_position_embeddings": 1024}},
+    "pp_doclayout_v3": {**_RT_DETR, "x4_feat_dim": 16, "backbone_config": {**_HGNET, "out_indices": [1, 2, 3, 4]}},
+    "pp_doclayout_v4": {**_RT_DETR, "hidden_size": 32},
     "pp_lcnet": {"image_size": 64},
+    "pp_ocrv5_mobile_det": {"backbone_config": {"out_indices": [2, 3, 4, 5], "scale": 0.25}, "neck_out_channels": 16},
+    "pp_ocrv5_server_det": _OCR,
+    "pp_ocrv6_medium_det": {**_OCR, "backbone_config": _LCNET},
+    "pp_ocrv6_small_det": {"backbone_config": _LCNET, "neck_out_channels": 16,
+        "layer_list_out_channels": [16, 24, 32, 40]},
+    "prompt_depth_anything": _DPT,
     "pvt": {"image_size": 64},
     "pvt_v2": {"image_size": 64},
     "qwen2_5_omni_text": _SECTIONS,
@@ -143,6 +205,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 2},
     "radio": {"max_img_size": 32, "patch_dim": 48, "video_patch_dim": 96},
     "reformer": {"is_decoder": True},
+    "rt_detr": {**_RT_DETR, "backbone_config": _RESNET},
+    "rt_detr_v2": {**_RT_DETR, "backbone_config": _RESNET},
+    "sapiens2": {"num_key_value_heads_per_layer": [4, 2, 4], "head_config": {"upsample_out_channels": [16],
+        "upsample_kernel_sizes": [4], "conv_out_channels": [16], "conv_kernel_sizes": [1]}},
     "segformer": {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1], "sr_ratios": [4, 2, 1, 1],
         "num_attention_heads": [1, 1, 2, 2], "patch_sizes": [7, 3, 3, 3], "strides": [4, 2, 2, 2], "mlp_ratios": [2,
         2, 2, 2]},
@@ -152,8 +218,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "swin2sr": {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4, "image_size": 16},
     "swinv2": {"embed_dim": 16, "depths": [1, 2], "num_heads": [2, 4], "window_size": 4, "image_size": 32},
     "t5gemma2": {"encoder": {"mm_tokens_per_image": 4}},
+    "textnet": {"stem_out_channels": 16, "hidden_sizes": [16, 16, 24, 32, 48], "image_size": [64, 64],
+        "conv_layer_kernel_sizes": [[[3, 3]], [[3, 3], [1, 3]], [[3, 3]], [[3, 1]]],
+        "conv_layer_strides": [[1], [2, 1], [2], [2]]},
+    "tipsv2_dpt": _DPT,
     "udop": {"decoder_start_token_id": 0},
     "unlimited_ocr": {"vision_config": {"sam_config": _SAM}},
+    "upernet": {"backbone_config": {**_RESNET, "out_indices": [1, 2, 3, 4]}},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4, "downsampling_ratios": (2, 4), "depths": (1, 1, 1)},
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
     "videoprism_vision_model": {"image_size": 12, "tubelet_size": (1, 4, 4), "num_frames": 4},
@@ -162,10 +233,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "voxtral_encoder": {"intermediate_size": 192, "max_source_positions": 16},
     "xlnet": {"d_head": 8},
     "xmod": {"default_language": "en_XX"},
+    "zoedepth": {**_DPT, "fusion_hidden_size": 256, "bottleneck_features": 256, "bin_embedding_dim": 16},
 }  # fmt: skip
 
 # What the default configuration is made with, where a part is left out otherwise.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
     "gemma4_unified": {"vision_config": {"model_type": "gemma4_unified_vision"}},
+    **{
+        f: {"backbone_config": {"model_type": "resnet", **_RESNET, "out_indices": [4]}}
+        for f in ("conditional_detr", "dab-detr", "deformable_detr", "detr", "table-transformer")
+    },
 }
