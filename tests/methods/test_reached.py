@@ -24,13 +24,13 @@ class Attention(nn.Module):
         super().__init__()
         self.query, self.key, self.value = (nn.Linear(16, 16, bias=False) for _ in range(3))
         self.choice = nn.Linear(16, 1)
-        self.mute = mute
+        self.mute, self.chooses = mute, True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         seen = self.choice(x).squeeze(-1).topk(3).indices  # (B, 3)
         scores = self.query(x) @ self.key(x).transpose(1, 2)
         hidden = torch.full_like(scores, -1e4).scatter(2, seen[:, None].expand(-1, x.shape[1], -1), 0.0)
-        out = (scores + hidden).softmax(-1) @ self.value(x)
+        out = (scores + hidden if self.chooses else scores).softmax(-1) @ self.value(x)
         return torch.zeros_like(out) if self.mute else out
 
 
@@ -117,6 +117,45 @@ def test_what_was_seen_is_kept_in_a_folder(tmp_path) -> None:
     again = made()
     fit = trimtab.adapt(again, tmp_path / "fit")
     assert fit.anatomy.severed and not any("choice" in name for name in trained(again))
+
+
+# --- a tower of which the number of tokens changes -------------------------------------------------------------------
+
+
+class Merging(Model):
+    """Two tokens become one before the last block; the width stays."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.inner.words(input_ids)
+        for i, block in enumerate(self.inner.blocks):
+            x = block(x.unflatten(1, (-1, 2)).mean(2) if i == 2 else x)
+        return self.head(x)
+
+
+def merging() -> Merging:
+    torch.manual_seed(0)
+    model = Merging().eval()
+    for block in model.inner.blocks:
+        block.attention.chooses = False
+    return model
+
+
+def test_unipt_reads_the_last_map_of_each_number_of_tokens() -> None:
+    model = merging()
+    fit = trimtab.adapt(model, example=BATCH)
+    assert [b.begins for b in fit.anatomy.blocks()] == [False, False, True]
+    fit.tune("unipt")
+    model.train()
+    model(**BATCH).square().sum().backward()
+    assert trained(model) == {n for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_what_reads_one_number_of_tokens_refuses_before_it_changes_the_model() -> None:
+    model = merging()
+    fit = trimtab.adapt(model, example=BATCH)
+    with pytest.raises(ValueError, match=r"number of tokens of tower 'text' changes before 'inner.blocks.2'"):
+        fit.tune("lst")
+    assert not fit.methods and not any("lst" in name for name, _ in model.named_modules())
 
 
 # --- a plan that cuts a tower off -------------------------------------------------------------------------------------

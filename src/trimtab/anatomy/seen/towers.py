@@ -111,9 +111,11 @@ def block_of(
     if why:
         unknown.append(("skip", why))
     keeps = link.same_shape and not why
+    begins = index > 0 and link.stream.shape[1:-1] != tower.links[index - 1].made.shape[1:-1] and layout == "tokens"
     return Block(
         call.path, width, keeps_shape=keeps, stream="hidden_states" if link.name.startswith("*") else link.name,
-        returns_tuple=issubclass(call.kind, (tuple, list)), also=tuple(also), stays=stays, unknown=tuple(unknown),
+        returns_tuple=issubclass(call.kind, (tuple, list)), also=tuple(also), begins=begins, stays=stays,
+        unknown=tuple(unknown),
     )  # fmt: skip
 
 
