@@ -165,6 +165,11 @@ def flattened(model: Any) -> Batch:
     return {"flattened_patches": torch.cat([places.expand(ROWS, -1, -1).float(), pixels], -1)}
 
 
+def none(model: Any) -> Batch:
+    """Words alone, of a model that may be shown pictures too."""
+    return {}
+
+
 def large(model: Any) -> Batch:
     """A picture of several patches in each direction of the smallest size that is looked at (Depth Pro)."""
     return {"pixel_values": floats(ROWS, 3, 4 * PICTURE, 4 * PICTURE)}
@@ -173,10 +178,10 @@ def large(model: Any) -> Batch:
 PICTURES: dict[str, Callable[[Any], Batch]] = {
     "kosmos-2.5": flattened, "florence2": small,
     "timesformer": video, "videomae": video, "vivit": video, "vjepa2": frames,
-    "videomt": clip_of_frames, "videoprism_vision_model": clip_of_frames,
+    "ultravbert": several, "videomt": clip_of_frames, "videoprism_vision_model": clip_of_frames,
     "colmodernvbert": several, "depth_pro": large, "deepseek_vl_hybrid": two_resolutions, "diffusion_gemma": placed,
     "emu3": sized,
-    "fuyu": pixels_of_patches, "gemma4": placed, "gemma4_unified": placed, "granite4_vision": tiled,
+    "fuyu": pixels_of_patches, "neomme": none, "gemma4": placed, "gemma4_unified": placed, "granite4_vision": tiled,
     "granite_docling": with_mask, "idefics": several, "idefics2": several, "idefics3": several, "inkling2":
     merged_patches, "inkling_mm_model": cubes, "instructblipvideo": video, "kimi_k25": patches, "lfm2_vl":
     whole_shaped, "lfm3_vl": flat, "lighton_ocr": sized, "llava_next": tiled, "llava_next_video": tiled,
