@@ -139,14 +139,14 @@ class Recording:
 
     def smooth(self, tensor: Tensor) -> int:
         """Those of a tensor's origins to which a gradient goes back."""
-        return self._smooth.get(_storage(tensor), 0) if tensor.is_floating_point() else 0
+        return self._smooth.get(_storage(tensor), 0) if _bends(tensor) else 0
 
     def made(self, tensors: list[Tensor], origins: int, smooth: int, old: frozenset[int] = frozenset()) -> None:
         """Note what an operation made; in storages in `old` it wrote, or made a view of them."""
         for tensor in tensors:
             place = _storage(tensor)
             before = self._smooth.get(place, 0) if place in old else 0
-            self._smooth[place] = before | smooth if tensor.is_floating_point() else before
+            self._smooth[place] = before | smooth if _bends(tensor) else before
             if place in old:
                 number, before = self.origins(tensor)
                 self._known[place] = (number, before | origins)
@@ -336,6 +336,11 @@ def _tells(value: Any) -> bool:
     """Whether an element of a result is numbers or text alone, such as the size of a grid."""
     leaves = [v for v in tree_leaves(value) if v is not None]
     return bool(leaves) and all(isinstance(v, (bool, int, float, str)) for v in leaves)
+
+
+def _bends(tensor: Tensor) -> bool:
+    """Whether a gradient may go through a tensor."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _storage(tensor: Tensor) -> int:
