@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.models.census import made, told, verdict
-from tests.models.families import FAMILIES
+from tests.models.families import FAMILIES, VISION
 from tests.models.inputs import inputs
 from tests.models.levers import LEVERS, Case
 from tests.models.page import page
@@ -51,6 +51,14 @@ def test_a_family_is_built_and_its_row_is_what_is_measured(family: str) -> None:
 def test_the_page_tells_what_the_census_found() -> None:
     assert set(FOUND) == set(FAMILIES)
     assert (DOCS / "families.md").read_text() == page(FOUND)
+
+
+def test_the_page_of_families_that_see_tells_what_the_census_found() -> None:
+    found = json.loads((DOCS / "families_vision.json").read_text())
+    assert set(found) == set(VISION)
+    assert (DOCS / "families_vision.md").read_text() == page(found, "vision")
+    kinds = {v["kind"] for e in found.values() for v in e["levers"].values()}
+    assert kinds == {"works", "refused"}, "a wrong result or an error that no one meant"
 
 
 def test_few_families_cannot_be_built() -> None:

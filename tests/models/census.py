@@ -1,6 +1,7 @@
 """What works on which family: every lever on a tiny model of each, with a verdict and its reason.
 
     python -m tests.models.census --out docs/families.json --page docs/families.md
+    python -m tests.models.census --group vision --out docs/families_vision.json --page docs/families_vision.md
     python -m tests.models.census --family clip --family llava        # prints what it finds
 
 works      every check of the lever holds
@@ -182,7 +183,7 @@ def main() -> None:
             args.out.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
     print(summary(found))
     if args.page:
-        args.page.write_text(page(found))
+        args.page.write_text(page(found, args.group))
 
 
 if __name__ == "__main__":
