@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -156,6 +157,18 @@ def test_what_reads_one_number_of_tokens_refuses_before_it_changes_the_model() -
     with pytest.raises(ValueError, match=r"number of tokens of tower 'text' changes before 'inner.blocks.2'"):
         fit.tune("lst")
     assert not fit.methods and not any("lst" in name for name, _ in model.named_modules())
+
+
+def test_adapters_refuse_before_they_change_the_model() -> None:
+    model = merging()
+    seen = Anatomy.of(model, BATCH)
+    blocks = (*seen.towers[0].blocks[:-1], replace(seen.towers[0].blocks[-1], sublayers=()))
+    fit = trimtab.adapt(model, anatomy=replace(seen, towers=(replace(seen.towers[0], blocks=blocks),)))
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="no described part") as told:
+        fit.tune("adapter")
+    assert "changed in part" not in str(told.value) and [name for name, _ in model.named_modules()] == before
+    trimtab.adapt(merging(), example=BATCH).tune("adapter")
 
 
 # --- a plan that cuts a tower off -------------------------------------------------------------------------------------
