@@ -171,6 +171,46 @@ def test_adapters_refuse_before_they_change_the_model() -> None:
     trimtab.adapt(merging(), example=BATCH).tune("adapter")
 
 
+# --- a second stream that nobody reads at the end ---------------------------------------------------------------------
+
+
+class TwoStreams(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Attention(mute=False), nn.Linear(16, 16)
+        self.norm, self.other_norm = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.first.chooses = False
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x + self.first(self.norm(x) + y), y + self.second(self.other_norm(y))
+
+
+class Pair(nn.Module):
+    """The second stream moves the first in every later block; what the last block makes of it is dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.others = nn.Embedding(40, 16), nn.Embedding(40, 16)
+        self.blocks, self.head = nn.ModuleList(TwoStreams() for _ in range(3)), nn.Linear(16, 5)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x, y = self.words(input_ids), self.others(input_ids)
+        for block in self.blocks:
+            x, y = block(x, y)
+        return self.head(x)
+
+
+def test_parts_of_a_stream_that_is_dropped_get_no_adapter() -> None:
+    torch.manual_seed(0)
+    model = Pair().eval()
+    fit = trimtab.adapt(model, example=BATCH)
+    assert [[p.stream for p in b.sublayers] for b in fit.anatomy.blocks()] == [[0, 1], [0, 1], [0]]
+    fit.tune("adapter", placement="houlsby")
+    model.train()
+    model(**BATCH).square().sum().backward()
+    assert trained(model) == {n for n, p in model.named_parameters() if p.grad is not None}
+
+
 # --- a plan that cuts a tower off -------------------------------------------------------------------------------------
 
 
