@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.models.census import made, told, verdict
-from tests.models.families import FAMILIES, VISION
+from tests.models.families import FAMILIES, GROUPS
 from tests.models.inputs import inputs
 from tests.models.levers import LEVERS, Case
 from tests.models.page import page
@@ -53,10 +53,11 @@ def test_the_page_tells_what_the_census_found() -> None:
     assert (DOCS / "families.md").read_text() == page(FOUND)
 
 
-def test_the_page_of_families_that_see_tells_what_the_census_found() -> None:
-    found = json.loads((DOCS / "families_vision.json").read_text())
-    assert set(found) == set(VISION)
-    assert (DOCS / "families_vision.md").read_text() == page(found, "vision")
+@pytest.mark.parametrize("group", ["vision", "text"])
+def test_the_page_of_families_that_see_or_read_alone_tells_what_the_census_found(group: str) -> None:
+    found = json.loads((DOCS / f"families_{group}.json").read_text())
+    assert set(found) == set(GROUPS[group])
+    assert (DOCS / f"families_{group}.md").read_text() == page(found, group)
     kinds = {v["kind"] for e in found.values() for v in e["levers"].values()}
     assert kinds == {"works", "refused"}, "a wrong result or an error that no one meant"
 

@@ -2,6 +2,7 @@
 
     python -m tests.models.census --out docs/families.json --page docs/families.md
     python -m tests.models.census --group vision --out docs/families_vision.json --page docs/families_vision.md
+    python -m tests.models.census --group text --out docs/families_text.json --page docs/families_text.md
     python -m tests.models.census --family clip --family llava        # prints what it finds
 
 works      every check of the lever holds
@@ -154,6 +155,11 @@ def summary(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def written(found: dict[str, Any]) -> str:
+    """As JSON, a line a family."""
+    return "{\n" + ",\n".join(f"{json.dumps(f)}: {json.dumps(e)}" for f, e in sorted(found.items())) + "\n}\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", action="append", help="only these; all if left out")
@@ -180,7 +186,7 @@ def main() -> None:
             kinds = " ".join(f"{k}:{v['kind']}" for k, v in entry["levers"].items())
             print(f"{family} {entry['built'] or kinds} {time.time() - started:.1f} s", flush=True)
         if args.out:
-            args.out.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
+            args.out.write_text(written(found))
     print(summary(found))
     if args.page:
         args.page.write_text(page(found, args.group))
