@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.models.census import made, told, verdict
-from tests.models.families import FAMILIES
+from tests.models.families import FAMILIES, GROUPS
 from tests.models.inputs import inputs
 from tests.models.levers import LEVERS, Case
 from tests.models.page import page
@@ -51,6 +51,15 @@ def test_a_family_is_built_and_its_row_is_what_is_measured(family: str) -> None:
 def test_the_page_tells_what_the_census_found() -> None:
     assert set(FOUND) == set(FAMILIES)
     assert (DOCS / "families.md").read_text() == page(FOUND)
+
+
+@pytest.mark.parametrize("group", ["vision", "text"])
+def test_the_page_of_families_that_see_or_read_alone_tells_what_the_census_found(group: str) -> None:
+    found = json.loads((DOCS / f"families_{group}.json").read_text())
+    assert set(found) == set(GROUPS[group])
+    assert (DOCS / f"families_{group}.md").read_text() == page(found, group)
+    kinds = {v["kind"] for e in found.values() for v in e["levers"].values()}
+    assert kinds == {"works", "refused"}, "a wrong result or an error that no one meant"
 
 
 def test_few_families_cannot_be_built() -> None:

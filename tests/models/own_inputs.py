@@ -165,12 +165,23 @@ def flattened(model: Any) -> Batch:
     return {"flattened_patches": torch.cat([places.expand(ROWS, -1, -1).float(), pixels], -1)}
 
 
+def none(model: Any) -> Batch:
+    """Words alone, of a model that may be shown pictures too."""
+    return {}
+
+
+def large(model: Any) -> Batch:
+    """A picture of several patches in each direction of the smallest size that is looked at (Depth Pro)."""
+    return {"pixel_values": floats(ROWS, 3, 4 * PICTURE, 4 * PICTURE)}
+
+
 PICTURES: dict[str, Callable[[Any], Batch]] = {
     "kosmos-2.5": flattened, "florence2": small,
     "timesformer": video, "videomae": video, "vivit": video, "vjepa2": frames,
-    "videoprism_vision_model": clip_of_frames,
-    "colmodernvbert": several, "deepseek_vl_hybrid": two_resolutions, "diffusion_gemma": placed, "emu3": sized,
-    "fuyu": pixels_of_patches, "gemma4": placed, "gemma4_unified": placed, "granite4_vision": tiled,
+    "ultravbert": several, "videomt": clip_of_frames, "videoprism_vision_model": clip_of_frames,
+    "colmodernvbert": several, "depth_pro": large, "deepseek_vl_hybrid": two_resolutions, "diffusion_gemma": placed,
+    "emu3": sized,
+    "fuyu": pixels_of_patches, "neomme": none, "gemma4": placed, "gemma4_unified": placed, "granite4_vision": tiled,
     "granite_docling": with_mask, "idefics": several, "idefics2": several, "idefics3": several, "inkling2":
     merged_patches, "inkling_mm_model": cubes, "instructblipvideo": video, "kimi_k25": patches, "lfm2_vl":
     whole_shaped, "lfm3_vl": flat, "lighton_ocr": sized, "llava_next": tiled, "llava_next_video": tiled,
@@ -300,12 +311,17 @@ def heard_in_windows(model: Any, batch: Batch) -> Batch:
     return {"input_features_mask": torch.ones(ROWS, NUMBERS["granite_speech"]).bool()}
 
 
+def asked(model: Any, batch: Batch) -> Batch:
+    """The task in words, as numbers (OneFormer)."""
+    return {"task_inputs": words(ROWS, model.config.task_seq_len).float()}
+
+
 ADDED: dict[str, Callable[[Any, Batch], Batch]] = {
     "granite_speech": heard_in_windows, "granite_speech_plus": heard_in_windows,
     "evolla": proteins, "gemma3": gemma_types, "idefics": seen_by_words, "kosmos-2": kosmos, "kosmos-2.5": kosmos,
     "kyutai_speech_to_text": codes, "layoutlm": layout, "layoutlmv3": layout, "lxmert": regions, "mllama": mllama,
-    "owlv2": queries, "owlvit": queries, "pi0": robot, "shieldgemma2": gemma_types, "tapas": tapas, "udop": udop,
-    "visual_bert": visual_words, "voxtral_realtime": heard_with_words,
+    "oneformer": asked, "owlv2": queries, "owlvit": queries, "pi0": robot, "shieldgemma2": gemma_types,
+    "tapas": tapas, "udop": udop, "visual_bert": visual_words, "voxtral_realtime": heard_with_words,
 }  # fmt: skip
 # Placeholders a row, where the part that sees cannot be asked.
 NUMBERS: dict[str, int] = {

@@ -22,6 +22,20 @@ stays causal, text is written the same with a key-value cache, and what is saved
 the number of the reason stands there; **error** is an exception that no one meant, **wrong** a check that does not
 hold, and where nothing stands before the number trimtab refuses in words of its own.
 """
+# Of a group that stands beside: what the words mean is told once.
+ASIDE = """# Families that {what}
+
+As [Families](families.md), for the classes of transformers that {what}. Written by
+
+```bash
+python -m tests.models.census --group {group} --out docs/families_{group}.json --page docs/families_{group}.md
+```
+"""
+HEADS = {
+    "multimodal": HEAD,
+    "vision": ASIDE.format(group="vision", what="see alone"),
+    "text": ASIDE.format(group="text", what="read alone"),
+}
 _SIGN = {"refused": "", "traceback": "**error** ", "wrong": "**wrong** "}
 
 
@@ -40,13 +54,13 @@ def general(reason: str) -> str:
     return re.sub(r"\d[\d,.]*", "N", text)
 
 
-def page(found: dict[str, Any]) -> str:
-    """The page: counts, a row a family, and the reasons with one example of each."""
+def page(found: dict[str, Any], group: str = "multimodal") -> str:
+    """The page of a group of families: counts, a row a family, and the reasons with one example of each."""
     found = dict(sorted(found.items()))  # the page does not depend on the order in which families were measured
     built = {f: e for f, e in found.items() if not e["built"]}
     totals = counts(built)
     levers = list(totals)
-    lines = [HEAD, "| | works | refused | error | wrong |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines = [HEADS[group], "| | works | refused | error | wrong |", "| --- | ---: | ---: | ---: | ---: |"]
     for lever in levers:
         c = totals[lever]
         lines.append(f"| {lever} | {c['works']} of {c.total()} | {c['refused']} | {c['traceback']} | {c['wrong']} |")

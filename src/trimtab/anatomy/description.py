@@ -49,6 +49,8 @@ class Anatomy:
         source: how the description came about, for error messages and the table.
         seen: whether it was seen on an example, and not described by hand.
         idle: of a seen one, lists of blocks that did not run on the example; they are `ignored` too.
+        severed: of a seen one, modules with weights to which no gradient goes back from what the model returns: they
+            only decide which tokens or experts are taken, or nothing reads what they make.
     """
 
     towers: tuple[Tower, ...]
@@ -57,6 +59,7 @@ class Anatomy:
     source: str = field(default="given", compare=False)
     seen: bool = field(default=False, compare=False)
     idle: tuple[str, ...] = field(default=(), metadata=PATH, compare=False)
+    severed: tuple[str, ...] = field(default=(), metadata=PATH, compare=False)
 
     @classmethod
     def of(cls, model: nn.Module, example: Mapping[str, Any] | None = None) -> Anatomy:

@@ -80,6 +80,8 @@ class Block:
         also: names of further arguments that it returns after the stream, changed or not: a second stream (LXMERT), a
             position bias (T5). In place of a skipped block they are handed on; what it is not called with (attention
             weights) is None there.
+        begins: whether its stream has another number of tokens than what the block before it put out: a stage begins
+            there though the width may stay.
         stays: why it cannot be taken out of the model for good, though it can be skipped: the model around it counts
             its blocks, say. Empty if it can.
         unknown: (fact, why it could not be seen); a method that needs one of these refuses.
@@ -92,6 +94,7 @@ class Block:
     stream: str = "hidden_states"
     returns_tuple: bool = False
     also: tuple[str, ...] = ()
+    begins: bool = False
     stays: str = ""
     unknown: Unknown = field(default=(), compare=False)
 

@@ -23,13 +23,13 @@ from trimtab.anatomy.structure import HANDLE, under, unwrapped
 from trimtab.files import replace_folder
 from trimtab.methods.base import METHODS, Method
 from trimtab.methods.costs import Costs, count, described
-from trimtab.methods.fitting import evaluating
 from trimtab.methods.modes import note_idle
 from trimtab.methods.prune.batches import Loss, calibration
 from trimtab.methods.prune.masks import Masks
 from trimtab.methods.saved import CONFIG, WEIGHTS, FitError, Saved, check_base, seen_before
 from trimtab.methods.session import Batch, BatchSession, path_in
 from trimtab.methods.skip.plan import Plan
+from trimtab.methods.skip.reach import Reach
 from trimtab.methods.stack import Stack, detached, differing
 from trimtab.registry import unknown
 
@@ -243,23 +243,14 @@ class Adapted(Stack):
             batch_size=batch_size, learning_rate=learning_rate, seed=seed, trainer=trainer, folder=folder,
         )  # fmt: skip
         made.prepare(session)
-        self.attach(made)
         batch = session.example() if self.example is None else self.example
-        if batch is not None:
-            self._check_runs(made, batch)
+        reach = None
+        if batch is not None:  # a model may count on a block in a way nobody saw
+            reach = Reach(self.model, self.anatomy, set(made.plan.skipped), self.with_task, batch)
+        self.attach(made)
+        if reach is not None:
+            reach.check(made.name)
         return self
-
-    def _check_runs(self, method: Method, batch: Batch) -> None:
-        """A ValueError unless the model runs without its skipped blocks: it may count on one in a way nobody saw."""
-        try:
-            with evaluating(self.with_task), torch.no_grad():
-                self.with_task(**batch)
-        except Exception as error:
-            gone = ", ".join(self.plan.skipped) if self.plan is not None else ""
-            raise ValueError(
-                f"{method.name}: {type(self.model).__name__} does not run without {gone} ({type(error).__name__}: "
-                f"{error}): load it again, and skip other blocks (`plan=`, `towers=`)"
-            ) from error
 
     def tune(self, method: str = "unipt", heads: bool | str | Sequence[str] = False, name: str = "default",
              **settings: Any) -> Adapted:  # fmt: skip

@@ -12,7 +12,8 @@ method added is in training mode if it is trained itself.
 Three kinds of modules keep their training mode though parts below them are frozen: the model itself, which was told to
 train; modules that say that they augment what goes through them (`augments = True`: VSE's size augmentation); layers
 with gradient checkpointing, which transformers checkpoints only in training mode. The shares of dropout that these
-apply themselves (`self.dropout`, a number) are 0 meanwhile.
+apply themselves (`self.dropout`, a number) are 0 meanwhile. The model itself says so between its passes alone: in a
+pass it is in evaluation mode as its parts are, which may count on the same (RF-DETR's groups of queries).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import nn
 from trimtab.anatomy.structure import plain_modules
 
 _IDLE = "_trimtab_idle"  # attribute of a model: names of parameters that were frozen because no loss reaches them
+_QUIET = "_trimtab_quiet"  # attribute of a model that trains: its passes are in evaluation mode; True in one
 _SHARES = "_trimtab_shares"  # attribute of a module: its own shares of dropout, where they are 0 for the time being
 
 
@@ -45,8 +47,35 @@ def frozen_in_evaluation(model: nn.Module) -> None:
 def drop_again(model: nn.Module) -> None:
     """Give every module its own shares of dropout back."""
     for module in model.modules():
+        vars(module).pop(_QUIET, None)
         for name, share in vars(module).pop(_SHARES, {}).items():
             setattr(module, name, share)
+
+
+def _quiet_in_passes(model: nn.Module) -> None:
+    """Let a model that trains be in evaluation mode during its passes."""
+    vars(model)[_QUIET] = False
+    if _before not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_before)
+        model.register_forward_hook(_after, always_call=True)
+
+
+def loud_again(model: nn.Module) -> None:
+    """Take off what `frozen_in_evaluation` hooks on a model."""
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key in [k for k, hook in hooks.items() if hook in (_before, _after)]:
+            del hooks[key]
+            model._forward_hooks_always_called.pop(key, None)
+
+
+def _before(model: nn.Module, args: tuple) -> None:
+    if _QUIET in vars(model) and model.training:
+        model.training, vars(model)[_QUIET] = False, True
+
+
+def _after(model: nn.Module, args: tuple, out: object) -> None:
+    if vars(model).get(_QUIET):
+        model.training, vars(model)[_QUIET] = True, False
 
 
 class _Counts:
@@ -82,9 +111,11 @@ def _walk(module: nn.Module, counts: _Counts, root: nn.Module, on: bool, adds: b
     if id(module) in counts.plain:
         on = trained and not frozen if trained or frozen else on
         module.training = on
-        keeps = module is root or getattr(module, "augments", False) is True
-        if not on and (keeps or getattr(module, "gradient_checkpointing", False) is True):
+        keeps = any(getattr(module, name, False) is True for name in ("augments", "gradient_checkpointing"))
+        if not on and (keeps or module is root):
             module.training = True
+            if not keeps:
+                _quiet_in_passes(module)
             shares = {n: v for n, v in vars(module).items() if "drop" in n and isinstance(v, float) and 0 < v <= 1}
             vars(module)[_SHARES] = shares
             vars(module).update(dict.fromkeys(shares, 0.0))

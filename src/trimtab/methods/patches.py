@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from trimtab.anatomy.structure import HANDLE
-from trimtab.methods.modes import drop_again, frozen_in_evaluation
+from trimtab.methods.modes import drop_again, frozen_in_evaluation, loud_again
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -30,6 +30,7 @@ def keep_dense(model: nn.Module) -> None:
 def release(model: nn.Module) -> None:
     """Let a model train and save as its class does again."""
     drop_again(model)
+    loud_again(model)
     for name in ("train", "save_pretrained", HANDLE):
         vars(model).pop(name, None)
 

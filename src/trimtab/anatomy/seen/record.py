@@ -108,6 +108,12 @@ class Recording:
         self._smooth: dict[int, int] = {}  # storage -> those of its origins to which a gradient goes back
         self._copies: dict[tuple[int, int], Tensor] = {}
 
+    def severed(self) -> tuple[str, ...]:
+        """Modules with weights of their own that ran, and to which no gradient goes back from what was returned."""
+        own = {c.path: c.module for c in self.calls if any(p is not None for p in c.module._parameters.values())}
+        reached = {c.path for c in self.calls if c.bit >= 0 and self.flows >> c.bit & 1}
+        return tuple(path for path in own if path not in reached)
+
     # --- tensors ---
 
     def seed(self, example: Example) -> None:
@@ -133,14 +139,14 @@ class Recording:
 
     def smooth(self, tensor: Tensor) -> int:
         """Those of a tensor's origins to which a gradient goes back."""
-        return self._smooth.get(_storage(tensor), 0) if tensor.is_floating_point() else 0
+        return self._smooth.get(_storage(tensor), 0) if _bends(tensor) else 0
 
     def made(self, tensors: list[Tensor], origins: int, smooth: int, old: frozenset[int] = frozenset()) -> None:
         """Note what an operation made; in storages in `old` it wrote, or made a view of them."""
         for tensor in tensors:
             place = _storage(tensor)
             before = self._smooth.get(place, 0) if place in old else 0
-            self._smooth[place] = before | smooth if tensor.is_floating_point() else before
+            self._smooth[place] = before | smooth if _bends(tensor) else before
             if place in old:
                 number, before = self.origins(tensor)
                 self._known[place] = (number, before | origins)
@@ -204,6 +210,14 @@ class Recording:
         return self._copies[key]
 
 
+_ATEN = torch.ops.aten
+# Their values come from no tensor: made of numbers (`torch.tensor`) in memory of another, or only shaped like one.
+_NEW = {
+    _ATEN.lift_fresh, _ATEN.empty_like, _ATEN.zeros_like, _ATEN.ones_like, _ATEN.full_like, _ATEN.rand_like,
+    _ATEN.randn_like, _ATEN.new_empty, _ATEN.new_empty_strided, _ATEN.new_zeros, _ATEN.new_ones, _ATEN.new_full,
+}  # fmt: skip
+
+
 class _Follow(TorchDispatchMode):
     """Follows every tensor through every operation."""
 
@@ -213,7 +227,7 @@ class _Follow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten.lift_fresh.default:  # of numbers (`torch.tensor`), in memory that was another's
+        if func.overloadpacket in _NEW:
             out = func(*args, **kwargs)
             self.recording.made([out], 0, 0)
             return out
@@ -322,6 +336,11 @@ def _tells(value: Any) -> bool:
     """Whether an element of a result is numbers or text alone, such as the size of a grid."""
     leaves = [v for v in tree_leaves(value) if v is not None]
     return bool(leaves) and all(isinstance(v, (bool, int, float, str)) for v in leaves)
+
+
+def _bends(tensor: Tensor) -> bool:
+    """Whether a gradient may go through a tensor."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _storage(tensor: Tensor) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -111,10 +111,18 @@ def block_of(
     if why:
         unknown.append(("skip", why))
     keeps = link.same_shape and not why
+    begins = index > 0 and link.stream.shape[1:-1] != tower.links[index - 1].made.shape[1:-1] and layout == "tokens"
     return Block(
         call.path, width, keeps_shape=keeps, stream="hidden_states" if link.name.startswith("*") else link.name,
-        returns_tuple=issubclass(call.kind, (tuple, list)), also=tuple(also), stays=stays, unknown=tuple(unknown),
+        returns_tuple=issubclass(call.kind, (tuple, list)), also=tuple(also), begins=begins, stays=stays,
+        unknown=tuple(unknown),
     )  # fmt: skip
+
+
+def heard(block: Block) -> Block:
+    """A block without the parts that add to a further stream which nobody reads after it (in the last block, say)."""
+    lost = {i for i, name in enumerate(block.also, 1) if name.startswith("none_")}
+    return replace(block, sublayers=tuple(part for part in block.sublayers if part.stream not in lost))
 
 
 def _also(recording: Recording, links: Sequence[Link], index: int) -> tuple[list[str], str]:

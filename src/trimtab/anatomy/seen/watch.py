@@ -27,6 +27,7 @@ from trimtab.anatomy.seen.towers import (
     closed,
     compress,
     copied,
+    heard,
     held_stream,
     layout_of,
     likeness,
@@ -191,7 +192,7 @@ class _Watch:
         ran = {call.path for call in self.recording.calls}
         idle = tuple(p for p, children in repeated(self.model) if not ran & set(children))
         source = f"seen on an example ({shapes(self.example)})"
-        return Anatomy(towers, tuple(heads), ignored, source, seen=True, idle=idle)
+        return Anatomy(towers, tuple(heads), ignored, source, True, idle, self.recording.severed())
 
     def _tower(self, tower: SeenTower, scope: tuple[str, ...]) -> Tower:
         links = tower.links[: tower.used]
@@ -207,7 +208,8 @@ class _Watch:
         if (repeats := self._repeats(links)) is not None:
             tower.unknown["blocks"] = f"'{repeats}' runs several times in one pass, each time on what it made before"
         blocks = [
-            self._parts(tower, block_of(self.recording, link, i, tower, layout), link) for i, link in enumerate(links)
+            heard(self._parts(tower, block_of(self.recording, link, i, tower, layout), link))
+            for i, link in enumerate(links)
         ]
         sights = self._sights(tower, links, blocks, layout)
         mask, valid = self._mask(tower, links, sights)

@@ -368,3 +368,12 @@ def train_adapters(model: nn.Module, heads: tuple[str, ...]) -> None:
     find: Any = getattr(model, "get_output_embeddings", None)
     if find is not None and (words := find()) is not None:
         words.requires_grad_(False)
+
+
+def spare_blank(model: nn.Module, path: str) -> None:
+    """Leave the scale of the norm alone by which the first adapter of a block, or in its place, takes zeros in: where a
+    tower starts with zeros (`starts_blank`) it multiplies nothing but them."""
+    module = model.get_submodule(path)
+    adapter = module.adapter if isinstance(module, Skipped) else getattr(module, "das_0", None)
+    if isinstance(adapter, Adapter) and adapter.place == "in" and isinstance(adapter.norm, nn.LayerNorm):
+        adapter.norm.weight.requires_grad_(False)

@@ -28,6 +28,7 @@ from trimtab.methods.skip.adapters import (
     Skipped,
     adapters_in,
     add_adapters,
+    spare_blank,
     train_adapters,
 )
 from trimtab.methods.skip.budget import Goal, Indices, parse, with_costs
@@ -308,6 +309,8 @@ class Skipping(Method):
         close_gaps(model, anatomy, skipped)
         if self.settings.adapters != "none":
             train_adapters(model, anatomy.heads)
+            for first in (t.blocks[0].path for t in anatomy.towers if t.starts_blank):
+                spare_blank(model, first)
         towers = tuple(replace(t, blocks=tuple(b for b in t.blocks if b.path not in skipped)) for t in anatomy.towers)
         return replace(anatomy, towers=towers)
 

@@ -11,6 +11,7 @@ may lie before the place of a sequential adapter (ViLT, BERT's feed-forward part
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -78,6 +79,13 @@ class _Adapters(Method):
     keeps = "its adapters stand in the blocks, where the model's own class has no place for them"
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
+        for block, parts in list(self._places(anatomy)):  # every tower is looked at before the first is changed
+            for i, part in enumerate(parts):
+                self._add(model, block, i, part)
+        return anatomy
+
+    def _places(self, anatomy: Anatomy) -> Iterator[tuple[Block, list[Sublayer]]]:
+        """The blocks with the parts that get an adapter; ValueError if a tower or a block has none."""
         for name in self.settings.towers or [t.name for t in anatomy.towers]:
             tower = anatomy.tower(name)
             tower.need(self.name, "blocks", "layout", "gradient")
@@ -91,9 +99,7 @@ class _Adapters(Method):
                         f"{self.name}: block '{block.path}' has no described part for it: give its `sublayers` in the "
                         "anatomy (docs/your-own-model.md)"
                     )
-                for i, part in enumerate(parts):
-                    self._add(model, block, i, part)
-        return anatomy
+                yield block, parts
 
     def _add(self, model: nn.Module, block: Block, index: int, part: Sublayer) -> None:
         owner = model.get_submodule(block.path)

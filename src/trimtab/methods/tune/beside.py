@@ -171,7 +171,7 @@ def without_cache(model: nn.Module, towers: Sequence[Tower]) -> list[Any]:
 
 def stages(blocks: Sequence[Block]) -> set[int]:
     """How many blocks stand before each stage but the first: a block of another shape starts one."""
-    starts = (not b.keeps_shape or a.width != b.width for a, b in pairwise(blocks))
+    starts = (b.begins or not b.keeps_shape or a.width != b.width for a, b in pairwise(blocks))
     return {i for i, start in enumerate(starts, 1) if start}
 
 
@@ -190,7 +190,7 @@ def token_misfit(method: str, tower: Tower) -> str:
 
 
 def token_width(method: str, tower: Tower) -> int:
-    """Width of a tower of tokens; ValueError if it is no such tower, or has several."""
+    """Width of a tower of tokens; ValueError if it is no such tower, or has several, or several numbers of tokens."""
     widths = sorted({b.width for b in tower.blocks})
     if reason := token_misfit(method, tower):
         raise ValueError(reason)
@@ -198,5 +198,10 @@ def token_width(method: str, tower: Tower) -> int:
         raise ValueError(
             f"{method}: tower {tower.name!r} has the widths {widths}; it needs tokens of one width: name other towers "
             "in `towers`, or take unipt, which reads maps of any width"
+        )
+    if (later := next((b.path for b in tower.blocks if b.begins), None)) is not None:
+        raise ValueError(
+            f"{method}: the number of tokens of tower {tower.name!r} changes before '{later}': name other "
+            "towers in `towers`, or take unipt, which reads maps of any length"
         )
     return widths[0]

@@ -105,7 +105,7 @@ class LoRA(Method):
         for tower in towers:
             own = linears[tower.name]
             if s.targets is None:
-                paths = self._by_role(model, tower, own, [t.name for t in towers])
+                paths = self._by_role(model, anatomy, tower, own, [t.name for t in towers])
             else:
                 paths = [p for p in own if any(p == t or p.endswith("." + t) for t in s.targets)]
             chosen |= {path: own[path] for path in paths}
@@ -115,14 +115,18 @@ class LoRA(Method):
         self._check(model, chosen)
         return chosen
 
-    def _by_role(self, model: nn.Module, tower: Tower, linears: dict[str, nn.Module], towers: list[str]) -> list[str]:
+    def _by_role(self, model: nn.Module, anatomy: Anatomy, tower: Tower, linears: dict[str, nn.Module],
+                 towers: list[str]) -> list[str]:  # fmt: skip
         """The layers of a tower's blocks that give queries and values; ValueError if it has none that is known."""
         blocks = [b.path for b in tower.blocks]
         inside = {path: m for path, m in linears.items() if under(path, blocks)}
-        if found := queries_and_values(inside):
+        known = queries_and_values(inside)
+        if found := [path for path in known if not under(path, anatomy.severed)]:
             return found
         names = sorted({path.rpartition(".")[2] for path in inside})
         have = f"its blocks have the linear layers {', '.join(names)}" if names else "its blocks have no linear layer"
+        if known:
+            have += f"; no gradient goes back to '{known[0]}' from what the model returns"
         if silent := [p for b in blocks for p in silent_attentions(model, b)]:
             have += f"; '{silent[0]}' is an nn.MultiheadAttention, which multiplies without calling a layer"
         others = [name for name in towers if name != tower.name]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from trimtab.anatomy import Anatomy
-from trimtab.anatomy.structure import plain_modules
+from trimtab.anatomy.structure import plain_modules, under
 from trimtab.methods.base import METHODS, Method
 
 
@@ -35,7 +35,8 @@ class NormTuning(Method):
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
         for name in self.settings.towers or [t.name for t in anatomy.towers]:
             tower = anatomy.tower(name)
-            norms = [m for p, m in plain_modules(model) if "Norm" in type(m).__name__ and anatomy.owner(p) == tower]
+            own = {p: m for p, m in plain_modules(model) if anatomy.owner(p) == tower}
+            norms = [m for p, m in own.items() if "Norm" in type(m).__name__ and not under(p, anatomy.severed)]
             if not any(True for m in norms for _ in m.parameters(recurse=False)):
                 raise ValueError(f"norm-tuning: tower {name!r} has no norms with parameters: name others in `towers`")
             for norm in norms:

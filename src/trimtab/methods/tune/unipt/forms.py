@@ -100,7 +100,7 @@ class Form(ABC):
     def maps(self, site: Site) -> list[int]:
         """The hidden maps that it reads, the last at the end."""
         blocks = site.tower.blocks
-        several = len({b.width for b in blocks}) > 1
+        several = len({b.width for b in blocks}) > 1 or any(b.begins for b in blocks)
         first = 1 if several and not blocks[0].keeps_shape else 0  # the width of what enters is not known then
         every = [*sorted(stages(blocks)), len(blocks)] if several else list(range(len(blocks) + 1))
         return _chosen_maps(site, first) or every
