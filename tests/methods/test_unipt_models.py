@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from trimtab.anatomy import Anatomy, AnatomyError, Block, Tap, Tower, read
+from trimtab.backbones.examples import EXAMPLES
 from trimtab.methods import METHODS
 from trimtab.methods.tune.listener import Seen
+from trimtab.methods.tune.results import Results
 from trimtab.methods.tune.unipt import DecoderUniPT, PyramidUniPT, TokenUniPT, UniPT
 from trimtab.methods.tune.unipt.plain import plain
 
@@ -278,3 +280,27 @@ def test_methods_that_carry_one_stream_on_refuse_several_widths(name):
     model = swin()
     with pytest.raises(ValueError, match=rf"{name}: tower 'vision' has the widths \[8, 16, 32\]; .* or take unipt"):
         METHODS[name]().attach(model, Anatomy.of(model))
+
+
+def test_a_reader_of_two_pictures_reads_the_side_results_of_both(monkeypatch):
+    example = EXAMPLES["blip-nlvr2"]
+    torch.manual_seed(0)
+    model = example.model().requires_grad_(False)
+    UniPT(reduction=2).attach(model, Anatomy.of(model))
+    read_by, take = [], Results.take
+    monkeypatch.setattr(Results, "take", lambda *args: read_by.append(take(*args)[0]) or take(*args))
+    model(**example.batch)
+    both = read_by[0]
+    model(**{**example.batch, "second": example.batch["first"]})
+    of_first = both.shape[1] // 2
+    assert torch.equal(read_by[1][:, :of_first], both[:, :of_first])
+    assert torch.equal(read_by[1][:, of_first:], both[:, :of_first]) and not torch.equal(read_by[1], both)
+
+
+def test_of_several_results_none_is_taken_where_the_reader_is_given_another():
+    results, side = Results("unipt", "vision"), nn.Linear(1, 1)
+    results.begin()
+    for value in (torch.zeros(2, 3, 4), torch.ones(2, 3, 4)):
+        results.keep(value, value + 1, None, side)
+    with pytest.raises(AnatomyError, match="ran 2 times in this call"):
+        results.take("text.0", 2, [torch.full((2, 3, 4), 7.0)], side)

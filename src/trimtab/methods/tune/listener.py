@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from trimtab.anatomy import AnatomyError, Tap, Tower, pre_hook, read, rewrite
@@ -162,7 +163,7 @@ class Listener:
         if 0 in self.maps:
             self.now.found[0] = stream.detach()
         if self.memory is not None:
-            self.now.given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+            self.now.given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
         return block.with_stream(module, args, kwargs, stream.detach()) if stream.requires_grad else None
 
     def _next(self, index: int, value: Tensor) -> None:

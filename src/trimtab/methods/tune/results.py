@@ -101,6 +101,8 @@ class Results:
     def take(self, reader: str, rows: int, given: Sequence[Tensor], side: nn.Module) -> tuple[Tensor, Tensor | None]:
         """The result, row for row as a reader's tower has it, and its mask.
 
+        Where the reader is handed several results (two pictures of a sample), their tokens follow each other.
+
         Args:
             reader: path of the block that reads, for error messages.
             rows: of the reader's batch.
@@ -111,9 +113,14 @@ class Results:
             AnatomyError: if none belongs to what the reader was given, or the side network has changed since.
         """
         only = self.here[0] if len(self.here) == 1 else None
-        result = only if only is not None and not only.versions else self._found(given) or only
-        if result is None and self.here and all(len(r.tokens) == rows for r in self.here):
-            result = self.here[-1]  # of several pictures of a sample, handed on together: the last
+        found = [only] if only is not None and not only.versions else self._found(given) or [only]
+        if None in found and len(self.here) > 1:
+            raise AnatomyError(
+                f"{self.method}: block '{reader}' reads tower {self.tower!r}, which ran {len(self.here)} times in this "
+                "call, and is handed none of its results as it was: which of them it reads is not known; leave one "
+                "of the two towers out with `towers`"
+            )
+        result = joined([r for r in found if r is not None])
         if result is None or len(result.tokens) != rows:
             raise AnatomyError(
                 f"{self.method}: block '{reader}' works on {rows} rows and reads tower {self.tower!r}, whose side "
@@ -127,18 +134,21 @@ class Results:
             )
         return result.tokens, result.mask
 
-    def _found(self, given: Sequence[Tensor]) -> _Result | None:
-        for tensor in given:
-            version, result = self.kept.get(tensor, (None, None))
-            if version == _version(tensor):
-                return result
+    def _found(self, given: Sequence[Tensor]) -> list[_Result]:
+        """Those that belong to the tensors, each once and in their order."""
+        found = {id(result): result for result in map(self._result_of, given) if result is not None}
+        return list(found.values())
+
+    def _result_of(self, tensor: Tensor) -> _Result | None:
+        version, result = self.kept.get(tensor, (None, None))
+        if version == _version(tensor):
+            return result
         for value, result in self._values():
-            for tensor in given:
-                known, index = _rows_of(tensor, value)
-                if known:
-                    found = result.rows(index)
-                    self.kept[tensor] = _version(tensor), found  # the next step of a generation is called with the same
-                    return found
+            known, index = _rows_of(tensor, value)
+            if known:
+                rows = result.rows(index)
+                self.kept[tensor] = _version(tensor), rows  # the next step of a generation is called with the same
+                return rows
         return None
 
     def _values(self) -> Iterator[tuple[Tensor, _Result]]:
@@ -147,6 +157,16 @@ class Results:
         for value, (version, result) in list(self.kept.items()):
             if version == _version(value):
                 yield value, result
+
+
+def joined(results: Sequence[_Result]) -> _Result | None:
+    """One result of the tokens of all, in their order; None of none."""
+    if len(results) < 2:
+        return results[0] if results else None
+    masks = None
+    if any(r.mask is not None for r in results):
+        masks = torch.cat([r.tokens.new_ones(r.tokens.shape[:2]) if r.mask is None else r.mask for r in results], dim=1)
+    return _Result(torch.cat([r.tokens for r in results], dim=1), masks, results[0].versions)
 
 
 def _version(tensor: Tensor) -> int:
