@@ -140,8 +140,8 @@ class Tower:
         scope: path prefixes of everything that belongs to it (blocks, embeddings, norms).
         output: where the stream is handed on after the last block and its norm, in its layout.
         layout: `tokens` for (B, L, D), `grid` for (B, C, H, W), `map` for (B, H, W, D): channels last, and two axes or
-            more before them. What maps each place by itself works on a map (adapters, also in place of a skipped block);
-            what sets tokens in a row does not (side networks, prompts).
+            more before them. What computes each place by itself works on a map (adapters, also in place of a skipped
+            block); what sets tokens in a row does not (side networks, prompts).
         mask: where the mask of valid tokens is seen, (B, L) with non-zero = valid; None if all are valid.
         mask_required: whether a batch without that mask is an error; otherwise all its tokens are valid.
         mask_source: the argument that the mask is made from, if the model makes up a mask of ones without it.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trimtab.anatomy.description import Anatomy
 from trimtab.anatomy.parts import Block, Layout, Modality, Tap, Tower, with_paths
+from trimtab.anatomy.seen.again import brought, otherwise, repeats
 from trimtab.anatomy.seen.chains import Link, candidates, chains
 from trimtab.anatomy.seen.inputs import Hidden, kind_of, ready, watched
 from trimtab.anatomy.seen.masks import mask_of, untold
@@ -161,7 +162,8 @@ class _Watch:
         return [key for key, bit in self.recording.inputs.items() if origins >> bit & 1]
 
     def _modality(self, tower: SeenTower) -> Modality | None:
-        kinds = {kind_of(k, self.example[k]) for k in self._inputs(tower)} - {None}
+        keys = {*self._inputs(tower), *brought(self.recording, tower.links)}
+        kinds = {kind_of(k, self.example[k]) for k in keys} - {None}
         return None if not kinds else kinds.pop() if len(kinds) == 1 else "fusion"
 
     def _name(self) -> None:
@@ -190,7 +192,7 @@ class _Watch:
         )  # fmt: skip
         ignored += tuple(sorted({link.path.rpartition(".")[0] for t in self.towers for link in t.links[t.used :]}))
         ran = {call.path for call in self.recording.calls}
-        idle = tuple(p for p, children in repeated(self.model) if not ran & set(children))
+        idle = tuple(p for p, children in repeated(self.model) if not any(under(call, children) for call in ran))
         source = f"seen on an example ({shapes(self.example)})"
         return Anatomy(towers, tuple(heads), ignored, source, True, idle, self.recording.severed())
 
@@ -202,8 +204,10 @@ class _Watch:
                 "what enters it is computed from none of the inputs that bring pictures, words or sound "
                 f"({', '.join(self._inputs(tower)) or 'none'})"
             )
-        if (repeats := self._repeats(links)) is not None:
-            tower.unknown["blocks"] = f"'{repeats}' runs several times in one pass, each time on what it made before"
+        if (again := repeats(self.recording, links)) is not None:
+            tower.unknown["blocks"] = f"'{again}' runs several times in one pass, each time on what it made before"
+        elif why := otherwise(self.recording, links, self.hidden.masks):
+            tower.unknown["mask"] = tower.unknown["causal"] = why
         blocks, layout = self._blocks(tower, links)
         sights = self._sights(tower, links, blocks, layout)
         tokens = sights if layout == "tokens" else []  # of a map, only whether samples see each other
@@ -263,15 +267,6 @@ class _Watch:
             return replace(block, sublayers=seen.sublayers, unknown=(*block.unknown, *rest))
         why = "; ".join(seen.notes) or "nothing is added into its stream"
         return replace(block, unknown=(*block.unknown, ("sublayers", why)))
-
-    def _repeats(self, links: Sequence[Link]) -> str | None:
-        """A block that runs again on what it has made (ALBERT's)."""
-        for link in links:
-            for call in self.recording.calls:
-                later = call.path == link.path and call.begin > link.call.end
-                if later and any(t.origins >> link.call.bit & 1 for ts in call.given.values() for t in ts):
-                    return link.path
-        return None
 
     def _sights(self, tower: SeenTower, links: Sequence[Link], blocks: list[Block], layout: Layout) -> list[Sight]:
         """Who sees whom in each block of tokens; blocks of one kind are looked at once."""
@@ -341,7 +336,7 @@ class _Watch:
             others = [k for k in self._inputs(tower) if k not in own and k not in self.hidden.masks]
             tap, valid, why = None, None, untold(self.example, others, links, sights)
         if why:
-            tower.unknown["mask"] = why
+            tower.unknown.setdefault("mask", why)
         return tap, valid
 
     def _leak(self, tower: SeenTower, acting: Collection[str]) -> str:

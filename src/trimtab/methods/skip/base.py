@@ -136,8 +136,8 @@ class Skipping(Method):
         for name in towers if s.adapters == "routed" else ():
             if anatomy.tower(name).layout == "map":
                 raise ValueError(
-                    f"{self.name}: routed adapters weigh by the first token, and tower {name!r} is a map, (B, H, W, D), "
-                    "which has none: set `adapters: parallel`, or name other towers in `towers`"
+                    f"{self.name}: routed adapters weigh by the first token, and tower {name!r} is a map, "
+                    "(B, H, W, D), which has none: set `adapters: parallel`, or name other towers in `towers`"
                 )
         found = [
             b
