@@ -112,15 +112,15 @@ class Results:
         Raises:
             AnatomyError: if none belongs to what the reader was given, or the side network has changed since.
         """
-        only = self.here[0] if len(self.here) == 1 else None
-        found = [only] if only is not None and not only.versions else self._found(given) or [only]
-        if None in found and len(self.here) > 1:
+        only = self.here if len(self.here) == 1 else []
+        found = only if only and not only[0].versions else self._found(given) or only
+        if not found and len(self.here) > 1:
             raise AnatomyError(
                 f"{self.method}: block '{reader}' reads tower {self.tower!r}, which ran {len(self.here)} times in this "
                 "call, and is handed none of its results as it was: which of them it reads is not known; leave one "
                 "of the two towers out with `towers`"
             )
-        result = joined([r for r in found if r is not None])
+        result = joined(found)
         if result is None or len(result.tokens) != rows:
             raise AnatomyError(
                 f"{self.method}: block '{reader}' works on {rows} rows and reads tower {self.tower!r}, whose side "
