@@ -151,7 +151,7 @@ def test_grids_have_no_parts_but_a_width():
     assert (seen.layout, seen.width, seen.keeps_shape, seen.sublayers) == ("grid", 8, True, ())
     assert "parts are told for tokens only" in seen.notes[-1]
     last = see(Parts(lambda b, x: x + b.mlp(b.n2(x))), torch.randn(2, 4, 4, 8))
-    assert (last.layout, last.width) == (None, 8) and [p.kind for p in last.sublayers] == ["mlp"]
+    assert (last.layout, last.width) == ("map", 8) and [p.kind for p in last.sublayers] == ["mlp"]
 
 
 # --- refused, or said -------------------------------------------------------------------------------------------------

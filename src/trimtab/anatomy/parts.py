@@ -18,6 +18,7 @@ from trimtab.anatomy.structure import AnatomyError, plain_module
 Modality = Literal["vision", "text", "audio", "fusion"]
 T = TypeVar("T")
 
+Layout = Literal["tokens", "grid", "map"]
 Unknown = tuple[tuple[str, str], ...]  # (fact, why it is not known)
 PATH = {"path": True}  # of a field that holds a path, or a tuple of paths
 
@@ -70,7 +71,7 @@ class Block:
 
     Attributes:
         path: dotted module path.
-        width: channels of its output, the last axis for tokens, the second for a grid.
+        width: channels of its output, the last axis for tokens and maps, the second for a grid.
         sublayers: where parallel adapters go, in the order of computation.
         keeps_shape: whether input and output have the same shape, and nothing but the stream (and what `also` names) is
             handed on; only then can it be skipped.
@@ -137,8 +138,10 @@ class Tower:
         modality: whose share of a pruning budget it counts to.
         blocks: in the order of computation.
         scope: path prefixes of everything that belongs to it (blocks, embeddings, norms).
-        output: where the stream is handed on after the last block and its norm, (B, L, D) or (B, C, H, W).
-        layout: `tokens` for (B, L, D), `grid` for (B, C, H, W).
+        output: where the stream is handed on after the last block and its norm, in its layout.
+        layout: `tokens` for (B, L, D), `grid` for (B, C, H, W), `map` for (B, H, W, D): channels last, and two axes or
+            more before them. What computes each place by itself works on a map (adapters, also in place of a skipped
+            block); what sets tokens in a row does not (side networks, prompts).
         mask: where the mask of valid tokens is seen, (B, L) with non-zero = valid; None if all are valid.
         mask_required: whether a batch without that mask is an error; otherwise all its tokens are valid.
         mask_source: the argument that the mask is made from, if the model makes up a mask of ones without it.
@@ -166,7 +169,7 @@ class Tower:
     blocks: tuple[Block, ...]
     scope: tuple[str, ...] = field(metadata=PATH)
     output: Tap
-    layout: Literal["tokens", "grid"] = "tokens"
+    layout: Layout = "tokens"
     mask: Tap | None = None
     mask_required: bool = True
     mask_source: Tap | None = None

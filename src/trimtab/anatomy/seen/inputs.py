@@ -59,6 +59,8 @@ def ready(model: nn.Module, example: Example) -> dict[str, Any]:
     found = dict(example.items())
     if not any(isinstance(v, Tensor) for v in tree_leaves(found)):
         raise AnatomyError(f"example: holds no tensor (keys: {', '.join(found) or 'none'})")
+    if empty := [k for k, v in found.items() if isinstance(v, Tensor) and v.ndim and not len(v)]:
+        raise AnatomyError(f"example: {empty[0]!r} {tuple(found[empty[0]].shape)} has no row; give two rows or more")
     found = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in found.items()}
     known = signature(model)
     for words in ("input_ids", "decoder_input_ids"):
@@ -170,7 +172,11 @@ def _middle(places: list[int], words: Tensor | None, row: int) -> int:
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, as it was afterwards; random numbers go on as if nothing had happened."""
+    """In evaluation mode, as it was afterwards; random numbers go on as if nothing had happened.
+
+    What modules note of a pass as attributes (the last states, how often they ran) is as before, too.
+    """
+    noted = [(m, _copied(vars(m)), {k: _copied(v) for k, v in _own(m).items()}) for m in model.modules()]
     training = [m for m in model.modules() if m.training]
     kept = [(m, k, b, b.detach().clone()) for m in model.modules() for k, b in m._buffers.items() if b is not None]
     fast = torch.backends.mha.get_fastpath_enabled()  # torch's fused encoder layers go around the modules in them
@@ -188,8 +194,42 @@ def watched(model: nn.Module) -> Iterator[None]:
                 owner._buffers[name] = buffer
                 if not buffer.is_meta and not torch.equal(buffer, before):
                     buffer.copy_(before)
+        for module, values, copies in noted:
+            with torch.no_grad():
+                _put_back(module, values, copies)
         for module in training:
             module.training = True
+
+
+_TORCHS = {*vars(nn.Module()), "training"}  # parameters, buffers, children, hooks
+
+
+def _own(module: nn.Module) -> dict[str, Any]:
+    return {k: v for k, v in vars(module).items() if k not in _TORCHS}
+
+
+def _copied(value: Any) -> Any:
+    """What a pass may write into, copied; anything else as it is."""
+    if isinstance(value, Tensor):
+        return None if value.is_meta else value.detach().clone()
+    return copy.copy(value) if type(value) in (list, dict, set) else value
+
+
+def _put_back(module: nn.Module, values: dict[str, Any], copies: dict[str, Any]) -> None:
+    """Give a module the attributes that it had, and those that can be written into what they held."""
+    own = vars(module)
+    for key in _own(module).keys() - values.keys():
+        del own[key]
+    for key, before in copies.items():
+        value = own[key] = values[key]
+        if isinstance(value, Tensor):
+            if before is not None and not torch.equal(value, before):
+                value.copy_(before)
+        elif type(value) is list:
+            value[:] = before
+        elif type(value) in (dict, set):
+            value.clear()
+            value.update(before)
 
 
 def made_inputs(model: nn.Module) -> dict[str, Any] | None:

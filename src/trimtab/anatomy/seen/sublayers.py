@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy.calls import parameter_names, passed, stream_name
-from trimtab.anatomy.parts import Block, Sublayer, Tap
+from trimtab.anatomy.parts import Block, Layout, Sublayer, Tap
 from trimtab.anatomy.seen.proof import Part, Proof, Unknown
 from trimtab.anatomy.seen.provenance import Node, elements, record, rerun
 from trimtab.anatomy.seen.residual import (
@@ -46,7 +45,8 @@ class SeenBlock:
         complete: whether these are all that is added into its streams; if not, `notes` say what else there is.
         keeps_shape: as in `Block`: shape kept, and nothing handed on but the stream and `also`.
         width: channels of its output; None if it was not seen which axis holds them.
-        layout: `tokens` for (B, L, D) or (L, D), `grid` for (B, C, H, W); None for anything else, see `notes`.
+        layout: `tokens` for (B, L, D) or (L, D), `grid` for (B, C, H, W), `map` for (B, H, W, D) and more axes of the
+            kind; None for anything else, see `notes`.
         returns_tuple: as in `Block`.
         also: as in `Block`; `output_1` stands for a second element that is no argument, whatever it is called.
         made: which elements of what it returns are neither None nor an argument: attention weights, a position bias
@@ -60,7 +60,7 @@ class SeenBlock:
     complete: bool
     keeps_shape: bool
     width: int | None
-    layout: Literal["tokens", "grid"] | None
+    layout: Layout | None
     returns_tuple: bool
     also: tuple[str, ...]
     made: tuple[int, ...]
@@ -220,17 +220,17 @@ class _Watch:
             return name
         return None
 
-    def _layout(self, axis: int | None) -> Literal["tokens", "grid"] | None:
+    def _layout(self, axis: int | None) -> Layout | None:
         rank = len(self.source.shape)
         if axis is None:
             self._note("it was not seen which axis of its stream holds the channels")
             return None
-        if axis == rank - 1 and rank in (2, 3):
-            return "tokens"
+        if axis == rank - 1 and rank > 1:
+            return "tokens" if rank < 4 else "map"
         if axis == 1 and rank == 4:
             return "grid"
-        self._note(f"its stream {tuple(self.source.shape)} has its channels on axis {axis}: neither (B, L, D) nor "
-                   "(B, C, H, W)")  # fmt: skip
+        self._note(f"its stream {tuple(self.source.shape)} has its channels on axis {axis}: neither (B, L, D), "
+                   "(B, C, H, W) nor (B, H, W, D)")  # fmt: skip
         return None
 
     # --- the sums -----------------------------------------------------------------------------------------------------

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Literal
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from trimtab.anatomy.calls import arguments
-from trimtab.anatomy.parts import Block
+from trimtab.anatomy.parts import Block, Layout
 from trimtab.anatomy.seen.chains import Link
 from trimtab.anatomy.seen.record import Recording, Trace
 from trimtab.anatomy.structure import under
@@ -92,9 +91,7 @@ def compress(chosen: Collection[str], every: Collection[str]) -> tuple[str, ...]
     return tuple(found)
 
 
-def block_of(
-    recording: Recording, link: Link, index: int, tower: SeenTower, layout: Literal["tokens", "grid"]
-) -> Block:
+def block_of(recording: Recording, link: Link, index: int, tower: SeenTower, layout: Layout) -> Block:
     """What was seen of one block."""
     call, unknown = link.call, []
     width = link.made.shape[1 if layout == "grid" else -1]
@@ -158,20 +155,30 @@ def closed(links: Sequence[Link], tower: SeenTower) -> str:
     return ""
 
 
-def layout_of(recording: Recording, links: Sequence[Link]) -> tuple[Literal["tokens", "grid"], str]:
-    """`grid` if convolutions in the blocks read a stream of four axes; why it is neither, if it is not."""
+def layout_of(recording: Recording, links: Sequence[Link], seen: Sequence[Layout | None]) -> tuple[Layout, str]:
+    """The layout of a tower's stream; why it is not known, if it is not.
+
+    Args:
+        recording: of the pass.
+        links: the tower's blocks.
+        seen: of each block, on which axis it was seen to compute with channels.
+    """
     shape = links[0].stream.shape
     if len(shape) < 4:
         return "tokens", ""
     inside = [c for c in recording.calls if any(c.path.startswith(f"{link.path}.") for link in links)]
     channels = {link.stream.shape[1] for link in links}
-    convolved = any(
+    convolved = len(shape) == 4 and any(
         isinstance(c.module, nn.Conv2d) and next(iter(c.given.values()))[0].shape[1] in channels
         for c in inside if c.given
     )  # fmt: skip
-    if len(shape) == 4 and convolved:
+    kinds = set(seen) - ({None} if convolved and "map" not in seen else set())
+    if kinds <= {"grid"} and (kinds or convolved):
         return "grid", ""
-    return "tokens", f"its stream is {shape}: neither (B, L, D) nor (B, C, H, W)"
+    if kinds == {"map"}:
+        return "map", ""
+    what = "neither (B, L, D) nor (B, C, H, W)" if kinds <= {"tokens", None} else "not of one layout in all its blocks"
+    return "tokens", f"its stream is {shape}: {what}, and it was not seen that its channels stand last, (B, H, W, D)"
 
 
 def numbers(shape: tuple[int, ...]) -> int:

@@ -13,7 +13,8 @@ from itertools import product
 from torch import Tensor, nn
 
 from trimtab.anatomy.description import Anatomy
-from trimtab.anatomy.parts import Block, Modality, Tap, Tower, with_paths
+from trimtab.anatomy.parts import Block, Layout, Modality, Tap, Tower, with_paths
+from trimtab.anatomy.seen.again import brought, otherwise, repeats
 from trimtab.anatomy.seen.chains import Link, candidates, chains
 from trimtab.anatomy.seen.inputs import Hidden, kind_of, ready, watched
 from trimtab.anatomy.seen.masks import mask_of, untold
@@ -79,6 +80,7 @@ class _Watch:
         self.model, self.example, self.hidden, self.recording = model, example, hidden, recording
         self.given = given  # the example as it was; a mask that was added to it is one that the model does without
         self.kinds: dict[Hashable, Block] = {}  # of blocks that are alike, the first, with its parts
+        self.layouts: dict[Hashable, Layout | None] = {}  # of their streams, as their channels tell
         self.sights: dict[Hashable, Sight] = {}
         self.towers = [self._begin(links) for links in found]
         self._name()
@@ -161,7 +163,8 @@ class _Watch:
         return [key for key, bit in self.recording.inputs.items() if origins >> bit & 1]
 
     def _modality(self, tower: SeenTower) -> Modality | None:
-        kinds = {kind_of(k, self.example[k]) for k in self._inputs(tower)} - {None}
+        keys = {*self._inputs(tower), *brought(self.recording, tower.links)}
+        kinds = {kind_of(k, self.example[k]) for k in keys} - {None}
         return None if not kinds else kinds.pop() if len(kinds) == 1 else "fusion"
 
     def _name(self) -> None:
@@ -190,36 +193,33 @@ class _Watch:
         )  # fmt: skip
         ignored += tuple(sorted({link.path.rpartition(".")[0] for t in self.towers for link in t.links[t.used :]}))
         ran = {call.path for call in self.recording.calls}
-        idle = tuple(p for p, children in repeated(self.model) if not ran & set(children))
+        idle = tuple(p for p, children in repeated(self.model) if not any(under(call, children) for call in ran))
         source = f"seen on an example ({shapes(self.example)})"
         return Anatomy(towers, tuple(heads), ignored, source, True, idle, self.recording.severed())
 
     def _tower(self, tower: SeenTower, scope: tuple[str, ...]) -> Tower:
         links = tower.links[: tower.used]
-        layout, why = layout_of(self.recording, links)
         modality = self._modality(tower)
         if modality is None:
             tower.unknown["modality"] = (
                 "what enters it is computed from none of the inputs that bring pictures, words or sound "
                 f"({', '.join(self._inputs(tower)) or 'none'})"
             )
-        if why:
-            tower.unknown["layout"] = why
-        if (repeats := self._repeats(links)) is not None:
-            tower.unknown["blocks"] = f"'{repeats}' runs several times in one pass, each time on what it made before"
-        blocks = [
-            heard(self._parts(tower, block_of(self.recording, link, i, tower, layout), link))
-            for i, link in enumerate(links)
-        ]
+        if (again := repeats(self.recording, links)) is not None:
+            tower.unknown["blocks"] = f"'{again}' runs several times in one pass, each time on what it made before"
+        elif why := otherwise(self.recording, links, self.hidden.masks):
+            tower.unknown["mask"] = tower.unknown["causal"] = why
+        blocks, layout = self._blocks(tower, links)
         sights = self._sights(tower, links, blocks, layout)
-        mask, valid = self._mask(tower, links, sights)
-        causal, apart = order(sights, valid, modality == "vision")
+        tokens = sights if layout == "tokens" else []  # of a map, only whether samples see each other
+        mask, valid = self._mask(tower, links, tokens)
+        causal, apart = order(tokens, valid, modality == "vision")
         if apart:
             tower.unknown.setdefault("causal", apart)
         first = held_stream(links[0])
         blank = first is not None and not bool(first.any())
         samples = self._samples(tower, links, sights)
-        if sights and "samples" not in tower.unknown and samples is None and not any(s.mixes for s in sights):
+        if tokens and "samples" not in tower.unknown and samples is None and not any(s.mixes for s in sights):
             tower.unknown.setdefault("causal", "no tokens were seen to mix in its blocks")
         memory = max((name for _, name in tower.beside), key=tower.readers, default=None)
         return Tower(
@@ -229,6 +229,18 @@ class _Watch:
             memories=tuple(dict.fromkeys(p for p in tower.beside if p[1] != memory)), reads=tuple(tower.reads),
             causal=causal, starts_blank=blank, closed=closed(links, tower), unknown=tuple(tower.unknown.items()),
         )  # fmt: skip
+
+    def _blocks(self, tower: SeenTower, links: Sequence[Link]) -> tuple[list[Block], Layout]:
+        """The blocks with their parts, and the layout of the stream, which these tell."""
+        numbered = list(enumerate(links))
+        parts = [self._parts(tower, block_of(self.recording, x, i, tower, "tokens"), x) for i, x in numbered]
+        layout, why = layout_of(self.recording, links, [self.layouts.get(likeness(link)) for link in links])
+        if why:
+            tower.unknown["layout"] = why
+        if layout != "tokens":  # whose width stands on another axis
+            bare = [block_of(self.recording, x, i, tower, layout) for i, x in numbered]
+            parts = [replace(b, width=o.width, begins=o.begins) for b, o in zip(parts, bare, strict=True)]
+        return [heard(part) for part in parts], layout
 
     def _parts(self, tower: SeenTower, block: Block, link: Link) -> Block:
         """With the parts that are seen in a block, which runs alone; of blocks of one kind, in the first."""
@@ -248,6 +260,7 @@ class _Watch:
             seen = see_sublayers(self.model, block, *copied(link.call.held), memory=memory)
         except AnatomyError as error:
             return replace(block, unknown=(*block.unknown, ("sublayers", str(error))))
+        self.layouts[likeness(link)] = seen.layout
         if seen.layout is None:
             block = replace(block, unknown=(*block.unknown, ("layout", "; ".join(seen.notes))))
         if seen.sublayers:
@@ -256,18 +269,9 @@ class _Watch:
         why = "; ".join(seen.notes) or "nothing is added into its stream"
         return replace(block, unknown=(*block.unknown, ("sublayers", why)))
 
-    def _repeats(self, links: Sequence[Link]) -> str | None:
-        """A block that runs again on what it has made (ALBERT's)."""
-        for link in links:
-            for call in self.recording.calls:
-                later = call.path == link.path and call.begin > link.call.end
-                if later and any(t.origins >> link.call.bit & 1 for ts in call.given.values() for t in ts):
-                    return link.path
-        return None
-
-    def _sights(self, tower: SeenTower, links: Sequence[Link], blocks: list[Block], layout: str) -> list[Sight]:
+    def _sights(self, tower: SeenTower, links: Sequence[Link], blocks: list[Block], layout: Layout) -> list[Sight]:
         """Who sees whom in each block of tokens; blocks of one kind are looked at once."""
-        if layout != "tokens" or len(links[0].stream.shape) < 2 or any(held_stream(link) is None for link in links):
+        if layout == "grid" or len(links[0].stream.shape) < 2 or any(held_stream(link) is None for link in links):
             return []
         found: list[Sight] = []
         for block, link in zip(blocks, links, strict=True):
@@ -275,7 +279,7 @@ class _Watch:
             if kind not in self.sights:
                 self.sights[kind] = sight(self.model, block, link)
             seen = self.sights[kind]
-            if seen.problem:
+            if seen.problem and layout == "tokens":
                 tower.unknown["causal"] = f"'{block.path}': {seen.problem}"
             found.append(seen)
         return found
@@ -333,7 +337,7 @@ class _Watch:
             others = [k for k in self._inputs(tower) if k not in own and k not in self.hidden.masks]
             tap, valid, why = None, None, untold(self.example, others, links, sights)
         if why:
-            tower.unknown["mask"] = why
+            tower.unknown.setdefault("mask", why)
         return tap, valid
 
     def _leak(self, tower: SeenTower, acting: Collection[str]) -> str:

@@ -133,6 +133,12 @@ class Skipping(Method):
         """
         s = self.settings
         towers = s.towers or tuple(t.name for t in anatomy.towers)
+        for name in towers if s.adapters == "routed" else ():
+            if anatomy.tower(name).layout == "map":
+                raise ValueError(
+                    f"{self.name}: routed adapters weigh by the first token, and tower {name!r} is a map, "
+                    "(B, H, W, D), which has none: set `adapters: parallel`, or name other towers in `towers`"
+                )
         found = [
             b
             for name in towers

@@ -89,7 +89,7 @@ class _Adapters(Method):
         for name in self.settings.towers or [t.name for t in anatomy.towers]:
             tower = anatomy.tower(name)
             tower.need(self.name, "blocks", "layout", "gradient")
-            if tower.layout != "tokens":
+            if tower.layout == "grid":
                 raise ValueError(f"{self.name}: tower {name!r} is a grid tower; adapters need tokens: name others")
             for block in tower.blocks:
                 parts = [p for p in block.sublayers if self.chosen(p)]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from trimtab.anatomy import Anatomy, Block, Tap, Tower, arguments, parameter_names, pre_hook, rewrite
+from trimtab.anatomy import Anatomy, AnatomyError, Block, Tap, Tower, arguments, parameter_names, pre_hook, rewrite
 from trimtab.anatomy.calls import signature
 from trimtab.methods.base import METHODS, Method
 from trimtab.methods.tune.beside import keep_modules, token_width, without_cache
@@ -76,6 +76,9 @@ class _Prompts(Method):
             enter = _Enter(self.name, block, prompts, i, tower.causal)
             pre_hook(model, block.path, enter)
         rewrite(model, Tap(tower.blocks[-1].path), prompts.taken_off)
+        ends = _Ends(self.name, tower, prompts)
+        model.register_forward_pre_hook(ends.begin)
+        model.register_forward_hook(ends.check)
 
 
 class Prompts(nn.Module):
@@ -85,14 +88,39 @@ class Prompts(nn.Module):
         super().__init__()
         self.values = nn.Parameter(torch.empty(blocks, count, width, device=device))
         nn.init.uniform_(self.values, -((6 / width) ** 0.5), (6 / width) ** 0.5)
+        self.stand = False  # whether they stand before the tokens: from the first block until after the last
 
     @property
     def count(self) -> int:
         return self.values.shape[1]
 
     def taken_off(self, tokens: Tensor) -> Tensor:
+        """(B, P + L, D) -> (B, L, D), after the last block."""
+        if self.stand:  # compiled code, which sets nothing, has nothing to watch
+            self.stand = False
+        return self.without(tokens)
+
+    def without(self, tokens: Tensor) -> Tensor:
         """(B, P + L, D) -> (B, L, D)."""
         return tokens[:, self.count :]
+
+
+class _Ends:
+    """Sees that a pass goes through the first and the last block, where prompts are set and taken off."""
+
+    def __init__(self, method: str, tower: Tower, prompts: Prompts):
+        self.method, self.tower, self.prompts = method, tower, prompts
+
+    def begin(self, module: nn.Module, args: tuple) -> None:
+        if self.prompts.stand:  # a pass before ended in an exception
+            self.prompts.stand = False
+
+    def check(self, module: nn.Module, args: tuple, out: Any) -> None:
+        if self.prompts.stand and not torch.compiler.is_compiling():
+            raise AnatomyError(
+                f"{self.method}: block '{self.tower.blocks[-1].path}' did not run, after which the prompts of tower "
+                f"{self.tower.name!r} are taken off: the model goes around it; use a method without prompts"
+            )
 
 
 _TORCHS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -122,8 +150,9 @@ class _Enter:
                 "its tower is described: correct the `width` of its blocks in the anatomy"
             )
         stream, count = given, self.prompts.count
+        self._note_place()
         if self.index < len(self.prompts.values):
-            tokens = stream if self.index == 0 else self.prompts.taken_off(stream)
+            tokens = stream if self.index == 0 else self.prompts.without(stream)
             new = self.prompts.values[self.index].to(stream.dtype).expand(len(stream), -1, -1)
             stream = torch.cat([new, tokens], dim=1)
         length = stream.shape[1] - count
@@ -138,6 +167,19 @@ class _Enter:
         args = tuple(self._widened(a, given, length, name, first) for a, name in zip(args, names, strict=False))
         kwargs = {k: self._widened(v, given, length, k, first) for k, v in kwargs.items()}
         return self.block.with_stream(module, args, kwargs, stream)
+
+    def _note_place(self) -> None:
+        """Note that prompts stand before the tokens, or see it: a block is computed again, out of order, in a backward
+        pass with gradient checkpointing."""
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+            return
+        if self.index == 0:
+            self.prompts.stand = True
+        elif not self.prompts.stand:
+            raise AnatomyError(
+                f"{self.method}: block '{self.block.path}' ran, and the first of its tower did not, before which "
+                "prompts are set: the model goes around it; use a method without prompts"
+            )
 
     def _check_torchs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Raise a ValueError for what cannot be widened around one of torch's own layers."""
