@@ -15,7 +15,7 @@ from trimtab.data.formats.nlvr2 import NLVR2
 from trimtab.data.formats.scienceqa import ScienceQA
 from trimtab.data.formats.snli_ve import SNLIVE
 from trimtab.data.formats.vqav2 import VQAv2
-from trimtab.data.reading import DataError
+from trimtab.data.reading import DataError, RowError
 
 
 @pytest.fixture
@@ -188,6 +188,18 @@ def test_gqa_names_a_broken_question(tmp_path, edit, message):
     change(made_sets.gqa(tmp_path) / "questions1.2/val_balanced_questions.json", edit)
     with pytest.raises(DataError, match=message):
         GQA(root=tmp_path).load("vqa", "validation")
+
+
+def test_gqa_testdev_has_answers_and_test_has_none(tmp_path):
+    """Their names begin alike."""
+    root = made_sets.gqa(tmp_path)
+    path = root / "questions1.2/testdev_balanced_questions.json"
+    content = json.loads(path.read_text())
+    del content["03"]["answer"]
+    write(path, content)
+    with pytest.raises(RowError, match="testdev_balanced_questions.json, id '03': the question '03' has no answer"):
+        GQA(root=root).load("vqa", "test")
+    assert GQA(root=root).table("vqa", "test_balanced")["answer"][:] == [""]
 
 
 def test_gqa_does_not_lose_a_question_whose_id_stands_twice(tmp_path):

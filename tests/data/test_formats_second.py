@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.data import official
+from trimtab.data import tables
 from trimtab.data.base import SOURCES, Published
 from trimtab.data.formats import flowers102
 from trimtab.data.formats.cc3m import CC3M, SBU, WebDataset, tsv
@@ -141,6 +142,20 @@ def test_msvd_has_a_row_a_caption_in_training_and_a_row_a_video_elsewhere(msvd):
     folded = MSVD(root=msvd, unfold=False).load("video-retrieval", "train")
     assert folded["captions"][:] == [["a dog", "the dog runs"], ["a cat"]]
     assert MSVD(root=msvd).load("video-retrieval", "validation")["captions"][:] == [["a cat"]]
+
+
+def test_a_video_that_cannot_be_decoded_is_left_out_on_skip(msvd):
+    film = official.film(msvd / "clips/below/b.c_3_4.mp4", ["red", "red"])
+    kept = Kept("skip")
+    MSVD(root=msvd, on_error="skip").read("video-retrieval", "train", kept)  # the other one is an empty file
+    assert len(kept) == 1
+    [told] = kept.left_out
+    assert "train_list.txt, line 1: the video " in told and "-a_1_2.avi: cannot be decoded as a video" in told
+    film.write_bytes(film.read_bytes()[:40])
+    with film.parent.joinpath("rows.jsonl").open("w") as rows:
+        rows.write(json.dumps({"video": film.name, "captions": ["a film"]}))
+    with pytest.raises(DataError, match=r"rows.jsonl: holds no rows; .*line 1: the video .*cannot be decoded"):
+        tables.read(film.parent / "rows.jsonl", on_error="skip")
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,11 @@ class _Reader:
     def _video(self, entry: Entry, value: Any) -> str:
         if not isinstance(value, str) or not (self.folder / value).is_file():
             raise entry.error(f"the video {value!r} is not there; looked in {self.folder}")
+        if self.pictures.decode:
+            from trimtab.data.video import fault
+
+            if wrong := fault(self.folder / value):
+                raise entry.error(f"the video {wrong}")
         return str(self.folder / value)
 
     def table(self, path: Path) -> Dataset:

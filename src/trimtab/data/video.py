@@ -98,6 +98,19 @@ def read(path: str | Path, rule: Rule) -> list[Image]:
     return found
 
 
+def fault(path: str | Path) -> str:
+    """What is wrong with a video; empty if its last frame can be reached, for which all of it is decoded.
+
+    Raises:
+        ImportError: if PyAV is not installed.
+    """
+    try:
+        read(path, lambda length: [length.frames - 1])
+    except VideoError as error:
+        return str(error)
+    return ""
+
+
 def _at(path: str | Path, rule: Rule, length: Length) -> list[Image] | int:
     """The frames that the rule wants of a video of this length, or how many frames it has if it ends before."""
     try:

@@ -99,7 +99,7 @@ class MSRVTT(Published):
         return table.select([i for i, v in enumerate(videos) if (v in held_out) == (split == "validation")])
 
     def read(self, task: str, name: str, kept: Kept) -> None:
-        videos = Videos(self.videos or self.root, SUFFIXES)
+        videos = Videos(self.videos or self.root, SUFFIXES, decode=self.on_error == "skip")
         if name != "test":
             return self._read_train(videos, kept)
         file = "MSRVTT_JSFUSION_test.csv" if self.form == "csv" else "msrvtt_test.jsonl"
