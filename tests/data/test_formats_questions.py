@@ -15,7 +15,7 @@ from trimtab.data.formats.nlvr2 import NLVR2
 from trimtab.data.formats.scienceqa import ScienceQA
 from trimtab.data.formats.snli_ve import SNLIVE
 from trimtab.data.formats.vqav2 import VQAv2
-from trimtab.data.reading import DataError, RowError
+from trimtab.data.reading import DataError, NotThere, RowError
 
 
 @pytest.fixture
@@ -234,6 +234,9 @@ def test_nlvr2_in_the_form_of_xvlm(tmp_path):
     write(path, [{"sentence": "It's so.", "label": "True", "images": files[:1]}])
     with pytest.raises(DataError, match=r"nlvr_test\.json, entry\[0\]: expected 'images' to be two paths"):
         source.load("pairs", "test")
+    write(tmp_path / "balanced_dev.json", ({"identifier": "dev-6-1-0"},))  # of the other form
+    with pytest.raises(NotThere, match=r"the form 'xvlm' has no split 'balanced_dev'; it has train, dev, test1, test2"):
+        source.table("pairs", "balanced_dev")
 
 
 @pytest.mark.parametrize(

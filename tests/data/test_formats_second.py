@@ -369,6 +369,10 @@ def test_vilt_and_multiflow_lists_of_pictures(tmp_path):
     listed = [{"image": "1/x.jpg", "caption": " kept ", "dataset": "sbu"}]
     (tmp_path / "sbu_pretrain.json").write_text(json.dumps(listed))
     assert SBU(root=tmp_path, form="multiflow").table("matching", "train")["captions"][:] == [[" kept "]]
+    (tmp_path / "m/data/pretrain").mkdir(parents=True)  # its own layout, seen from above
+    (tmp_path / "sbu_pretrain.json").rename(tmp_path / "m/data/pretrain/sbu_pretrain.json")
+    (tmp_path / "images").rename(tmp_path / "m/images")
+    assert len(SBU(root=tmp_path, form="multiflow").table("matching", "train")) == 1
     (tmp_path / "train_annot.json").write_text(json.dumps([*rows, ["x"]]))
     with pytest.raises(RowError, match=r"train_annot.json, row \[3\]: expected \[path, caption\]"):
         CC3M(root=tmp_path, form="vilt").table("captioning", "train")

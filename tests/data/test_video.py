@@ -33,7 +33,7 @@ def test_positions_evenly(frames, count, wanted):
     ("call", "message"),
     [
         (lambda: by_second(Length(9, 0.5)), "at least one frame a second, found 0.5"),
-        (lambda: by_second(Length(9, 8), 9), "from 1 to 8 frames of each second"),
+        (lambda: by_second(Length(9, 8), 9), r"from 0 \(all\) to 8 frames of each second"),
         (lambda: by_second(Length(9, 8), keep="middle"), "expected one of first, last, spread"),
         (lambda: evenly(Length(3, 8), 4), "a video of at least 4 frames, found 3"),
     ],

@@ -78,21 +78,21 @@ def regions(path: Path, kept: Kept, lines: bool) -> Iterator[tuple[Entry, Pictur
         found = None
         with kept.row():
             parts = [
-                Region(
-                    e.text("caption"),
-                    _pixels(e, e.get("bb", list)),
-                    e.texts("attributes") if "attributes" in e else None,
-                )
+                Region(phrase, _pixels(e, e.get("bb", list)), e.texts("attributes") if "attributes" in e else None)
                 for e in entry.inner("elems")
+                for phrase in _captions(e)  # a list of phrases means the same box
             ]
-            captions = None
-            if "caption" in entry:
-                captions = [entry.text("caption")] if isinstance(entry.get("caption"), str) else entry.texts("caption")
+            captions = _captions(entry) if "caption" in entry else None
             content = _binary(entry)
             name = entry.text("image") if content is None or "image" in entry else ""
             found = entry, Pictured(name, content, captions, parts)
         if found is not None:
             yield found
+
+
+def _captions(entry: Entry) -> list[str]:
+    """The field `caption`, a string or a list of them."""
+    return [entry.text("caption")] if isinstance(entry.get("caption"), str) else entry.texts("caption")
 
 
 def _binary(entry: Entry) -> bytes | None:

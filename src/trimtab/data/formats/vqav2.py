@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from trimtab.data import wording
 from trimtab.data.base import ASKED, SOURCES, Published, Split
-from trimtab.data.reading import DataError, Entry, Ids, Kept, Pictures, find_file, json_rows, read_json
+from trimtab.data.reading import DataError, Entry, Ids, Kept, NotThere, Pictures, find_file, json_rows, read_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -183,7 +183,7 @@ class VQAv2(Published):
 
     def _lists(self, name: str, kept: Kept) -> None:
         if name in ("test-dev", "trainable-val", "rest-val"):
-            raise DataError(f"{self}: the form 'xvlm' has no split {name!r}; it has train, val, test and vg")
+            raise NotThere(f"{self}: the form 'xvlm' has no split {name!r}; it has train, val, test and vg")
         self.read_list(find_file(self.files, "vg_qa.json" if name == "vg" else f"vqa_{name}.json"), name, kept)
 
     def read_list(self, path: Path, name: str, kept: Kept) -> None:
