@@ -15,7 +15,7 @@ from trimtab.data.formats.nlvr2 import NLVR2
 from trimtab.data.formats.scienceqa import ScienceQA
 from trimtab.data.formats.snli_ve import SNLIVE
 from trimtab.data.formats.vqav2 import VQAv2
-from trimtab.data.reading import DataError, NotThere, RowError
+from trimtab.data.reading import DataError, Kept, NotThere, RowError
 
 
 @pytest.fixture
@@ -50,6 +50,17 @@ def test_vqa_vocabulary_and_what_is_outside_it(vqa):
     change(path, lambda c: [a.update(multiple_choice_answer="two.") for a in c["annotations"][:4]])
     assert source.answers() == ["2"]  # a file that has changed is read again
     assert len(VQAv2(root=vqa, outside="keep").load("vqa", "train")) == 12
+
+
+def test_vqa_has_a_vocabulary_though_an_annotation_is_left_out(vqa):
+    change(vqa / "v2_mscoco_val2014_annotations.json", lambda c: c["annotations"][5].update(multiple_choice_answer=[]))
+    with pytest.raises(
+        RowError, match=r"val2014_annotations.json, annotations\[5\]: expected 'multiple_choice_answer'"
+    ):
+        VQAv2(root=vqa).answers()
+    kept = Kept("skip")
+    VQAv2(root=vqa, on_error="skip").read("vqa", "val", kept)
+    assert len(kept.left_out) == 1 and "annotations[5]: expected 'multiple_choice_answer'" in kept.left_out[0]
 
 
 def test_vqa_leaves_out_training_questions_without_a_known_answer(vqa):

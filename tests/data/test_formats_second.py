@@ -77,6 +77,18 @@ def test_a_broken_ref_is_named(refs, change, message):
     assert "red bus" in rest["phrase"][:]
 
 
+def test_things_with_one_id_or_none_are_named_or_left_out(refs):
+    path = refs[0] / "refcoco/instances.json"
+    whole = json.loads(path.read_text())
+    for more, message in ((whole["annotations"][0], "the id of annotations '101' stands twice"), (5, "named fields")):
+        path.write_text(json.dumps(whole | {"annotations": [*whole["annotations"], more]}))
+        with pytest.raises(RowError, match=rf"instances.json, annotations\[3\]: .*{message}"):
+            RefCOCO(root=refs[0]).load("grounding", "train")
+        kept = Kept("skip")
+        RefCOCO(root=refs[0]).read("grounding", "train", kept)
+        assert len(kept) == 2 and message in kept.left_out[0]
+
+
 def test_two_publications_of_refs_in_a_folder_must_be_chosen(refs):
     root, *_ = refs
     (root / "refcoco" / "refs(google).p").write_bytes((root / "refcoco" / "refs(unc).p").read_bytes())
@@ -200,6 +212,17 @@ def test_msr_vtt_takes_its_splits_from_the_csv_and_its_order_from_the_json(msrvt
     assert train["video"][0].endswith("video2.webm") and train["video"][3].endswith("video3.mp4")
     folded = MSRVTT(root=msrvtt, validation=0, unfold=False).load("video-retrieval", "train")
     assert folded["captions"][:] == [["one a"], ["two b", "two a"], ["three"]]
+
+
+def test_a_bad_sentence_of_msr_vtt_is_left_out_on_skip(msrvtt):
+    path = next(msrvtt.rglob("MSRVTT_data.json"))
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | {"sentences": [*whole["sentences"], {"video_id": "video1", "caption": 3}]}))
+    with pytest.raises(RowError, match=r"MSRVTT_data.json, sentences\[\d+\]: expected 'caption' to be a string"):
+        MSRVTT(root=msrvtt).table("video-retrieval", "train")
+    kept = Kept("skip")
+    MSRVTT(root=msrvtt).read("video-retrieval", "train", kept)
+    assert len(kept) and len(kept.left_out) == 1
 
 
 def test_msr_vtt_holds_videos_out_not_sentences(msrvtt):
@@ -395,6 +418,18 @@ def test_regions_of_visual_genome(genome):
     assert kept["phrase"][:] == ["a\ndog", "all"] and kept["box"][:] == [[1, 2, 11, 12], [0, 0, 40, 30]]
     whole = VisualGenome(root=genome).table("retrieval", "train")
     assert whole["captions"][:] == [["a\ndog", "beyond the edge", "flat", "all"]]
+
+
+def test_a_bad_picture_of_regions_is_named_or_left_out(genome):
+    path = next(genome.rglob("region_descriptions.json"))
+    path.write_text(json.dumps([True, *json.loads(path.read_text())]))
+    kept = Kept("skip")
+    VisualGenome(root=genome).read("grounding", "train", kept)
+    assert len(kept) and "entry[0]: expected an object" in kept.left_out[0]
+    pretrain = genome / "vg_pretrain.json"
+    pretrain.write_text(json.dumps([{"image": "VG_100K_2/5.jpg", "caption": ["a"], "bb": [1.5]}]))
+    with pytest.raises(RowError, match=r"vg_pretrain.json, entry\[0\]: expected a box of four numbers"):
+        VisualGenome(root=genome, form="multiflow-pretraining").table("grounding", "train")
 
 
 def test_a_bad_region_of_xvlm_leaves_out_its_picture(genome):

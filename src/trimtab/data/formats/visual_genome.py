@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,8 @@ class Pictured:
 
 
 def _pixels(entry: Entry, values: Any) -> list[int]:
-    numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    values = values if isinstance(values, list) else [values]
+    numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)]
     if len(numbers) != 4 or len(values) != 4:
         raise entry.error(f"expected a box of four numbers (x, y, width, height), found {values}")
     x, y, width, height = map(int, numbers)  # cut, as X-VLM does
@@ -59,7 +61,10 @@ def published(path: Path, kept: Kept) -> Iterator[tuple[Entry, int, Region]]:
         DataError: if the file or a row of it cannot be read.
     """
     for picture in json_rows(path):
-        for entry in picture.inner("regions"):
+        found: list[Entry] = []
+        with kept.row():
+            found = picture.inner("regions")
+        for entry in found:
             row = None
             with kept.row():
                 box = _pixels(entry, [entry.get(k) for k in ("x", "y", "width", "height")])

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from trimtab.data import wording
 from trimtab.data.base import ASKED, SOURCES, Published, Split
-from trimtab.data.reading import DataError, Entry, Ids, Kept, NotThere, Pictures, find_file, json_rows, read_json
+from trimtab.data.reading import (
+    DataError,
+    Entry,
+    Ids,
+    Kept,
+    NotThere,
+    OnError,
+    Pictures,
+    find_file,
+    json_rows,
+    read_json,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,7 +95,7 @@ class VQAv2(Published):
         if self.form == "xvlm":
             return answer_list(find_file(self.files, "answer_list.json"))
         annotations = [path for name in ("train", "val") if (path := self._official(name)[1])]
-        return _vocabulary(tuple((path, path.stat().st_mtime_ns) for path in annotations))
+        return _vocabulary(tuple((path, path.stat().st_mtime_ns) for path in annotations), self.on_error)
 
     def _official(self, name: str) -> tuple[Path, Path | None]:
         """The files of a split's questions and annotations; there are none of test."""
@@ -214,12 +225,16 @@ class VQAv2(Published):
 
 
 @lru_cache(maxsize=4)  # each of a recipe's splits asks, and the files take a while
-def _vocabulary(files: tuple[tuple[Path, int], ...]) -> list[str]:
+def _vocabulary(files: tuple[tuple[Path, int], ...], on_error: OnError) -> list[str]:
     """The published vocabulary of files of annotations, each with the time of its last change."""
     from trimtab.metrics.answers import vocabulary
 
-    entries = (entry for path, _ in files for entry in json_rows(path, "annotations"))
-    return vocabulary(entry.text("multiple_choice_answer", empty=True) for entry in entries)
+    kept, found = Kept(on_error), []
+    for path, _ in files:
+        for entry in json_rows(path, "annotations"):
+            with kept.row():
+                found.append(entry.text("multiple_choice_answer", empty=True))
+    return vocabulary(found)
 
 
 def answer_list(path: Path) -> list[str]:
