@@ -129,12 +129,13 @@ class VQAv2(Published):
                 if name.endswith("-val") and (str(image) in rest) != (name == "rest-val"):
                     continue
                 answers = [] if row is None else _ten(row)
+                common = "" if row is None else row.text("multiple_choice_answer", empty=True)
                 if row is not None and not self._inside(row, answers, known):
                     continue
                 file = f"{FOLDERS[part]}/COCO_{FOLDERS[part]}_{image:012d}.jpg"
                 kept.add(
                     image=pictures(entry, file), image_id=str(image), question=self._asked(entry), question_id=number,
-                    answer="" if row is None else row.text("multiple_choice_answer", empty=True), answers=answers,
+                    answer=common, answers=answers,
                     weights=[1 / len(answers) for _ in answers],
                     question_type="" if row is None else row.text("question_type", empty=True),
                     answer_type="" if row is None else row.text("answer_type", empty=True),
