@@ -24,6 +24,11 @@ def test_positions_by_second(length, rate, most, keep, wanted):
     assert by_second(length, rate, most, keep) == wanted
 
 
+def test_no_frames_of_each_second_means_all_of_them():
+    """As in CLIP4Clip's code."""
+    assert by_second(Length(7, 3.9), 0) == list(range(7))
+
+
 @pytest.mark.parametrize(("frames", "count", "wanted"), BLIP)
 def test_positions_evenly(frames, count, wanted):
     assert evenly(Length(frames, 25.0), count) == wanted
