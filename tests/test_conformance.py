@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import conformance
-from tests.data import made_sets
+from tests.data import made_sets, official
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -121,3 +121,38 @@ def test_a_broken_file_passes_with_an_error_that_names_file_and_row(tmp_path, ca
     status, lines = report(tmp_path, capsys)
     assert status == 1 and [lines[f"bad/{name}"]["pass"] for name in names] == [False, True, True, None]
     assert "broken.jsonl, line 2: expected 'label'" in lines["bad/broken.jsonl"]["told"]
+
+
+def test_a_broken_file_that_no_reader_of_its_own_takes_stands_in_for_the_one_it_is_like(tmp_path, capsys):
+    made_sets.gqa(tmp_path / "set")
+    made_sets.write(tmp_path / "set/expected.json", {"dataset": "gqa", "tables": {}})
+    content = json.loads((tmp_path / "set/questions1.2/val_balanced_questions.json").read_text())
+    made_sets.write(tmp_path / "bad/whole.json", content)
+    content["02"]["imageId"] = "gone"
+    made_sets.write(tmp_path / "bad/broken.json", content)
+    names = ["whole.json", "broken.json"]
+    made_sets.write(tmp_path / "bad/index.json", [{"file": name, "what_is_wrong": "see"} for name in names])
+    status, lines = report(tmp_path, capsys)
+    assert status == 1 and [lines[f"bad/{name}"]["pass"] for name in names] == [False, True]
+    assert "bad/broken.json, id '02': the picture 'gone.jpg' is not there" in lines["bad/broken.json"]["told"]
+
+
+def test_a_table_of_refs_says_whose_splits_it_has(tmp_path, capsys):
+    root = tmp_path / "set"
+    official.refer(root, [official.ref(1, "train", ["the dog"]), official.ref(2, "testAB", ["a man"])],
+                   {101: [1, 2, 3, 4], 102: [1, 1, 5, 5]})  # fmt: skip
+    unc = root / "refcoco/refs(unc).p"
+    unc.with_name("refs(google).p").write_bytes(unc.read_bytes())
+    official.refer(root, [official.ref(3, "train", ["a bus"])], {101: [1, 2, 3, 4], 102: [1, 1, 5, 5]})
+    columns = ["expression", "ref_id", "split"]
+    tables = {"refcoco": {"columns": columns, "n_rows": 2, "rows": [["the dog", 1, "train"], ["a man", 2, "testAB"]]}}
+    made_sets.write(root / "expected.json", {"dataset": "refcoco", "tables": tables})
+    status, lines = report(tmp_path, capsys)
+    assert status == 0 and lines["set/refcoco"]["pass"]
+
+
+def test_a_damaged_pickle_that_runs_code_fails_nothing_else(tmp_path, capsys):
+    for name, content in {"evil_a.p": b"\x80\x02\x82\x01.", "evil_b.p": b"ceval\neval\n.", "evil_c.p": b"]."}.items():
+        (tmp_path / name).write_bytes(content)
+    lines = report(tmp_path, capsys)[1]
+    assert [lines[f"{tmp_path.name}/evil_{n}.p"]["pass"] for n in "abc"] == [True, True, False]

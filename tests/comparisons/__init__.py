@@ -4,6 +4,7 @@ from tests.comparisons import (  # noqa: F401
     blip,
     clip4clip,
     clip_vil,
+    data_broken,
     data_first,
     data_second,
     mdetr,

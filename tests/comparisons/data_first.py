@@ -15,6 +15,8 @@ from trimtab.data.formats.karpathy import Captioned, Flickr30K
 from trimtab.data.formats.nlvr2 import NLVR2
 from trimtab.data.formats.snli_ve import LABELS, SNLIVE
 from trimtab.data.formats.vqav2 import VQAv2
+from trimtab.data.reading import find_file, json_lines, json_rows
+from trimtab.data.tables import PICTURES
 
 
 @data_set("flickr30k", "dataset_flickr30k.json", "flickr30k_*.json")
@@ -116,15 +118,18 @@ def vqa_lists(root: Path, split: str) -> Rows:
         rows_of(VQAv2(root=root, form="xvlm", outside="keep", wording=w).table("vqa", split), root)
         for w in ("as written", "xvlm", "blip")
     )
+    file = find_file(root, "vg_qa.json" if split == "vg" else f"vqa_{split}.json")
     out = []
-    for row, x, b in zip(written, xvlm, blip, strict=True):
+    for row, x, b, entry in zip(written, xvlm, blip, json_rows(file), strict=True):
         weights: dict[str, float] = {}
         for answer, weight in zip(row["answers"], row["weights"], strict=True):
             weights[answer] = weights.get(answer, 0.0) + weight
-        if split == "vg":
-            row["image"] = row["image"].removeprefix("vg/")  # the table has the path below Visual Genome's own folder
-        out.append({**row, "question_xvlm": x["question"], "question_blip": b["question"],
-                    "dataset": "vg" if split == "vg" else "vqa", "answers": list(weights),
+        # The table has the path as it is written, below the picture root of its own set.
+        listed = entry.values
+        if Path(row["image"]).name != Path(listed["image"]).name:
+            raise entry.error(f"its picture was read as {row['image']}")
+        out.append({**row, "image": listed["image"], "question_xvlm": x["question"], "question_blip": b["question"],
+                    "dataset": listed.get("dataset"), "answers": list(weights),
                     "weights": list(weights.values())})  # fmt: skip
     return out
 
@@ -135,7 +140,9 @@ def vqa_lists(root: Path, split: str) -> Rows:
 @data_set("gqa", "*_balanced_questions.json", "finetune_gqa_*.json")
 def gqa(root: Path, table: str, expected: dict[str, Any]) -> Rows | None:
     if table.startswith("mdetr_"):
-        rows = rows_of(GQA(root=root, form="mdetr").table("vqa", f"{table.removeprefix('mdetr_')}_balanced"), root)
+        split = table.removeprefix("mdetr_")
+        split = split if split in GQA.splits else f"{split}_balanced"
+        rows = rows_of(GQA(root=root, form="mdetr").table("vqa", split), root)
         return [{**r, "image": Path(r["image"]).name, "question_type": r["semantic"]} for r in rows]
     rows = rows_of(GQA(root=root).table("vqa", table), root)
     return [{**r, "isBalanced": r["balanced"]} for r in rows]
@@ -158,7 +165,7 @@ def nlvr2(root: Path, table: str, expected: dict[str, Any]) -> Rows | None:
 def snli_ve(root: Path, table: str, expected: dict[str, Any]) -> Rows | None:
     rows = rows_of(SNLIVE(root=root).table("entailment", table), root)
     path = next(root.rglob(f"snli_ve_{table}.jsonl"))
-    told = {e["pairID"]: e["annotator_labels"] for e in map(json.loads, path.read_text().strip().split("\n"))}
+    told = {e.id("pairID"): e.values.get("annotator_labels") for e in json_lines(path)}
     return [{**r, "hypothesis": r["statement"], "premise_text": r["premise"], "split": table,
              "label_id_meter": LABELS.index(r["label"]), "annotator_labels": told[r["pair_id"]]}
             for r in rows]  # fmt: skip
@@ -193,7 +200,7 @@ def captions(path: Path, beside: dict[str, Path]) -> None:
         source.read_file(path, split, Kept())
 
 
-@broken(lambda path, content: path.suffix in (".jpg", ".jpeg", ".png"))
+@broken(lambda path, content: path.suffix.lower() in PICTURES)
 def picture(path: Path, beside: dict[str, Path]) -> None:
     """Decoding names the picture; reading that looks at pictures names the row too, and leaves it out if asked."""
     from trimtab.data.images import ImageError, decode
@@ -238,7 +245,8 @@ def entailment(path: Path, beside: dict[str, Path]) -> None:
     SNLIVE(root=beside.get("snli_ve", path.parent)).read_file(path, "dev", Kept())
 
 
-@broken(lambda path, content: _first(content, "question_id", "answer") or _first(content, "questionId", "prediction"))
+@broken(lambda path, content: (_first(content, "question_id", "answer") and not _first(content, "question"))
+        or _first(content, "questionId", "prediction"))  # fmt: skip
 def predictions(path: Path, beside: dict[str, Path]) -> None:
     form = "vqa" if "question_id" in json.loads(path.read_text())[0] else "gqa"
     told = {"vqa": ("vqav2", "v2_OpenEnded_*_questions.json"), "gqa": ("gqa", "*_balanced_questions.json")}

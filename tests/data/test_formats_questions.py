@@ -15,7 +15,7 @@ from trimtab.data.formats.nlvr2 import NLVR2
 from trimtab.data.formats.scienceqa import ScienceQA
 from trimtab.data.formats.snli_ve import SNLIVE
 from trimtab.data.formats.vqav2 import VQAv2
-from trimtab.data.reading import DataError
+from trimtab.data.reading import DataError, Kept, NotThere, RowError
 
 
 @pytest.fixture
@@ -50,6 +50,17 @@ def test_vqa_vocabulary_and_what_is_outside_it(vqa):
     change(path, lambda c: [a.update(multiple_choice_answer="two.") for a in c["annotations"][:4]])
     assert source.answers() == ["2"]  # a file that has changed is read again
     assert len(VQAv2(root=vqa, outside="keep").load("vqa", "train")) == 12
+
+
+def test_vqa_has_a_vocabulary_though_an_annotation_is_left_out(vqa):
+    change(vqa / "v2_mscoco_val2014_annotations.json", lambda c: c["annotations"][5].update(multiple_choice_answer=[]))
+    with pytest.raises(
+        RowError, match=r"val2014_annotations.json, annotations\[5\]: expected 'multiple_choice_answer'"
+    ):
+        VQAv2(root=vqa).answers()
+    kept = Kept("skip")
+    VQAv2(root=vqa, on_error="skip").read("vqa", "val", kept)
+    assert len(kept.left_out) == 1 and "annotations[5]: expected 'multiple_choice_answer'" in kept.left_out[0]
 
 
 def test_vqa_leaves_out_training_questions_without_a_known_answer(vqa):
@@ -190,6 +201,18 @@ def test_gqa_names_a_broken_question(tmp_path, edit, message):
         GQA(root=tmp_path).load("vqa", "validation")
 
 
+def test_gqa_testdev_has_answers_and_test_has_none(tmp_path):
+    """Their names begin alike."""
+    root = made_sets.gqa(tmp_path)
+    path = root / "questions1.2/testdev_balanced_questions.json"
+    content = json.loads(path.read_text())
+    del content["03"]["answer"]
+    write(path, content)
+    with pytest.raises(RowError, match="testdev_balanced_questions.json, id '03': the question '03' has no answer"):
+        GQA(root=root).load("vqa", "test")
+    assert GQA(root=root).table("vqa", "test_balanced")["answer"][:] == [""]
+
+
 def test_gqa_does_not_lose_a_question_whose_id_stands_twice(tmp_path):
     path = made_sets.gqa(tmp_path) / "questions1.2/val_balanced_questions.json"
     text = path.read_text()
@@ -222,6 +245,9 @@ def test_nlvr2_in_the_form_of_xvlm(tmp_path):
     write(path, [{"sentence": "It's so.", "label": "True", "images": files[:1]}])
     with pytest.raises(DataError, match=r"nlvr_test\.json, entry\[0\]: expected 'images' to be two paths"):
         source.load("pairs", "test")
+    write(tmp_path / "balanced_dev.json", ({"identifier": "dev-6-1-0"},))  # of the other form
+    with pytest.raises(NotThere, match=r"the form 'xvlm' has no split 'balanced_dev'; it has train, dev, test1, test2"):
+        source.table("pairs", "balanced_dev")
 
 
 @pytest.mark.parametrize(

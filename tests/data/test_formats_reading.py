@@ -31,6 +31,18 @@ def test_csv_cells_may_hold_commas_and_line_ends(tmp_path):
         next(csv_rows(path, ["sentence"]))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('id,text\n1,"one\n2,two\n', "a.csv, line 3: not CSV"),
+        ("id,text,text\n", "line 1: the column 'text' stands twice"),
+    ],
+)
+def test_a_csv_of_which_a_part_would_be_lost_is_named(tmp_path, text, message):
+    with pytest.raises(DataError, match=message):
+        list(csv_rows(write(tmp_path / "a.csv", text), []))
+
+
 def test_lines_keep_their_numbers_and_lose_their_ends(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeffone\r\n\r\nthree \r\n".encode())

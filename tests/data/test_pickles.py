@@ -8,6 +8,8 @@ import pytest
 
 from tests.data.official import python2
 from trimtab.data import pickles
+from trimtab.data.formats import refcoco
+from trimtab.data.reading import DataError, RowError
 
 FLAG = "TRIMTAB_TEST_PICKLE"
 SET = f"__import__('os').environ.__setitem__('{FLAG}','1')"
@@ -61,3 +63,19 @@ def test_a_pickle_of_something_else_is_named(tmp_path):
     path.write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(ValueError, match=r"refs.p: expected a pickle of a list, found a dict"):
         pickles.read(path, types=(list,))
+
+
+def test_values_nested_too_deeply_to_be_shown_are_an_error_of_their_row(tmp_path):
+    path = tmp_path / "refs.p"
+    path.write_bytes(b"]" * 100_000 + b"a" * 99_999 + b".")
+    [ref] = refcoco.refs(path)
+    with pytest.raises(RowError, match=r"refs.p, ref \[0\]: expected an object .*nested too deeply"):
+        ref.text("split")
+
+
+def test_faults_of_pickles_are_faults_of_data(tmp_path):
+    path = tmp_path / "refs.p"
+    for content in (b"]", b"Pabc\n.", b"N."):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="refs.p: "):
+            pickles.read(path)

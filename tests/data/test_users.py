@@ -73,6 +73,12 @@ def test_json_lists_and_pictures_in_another_folder(folder):
             {"image": "pictures/0.png", "captions": [1.5]},
             r"expected 'captions' to be a string, found '1.5'",
         ),
+        (
+            "retrieval",
+            {"image": "pictures/0.png", "captions": []},
+            r"'captions' to hold at least one caption, found \[\]",
+        ),
+        ("captioning", {"image": "pictures/0.png", "captions": [" "]}, r"to hold at least one caption, found \[' '\]"),
     ],
 )
 def test_a_bad_row_is_named_or_left_out(folder, task, row, message, caplog):

@@ -24,6 +24,11 @@ def test_positions_by_second(length, rate, most, keep, wanted):
     assert by_second(length, rate, most, keep) == wanted
 
 
+def test_no_frames_of_each_second_means_all_of_them():
+    """As in CLIP4Clip's code."""
+    assert by_second(Length(7, 3.9), 0) == list(range(7))
+
+
 @pytest.mark.parametrize(("frames", "count", "wanted"), BLIP)
 def test_positions_evenly(frames, count, wanted):
     assert evenly(Length(frames, 25.0), count) == wanted
@@ -33,7 +38,7 @@ def test_positions_evenly(frames, count, wanted):
     ("call", "message"),
     [
         (lambda: by_second(Length(9, 0.5)), "at least one frame a second, found 0.5"),
-        (lambda: by_second(Length(9, 8), 9), "from 1 to 8 frames of each second"),
+        (lambda: by_second(Length(9, 8), 9), r"from 0 \(all\) to 8 frames of each second"),
         (lambda: by_second(Length(9, 8), keep="middle"), "expected one of first, last, spread"),
         (lambda: evenly(Length(3, 8), 4), "a video of at least 4 frames, found 3"),
     ],

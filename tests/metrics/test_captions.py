@@ -40,6 +40,8 @@ def test_words_are_those_of_the_official_tokeniser():
         "10:o",
         "50 1/2 dogs",
         "he says no.",
+        "with vitamin A. The cat",
+        "from the U.S.",
     ],
 )
 def test_captions_that_the_official_tokeniser_may_split_otherwise_are_found(text):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import tests.comparisons  # noqa: F401  (fills the table of comparisons)
 from tests import conformance
 
 FOLDER = Path(__file__).parents[1] / "golden" / "metrics"

@@ -93,7 +93,7 @@ class Published(ABC):
     """Folder of the pictures, where it is not one of those below `root` that the authors name."""
     on_error: OnError = "stop"
     """`stop` at the first row that cannot be read, or `skip`: leave it out, count and list what was left out. Pictures
-    are then all decoded once, which takes a while."""
+    and videos are then all decoded once, which takes a while."""
     rows: int | None = None
     """At most so many rows of each split, the first ones; None for all."""
 

@@ -120,5 +120,8 @@ _KINDS = {
 
 def short(value: Any) -> str:
     """A value for a message, cut to 80 characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:  # a damaged or hostile file
+        text = f"a {type(value).__name__} in which values are nested too deeply"
     return text if len(text) <= 80 else f"{text[:77]}..."

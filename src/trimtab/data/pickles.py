@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from trimtab.data.entry import DataError
+
 # What reading a damaged pickle raises, whichever instruction the damage hits.
 _DAMAGED = (
     pickle.UnpicklingError, EOFError, ArithmeticError, AttributeError, ImportError, LookupError, MemoryError,
@@ -34,7 +36,7 @@ def _arrays() -> dict[tuple[str, str], Any]:
     }  # fmt: skip
 
 
-class PickleRefused(ValueError):
+class PickleRefused(DataError):
     """A pickle that asks for a function that no data need; the message names the file and the function."""
 
 
@@ -73,7 +75,7 @@ def read(
     Raises:
         FileNotFoundError: if there is no such file.
         PickleRefused: if it asks for any other function; nothing of it was called.
-        ValueError: if it is cut, damaged, or holds something else, with the file's name.
+        DataError: if it is cut, damaged, or holds something else, with the file's name.
     """
     path = Path(path)
     try:
@@ -81,11 +83,11 @@ def read(
     except PickleRefused:
         raise
     except _DAMAGED as error:
-        raise ValueError(
+        raise DataError(
             f"{path}: expected a pickle of data, found a file that is cut, damaged or no pickle "
             f"({type(error).__name__}: {error})"
         ) from error
     if not isinstance(found, tuple(types)):
         wanted = " or a ".join(t.__name__ for t in types)
-        raise ValueError(f"{path}: expected a pickle of a {wanted}, found a {type(found).__name__}")
+        raise DataError(f"{path}: expected a pickle of a {wanted}, found a {type(found).__name__}")
     return found

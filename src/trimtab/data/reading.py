@@ -114,13 +114,17 @@ def csv_rows(path: Path, columns: Sequence[str], delimiter: str = ",") -> Iterat
     """The rows of a CSV file with a header, by column; quoted cells may hold commas and line ends.
 
     Raises:
-        DataError: if the file cannot be read or its header lacks one of `columns`.
+        DataError: if the file cannot be read, its header lacks one of `columns` or has one twice, or a quote is not
+            closed: it would swallow the rows after it.
     """
-    reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter)
+    reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
         if missing := [c for c in columns if c not in header]:
             raise DataError(f"{path}, line 1: expected a header with {missing[0]!r}, found {short(header)}")
+        if len(set(header)) < len(header):
+            twice = next(name for i, name in enumerate(header) if name in header[:i])
+            raise DataError(f"{path}, line 1: the column {twice!r} stands twice in the header")
         for cells in reader:
             if cells:
                 fault = f"expected {len(header)} cells, found {len(cells)}" if len(cells) != len(header) else ""

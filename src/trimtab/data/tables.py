@@ -165,6 +165,10 @@ class _Reader:
             left, top, right, bottom = clamped(row["box"], size)
             if right <= left or bottom <= top:
                 raise named.error(f"expected 'box' in its picture of {size[0]} x {size[1]} pixels, found {row['box']}")
+        if "captions" in self.typed and "captions" in {**row, **(self.rows[0] if self.rows else {})}:
+            told = row.get("captions") or []
+            if not told or not all(isinstance(c, str) and c.strip() for c in told):  # nothing to train on or to score
+                raise named.error(f"expected 'captions' to hold at least one caption, found {told}")
         for key in ONCE:
             if row.get(key) is not None:
                 self.kept.once(named, row[key], key)
@@ -227,6 +231,11 @@ class _Reader:
     def _video(self, entry: Entry, value: Any) -> str:
         if not isinstance(value, str) or not (self.folder / value).is_file():
             raise entry.error(f"the video {value!r} is not there; looked in {self.folder}")
+        if self.pictures.decode:
+            from trimtab.data.video import fault
+
+            if wrong := fault(self.folder / value):
+                raise entry.error(f"the video {wrong}")
         return str(self.folder / value)
 
     def table(self, path: Path) -> Dataset:

@@ -43,18 +43,20 @@ def by_second(
     """Positions as CLIP4Clip reads them: the rate as a whole number, the first `per_second` places of each second.
 
     Args:
-        per_second: CLIP4Clip's `feature_framerate`.
+        per_second: CLIP4Clip's `feature_framerate`; 0 takes every frame.
         most: its `max_frames`; None for all.
         keep: which ones, if there are more: its `slice_framepos` 0, 1 and 2.
 
     Raises:
-        ValueError: if `per_second` is not from 1 to the frames in a second, or the rate is below one a second.
+        ValueError: if `per_second` is not from 0 to the frames in a second, or the rate is below one a second.
     """
     fps = int(length.fps)  # as CLIP4Clip: 29.97 counts as 29
     if fps < 1:
         raise ValueError(f"expected at least one frame a second, found {length.fps}; use evenly spaced frames instead")
-    if not 1 <= per_second <= fps:
-        raise ValueError(f"expected from 1 to {fps} frames of each second (the video's rate), asked for {per_second}")
+    if not 0 <= per_second <= fps:
+        raise ValueError(f"expected from 0 (all) to {fps} frames of each second (the video's rate), asked for "
+                         f"{per_second}")  # fmt: skip
+    per_second = per_second or fps
     if keep not in KEEP:
         raise ValueError(f"which frames to keep: expected one of {', '.join(KEEP)}, found {keep!r}")
     offsets = range(0, fps, fps // per_second)[:per_second]
@@ -96,6 +98,19 @@ def read(path: str | Path, rule: Rule) -> list[Image]:
     if isinstance(found, int):
         raise VideoError(f"{path}: gives another number of frames each time that it is decoded")
     return found
+
+
+def fault(path: str | Path) -> str:
+    """What is wrong with a video; empty if its last frame can be reached, for which all of it is decoded.
+
+    Raises:
+        ImportError: if PyAV is not installed.
+    """
+    try:
+        read(path, lambda length: [length.frames - 1])
+    except VideoError as error:
+        return str(error)
+    return ""
 
 
 def _at(path: str | Path, rule: Rule, length: Length) -> list[Image] | int:

@@ -24,6 +24,12 @@ _ALWAYS = frozenset("""
 _CAPITAL = frozenset("miss az ark del ill la mass ore pa tex wash".split())
 _BEFORE_NUMBER = frozenset("no nos art fig figs prop pp op ca".split())
 
+# With a capital, these begin a sentence.
+_STARTS = frozenset("""
+    a about according additionally after an as at but earlier he her here however if in it last many more mr. ms. now
+    once one other our she since so some such that the their then there these they this we what when while yet you
+""".split())  # fmt: skip
+
 _SPLIT = {
     "cannot": "can not", "gonna": "gon na", "gotta": "got ta", "lemme": "lem me", "gimme": "gim me", "wanna": "wan na",
     "'tis": "'t is", "'twas": "'t was",
@@ -60,6 +66,7 @@ _ELSE = re.compile(
     |\d[.,:/]\d+(?:[a-z]|-\w*[a-z]|/)|(?<!\w)-\d+[a-z/-]|\d[,:][a-z]|[a-z/-]\d+[.,:]\d|-\d+\.\d""",
     re.VERBOSE | re.IGNORECASE,
 )
+_LETTERS = re.compile(rf"\W*(?:{_LETTER}\.)+")
 # A whole number and the fraction behind it are one word there.
 _MIXED = re.compile(r"\d+ \d+/\d+")
 _WORD = re.compile(r"\w+(?:-\w+)*|\w+/\w+")
@@ -88,7 +95,10 @@ def _read(caption: str) -> tuple[list[str], str | None]:
         found += words
         # "no." at the end is one word if the next caption begins with a number.
         last = not after and chunk.lower().removesuffix(".") in _BEFORE_NUMBER and chunk.endswith(".")
-        if doubt is None and (not sure or last or _MIXED.match(f"{chunk} {after}")):
+        # A letter or acronym may lose its period before such a word, which the next caption may begin with.
+        starts = not after or (after[0].isupper() and after.lower() in _STARTS)
+        letters = starts and _LETTERS.fullmatch(chunk) is not None
+        if doubt is None and (not sure or last or letters or _MIXED.match(f"{chunk} {after}")):
             doubt = chunk
     return found, doubt
 

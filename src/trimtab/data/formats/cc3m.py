@@ -130,6 +130,8 @@ class _FromTheWeb(_Streamed):
         else:
             path = find_file(self.files, f"{self._set}_pretrain.json", f"{self._set}.json")
             find = self.find_pictures(f"images/{self._set}", self._set, "images")
+            if self.pictures is None:  # its lists lie in data/pretrain, and its pictures in images beside data
+                find.folders += [p / "images" / self._set for p in path.parents[2:3]]
             rows = ((e, p, [c]) for e, p, c, _ in multiflow(path, kept))
         for entry, picture, captions in rows:
             with kept.row():

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from trimtab.data.base import ASKED, SOURCES, Published
 from trimtab.data.formats.vqav2 import answer_list
-from trimtab.data.reading import DataError, Entry, Kept, find_file, json_rows, json_table, look_for
+from trimtab.data.reading import DataError, Entry, Kept, NotThere, find_file, json_rows, json_table, look_for
 
 LXMERT = {"train_balanced": "train", "val_balanced": "valid", "testdev_balanced": "testdev", "test_balanced": "test",
           "challenge_balanced": "challenge"}  # fmt: skip
@@ -64,7 +64,7 @@ class GQA(Published):
             with kept.row():
                 number = number if number is not None else _id(entry)
                 columns = row(entry)
-                if not columns["answer"] and not name.startswith(UNTOLD):
+                if not columns["answer"] and name.partition("_")[0] not in UNTOLD:
                     raise entry.error(f"the question {number!r} has no answer")
                 image = columns["image_id"]
                 kept.add(image=pictures(entry, f"{image}.jpg"), question_id=kept.once(entry, number, "question_id"),
@@ -89,7 +89,7 @@ class GQA(Published):
         """The files of a split: one, or chunks in the order of their numbers."""
         if self.form == "lxmert":
             if name not in LXMERT:
-                raise DataError(f"{self}: LXMERT's files have no split {name!r}; they have {', '.join(LXMERT)}")
+                raise NotThere(f"{self}: LXMERT's files have no split {name!r}; they have {', '.join(LXMERT)}")
             return [find_file(self.files, f"{LXMERT[name]}.json")]
         if self.form == "mdetr":
             return [find_file(self.files, f"finetune_gqa_{name}.json")]

@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 SUFFIXES = (".mp4", ".webm")  # CLIP4Clip looks for the first, then for the second
 
 
-def sentences(path: Path) -> Iterator[tuple[str, str]]:
+def sentences(path: Path, kept: Kept) -> Iterator[tuple[str, str]]:
     """(video, caption) of every sentence of `MSRVTT_data.json`, in its order.
 
     Raises:
         DataError: if the file or a row of it cannot be read.
     """
     for entry in json_rows(path, "sentences"):
-        yield entry.id("video_id"), entry.text("caption")
+        with kept.row():
+            yield entry.id("video_id"), entry.text("caption")
 
 
 def train_videos(path: Path, kept: Kept) -> Iterator[tuple[Entry, str]]:
@@ -99,7 +100,7 @@ class MSRVTT(Published):
         return table.select([i for i, v in enumerate(videos) if (v in held_out) == (split == "validation")])
 
     def read(self, task: str, name: str, kept: Kept) -> None:
-        videos = Videos(self.videos or self.root, SUFFIXES)
+        videos = Videos(self.videos or self.root, SUFFIXES, decode=self.on_error == "skip")
         if name != "test":
             return self._read_train(videos, kept)
         file = "MSRVTT_JSFUSION_test.csv" if self.form == "csv" else "msrvtt_test.jsonl"
@@ -112,7 +113,7 @@ class MSRVTT(Published):
         path = find_file(self.files, f"MSRVTT_train.{self.train}.csv")
         chosen = {video: entry for entry, video in train_videos(path, kept)}
         source = find_file(self.files, "MSRVTT_data.json")
-        rows = [(video, text) for video, text in sentences(source) if video in chosen]
+        rows = [(video, text) for video, text in sentences(source, kept) if video in chosen]
         texts: dict[str, list[str]] = {}
         for video, text in rows:
             texts.setdefault(video, []).append(text)

@@ -18,10 +18,11 @@ class Videos:
 
     Args:
         suffixes: only files that end so, the preferred first; None for any.
+        decode: look whether each can be decoded too, which takes as long as reading it.
     """
 
-    def __init__(self, folder: Path, suffixes: tuple[str, ...] | None = None):
-        self.folder, self.suffixes = Path(folder), suffixes
+    def __init__(self, folder: Path, suffixes: tuple[str, ...] | None = None, decode: bool = False):
+        self.folder, self.suffixes, self.decode = Path(folder), suffixes, decode
         self.found: dict[str, list[Path]] = {}
         for where, _, names in os.walk(folder, followlinks=True):
             for name in sorted(names):
@@ -32,7 +33,7 @@ class Videos:
         """The path of a video.
 
         Raises:
-            RowError: if there is none or more than one.
+            RowError: if there is none or more than one, or it cannot be decoded where that is asked.
         """
         found = self.found.get(video_id, [])
         for suffix in self.suffixes or ():
@@ -43,6 +44,11 @@ class Videos:
             raise entry.error(f"the video {video_id!r} is not in {self.folder} or in a folder below it")
         if len(found) > 1:
             raise entry.error(f"the video {video_id!r} is there twice: {found[0]} and {found[1]}")
+        if self.decode:
+            from trimtab.data.video import fault  # brings numpy, which `--help` can do without
+
+            if wrong := fault(found[0]):
+                raise entry.error(f"the video {wrong}")
         return str(found[0])
 
 
@@ -94,7 +100,7 @@ class MSVD(Published):
     def read(self, task: str, name: str, kept: Kept) -> None:
         path, source = find_file(self.files, f"{name}_list.txt"), find_file(self.files, "raw-captions.pkl")
         captions = pickles.read(source, types=(dict,))
-        videos = Videos(self.videos or self.root)
+        videos = Videos(self.videos or self.root, decode=self.on_error == "skip")
         for entry, video_id, texts in listed(path, captions, source, kept):
             with kept.row():
                 file = videos(entry, video_id)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from trimtab.data.base import SOURCES, Published
 from trimtab.data.formats.karpathy import prepared
-from trimtab.data.reading import Entry, Kept, Pictures, find_file, json_lines, json_rows
+from trimtab.data.reading import Entry, Kept, NotThere, Pictures, find_file, json_lines, json_rows
 
 LISTS = {"train": "nlvr_train", "dev": "nlvr_dev", "test1": "nlvr_test", "test2": "nlvr_test2"}
 LABELS = {"True": "true", "False": "false"}
@@ -47,7 +47,9 @@ class NLVR2(Published):
     }  # fmt: skip
 
     def read(self, task: str, name: str, kept: Kept) -> None:
-        names = (f"{LISTS.get(name, name)}.json",) if self.form == "xvlm" else (f"{name}.json", f"{name}.jsonl")
+        if self.form == "xvlm" and name not in LISTS:
+            raise NotThere(f"{self}: the form 'xvlm' has no split {name!r}; it has {', '.join(LISTS)}")
+        names = (f"{LISTS[name]}.json",) if self.form == "xvlm" else (f"{name}.json", f"{name}.jsonl")
         self.read_file(find_file(self.files, *names), task, name, kept)
 
     def read_file(self, path: Path, task: str, name: str, kept: Kept) -> None:

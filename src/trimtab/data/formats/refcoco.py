@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from trimtab.data import pickles
 from trimtab.data.base import GROUNDED, SOURCES, Published
 from trimtab.data.boxes import Box, clamped, corners
-from trimtab.data.reading import DataError, Entry, Kept, find_file, json_rows
+from trimtab.data.reading import DataError, Entry, Ids, Kept, find_file, json_rows
 
 # Below the root; COCO's pictures are found beside REFER's folders or in them.
 PICTURES = ("images/mscoco/images/train2014", "images/train2014", "train2014", "mscoco/images/train2014", "images")
@@ -54,11 +54,20 @@ class Instances:
     categories: Mapping[Any, str] = field(repr=False)
 
     @classmethod
-    def read(cls, path: Path) -> Instances:
-        """Raises DataError if the file or an entry of it cannot be read."""
-        pictures, boxes = ({e.get("id"): e for e in json_rows(path, key)} for key in ("images", "annotations"))
-        names = {e.get("id"): e.text("name") for e in json_rows(path, "categories")}
-        return cls(path, pictures, boxes, names)
+    def read(cls, path: Path, kept: Kept | None = None) -> Instances:
+        """Raises DataError if the file or an entry of it cannot be read, or an id stands twice."""
+        kept, ids = Kept() if kept is None else kept, Ids()  # one without rows is false
+        found: dict[str, dict[int, Entry]] = {"images": {}, "annotations": {}, "categories": {}}
+        for key, entries in found.items():
+            for entry in json_rows(path, key):
+                with kept.row():
+                    ids.once(entry, entry.id("id"), f"id of {key}")
+                    entries[entry.number("id")] = entry
+        names = {}
+        for number, entry in found["categories"].items():
+            with kept.row():
+                names[number] = entry.text("name")
+        return cls(path, found["images"], found["annotations"], names)
 
     def of(self, entry: Entry, kind: str) -> Entry:
         """The annotation or picture that a ref names.
@@ -105,7 +114,7 @@ def expressions(entry: Entry, instances: Instances) -> list[Expression]:
         box = corners(thing, "bbox", size)
     except DataError as error:
         raise entry.error(f"its annotation: {error}") from error
-    kind = entry.get("category_id")
+    kind = entry.number("category_id")
     if kind not in instances.categories:
         raise entry.error(f"its category {kind} is not in {instances.path}")
     sentences = entry.inner("sentences")
@@ -203,7 +212,7 @@ class _Referring(Published):
     def _set(self) -> str:
         return str(getattr(type(self), "name", ""))
 
-    def _refer(self) -> tuple[Path, Instances]:
+    def _refer(self, kept: Kept | None = None) -> tuple[Path, Instances]:
         """The refs and instances of the set."""
         names = [f"refs({self.by}).p"] if self.by else [f"refs({by}).p" for by in ("unc", "umd", "google")]
         folder = next((f for f in (self.files / self._set, self.files / "data" / self._set)
@@ -211,7 +220,7 @@ class _Referring(Published):
         path = find_file(folder, *names, depth=1)
         if len(there := [n for n in names if (path.parent / n).is_file()]) > 1:
             raise DataError(f"{path.parent}: found {' and '.join(there)}; name one with data.by")
-        return path, Instances.read(find_file(path.parent, "instances.json", depth=0))
+        return path, Instances.read(find_file(path.parent, "instances.json", depth=0), kept)
 
     def read(self, task: str, name: str, kept: Kept) -> None:
         if self.form == "mdetr":
@@ -219,7 +228,7 @@ class _Referring(Published):
         elif self.form == "xvlm":
             self._read_xvlm(name, kept)
         else:
-            path, instances = self._refer()
+            path, instances = self._refer(kept)
             pictures = self.find_pictures(*PICTURES)
             for entry in refs(path):
                 with kept.row():
@@ -245,8 +254,11 @@ class _Referring(Published):
                 )  # fmt: skip
 
     def _read_xvlm(self, name: str, kept: Kept) -> None:
-        path, instances = self._refer()
-        of = {ref.number("ref_id"): ref for ref in refs(path)}
+        path, instances = self._refer(kept)
+        of: dict[int, Entry] = {}
+        for listed in refs(path):
+            with kept.row():
+                of[listed.number("ref_id")] = listed
         pictures = self.find_pictures(*PICTURES)
         for entry in json_rows(find_file(self.files, f"{self._set}_{name}.json")):
             with kept.row():

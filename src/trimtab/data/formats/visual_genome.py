@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,8 @@ class Pictured:
 
 
 def _pixels(entry: Entry, values: Any) -> list[int]:
-    numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    values = values if isinstance(values, list) else [values]
+    numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)]
     if len(numbers) != 4 or len(values) != 4:
         raise entry.error(f"expected a box of four numbers (x, y, width, height), found {values}")
     x, y, width, height = map(int, numbers)  # cut, as X-VLM does
@@ -59,7 +61,10 @@ def published(path: Path, kept: Kept) -> Iterator[tuple[Entry, int, Region]]:
         DataError: if the file or a row of it cannot be read.
     """
     for picture in json_rows(path):
-        for entry in picture.inner("regions"):
+        found: list[Entry] = []
+        with kept.row():
+            found = picture.inner("regions")
+        for entry in found:
             row = None
             with kept.row():
                 box = _pixels(entry, [entry.get(k) for k in ("x", "y", "width", "height")])
@@ -78,21 +83,21 @@ def regions(path: Path, kept: Kept, lines: bool) -> Iterator[tuple[Entry, Pictur
         found = None
         with kept.row():
             parts = [
-                Region(
-                    e.text("caption"),
-                    _pixels(e, e.get("bb", list)),
-                    e.texts("attributes") if "attributes" in e else None,
-                )
+                Region(phrase, _pixels(e, e.get("bb", list)), e.texts("attributes") if "attributes" in e else None)
                 for e in entry.inner("elems")
+                for phrase in _captions(e)  # a list of phrases means the same box
             ]
-            captions = None
-            if "caption" in entry:
-                captions = [entry.text("caption")] if isinstance(entry.get("caption"), str) else entry.texts("caption")
+            captions = _captions(entry) if "caption" in entry else None
             content = _binary(entry)
             name = entry.text("image") if content is None or "image" in entry else ""
             found = entry, Pictured(name, content, captions, parts)
         if found is not None:
             yield found
+
+
+def _captions(entry: Entry) -> list[str]:
+    """The field `caption`, a string or a list of them."""
+    return [entry.text("caption")] if isinstance(entry.get("caption"), str) else entry.texts("caption")
 
 
 def _binary(entry: Entry) -> bytes | None:

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from trimtab.data import wording
 from trimtab.data.base import ASKED, SOURCES, Published, Split
-from trimtab.data.reading import DataError, Entry, Ids, Kept, Pictures, find_file, json_rows, read_json
+from trimtab.data.reading import (
+    DataError,
+    Entry,
+    Ids,
+    Kept,
+    NotThere,
+    OnError,
+    Pictures,
+    find_file,
+    json_rows,
+    read_json,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,7 +95,7 @@ class VQAv2(Published):
         if self.form == "xvlm":
             return answer_list(find_file(self.files, "answer_list.json"))
         annotations = [path for name in ("train", "val") if (path := self._official(name)[1])]
-        return _vocabulary(tuple((path, path.stat().st_mtime_ns) for path in annotations))
+        return _vocabulary(tuple((path, path.stat().st_mtime_ns) for path in annotations), self.on_error)
 
     def _official(self, name: str) -> tuple[Path, Path | None]:
         """The files of a split's questions and annotations; there are none of test."""
@@ -118,12 +129,13 @@ class VQAv2(Published):
                 if name.endswith("-val") and (str(image) in rest) != (name == "rest-val"):
                     continue
                 answers = [] if row is None else _ten(row)
+                common = "" if row is None else row.text("multiple_choice_answer", empty=True)
                 if row is not None and not self._inside(row, answers, known):
                     continue
                 file = f"{FOLDERS[part]}/COCO_{FOLDERS[part]}_{image:012d}.jpg"
                 kept.add(
                     image=pictures(entry, file), image_id=str(image), question=self._asked(entry), question_id=number,
-                    answer="" if row is None else row.text("multiple_choice_answer", empty=True), answers=answers,
+                    answer=common, answers=answers,
                     weights=[1 / len(answers) for _ in answers],
                     question_type="" if row is None else row.text("question_type", empty=True),
                     answer_type="" if row is None else row.text("answer_type", empty=True),
@@ -183,7 +195,7 @@ class VQAv2(Published):
 
     def _lists(self, name: str, kept: Kept) -> None:
         if name in ("test-dev", "trainable-val", "rest-val"):
-            raise DataError(f"{self}: the form 'xvlm' has no split {name!r}; it has train, val, test and vg")
+            raise NotThere(f"{self}: the form 'xvlm' has no split {name!r}; it has train, val, test and vg")
         self.read_list(find_file(self.files, "vg_qa.json" if name == "vg" else f"vqa_{name}.json"), name, kept)
 
     def read_list(self, path: Path, name: str, kept: Kept) -> None:
@@ -214,12 +226,16 @@ class VQAv2(Published):
 
 
 @lru_cache(maxsize=4)  # each of a recipe's splits asks, and the files take a while
-def _vocabulary(files: tuple[tuple[Path, int], ...]) -> list[str]:
+def _vocabulary(files: tuple[tuple[Path, int], ...], on_error: OnError) -> list[str]:
     """The published vocabulary of files of annotations, each with the time of its last change."""
     from trimtab.metrics.answers import vocabulary
 
-    entries = (entry for path, _ in files for entry in json_rows(path, "annotations"))
-    return vocabulary(entry.text("multiple_choice_answer", empty=True) for entry in entries)
+    kept, found = Kept(on_error), []
+    for path, _ in files:
+        for entry in json_rows(path, "annotations"):
+            with kept.row():
+                found.append(entry.text("multiple_choice_answer", empty=True))
+    return vocabulary(found)
 
 
 def answer_list(path: Path) -> list[str]:
