@@ -29,10 +29,11 @@ Every experiment of the three papers whose figures or settings are known, as a r
 python -m published.experiments
 ```
 
-from `published/experiments.json`, where a number measured on the data is noted under `measured`, and from the recipes of
-`recipes/published`. "Here" says "needs the data" where nothing was measured: the sets and the authors' checkpoints are not part
-of trimtab. A recipe's head says what deviates from the published setting, and how its costs are printed. Where a recipe
-scores another split than the published one (VQA v2: the server keeps the answers of test-dev), its head says so, too.
+from `published/experiments.json`, where a number measured on the data is noted under `measured`, and from the recipes
+of `recipes/published`. "Here" says "needs the data" where nothing was measured: the sets and the authors' checkpoints
+are not part of trimtab. A recipe's head says what deviates from the published setting, and how its costs are printed.
+Where a recipe scores another split than the published one (VQA v2: the server keeps the answers of test-dev), its head
+says so, too.
 
 Sources of the figures: {sources}. The papers themselves were not at hand.
 """
