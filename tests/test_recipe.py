@@ -345,3 +345,30 @@ def test_a_folder_stands_for_its_recipes_in_order(tmp_path):
     assert [Path(p).name for p in recipe.below(tmp_path)] == ["a.yaml", "b.yaml"]
     assert recipe.below("demo/vqa") == ["demo/vqa"]
     assert [Path(p).stem for p in recipe.below("demo")] == ["easy-vqa", "grounding", "retrieval", "vqa"]
+
+
+# --- a rate that falls in steps ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"schedule": "step"}, r"drops: 'schedule: step' needs them .* found \[\]"),
+        ({"drops": [0.5]}, r"no other schedule has them, found \[0.5\] with 'schedule: cosine'"),
+        ({"schedule": "step", "drops": [0.6, 0.5]}, r"expected rising shares between 0 and 1, found \[0.6, 0.5\]"),
+        ({"schedule": "step", "drops": [0.5, 0.5]}, "expected rising shares"),
+        ({"schedule": "step", "drops": [1.0]}, "expected rising shares"),
+    ],
+)
+def test_drops_are_rising_shares_of_the_schedule_that_has_them(raw, given, message):
+    with pytest.raises(RecipeError, match=message):
+        only({**raw, "training": given})
+
+
+def test_the_rate_falls_to_a_tenth_where_epoch_15_of_25_ends(raw):
+    from trimtab.experiments.training import falling
+
+    drops = only({**raw, "training": {"schedule": "step", "drops": [0.6]}}).training.drops
+    rates = [falling(i, 25 * 259, 0, drops) for i in (0, 15 * 259 - 1, 15 * 259, 25 * 259 - 1)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1])
+    assert [falling(i, 20, 4, (0.5, 0.75)) for i in (0, 2, 4, 9, 10, 15)] == pytest.approx([0, 0.5, 1, 1, 0.1, 0.01])

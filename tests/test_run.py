@@ -244,3 +244,13 @@ def test_a_run_whose_methods_added_modules_is_not_exported(finished, tmp_path):
     with pytest.raises(folder_of_runs.RunError, match="unipt cannot be exported.*stand beside the model"):
         folder_of_runs.export(finished[0], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_trains_at_the_rates_of_its_drops(tiny_raw, tmp_path):
+    raw = tiny_raw("tiny-vilt", "vqa", ["linear-probe"])
+    raw["training"] |= {"steps": 4, "learning_rate": 1e-2, "schedule": "step", "drops": [0.5], "warmup": 0,
+                        "log_every": 1}  # fmt: skip
+    (r,) = recipe.expand(raw, "steps")
+    folder = run.run(r, tmp_path / "run", measure_costs=False)
+    history = json.loads((folder / "metrics.json").read_text())["history"]
+    assert [h["learning_rate"] for h in history] == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3])

@@ -4,6 +4,7 @@ tokenizer's folder, pictures with texts."""
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from tests.models import layouts
+from tests.models.chats import write_chat
 from tests.models.published import PUBLISHED, tensors
 from trimtab.backbones.official import build_official, load_official
 
@@ -99,8 +101,21 @@ def rows(folder: Path, count: int = 12) -> Path:
     return folder / "rows.jsonl"
 
 
-def file(folder: Path, family: str) -> tuple[Path, dict[str, Any], Path]:
-    """A checkpoint file in its authors' layout, the settings that tiny sizes need, and a tokenizer's folder."""
+def _dino(folder: Path) -> Path:
+    import transformers as hf
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    hf.ViTModel(hf.ViTConfig(**sizes, image_size=16, patch_size=8), add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
+# Backbones that are folders, under the names that recipes give them.
+FOLDERS: dict[str, Any] = {"dino-vitb16": _dino, "llava-1.5-7b-hf": partial(write_chat, "llava")}
+
+
+def file(folder: Path, family: str) -> tuple[Path, dict[str, Any], Path | None]:
+    """A checkpoint file in its authors' layout, the settings that tiny sizes need, and a tokenizer's folder; of a
+    family in `FOLDERS` a folder with everything in it."""
     if family == "blip":
         state = {"model": tied(layouts.fill(layouts.blip(BLIP_FILES["pretrain"], momentum=True, **layouts.TINY_BLIP)))}
         # 38 words and the two that BLIP adds
@@ -115,10 +130,12 @@ def file(folder: Path, family: str) -> tuple[Path, dict[str, Any], Path]:
     elif family == "clip_vil":
         state = layouts.fill(layouts.clip_vil("pretrain", 7, **layouts.TINY_CLIP_VIL))
         settings, words, special = {"heads": 2}, layouts.TINY_CLIP_VIL["words"], BERT
+    elif family in FOLDERS:
+        return FOLDERS[family](folder / family), {}, None
     else:
-        name = {"vse": "vse_grid", "xvlm": "xvlm_clip", "clip4clip": "clip4clip_meanP"}[family]
+        name = {"vse": "vse_grid", "xvlm": "xvlm_clip", "clip4clip": "clip4clip_meanP", "mdetr": "mdetr"}[family]
         state, settings, words = PUBLISHED[name].file(tensors(name)), PUBLISHED[name].settings, 60
-        special = CLIP if family == "clip4clip" else BERT
+        special = {"clip4clip": CLIP, "mdetr": ROBERTA}.get(family, BERT)
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(state, folder / f"{family}.pth")
     return folder / f"{family}.pth", settings, tokenizer(folder / f"{family}-words", words, special)
