@@ -45,7 +45,8 @@ def found_masks(r: recipe.Recipe, folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [n for n in recipe.names() if not n.startswith(("published/", "flickr8k/"))]  # files of their own test these
+    "name",
+    [n for n in recipe.names() if not n.startswith(("published/", "flickr8k/"))],  # files of their own test these
 )
 def test_every_variant_of_a_shipped_recipe_runs(name, tmp_path):
     if "lite0" in name and find_spec("efficientnet_lite_pytorch") is None:

@@ -31,8 +31,16 @@ from trimtab.tasks.base import TaskModel
 RUN_ROWS = 64
 
 
-def cache_key(model: TaskModel, method: Beside | None, table: Any, precision: Precision = "fp16", views: int = 1,
-              seed: int = 0, augmentation: Augmentation | None = None, bf16: bool = False) -> dict[str, Any]:  # fmt: skip
+def cache_key(
+    model: TaskModel,
+    method: Beside | None,
+    table: Any,
+    precision: Precision = "fp16",
+    views: int = 1,
+    seed: int = 0,
+    augmentation: Augmentation | None = None,
+    bf16: bool = False,
+) -> dict[str, Any]:
     """To what a cache belongs: everything that its contents depend on, as plain JSON."""
     listeners = method.listeners if method else {}
     return {
@@ -64,8 +72,18 @@ class TableCache(ActivationCache):
             than the cache holds.
     """
 
-    def __init__(self, model: TaskModel, method: Beside | None, table: Any, folder: Path, precision: Precision = "fp16",
-                 views: int = 1, seed: int = 0, augmentation: Augmentation | None = None, bf16: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        model: TaskModel,
+        method: Beside | None,
+        table: Any,
+        folder: Path,
+        precision: Precision = "fp16",
+        views: int = 1,
+        seed: int = 0,
+        augmentation: Augmentation | None = None,
+        bf16: bool = False,
+    ):
         _check_fits(model, method)
         self.model, self.method, self.table = model, method, encoded(table)
         self.seed, self.augmentation, self.bf16, self.longest = seed, augmentation, bf16, 0
@@ -278,7 +296,7 @@ def _check_sides(model: TaskModel, listeners: dict[str, Listener]) -> None:
     for name, listener in listeners.items():
         grid = tokens and listener.tower.layout == "grid"
         if listener.place is None or listener.memory or stands_for_vector(listener) == tokens or grid:
-            form = f"UniPT's {'token' if tokens else 'vector'} form" if not grid else "it on towers of tokens (`towers`)"
+            form = "towers of tokens alone (`towers`)" if grid else f"UniPT's {'token' if tokens else 'vector'} form"
             raise ValueError(
                 f"cache: the side network of tower {name!r} does not give what the task reads of a {kind} backbone: "
                 f"use {form}"

@@ -116,7 +116,7 @@ def _from_cache(parts: Assembly, train: Any, spec: TrainingSpec, seed: int) -> t
                           "`methods: [linear-probe]`, train from a cache")  # fmt: skip
     try:
         bf16 = spec.precision == "bf16" or (spec.precision == "auto" and native_bf16())
-        # Drawn alike whatever the recipe's seed: its seeds share a cache, and differ in order and in what starts random.
+        # Drawn alike whatever the recipe's seed: its seeds share a cache; their order and what starts random differ.
         how = (spec.cache, spec.cache_views, 0, spec.augmentation or None, bf16)
         key = cached.cache_key(parts.model, method, train, *how)
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]

