@@ -3,10 +3,12 @@
     python studies/tables.py docs/prune/study.jsonl [--seconds] [--number 0.63 0.75]
     python studies/tables.py docs/tune/study.jsonl
     python studies/tables.py docs/skip/study.jsonl
+    python studies/tables.py docs/flickr8k/study.jsonl --metrics rsum "image to text recall@1" cider
     python studies/tables.py runs/prune/find_tiny-blip/multiflow-0.75-seed0    # what it left of which matrix
 
 One table a recipe: the primary metric, mean ± standard deviation over seeds. Where labels end in a number (`omp-0.63`,
 `das-2`), the rows are what stands before it and the columns are the numbers. Other labels follow, with their costs.
+`--metrics`: other metrics than the primary one, of recipes that have them, with the seeds of each row.
 `--seconds`: how long each pruner took to find its masks, mean over sparsities and backbones' recipes apart.
 """
 
@@ -25,11 +27,11 @@ from safetensors.torch import load_file
 from trimtab.report.runs import Section, find_runs, group_runs
 
 
-def cell(scores: list[float]) -> str:
+def cell(scores: list[float], decimals: int = 1) -> str:
     if not scores:
         return "-"
-    spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
-    return f"{fmean(scores):.1f}{spread}"
+    spread = f" ± {stdev(scores):.{decimals}f}" if len(scores) > 1 else ""
+    return f"{fmean(scores):.{decimals}f}{spread}"
 
 
 def split(label: str) -> tuple[str, str] | None:
@@ -81,6 +83,22 @@ def listed(section: Section, labels: list[str]) -> str:
     return "\n".join(lines)
 
 
+def measured(section: Section, metrics: list[str]) -> str:
+    """Rows: labels with their seeds; columns: the metrics that the recipe's runs have, shares in percent."""
+    have = [m for m in metrics if any(run.score(m) is not None for run in section.runs)]
+    values = {m: [v for run in section.runs if (v := run.score(m)) is not None] for m in have}
+    # Ranks and sums of percents go beyond 1; CIDEr is no share, though it may stay below.
+    scale = {m: 100 if max(values[m]) <= 1 and m != "cider" else 1 for m in have}
+    lines = [f"| | seeds | {' | '.join(m + (', %' if scale[m] == 100 else '') for m in have)} |",
+             "|---|---|" + "---:|" * len(have)]  # fmt: skip
+    for label, runs in section.methods.items():
+        seeds = ", ".join(str(seed) for seed in sorted(run.info["seed"] for run in runs))
+        found = {m: [scale[m] * v for run in runs if (v := run.score(m)) is not None] for m in have}
+        cells = [cell(found[m], 3 if m == "cider" else 1) for m in have]
+        lines.append(f"| {label} | {seeds} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def seconds(sections: list[Section]) -> str:
     """How long pruners took, a column a recipe that found masks."""
     found = [s for s in sections if "/find_" in s.name]
@@ -109,7 +127,7 @@ def shares(run: Path, count: int = 4) -> str:
     return f"{run}: {100 * (1 - state['sparsity']):.1f} % of all\n" + "\n".join(rows)
 
 
-def main(files: list[Path], with_seconds: bool, numbers: list[str]) -> None:
+def main(files: list[Path], with_seconds: bool, numbers: list[str], metrics: list[str]) -> None:
     for run in (f for f in files if (f / "fit.json").exists()):
         print(shares(run))
         return
@@ -124,6 +142,9 @@ def main(files: list[Path], with_seconds: bool, numbers: list[str]) -> None:
         counts = {label: len(runs) for label, runs in section.methods.items()}
         several = sorted(set(counts.values()))
         print(f"### {section.name} ({' or '.join(map(str, several))} seeds)\n")
+        if metrics:
+            print(measured(section, metrics) + "\n")
+            continue
         plain = [label for label in section.methods if not split(label)]
         if any(split(label) for label in section.methods):
             print(swept(section) + "\n")
@@ -141,5 +162,6 @@ if __name__ == "__main__":
     parser.add_argument(
         "--number", nargs="*", default=[], metavar="N", help="recipes side by side, for labels ending so"
     )
+    parser.add_argument("--metrics", nargs="*", default=[], metavar="NAME", help="instead of the primary one")
     options = parser.parse_args()
-    main(options.files, options.seconds, options.number)
+    main(options.files, options.seconds, options.number, options.metrics)

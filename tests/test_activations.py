@@ -24,8 +24,8 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(from_table, "RUN_ROWS", 16)
 
 
-def assembled(tiny_raw, backbone="tiny-clip", task=None, **settings):
-    raw = tiny_raw(backbone, task or TASKS[backbone], [{"name": "unipt", **settings}])
+def assembled(tiny_raw, backbone="tiny-clip", task=None, method="unipt", **settings):
+    raw = tiny_raw(backbone, task or TASKS[backbone], [{"name": method, **settings}])
     parts = assembly.assemble(recipe.expand(raw, "test")[0])
     parts.attach()
     return parts, parts.source.load(raw["task"] if isinstance(raw["task"], str) else raw["task"]["name"], "train")
@@ -44,6 +44,20 @@ def gradients(model, batch) -> tuple[float, dict[str, torch.Tensor]]:
     return float(loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def through_whole(cache, rows) -> dict[str, torch.Tensor]:
+    """A batch of the same samples with the same captions: shards of 24 rows are collated together."""
+    whole = {}
+    for start in (0, 24, 48):
+        piece = cache._collated([cache.table[i] for i in range(start, min(start + 24, 64))], start)
+        for i, row in enumerate(range(start, min(start + 24, 64))):
+            whole[row] = {k: v[i] for k, v in piece.items()}
+    longest = max(w["input_ids"].shape[0] for w in whole.values())
+    for w in whole.values():
+        for k in ("input_ids", "attention_mask"):
+            w[k] = torch.nn.functional.pad(w[k], (0, longest - len(w[k])))
+    return {k: torch.stack([whole[r][k] for r in rows]) for k in whole[0]}
+
+
 @pytest.mark.parametrize("task", ["retrieval", "vqa", "grounding"])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("fp16", 1e-2), ("int8", 0.2)])
 def test_losses_and_gradients_are_those_of_the_whole_model(task, precision, tolerance, tiny_raw, tmp_path):
@@ -53,25 +67,53 @@ def test_losses_and_gradients_are_those_of_the_whole_model(task, precision, tole
     batch = cache.batch(rows)
     model = CachedModel(parts.model, parts.methods[0])
     loss, grads = gradients(model, batch)
-    # The same samples with the same captions through the whole model: shards of 24 rows are collated together.
-    whole = {}
-    for start in (0, 24, 48):
-        piece = cache._collated([cache.table[i] for i in range(start, min(start + 24, 64))], start)
-        width = cache.batch([0])["text.map0" if task == "retrieval" else "features.mask"].shape[1]
-        for i, row in enumerate(range(start, min(start + 24, 64))):
-            whole[row] = {k: v[i] for k, v in piece.items()}
-    longest = max(w["input_ids"].shape[0] for w in whole.values())
-    for w in whole.values():
-        for k in ("input_ids", "attention_mask"):
-            w[k] = torch.nn.functional.pad(w[k], (0, longest - len(w[k])))
-    assert width >= longest
-    wanted, exact = gradients(parts.model.eval(), {k: torch.stack([whole[r][k] for r in rows]) for k in whole[0]})
+    same = through_whole(cache, rows)
+    if task == "retrieval":  # padding that all have is not handed on
+        assert batch["text.map0"].shape[1] == same["attention_mask"].sum(dim=1).max()
+    else:
+        assert batch["features.mask"].shape[1] >= same["input_ids"].shape[1]
+    wanted, exact = gradients(parts.model.eval(), same)
     assert loss == pytest.approx(wanted, rel=tolerance, abs=tolerance)
     assert grads.keys() == exact.keys()
     found, right = (torch.cat([g[n].flatten() for n in exact]) for g in (grads, exact))
     assert torch.nn.functional.cosine_similarity(found, right, dim=0) > 1 - tolerance
     if precision == "fp32":
         assert float((found - right).abs().max()) <= tolerance * float(right.abs().max())
+
+
+GPO = {"name": "retrieval", "pooling": "gpo", "objective": "triplet", "all_negatives": 9}
+
+
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [
+        ("retrieval", {"towers": ["text"]}),
+        (GPO, {"form": "token", "towers": ["text"]}),
+        (GPO, {"form": "token"}),
+        ("retrieval", {"method": "linear-probe"}),
+        (GPO, {"method": "linear-probe"}),
+    ],
+)
+def test_towers_without_a_side_network_hand_on_what_was_cached(task, settings, tiny_raw, tmp_path):
+    parts, table = assembled(tiny_raw, "tiny-clip", task, **settings)
+    method = None if settings.get("method") else parts.methods[0]
+    cache = TableCache(parts.model, method, table, tmp_path / "cache", "fp32", 2)
+    cache.fill()
+    rows = [30, 3, 50, 2, 63]
+    model = CachedModel(parts.model, method)
+    found, grads = gradients(model.eval(), cache.batch(rows))
+    wanted, exact = gradients(parts.model.eval(), through_whole(cache, rows))
+    assert found == pytest.approx(wanted, rel=1e-5) and found > 0
+    assert grads.keys() == exact.keys() and grads
+    for name, gradient in exact.items():
+        torch.testing.assert_close(grads[name], gradient, atol=1e-5, rtol=1e-3)
+    first, second = cache.batch(rows), cache.batch([64 + r for r in rows])
+    vision = next(k for k in first if k.startswith(("vision.map", "features.vision.map")))
+    assert torch.equal(first[vision], second[vision])
+    assert not torch.equal(first["batch.input_ids"], second["batch.input_ids"])
+    later = sorted((tmp_path / "cache").glob("view-1-*"))
+    assert later and all(f.stat().st_size < f.with_name(f.name.replace("view-1", "view-0")).stat().st_size
+                         for f in later), "what is the same in all views is stored once"  # fmt: skip
 
 
 def test_no_block_runs_in_training(tiny_raw, tmp_path):
@@ -115,7 +157,7 @@ def test_views_draw_other_crops_and_the_same_captions_as_without(tiny_raw, tmp_p
     assert not torch.equal(first["vision.map0"], second["vision.map0"])
     assert not torch.equal(first["vision.map0"], plain["vision.map0"])
     assert torch.equal(first["text.map0"], plain["text.map0"])
-    with pytest.raises(ValueError, match=r"a cache of another augmentation: Augmentation\(crop=0.5, light=0.0\)"):
+    with pytest.raises(ValueError, match=r"a cache of another augmentation: Augmentation\(crop=0.5, light=0.0, "):
         cached(parts, table, tmp_path / "cache", "fp32", 2)
 
 
@@ -143,8 +185,9 @@ def test_a_stale_cache_is_refused(tiny_raw, tmp_path):
 
 
 def test_what_cannot_be_trained_from_a_cache_says_why(tiny_raw, tmp_path):
-    for settings, message in (({"form": "token"}, "use UniPT's vector form"), ({"towers": ["text"]}, "tune them all")):
-        parts, table = assembled(tiny_raw, **settings)
+    for task, form in (("retrieval", "token"), (GPO, "vector")):
+        parts, table = assembled(tiny_raw, task=task, form=form)
+        message = f"use UniPT's {'vector' if form == 'token' else 'token'} form"
         with pytest.raises(ValueError, match=message):
             TableCache(parts.model, parts.methods[0], table, tmp_path / "cache")
     parts, table = assembled(tiny_raw)

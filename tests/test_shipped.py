@@ -46,7 +46,8 @@ def found_masks(r: recipe.Recipe, folder: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [n for n in recipe.names() if not n.startswith(("published/", "own/", "flickr8k/"))],  # of data not shipped
+    # files of their own test these
+    [n for n in recipe.names() if not n.startswith(("published/", "own/", "flickr8k/"))],
 )
 def test_every_variant_of_a_shipped_recipe_runs(name, tmp_path):
     if "lite0" in name and find_spec("efficientnet_lite_pytorch") is None:

@@ -24,6 +24,7 @@ from trimtab.experiments.folder import RunError, write, write_json
 from trimtab.experiments.schema import Recipe, RecipeError, TrainingSpec
 from trimtab.files import cache_dir
 from trimtab.methods.saved import WEIGHTS
+from trimtab.precision import native_bf16
 
 
 def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
@@ -113,11 +114,15 @@ def _from_cache(parts: Assembly, train: Any, spec: TrainingSpec, seed: int) -> t
     """A model that trains from the activation cache, which is filled; RecipeError if the recipe does not allow it."""
     from trimtab.experiments import cached
 
-    method: Any = parts.methods[0] if len(parts.methods) == 1 else None
-    if not getattr(method, "cacheable", False) or spec.cache is None:
-        raise RecipeError("training.cache: only the side networks of `methods: [unipt]` train from a cache")
+    found = [m for m in parts.methods if m.trains != "nothing"]
+    method: Any = found[0] if found else None
+    if len(found) > 1 or not getattr(method, "cacheable", method is None) or spec.cache is None:
+        raise RecipeError("training.cache: only the side networks of `methods: [unipt]` and heads by themselves, "
+                          "`methods: [linear-probe]`, train from a cache")  # fmt: skip
     try:
-        how = (spec.cache, spec.cache_views, seed, spec.augmentation)
+        bf16 = spec.precision == "bf16" or (spec.precision == "auto" and native_bf16())
+        # Drawn alike whatever the recipe's seed: its seeds share a cache; their order and what starts random differ.
+        how = (spec.cache, spec.cache_views, 0, spec.augmentation or None, bf16)
         key = cached.cache_key(parts.model, method, train, *how)
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         folder = cache_dir() / "activations" / name

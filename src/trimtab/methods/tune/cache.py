@@ -102,7 +102,8 @@ class ActivationCache:
         pieces: list[dict[str, Tensor]] = []
         for shard, orders in found.items():
             rows = torch.tensor([int(indices[o]) % self.rows % SHARD_ROWS for o in orders])
-            pieces.append(unpack(self.shards[shard], rows))
+            first = self.shards[shard % per_view]  # of the same rows: what is the same in all views stands there alone
+            pieces.append(unpack({**first, **self.shards[shard]}, rows))
         back = torch.tensor([o for orders in found.values() for o in orders]).argsort()
         return {k: torch.cat([p[k] for p in pieces])[back] for k in pieces[0]}
 
