@@ -1,22 +1,20 @@
-"""The command line. Everything slow (torch, transformers) is imported inside the commands, so that help is quick."""
+"""The command line. The commands are functions of `commands.py`; help is quick, since nothing slow is imported here."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from trimtab import listing
+from trimtab import commands, listing
 from trimtab.registry import unknown
 
 DESCRIPTION = (
     "Fit a pretrained vision-language model to a task under a budget: prune weights, skip blocks, tune beside."
 )
 OVERRIDES = "changes to the recipe, such as training.steps=100 methods.0.sparsity=0.9 seeds=[0,1,2] variants=[full]"
-DEMO = ("demo/retrieval", "demo/grounding", "demo/easy-vqa", "demo/vqa")  # the last shows the levers composed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,15 +39,15 @@ def parse(words: Sequence[str]) -> Namespace:
     Raises:
         SystemExit: after a message on standard error, or the help.
     """
-    commands: dict[str, ArgumentParser] = {}
-    parser = _parser(commands)
+    known: dict[str, ArgumentParser] = {}
+    parser = _parser(known)
     name, *rest = words
     if name.startswith("-"):
         return parser.parse_args(words)
-    if name not in commands:
-        parser.error(unknown("command", name, commands))
+    if name not in known:
+        parser.error(unknown("command", name, known))
     # Intermixed: positional arguments may stand between options, so that `RECIPE --json key=value` is understood.
-    return commands[name].parse_intermixed_args(rest)
+    return known[name].parse_intermixed_args(rest)
 
 
 class _Help(ArgumentDefaultsHelpFormatter):
@@ -59,16 +57,16 @@ class _Help(ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
-def _parser(commands: dict[str, ArgumentParser] | None = None) -> ArgumentParser:
-    """The parser of the whole line; the parsers of the commands are put into `commands`."""
+def _parser(known: dict[str, ArgumentParser] | None = None) -> ArgumentParser:
+    """The parser of the whole line; the parsers of the commands are put into `known`."""
     parser = ArgumentParser(prog="trimtab", description=DESCRIPTION)
     group = parser.add_subparsers(metavar="COMMAND", title="commands")
 
     def command(name: str, call: Callable[[Namespace], int | None], help: str) -> ArgumentParser:
         sub = group.add_parser(name, description=help, help=help, formatter_class=_Help, allow_abbrev=False)
         sub.set_defaults(command=name, call=call)
-        if commands is not None:
-            commands[name] = sub
+        if known is not None:
+            known[name] = sub
         return sub
 
     _add_recipe_commands(command)
@@ -80,7 +78,7 @@ def _parser(commands: dict[str, ArgumentParser] | None = None) -> ArgumentParser
 
 def _add_recipe_commands(command: Callable[..., ArgumentParser]) -> None:
     run = command(
-        "run", _run, "Carry out a recipe, one run for each of its variants and seeds; finished runs are kept."
+        "run", commands.run, "Carry out a recipe, one run for each of its variants and seeds; finished runs are kept."
     )
     which = "a YAML file, the name of a shipped recipe (`trimtab list recipes`), or a folder of them"
     run.add_argument("recipe", help=which)
@@ -88,22 +86,24 @@ def _add_recipe_commands(command: Callable[..., ArgumentParser]) -> None:
     run.add_argument("--out", type=Path, default=Path("runs"), help="folder of run folders")
     run.add_argument("--redo", action="store_true", help="run again what is finished")
 
-    demo = command("demo", _demo, "Adapt the built-in models to new tasks with every lever, and write a report.")
+    demo = command(
+        "demo", commands.demo, "Adapt the built-in models to new tasks with every lever, and write a report."
+    )
     demo.add_argument("overrides", nargs="*", help=OVERRIDES)
     demo.add_argument("--out", type=Path, default=Path("runs"), help="folder of run folders and of the report")
     demo.add_argument("--redo", action="store_true", help="run again what is finished")
 
-    report = command("report", _report, "Write one HTML page and pictures about run folders.")
+    report = command("report", commands.report, "Write one HTML page and pictures about run folders.")
     where = "run folders, folders that hold them, or a results.jsonl of an earlier report"
     report.add_argument("runs", nargs="+", type=Path, help=where)
     report.add_argument("--out", type=Path, default=Path("runs/report"), help="folder of the page")
     report.add_argument("--markdown", action="store_true", help="print the tables as Markdown too")
 
-    plan = command("plan", _plan, "Print which blocks a search skips: tower, MACs, gate of each.")
+    plan = command("plan", commands.plan, "Print which blocks a search skips: tower, MACs, gate of each.")
     plan.add_argument("plan", type=Path, help="a run folder, or a plan's JSON file")
     plan.add_argument("--plot", type=Path, help="write a picture of the gates over the search (PNG)")
 
-    cost = command("cost", _cost, "What a recipe will cost, without data or weights: parameters, MACs, bytes.")
+    cost = command("cost", commands.cost, "What a recipe will cost, without data or weights: parameters, MACs, bytes.")
     cost.add_argument("recipe", help="a YAML file or the name of a shipped recipe")
     cost.add_argument("overrides", nargs="*", help=OVERRIDES)
     cost.add_argument("--json", action="store_true", help="print JSON: an object, or a list if there are several runs")
@@ -111,7 +111,7 @@ def _add_recipe_commands(command: Callable[..., ArgumentParser]) -> None:
 
 def _add_model_commands(command: Callable[..., ArgumentParser]) -> None:
     export = command(
-        "export", _export, "Write the backbone of a run as a transformers folder; LoRA is merged, zeros stay."
+        "export", commands.export, "Write the backbone of a run as a transformers folder; LoRA is merged, zeros stay."
     )
     export.add_argument("run", type=Path, help="a run folder")
     export.add_argument("folder", type=Path, help="where to write; must not be there yet")
@@ -119,7 +119,9 @@ def _add_model_commands(command: Callable[..., ArgumentParser]) -> None:
     export.add_argument("--sparse", action="store_true", help="in the sparse layout: only non-zeros are stored")
 
     convert = command(
-        "convert", _convert, "Write a checkpoint folder in another layout, or from a file as its authors published."
+        "convert",
+        commands.convert,
+        "Write a checkpoint folder in another layout, or from a file as its authors published.",
     )
     source = "a transformers folder (safetensors, pytorch_model.bin, or sparse), or an official checkpoint file"
     convert.add_argument("folder", type=Path, help=source)
@@ -131,7 +133,9 @@ def _add_model_commands(command: Callable[..., ArgumentParser]) -> None:
     convert.add_argument("--max-shard-size", default="2GB", help="of a weight file, such as 500MB")
 
     speed = command(
-        "speed", _speed, "Which layers of a 2:4-pruned model run faster here with torch's semi-structured kernels."
+        "speed",
+        commands.speed,
+        "Which layers of a 2:4-pruned model run faster here with torch's semi-structured kernels.",
     )
     speed.add_argument("model", type=Path, help="a run folder or a transformers folder, sparse or dense")
     speed.add_argument("--tokens", type=int, default=4096, help="rows of the inputs: batch times length")
@@ -139,13 +143,15 @@ def _add_model_commands(command: Callable[..., ArgumentParser]) -> None:
     speed.add_argument("--json", action="store_true", help="print JSON: an object with a list of layers")
 
     anatomy = command(
-        "anatomy", _anatomy, "The towers of a model as methods see them: modality, blocks, widths, parameters."
+        "anatomy", commands.anatomy, "The towers of a model as methods see them: modality, blocks, widths, parameters."
     )
     anatomy.add_argument("model", help="a registered backbone or a transformers folder")
 
 
 def _add_data(command: Callable[..., ArgumentParser]) -> None:
-    data = command("data", _data, "Look at a folder or file of data: what it is, its splits and rows, what is missing.")
+    data = command(
+        "data", commands.data, "Look at a folder or file of data: what it is, its splits and rows, what is missing."
+    )
     data.add_argument("action", choices=["check"], help="what to do with it")
     data.add_argument("path", type=Path, help="a published data set's folder, or own files (see `trimtab list data`)")
     data.add_argument("settings", nargs="*", help="settings of the source, such as form=mdetr columns.captions=text")
@@ -155,266 +161,13 @@ def _add_data(command: Callable[..., ArgumentParser]) -> None:
 
 
 def _add_list(command: Callable[..., ArgumentParser]) -> None:
-    names = command("list", _list, f"What is there: {', '.join(listing.KINDS)} settings.")
+    names = command("list", commands.list_, f"What is there: {', '.join(listing.KINDS)} settings.")
     names.add_argument("kind", nargs="?", help=f"one of {', '.join(listing.KINDS)}; all of them if left out")
     names.add_argument("name", nargs="?", help="one of these: its settings, their defaults and meaning")
     names.add_argument("--matrix", action="store_true", help="which method works on which backbone, and why not")
     names.add_argument("--backbone", help="of the matrix: only these, such as 'xvlm*'")
     names.add_argument("--method", help="of the matrix: only these, such as 'unipt'")
     names.add_argument("--markdown", action="store_true", help="print the matrix as Markdown")
-
-
-def _run(options: Namespace) -> None:
-    from trimtab.experiments import recipe
-
-    _carry_out(recipe.below(options.recipe), options.overrides, options.out, options.redo)
-
-
-def _demo(options: Namespace) -> None:
-    folders = _carry_out(list(DEMO), options.overrides, options.out, options.redo)
-    from trimtab.report.page import write_report
-
-    print(f"report: {write_report(folders, options.out / 'report', 'trimtab demo')}")
-
-
-def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) -> list[Path]:
-    """Run everything that recipes stand for; prints a line a run and the table of each recipe."""
-    from rich.console import Console
-
-    from trimtab.experiments import recipe as recipe_module
-
-    console = Console()
-    todo = [r for name in recipes for r in recipe_module.read(name, overrides)]  # all are checked before the first runs
-    with console.status("loading torch and transformers"):
-        _quiet()
-        from trimtab.experiments import assembly
-        from trimtab.experiments import folder as runs
-        from trimtab.experiments.run import run as carry_out
-        from trimtab.report.page import load_runs, summary_table
-
-        for r in todo:
-            assembly.check(r)
-    done: list[Path] = []
-    for number, r in enumerate(todo, 1):
-        folder = out / r.name / f"{r.variant}-seed{r.seed}"
-        label = f"[{number}/{len(todo)}] {r.name} {r.variant} seed {r.seed}"
-        fresh = redo or not runs.is_finished(folder, r)
-        if fresh:
-            carry_out(r, folder)
-        done.append(folder)
-        result, info = (json.loads((folder / f).read_text()) for f in ("metrics.json", "run.json"))
-        score = f"{result['primary']} {100 * result['test'][result['primary']]:.1f} %"
-        console.print(f"{label}: {score}" + (f", {info['seconds']:.0f} s" if fresh else ", kept"), highlight=False)
-    for name in dict.fromkeys(r.name for r in todo):
-        console.print(summary_table(load_runs(p for p, r in zip(done, todo, strict=True) if r.name == name)))
-    return done
-
-
-def _report(options: Namespace) -> None:
-    from trimtab.report.page import load_runs, markdown_table, write_report
-
-    page = write_report(options.runs, options.out)
-    if options.markdown:
-        print(markdown_table(load_runs(options.runs)))
-    print(f"report: {page}")
-
-
-def _export(options: Namespace) -> None:
-    _quiet()
-    from trimtab.experiments.folder import export
-
-    print(f"wrote {export(options.run, options.folder, options.dtype, options.sparse)}")
-
-
-def _convert(options: Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    _quiet()
-    from trimtab.backbones import convert_official
-    from trimtab.storage.checkpoints import convert
-
-    if options.folder.is_file():
-        settings = {} if options.image_size is None else {"image_size": options.image_size}
-        to = options.to or "dense"
-        done, report = convert_official(options.folder, options.out, to == "sparse", options.max_shard_size, **settings)
-        print(report)
-    elif not options.folder.exists():
-        raise ValueError(f"{options.folder}: there is no such file or folder")
-    elif options.to is None:
-        raise ValueError(f"{options.folder}: name the layout to write, --to sparse or --to dense")
-    else:
-        to = options.to
-        done = convert(options.folder, options.out, to, options.max_shard_size)
-    sizes, before = done.sizes, done.bytes_before
-    row = {
-        "tensors": sizes.tensors, "stored sparse": sizes.packed, "weights": sizes.weights, "non-zeros": sizes.nonzeros,
-        "bytes before": before, "bytes after": sizes.file_bytes, "ratio": sizes.file_bytes / max(before, 1),
-    }  # fmt: skip
-    table = Table(title=f"{options.out}: {to}")
-    for column in row:
-        table.add_column(column, justify="right")
-    table.add_row(*(f"{v:,}" if isinstance(v, int) else f"{v:.3f}" for v in row.values()))
-    Console().print(table)
-
-
-def _data(options: Namespace) -> None:
-    from rich.console import Console
-
-    from trimtab.data import shown
-    from trimtab.data.check import check
-    from trimtab.settings import from_texts
-
-    found = check(options.path, options.source, from_texts(options.settings), decode=options.decode)
-    shown.tell(found, Console())
-    if options.picture:
-        rows = [(f"{f.source} {i + 1}", row) for f in found for i, row in enumerate(f.samples)]
-        options.picture.write_text(shown.page(rows, f"{options.path}"), encoding="utf-8")
-        print(f"samples: {options.picture}")
-
-
-def _speed(options: Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    _quiet()
-    import torch
-
-    from trimtab import speed as semistructured
-    from trimtab.backbones import from_pretrained
-    from trimtab.experiments import folder as runs
-
-    is_run = (options.model / "run.json").is_file()
-    model = runs.load(options.model).backbone.model if is_run else from_pretrained(options.model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    report = semistructured.speed_up(model.to(device, getattr(torch, options.dtype)), options.tokens)
-    if options.json:
-        print(json.dumps({"device": report.device, "tokens": report.tokens, "layers": report.rows()}, indent=1))
-        return
-    table = Table(title=f"{options.model}: {options.tokens} tokens in {options.dtype} on {report.device}")
-    for column in ("layer", "weight", "zeros", "dense ms", "2:4 ms", "ratio", "faster kernel"):
-        table.add_column(column, justify="left" if column in ("layer", "faster kernel") else "right")
-    for x in report.layers:
-        timed = [f"{v:.3f}" if v is not None else "-" for v in (x.dense_ms, x.sparse_ms, x.ratio)]
-        shape = "x".join(map(str, x.shape))
-        table.add_row(x.path, shape, f"{100 * x.zeros:.1f} %", *timed, "yes" if x.converted else x.why)
-    Console().print(table)
-    print(f"{len(report.converted)} of {len(report.layers)} linear layers run faster; nothing was written")
-
-
-def _plan(options: Namespace) -> None:
-    from rich.console import Console
-
-    _quiet()
-    from trimtab.methods.skip.plan import Plan, read_raw
-
-    raw, where = read_raw(options.plan)
-    Console().print(Plan.from_dict(raw, where).table())
-    if options.plot:
-        from trimtab.report.gates import gates_figure
-
-        picture = gates_figure(raw)
-        if picture is None:
-            raise ValueError(f"{where}: holds no course of a search to draw (its method did not search in steps)")
-        options.plot.write_bytes(picture)
-        print(f"gates: {options.plot}")
-
-
-def _cost(options: Namespace) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from trimtab.experiments import recipe
-
-    recipes = {r.variant: r for r in reversed(recipe.read(options.recipe, options.overrides))}  # seeds cost the same
-    _quiet()
-    from trimtab.experiments import estimate as cost
-
-    found = [{"variant": r.variant, **cost.estimate(r)} for r in reversed(recipes.values())]
-    if options.json:
-        print(json.dumps(found[0] if len(found) == 1 else found, indent=1))
-        return
-    from trimtab.report.runs import BYTES, COUNTS
-    from trimtab.report.tables import amount
-
-    columns = {
-        "params": ("params", COUNTS), "nonzero_params": ("not zero", COUNTS), "trainable_params": ("trained", COUNTS),
-        "macs": ("MACs", COUNTS), "saved_activation_bytes": ("saved", BYTES),
-        "training_peak_bytes": ("peak", BYTES), "checkpoint_bytes": ("on disk", BYTES),
-    }  # fmt: skip
-    first = found[0]
-    dense = f"dense: {amount(first['dense_params'], COUNTS)} numbers, {amount(first['dense_macs'], COUNTS)} MACs"
-    table = Table(
-        title=f"{options.recipe}: before any data or weights; {dense}",
-        title_justify="left",
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("variant", no_wrap=True)
-    for title, _ in columns.values():
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in found:
-        table.add_row(row["variant"], *(amount(row[key], units) for key, (_, units) in columns.items()))
-    Console().print(table)
-    print(f"MACs: one sample, one multiply-add = 1; saved and peak: bytes of a training batch of {first['batch_size']}")
-
-
-def _anatomy(options: Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    _quiet()
-    from trimtab.anatomy.weights import left_whole
-    from trimtab.backbones import load_model
-
-    model, anatomy = load_model(options.model)
-    table = Table(title=f"{options.model}: {type(model).__name__}, {anatomy.source}")
-    columns = ("tower", "modality", "layout", "blocks", "widths", "params", "share", "prunable")
-    for column in columns:
-        right = column in ("blocks", "params", "share", "prunable")
-        table.add_column(column.replace("_", " "), justify="right" if right else "left", no_wrap=True)
-    for row in anatomy.rows(model):
-        shown = {**row, "share": f"{100 * row['share']:.1f} %"}
-        table.add_row(*(f"{shown[c]:,}" if isinstance(shown[c], int) else str(shown[c]) for c in columns))
-    Console().print(table)
-    for kind in left_whole(anatomy, model):
-        print(f"never pruned: {kind}")
-    for tower in anatomy.towers:
-        how = "seen" if anatomy.seen else "described"
-        print(f"{tower.name}: {tower.blocks[0].path} ... {tower.blocks[-1].path}; {how}: {tower.told()}")
-    for sentence in anatomy.unknown():
-        print(f"unknown: {sentence}")
-
-
-def _list(options: Namespace) -> None:
-    if not options.matrix:
-        if given := [f"--{n}" for n in ("backbone", "method", "markdown") if getattr(options, n)]:
-            raise ValueError(f"{given[0]} is for the matrix: trimtab list --matrix {given[0]} ...")
-        listing.check(options.kind)
-    _quiet()
-    if options.matrix:
-        from trimtab import matrix
-
-        matrix.show(matrix.find(options.backbone, options.method), options.markdown)
-        if not (options.backbone or options.method):
-            matrix.show_together(options.markdown)
-    else:
-        listing.show(options.kind, options.name)
-
-
-def _quiet() -> None:
-    """Keep libraries from talking over our own output."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import logging
-    import warnings
-
-    import datasets
-
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", module="torch")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":
