@@ -231,6 +231,8 @@ def anatomy(options: Namespace) -> None:
     for tower in anatomy.towers:
         how = "seen" if anatomy.seen else "described"
         print(f"{tower.name}: {tower.blocks[0].path} ... {tower.blocks[-1].path}; {how}: {tower.told()}")
+    if anatomy.severed:
+        print(f"no gradient reaches: {', '.join(anatomy.severed)}")
     for sentence in anatomy.unknown():
         print(f"unknown: {sentence}")
 
