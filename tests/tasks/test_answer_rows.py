@@ -21,7 +21,13 @@ def heard(task: Answer, row: dict) -> tuple:
 
 
 def test_choices_hint_and_letter():
-    row = {**ROWS[0], "choices": ["a cat", "a red dog"], "hint": "Dogs bark."}
+    row = {
+        "images": [picture()],
+        "question": "what is in the picture ?",
+        "answer": "a red dog",
+        "choices": ["a cat", "a red dog"],
+        "hint": "Dogs bark.",
+    }
     asked, pictures, answer = heard(Answer("choice", system="Be short."), row)
     assert asked[0] == {"role": "system", "content": [{"type": "text", "text": "Be short."}]}
     assert asked[1]["content"][0] == {"type": "image"} and len(pictures) == 1 and answer == "B"
