@@ -82,7 +82,7 @@ class _Trainer(Trainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """transformers' schedules, and the one with drops, which it does not have."""
         if self.spec.schedule == "step" and self.lr_scheduler is None:
-            chosen = self.optimizer if optimizer is None else optimizer
+            chosen = optimizer or self.create_optimizer()
             course = partial(falling, steps=num_training_steps, warmup=self.args.warmup_steps, drops=self.spec.drops)
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, course)
         return super().create_scheduler(num_training_steps, optimizer)
