@@ -154,8 +154,8 @@ class _Reader:
         named = Entry({self.names.get(k, k): v for k, v in entry.values.items()}, entry.file, entry.row)
         if not any(named.values.get(c) is not None for c in SEEN):
             raise entry.error(f"expected the field 'image' (or {', '.join(SEEN[1:])}), found "
-                              f"{', '.join(map(repr, entry.values)) or 'none'}: where it has another name, give that in "
-                              "`columns`, such as columns.image=file")  # fmt: skip
+                              f"{', '.join(map(repr, entry.values)) or 'none'}: where it has another name, give that "
+                              "in `columns`, such as columns.image=file")  # fmt: skip
         row = {k: self._cell(named, k, v) if k in self.typed else v for k, v in named.values.items() if k != "messages"}
         if "messages" in named:
             alone = [row.pop("image")] if row.get("image") is not None else []

@@ -135,9 +135,9 @@ class TaskModel(nn.Module):
         """Predictions for rows as a person has them: an `image` and the text that the task asks for.
 
         Args:
-            rows: `{"image": PIL image or path, "question": ...}` for VQA, `"phrase"` for grounding, `"captions"` for retrieval,
-                `"statement"` for entailment, nothing more for classification; `{"images": [left, right], "statement":
-                ...}` for pairs; `{"video": path, "captions": ...}` for video retrieval.
+            rows: `{"image": PIL image or path, "question": ...}` for VQA, `"phrase"` for grounding, `"captions"` for
+                retrieval, `"statement"` for entailment, nothing more for classification; `{"images": [left, right],
+                "statement": ...}` for pairs; `{"video": path, "captions": ...}` for video retrieval.
 
         Returns:
             One record a row: `answer`, or `label` and the `shares` of all labels, or `box` in pixels of the picture, or
