@@ -67,7 +67,7 @@ def test_json_lists_and_pictures_in_another_folder(folder):
         ("grounding", {"image": "pictures/0.png", "box": [5, 5, 5, 9]}, r"left, top, right, bottom with an area"),
         ("vqa", {"image": "pictures/0.png", "question_id": 1}, r"the question_id '1' stands twice"),
         ("vqa", {"video": "gone.mp4"}, r"the video 'gone.mp4' is not there"),
-        ("vqa", {"question": "?"}, r"expected a JSON object with 'image' \(or images, video, messages\)"),
+        ("vqa", {"question": "?"}, r"expected the field 'image' \(or images, video, messages\).*columns.image=file"),
         (
             "retrieval",
             {"image": "pictures/0.png", "captions": [1.5]},

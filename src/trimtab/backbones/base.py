@@ -35,6 +35,10 @@ from trimtab.storage.checkpoints import load_weights, write_pretrained
 from trimtab.storage.shards import open_safetensors
 
 
+class Unsupported(NotImplementedError, ValueError):
+    """What a backbone has no part for, asked of it: bad input of the one who chose it."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Features of a batch.
@@ -133,10 +137,10 @@ class Backbone(nn.Module):
         return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
     def image(self, pixel_values: Tensor) -> Encoded:
-        raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not encode images alone")
+        raise Unsupported(f"{self.name} is a {self.kind} backbone: it does not encode images alone")
 
     def text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
-        raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not encode texts alone")
+        raise Unsupported(f"{self.name} is a {self.kind} backbone: it does not encode texts alone")
 
     def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         encoded = self.fuse(self.look(pixel_values), input_ids, attention_mask)
@@ -193,11 +197,11 @@ class Backbone(nn.Module):
 
         A row of zeros is a place that is padding; `fuse` and `write` leave it out.
         """
-        raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not fuse image and text")
+        raise Unsupported(f"{self.name} is a {self.kind} backbone: it does not fuse image and text")
 
     def fuse(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         """`pair` of what `look` returned, (B, P, D)."""
-        raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not fuse image and text")
+        raise Unsupported(f"{self.name} is a {self.kind} backbone: it does not fuse image and text")
 
     def write(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Features of words (B, L, D), each from the picture and the words up to itself, to predict the next from.
@@ -207,11 +211,11 @@ class Backbone(nn.Module):
             input_ids: (B, L).
             attention_mask: (B, L), 1 = valid; padding follows the words.
         """
-        raise NotImplementedError(f"{self.name} is a {self.kind} backbone: it does not write")
+        raise Unsupported(f"{self.name} is a {self.kind} backbone: it does not write")
 
     def match(self, encoded: Encoded) -> Tensor:
         """Logit that the text and the picture of a `fuse` belong together, (B,)."""
-        raise NotImplementedError(f"{self.name}: no head for matching")
+        raise Unsupported(f"{self.name}: no head for matching")
 
     def rank(self, encoded: Encoded, similar: Tensor) -> Tensor:
         """By what its authors order pairs of a picture and a text, (B,): here the logit of matching.
@@ -224,21 +228,21 @@ class Backbone(nn.Module):
 
     def image_vector(self, seen: Tensor) -> Tensor:
         """Vectors of length 1 in the space shared with texts, (B, E), from what `look` returned."""
-        raise NotImplementedError(f"{self.name}: no vectors of pictures and texts to compare (contrast): {_CONTRAST}")
+        raise Unsupported(f"{self.name}: no vectors of pictures and texts to compare (contrast): {_CONTRAST}")
 
     def text_vector(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Vectors of length 1 in the space shared with pictures, (B, E)."""
-        raise NotImplementedError(f"{self.name}: no vectors of pictures and texts to compare (contrast): {_CONTRAST}")
+        raise Unsupported(f"{self.name}: no vectors of pictures and texts to compare (contrast): {_CONTRAST}")
 
     @property
     def temperature(self) -> Tensor:
         """By what cosines of `image_vector` and `text_vector` are divided in the contrastive loss, a scalar."""
-        raise NotImplementedError(f"{self.name}: no temperature of its own: give the task's `temperature` (0.07 is "
+        raise Unsupported(f"{self.name}: no temperature of its own: give the task's `temperature` (0.07 is "
                                   "where training of such models starts)")  # fmt: skip
 
     def answers(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Answers for the decoder of answers: `input_ids` and `attention_mask` (N, A), with their start and end."""
-        raise NotImplementedError(f"{self.name}: no decoder of answers: {_DECODER}")
+        raise Unsupported(f"{self.name}: no decoder of answers: {_DECODER}")
 
     def answer_loss(self, question: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
         """How unlikely the decoder finds answers: the loss of an answer's words summed, as in training, (N,).
@@ -249,7 +253,7 @@ class Backbone(nn.Module):
             answer_ids: (N, A), of `answers`.
             answer_mask: (N, A).
         """
-        raise NotImplementedError(f"{self.name}: no decoder of answers: {_DECODER}")
+        raise Unsupported(f"{self.name}: no decoder of answers: {_DECODER}")
 
     def rank_answers(self, question: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, k: int) -> Tensor:
         """Which answer of a list the decoder gives to each question, (B,), as its authors rank them.
@@ -261,11 +265,11 @@ class Backbone(nn.Module):
             answer_mask: (N, A).
             k: so many answers, whose first words are likeliest, are scored whole; at most N.
         """
-        raise NotImplementedError(f"{self.name}: no decoder of answers: {_DECODER}")
+        raise Unsupported(f"{self.name}: no decoder of answers: {_DECODER}")
 
     def pretraining_loss(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The loss of the model's own pretraining on pairs of a picture and a text, a scalar (`PretrainingLoss`)."""
-        raise NotImplementedError(f"{self.name}: no pretraining objective: a pretrained BLIP or X-VLM has one")
+        raise Unsupported(f"{self.name}: no pretraining objective: a pretrained BLIP or X-VLM has one")
 
     @property
     def word_head(self) -> tuple[nn.Linear, nn.LayerNorm, Tensor] | None:

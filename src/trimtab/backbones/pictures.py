@@ -94,21 +94,20 @@ class Pictures:
         return (pixels / 255 - torch.tensor(self.mean).view(3, 1, 1)) / torch.tensor(self.std).view(3, 1, 1)
 
     def windows(self, sizes: Sequence[tuple[int, int]]) -> Tensor:
-        """What of each picture of a batch the model sees, (B, 4): left, top, right, bottom in pixels of the picture.
+        """What of each picture the model sees, (B, 4): left, top, right, bottom in pixels of the picture.
 
-        A window is smaller than a picture that is cropped and larger than one that is padded. A box in pixels is, as
-        shares of what the model sees, `(box - window[[0, 1, 0, 1]]) / span` with `span = window[[2, 3, 2, 3]] -
+        A window is smaller than a picture that is cropped and larger than one that is padded by itself. What is padded
+        to the largest picture of a batch lies outside: a picture's window is the same in any batch. A box in pixels is,
+        as shares of what the model sees, `(box - window[[0, 1, 0, 1]]) / span` with `span = window[[2, 3, 2, 3]] -
         window[[0, 1, 0, 1]]`; what was cropped off lies below 0 or above 1.
 
         Args:
-            sizes: (width, height) of the pictures, of the whole batch: its largest frames are what all are padded to.
+            sizes: (width, height) of the pictures.
         """
-        places = [self.place(size) for size in sizes]
-        wide, high = (max(p.frame[axis] for p in places) for axis in (0, 1))
         rows = []
-        for (width, height), p in zip(sizes, places, strict=True):
-            across, down = width / p.resized[0], height / p.resized[1]
-            (x, y) = p.offset
+        for width, height in sizes:
+            resized, (x, y), (wide, high) = self.place((width, height))
+            across, down = width / resized[0], height / resized[1]
             rows.append((-x * across, -y * down, (wide - x) * across, (high - y) * down))
         return torch.tensor(rows, dtype=torch.float32)
 

@@ -124,7 +124,7 @@ def _place(key: _Key, size: tuple[int, int]) -> Placement:
         high, wide = processor.resize(blank, size=processor.size, resample=0).shape[1:]
         resized = (wide, high)
     rows, columns = np.mgrid[1 : resized[1] + 1, 1 : resized[0] + 1].astype(np.float32)
-    # One batch of one picture: padding to a batch is at the right and the bottom, and `windows` adds it.
+    # One batch of one picture: padding to the largest of a batch is no part of its frame.
     image = np.stack([columns, rows])
     if getattr(processor, "do_center_crop", None):
         image = processor.center_crop(image, processor.crop_size)

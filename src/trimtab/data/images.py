@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -15,7 +16,7 @@ class ImageError(ValueError):
 
 
 def decode(cell: Any, where: str = "image") -> Any:
-    """A PIL image from what a table holds: an image, or a dict with `bytes` or `path`.
+    """A PIL image from what a table holds or a person gives: an image, a dict with `bytes` or `path`, or a path.
 
     Raises:
         ImageError: if it cannot be decoded.
@@ -24,7 +25,7 @@ def decode(cell: Any, where: str = "image") -> Any:
 
     if isinstance(cell, Image.Image):
         return cell
-    cell = cell or {}
+    cell = {"path": str(cell)} if isinstance(cell, (str, Path)) else cell or {}
     name = cell.get("path") or where
     try:
         image = Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell.get("path"))

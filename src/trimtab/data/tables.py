@@ -153,8 +153,9 @@ class _Reader:
                 raise entry.error(f"expected the field {file!r} (for {name!r}), found {there or 'none'}")
         named = Entry({self.names.get(k, k): v for k, v in entry.values.items()}, entry.file, entry.row)
         if not any(named.values.get(c) is not None for c in SEEN):
-            raise entry.error(f"expected a JSON object with 'image' (or {', '.join(SEEN[1:])}), found "
-                              f"{', '.join(map(repr, entry.values)) or 'none'}")  # fmt: skip
+            raise entry.error(f"expected the field 'image' (or {', '.join(SEEN[1:])}), found "
+                              f"{', '.join(map(repr, entry.values)) or 'none'}: where it has another name, give that "
+                              "in `columns`, such as columns.image=file")  # fmt: skip
         row = {k: self._cell(named, k, v) if k in self.typed else v for k, v in named.values.items() if k != "messages"}
         if "messages" in named:
             alone = [row.pop("image")] if row.get("image") is not None else []

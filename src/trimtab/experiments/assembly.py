@@ -109,6 +109,13 @@ class Assembly:
             inputs = self.model.example(4) if batch is None else batch
             loss = self.model(**{k: v.to(place) for k, v in inputs.items()})["loss"]
         idle = without_gradient(self.model, loss)
+        if all(n in idle for n, p in self.model.named_parameters() if p.requires_grad):
+            named = ", ".join(m.name for m in self.methods) or "none"
+            raise RecipeError(
+                f"nothing is left to train: the methods ({named}) train no part of the backbone that the loss of task "
+                f"{self.task.name!r} reaches, and the task has no head of its own that is trained: choose a method "
+                "that does, such as lora, or set training.steps to 0"
+            )
         own = dict(self.model.named_parameters())
         for name in idle:
             own[name].requires_grad_(False)
@@ -133,6 +140,7 @@ def assemble(recipe: Recipe) -> Assembly:
         spec = recipe.backbone
         kind = task.kinds[0] if len(task.kinds) == 1 else None
         backbone = backbones.load(spec.name, spec.pretrained, spec.tokenizer, spec.pictures, kind, **spec.settings)
+        backbone.anatomy = task.reached(backbone.anatomy)
         _check_reading(task, methods, backbone, where)
         for i, method in enumerate(methods):
             if why := refusal(methods[:i], method, backbone.anatomy):

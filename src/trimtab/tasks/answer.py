@@ -212,6 +212,11 @@ class Answer(Task):
             out.append({"query": query, "prediction": text, "target": target, "correct": right})
         return out
 
+    def check_row(self, row: Mapping[str, Any], where: str) -> None:
+        """Raise a ValueError unless a row has a question or messages; it may be about no picture."""
+        if row.get("question") is None and not row.get("messages"):
+            raise ValueError(f"{where}: task 'answer' needs 'question' or 'messages', found {sorted(row)}")
+
     def check(self, backbone: Any, table: Any) -> None:
         """Raise a ValueError unless it is a chat model and the table has what the settings ask for."""
         if backbone.kind not in self.kinds:

@@ -76,6 +76,10 @@ class Task(ABC):
     def fold(self, backbone: Any, head: nn.Module) -> None:  # noqa: B027 (most heads stay with their task)
         """Move into the backbone what its own architecture has a place for, before it is exported without the head."""
 
+    def reached(self, anatomy: Any) -> Any:
+        """What of a backbone's `Anatomy` the task runs: methods see no other tower."""
+        return anatomy
+
     def example(self, backbone: Any, size: int) -> Batch:
         """A training batch of random inputs, to count operations and bytes without data."""
         return backbone.example(size)
@@ -87,6 +91,12 @@ class Task(ABC):
     def chance(self, rows: Any) -> float | None:
         """The primary metric of guessing, None if there is no simple figure."""
         return None
+
+    def check_row(self, row: Mapping[str, Any], where: str) -> None:
+        """Raise a ValueError if a row to be answered lacks what is asked about."""
+        needed = [name for name in (self.sees, *self.columns) if name not in self.blank]
+        if missing := [name for name in needed if row.get(name) is None]:
+            raise ValueError(f"{where}: task {self.name!r} needs {missing}, found {sorted(row)}")
 
     def check(self, backbone: Any, table: Any) -> None:
         """Raise a ValueError unless the backbone is of a fitting kind and the table has the task's columns."""
@@ -125,15 +135,23 @@ class TaskModel(nn.Module):
         """Predictions for rows as a person has them: an `image` and the text that the task asks for.
 
         Args:
-            rows: `{"image": PIL image, "question": ...}` for VQA, `"phrase"` for grounding, `"captions"` for retrieval,
-                `"statement"` for entailment, nothing more for classification; `{"images": [left, right], "statement":
-                ...}` for pairs; `{"video": path, "captions": ...}` for video retrieval.
+            rows: `{"image": PIL image or path, "question": ...}` for VQA, `"phrase"` for grounding, `"captions"` for
+                retrieval, `"statement"` for entailment, nothing more for classification; `{"images": [left, right],
+                "statement": ...}` for pairs; `{"video": path, "captions": ...}` for video retrieval.
 
         Returns:
             One record a row: `answer`, or `label` and the `shares` of all labels, or `box` in pixels of the picture, or
             unit vectors `image` (D,) and `text`, one a caption (C, D), or `scores` of the captions (reranking), or
             `similar`, how well each of its captions fits the video, or a `caption`.
+
+        Raises:
+            ValueError: if a row lacks a picture or what is asked about it.
+            ImageError: if a picture cannot be decoded.
         """
+        for i, row in enumerate(rows):
+            self.task.check_row(row, f"row {i}")
+        if not rows:
+            return []
         self.eval()
         device = next(self.parameters()).device
         batch = self.task.collate(self.backbone, [{**self.task.blank, **row} for row in rows], train=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,6 +64,12 @@ class Classification(Labelled):
 
     def head(self, backbone: Any) -> nn.Module:
         return nn.Linear(backbone.width, len(self.names)) if self.prompts is None else Scale(backbone)
+
+    def reached(self, anatomy: Any) -> Any:
+        """The towers of pictures, unless classes are described in words."""
+        if self.prompts is not None:
+            return anatomy
+        return replace(anatomy, towers=tuple(t for t in anatomy.towers if t.modality == "vision"))
 
     def collate(self, backbone: Any, rows: list[dict[str, Any]], train: bool) -> Batch:
         rows = decode_rows(rows)

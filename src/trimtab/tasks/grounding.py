@@ -29,14 +29,15 @@ class BoxHead(nn.Module):
         self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, tokens: Tensor, words: Tensor, shape: tuple[int, int] | None = None,
-                there: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Image tokens (B, P, D) and the words' mean (B, D) -> corners as shares of what the model sees (B, 4), and the
-        log of each token's weight in them (B, P).
+                there: Tensor | None = None, filled: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Image tokens (B, P, D) and the words' mean (B, D) -> corners as shares of what the model sees of the picture
+        (B, 4), and the log of each token's weight in them (B, P).
 
         Args:
             tokens, words: see above.
             shape: rows and columns of the tokens; None for a square.
             there: which tokens are picture and not padding, (B, P); None for all.
+            filled: as of `grid`.
         """
         votes, sides = self.layers(tokens).float().split([1, 4], dim=-1)
         meant = (self.key(tokens) @ self.query(words)[..., None]).float() / tokens.shape[-1] ** 0.5  # (B, P, 1)
@@ -44,17 +45,23 @@ class BoxHead(nn.Module):
         if there is not None:
             vote = vote.masked_fill(there == 0, torch.finfo(vote.dtype).min)
         shares = vote.log_softmax(dim=1)
-        here = grid(tokens.shape[1], tokens.device, shape).repeat(1, 2)  # (P, 4): x, y, x, y
+        here = torch.cat([grid(tokens.shape[1], tokens.device, shape, filled)] * 2, dim=-1)  # (..., P, 4): x, y, x, y
         # A start of 0.2 of the picture to each side is a box of the usual size.
         reach = (sides - 1.4).sigmoid() * torch.tensor([-1.0, -1.0, 1.0, 1.0], device=tokens.device)
         return (shares.exp()[..., None] * (here + reach)).sum(dim=1), shares
 
 
-def grid(tokens: int, device: torch.device, shape: tuple[int, int] | None = None) -> Tensor:
+def grid(tokens: int, device: torch.device, shape: tuple[int, int] | None = None,
+         filled: Tensor | None = None) -> Tensor:  # fmt: skip
     """Centres (x, y) of a grid of that many patches as shares of what the model sees, row by row, (tokens, 2).
+
+    Padding to the largest picture of a batch is no part of a picture: its patches lie beyond 1, so that the same
+    picture has the same shares in any batch.
 
     Args:
         shape: rows and columns; None for a square.
+        filled: how much of the batch's width and height each picture fills, (B, 2); the centres are (B, tokens, 2)
+            then. None for all of it.
 
     Raises:
         ValueError: if the number is no square, or not that of the rows and columns.
@@ -64,7 +71,8 @@ def grid(tokens: int, device: torch.device, shape: tuple[int, int] | None = None
         wanted = f"a grid of {rows} x {columns}" if shape else "a square grid"
         raise ValueError(f"grounding needs image tokens that form {wanted}, the backbone gives {tokens}")
     y, x = torch.meshgrid(*((torch.arange(n, device=device) + 0.5) / n for n in (rows, columns)), indexing="ij")
-    return torch.stack([x, y], dim=-1).flatten(0, 1)
+    places = torch.stack([x, y], dim=-1).flatten(0, 1)
+    return places if filled is None else places / filled[:, None]
 
 
 @TASKS.register("grounding")
@@ -89,21 +97,25 @@ class Grounding(Task):
 
     def collate(self, backbone: Any, rows: list[dict[str, Any]], train: bool) -> Batch:
         rows = decode_rows(rows)
-        windows = backbone.pictures.windows([r["image"].size for r in rows])
+        sizes = [r["image"].size for r in rows]
+        windows = backbone.pictures.windows(sizes)
+        frame = torch.tensor([backbone.pictures.place(size).frame for size in sizes], dtype=torch.float32)
         origin, span = frames(windows)
         return {
             **backbone.images([r["image"] for r in rows]),
             **backbone.texts([r["phrase"] for r in rows]),
             "boxes": (torch.tensor([r["box"] for r in rows], dtype=torch.float32) - origin) / span,
             "windows": windows,
+            "filled": frame / frame.amax(dim=0),
         }
 
     def example(self, backbone: Any, size: int) -> Batch:
         box = torch.tensor([0.2, 0.2, 0.6, 0.6]).expand(size, 4)
-        return {**backbone.example(size), "boxes": box, "windows": torch.tensor([0.0, 0, 1, 1]).expand(size, 4)}
+        return {**backbone.example(size), "boxes": box, "windows": torch.tensor([0.0, 0, 1, 1]).expand(size, 4),
+                "filled": torch.ones(size, 2)}  # fmt: skip
 
-    def _boxes(self, backbone: Any, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
-        """Boxes (B, 4), shares of the vote (B, P), and rows and columns of the patches."""
+    def _boxes(self, backbone: Any, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes (B, 4), shares of the vote (B, P), and where the patches are, (P, 2) or (B, P, 2)."""
         encoded = backbone.pair(batch["pixel_values"], batch["input_ids"], batch["attention_mask"])
         if encoded.image_tokens is None:
             raise ValueError(f"grounding needs image tokens among the fused ones: {backbone.name!r} gives none")
@@ -111,13 +123,14 @@ class Grounding(Task):
         first = 0 if encoded.image_tokens.start > 0 else encoded.image_tokens.stop  # of the text, before or after
         words = (encoded.tokens[:, first : first + mask.shape[1]] * mask).sum(dim=1) / mask.sum(dim=1)
         there = None if encoded.mask is None else encoded.mask[:, encoded.image_tokens]
-        return *head(encoded.tokens[:, encoded.image_tokens], words, encoded.grid, there), encoded.grid
+        tokens, shape, filled = encoded.tokens[:, encoded.image_tokens], encoded.grid, batch.get("filled")
+        centre = grid(tokens.shape[1], tokens.device, shape, filled)
+        return *head(tokens, words, shape, there, filled), centre
 
     def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
-        found, shares, shape = self._boxes(backbone, head, batch)
+        found, shares, centre = self._boxes(backbone, head, batch)
         target, seen = visible(batch["boxes"], found)
         _, generalised = iou(found, target)
-        centre = grid(shares.shape[1], shares.device, shape)
         inside = ((centre > target[:, None, :2]) & (centre < target[:, None, 2:])).all(dim=-1)  # (B, P)
         # A box between the centres of four patches asks nothing of the vote.
         inside |= ~inside.any(dim=1, keepdim=True) | ~seen

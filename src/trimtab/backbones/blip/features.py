@@ -18,6 +18,7 @@ from trimtab.backbones.base import (
     Backbone,
     Encoded,
     Pictures,
+    Unsupported,
     check_sizes,
     find_tokenizer,
     load_pretrained,
@@ -216,9 +217,10 @@ class BlipOfficialBackbone(Backbone):
     def fuse(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         """`pair` of what `look` returned; ValueError if the text is longer than the table of positions."""
         check_sizes("BLIP", input_ids, self.model.config.text_config.max_position_embeddings)
-        # What reads a picture starts with [ENC] instead of [CLS].
+        # What reads a picture starts with [ENC] instead of [CLS] where the config names it, as in the authors' models.
+        # transformers' classes do not know it: a folder of theirs is read as they read it.
         ids = input_ids.clone()
-        ids[:, 0] = self.model.config.enc_token_id
+        ids[:, 0] = getattr(self.model.config, "enc_token_id", ids[:, 0])
         tokens = self.model.text_encoder(
             input_ids=ids, attention_mask=attention_mask, encoder_hidden_states=seen
         ).last_hidden_state
@@ -231,7 +233,7 @@ class BlipOfficialBackbone(Backbone):
     def write(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Words of the pretrained model's decoder; the decoder of one for VQA reads questions, and others have none."""
         if type(self.model).__name__ != "BlipPretraining":
-            raise NotImplementedError(f"{self.name}: {type(self.model).__name__} has no decoder that reads pictures: "
+            raise Unsupported(f"{self.name}: {type(self.model).__name__} has no decoder that reads pictures: "
                                       "task='caption' or task='pretrain' has")  # fmt: skip
         check_sizes("BLIP", input_ids, self.model.config.text_config.max_position_embeddings)
         return write(self.model, seen, input_ids, attention_mask)

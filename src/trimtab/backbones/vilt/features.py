@@ -13,6 +13,7 @@ from trimtab.backbones.base import WEIGHTS, Backbone, Encoded, Pictures, check_s
 from trimtab.backbones.clip.features import without_pre_norm
 from trimtab.backbones.pictures import extents
 from trimtab.backbones.processed import Processed, read_pictures
+from trimtab.registry import unknown
 
 
 class ViltBackbone(Backbone):
@@ -174,12 +175,17 @@ def load(folder: Path, name: str, pretrained: bool = True) -> ViltBackbone:
     from trimtab.backbones.vilt.model import ViltForPretraining
 
     named = (json.loads((folder / "config.json").read_text()).get("architectures") or [""])[0]
-    others = (
+    known = (
         transformers.ViltForQuestionAnswering,
         transformers.ViltForImagesAndTextClassification,
+        transformers.ViltForImageAndTextRetrieval,
+        transformers.ViltForMaskedLM,
         ViltForPretraining,
     )
-    model_class = {c.__name__: c for c in others}.get(named, transformers.ViltForImageAndTextRetrieval)
+    classes = {c.__name__: c for c in known}
+    if named not in classes:
+        raise ValueError(f"{folder / 'config.json'}: {unknown('architecture', named, classes)}")
+    model_class = classes[named]
     model = load_pretrained(model_class, folder, pretrained)
     config: Any = model.config
     pictures = read_pictures(folder, config.image_size, published(config))

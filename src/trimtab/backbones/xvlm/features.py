@@ -9,7 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trimtab.backbones.base import CLIP_MEAN, CLIP_STD, Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
+from trimtab.backbones.base import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Backbone,
+    Encoded,
+    Pictures,
+    Unsupported,
+    find_tokenizer,
+    load_pretrained,
+)
 from trimtab.backbones.processed import own_pictures
 from trimtab.backbones.xvlm.pretraining import xvlm_loss
 
@@ -42,7 +51,7 @@ class XvlmBackbone(Backbone):
     def write(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Words of the decoder of captions; the decoder for VQA reads questions, and others have none."""
         if self.model.config.task != "caption":
-            raise NotImplementedError(f"{self.name}: an X-VLM for {self.model.config.task} has no decoder that reads "
+            raise Unsupported(f"{self.name}: an X-VLM for {self.model.config.task} has no decoder that reads "
                                       "pictures: task='caption' has")  # fmt: skip
         return self.model.text_decoder.bert(input_ids, attention_mask=attention_mask, images=(seen,))
 
