@@ -228,7 +228,8 @@ def test_msr_vtt_holds_videos_out_not_sentences(msrvtt):
     train, held = (source.load("video-retrieval", s) for s in ("train", "validation"))
     assert set(train["video_id"]) == {"video1"}
     assert held["captions"][:] == [["two b", "two a"], ["three"]]  # one row a video
-    with pytest.raises(DataError, match="expected 'validation' to be from 1 to 2 of the 3 videos"):
+    assert len(MSRVTT(root=msrvtt, validation=0).load("video-retrieval", "validation")) == 0
+    with pytest.raises(DataError, match="expected 'validation' to be from 0 to 2 of the 3 videos"):
         MSRVTT(root=msrvtt, validation=3).load("video-retrieval", "validation")
 
 
@@ -253,6 +254,7 @@ def test_cifar_pictures_are_planes_and_labels_are_names(tmp_path):
     assert list(source.classes()) == ["plane", "cat", "dog"]
     ids = [source.load("classification", s)["image_id"][:] for s in ("train", "validation", "test")]
     assert [len(i) for i in ids] == [7, 3, 1] and not set(ids[0]) & set(ids[1])
+    assert len(CIFAR10(root=tmp_path, validation=0).load("classification", "validation")) == 0
     with pytest.raises(DataError, match="expected 'validation' to be from 0 to 9 of the 10 training rows, found 10"):
         CIFAR10(root=tmp_path, validation=10).load("classification", "train")
 

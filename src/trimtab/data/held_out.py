@@ -17,8 +17,8 @@ class HeldOut(Published):
     """A set whose official splits are `train` and perhaps `test`."""
 
     validation: int = 500
-    """Rows taken from the end of the training rows: searches draw their rewards from them. A set without a test split
-    is tested on them too."""
+    """Rows taken from the end of the training rows: searches draw their rewards from them; 0 trains on all, and leaves
+    searches none. A set without a test split is tested on them too."""
 
     def official(self, split: Split) -> tuple[str, ...]:
         return ("test",) if split == "test" and "test" in self.splits else ("train",)
@@ -27,15 +27,15 @@ class HeldOut(Published):
         """As `Published.load`.
 
         Raises:
-            DataError: if `validation` leaves no training row, or takes none where rows are asked for.
+            DataError: if `validation` leaves no training row, or none to test a set on that has no test split.
         """
         table = super().load(task, split)
         if self.official(split) != ("train",):
             return table
-        if not 0 <= self.validation < len(table) or (split != "train" and not self.validation):
+        if not 0 <= self.validation < len(table) or (split == "test" and not self.validation):
             raise DataError(
-                f"{self}: expected 'validation' to be from {int(split != 'train')} to {len(table) - 1} of the "
+                f"{self}: expected 'validation' to be from {int(split == 'test')} to {len(table) - 1} of the "
                 f"{len(table)} training rows, found {self.validation}; set data.validation"
             )
         cut = len(table) - self.validation
-        return table.select(range(cut) if split == "train" else range(cut, len(table)))
+        return table.select([*range(cut)] if split == "train" else [*range(cut, len(table))])

@@ -64,7 +64,7 @@ class MSRVTT(Published):
     """Which list of training videos."""
     validation: int = 500
     """Videos taken from the end of the training list: searches draw their rewards from them. The published protocol has
-    no validation split and trains on all; 0 does so, and then there are no rows for validation."""
+    no validation split and trains on all; 0 does so, and leaves searches none."""
     unfold: bool = True
     """One training row a sentence, as CLIP4Clip trains; false gives one row a video."""
     form: Literal["csv", "blip"] = "csv"
@@ -83,7 +83,7 @@ class MSRVTT(Published):
         """As `Published.load`.
 
         Raises:
-            DataError: if `validation` leaves no video to train on, or none where rows for validation are asked for.
+            DataError: if `validation` leaves no video to train on.
         """
         if split == "test":
             return super().load(task, split)
@@ -91,9 +91,8 @@ class MSRVTT(Published):
         table = Published.load(source, task, split)
         path = find_file(self.files, f"MSRVTT_train.{self.train}.csv")
         listed = [video for _, video in train_videos(path, Kept("skip"))]
-        least = int(split == "validation")
-        if not least <= self.validation < len(listed):
-            raise DataError(f"{self}: expected 'validation' to be from {least} to {len(listed) - 1} of the "
+        if not 0 <= self.validation < len(listed):
+            raise DataError(f"{self}: expected 'validation' to be from 0 to {len(listed) - 1} of the "
                             f"{len(listed)} videos of {path}, found {self.validation}")  # fmt: skip
         held_out = set(listed[len(listed) - self.validation :])
         videos = table["video_id"]
