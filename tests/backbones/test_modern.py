@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 
 import trimtab
 from tests.models.modern import MODERN
@@ -92,7 +93,14 @@ def test_pictures_become_rows_of_patches():
     assert patches[0, 1].tolist() == [picture[0, c, y, x] for y in (0, 1) for x in (2, 3) for c in range(3)]
 
 
-def test_families_that_no_task_reads_yet_are_named(tmp_path):
+def test_a_chat_model_without_its_processor_is_told_what_is_missing(tmp_path):
     saved("qwen3-vl", tmp_path)
-    with pytest.raises(ValueError, match=r"unknown model_type 'qwen3_vl'.*smolvlm"):
+    with pytest.raises(ValueError, match="its Qwen3VLProcessor cannot be made"):
+        trimtab.load(tmp_path)
+
+
+def test_families_that_no_task_reads_are_named(tmp_path):
+    hf.BertModel(hf.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                               vocab_size=20)).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(ValueError, match=r"unknown model_type 'bert'.*smolvlm"):
         trimtab.load(tmp_path)

@@ -102,7 +102,7 @@ def test_captions_are_learned_and_written(writer):
     batch = {"pixel_values": pixels, **words, "labels": next_words(**words)}
     model.eval()
     optimiser = torch.optim.Adam(model.parameters(), 5e-3)
-    for _ in range(40):
+    for _ in range(120):
         optimiser.zero_grad()
         model(**batch)["loss"].backward()
         optimiser.step()

@@ -37,7 +37,7 @@ def test_boxes_lie_inside_and_apart(style):
 def test_boxes_are_exact(style, size, monkeypatch):
     """On a plain ground, a thing fills its box to every edge and nothing is drawn outside."""
     ground = (255, 0, 255)
-    monkeypatch.setattr(scenes, "_background", lambda rng, size: Image.new("RGBA", (size, size), (*ground, 255)))
+    monkeypatch.setattr(scenes, "backdrop", lambda rng, size: Image.new("RGBA", (size, size), (*ground, 255)))
     for index in range(60):
         scene = scenes.compose(style, "test", 1, index, size)
         drawn = (scene.image != ground).any(axis=-1)
