@@ -246,3 +246,12 @@ def test_an_architecture_has_a_price_and_no_weights(tiny_raw):
     with pytest.raises(recipe.RecipeError, match="architecture 'clip4clip' 'pach': did you mean 'patch'"):
         assembly.assemble(wrong)
     assembly.check(r)
+
+
+def test_costs_of_a_loss_that_needs_two_rows_are_those_of_one():
+    """BLIP's pretraining takes wrong pairs from the batch."""
+    r = recipe.expand({"backbone": {"name": "blip", "settings": {"task": "pretrain", "image_size": 32}, "max_text": 6},
+                       "task": "pretraining", "data": "pictograms", "methods": ["omp"],
+                       "training": {"steps": 0, "batch_size": 2}}, "pairs")[0]  # fmt: skip
+    found = cost.estimate(r)
+    assert found["macs"] == found["dense_macs"] > 0 and found["nonzero_params"] < found["params"]

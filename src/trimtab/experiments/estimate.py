@@ -41,7 +41,7 @@ def measure(parts: Assembly, whole: dict[str, int], batch_size: int, weights: Pa
     """
     model = parts.model
     device = next(model.parameters()).device
-    one, batch = ({k: v.to(device) for k, v in model.example(n).items()} for n in (1, batch_size))
+    one, batch = ({k: v.to(device) for k, v in model.example(n).items()} for n in (parts.task.least, batch_size))
     model.train()
 
     def step() -> None:
@@ -57,14 +57,14 @@ def measure(parts: Assembly, whole: dict[str, int], batch_size: int, weights: Pa
         "peak_memory_bytes": peak_memory(step),
     }
     model.eval()
-    costs["latency_ms"] = latency(lambda: model(**one))
+    costs["latency_ms"] = {name: ms / parts.task.least for name, ms in latency(lambda: model(**one)).items()}
     return costs
 
 
 def _counts(parts: Assembly, one: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Any]:
     model = parts.model
     model.eval()
-    macs = count_macs(lambda: model(**one))
+    macs = count_macs(lambda: model(**one)) // parts.task.least
     model.train()
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
@@ -85,8 +85,8 @@ def dense(recipe: Recipe) -> dict[str, int]:
     if key not in _DENSE:  # every variant of a recipe asks for the same figure
         parts = assemble(bare)
         parts.model.eval()
-        one = parts.model.example(1)
-        macs = count_macs(lambda: parts.model(**one))
+        one = parts.model.example(parts.task.least)
+        macs = count_macs(lambda: parts.model(**one)) // parts.task.least
         _DENSE[key] = {"dense_macs": macs, "dense_params": sum(p.numel() for p in parts.model.parameters())}
     return _DENSE[key]
 
@@ -131,7 +131,7 @@ class _Blind:
 
     def example(self) -> dict[str, Tensor]:
         device = next(self.with_task.parameters()).device
-        return {k: v.to(device) for k, v in self.with_task.example(1).items()}
+        return {k: v.to(device) for k, v in self.with_task.example(self.with_task.task.least).items()}
 
 
 def _estimate(recipe: Recipe) -> dict[str, Any]:
@@ -145,6 +145,6 @@ def _estimate(recipe: Recipe) -> dict[str, Any]:
         parts.fit.attach(method, restored=True)
     parts.settle()
     batch = parts.model.example(recipe.training.batch_size)
-    costs = _counts(parts, parts.model.example(1), batch)
+    costs = _counts(parts, parts.model.example(parts.task.least), batch)
     costs["training_peak_bytes"] = training_peak(lambda: parts.model(**batch)["loss"], parts.model)
     return {**costs, **whole, "checkpoint_bytes": safetensors_size(parts.fit.stored())}

@@ -301,9 +301,9 @@ class TrainingSession:
         return model.backbone.model
 
     def example(self) -> dict[str, Tensor]:
-        """A batch of one sample of random inputs, on the model's device."""
+        """A batch of one sample (or of as few as the task can do with) of random inputs, on the model's device."""
         device = next(self.with_task.parameters()).device
-        return {k: v.to(device) for k, v in self.with_task.example(1).items()}
+        return {k: v.to(device) for k, v in self.with_task.example(self.with_task.task.least).items()}
 
     def loss(self, with_task: TaskModel, batch: dict[str, Tensor]) -> Tensor:
         return with_task(**batch)["loss"]

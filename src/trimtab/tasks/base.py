@@ -32,6 +32,7 @@ class Task(ABC):
         blank: what stands for the target columns of a row whose answer is not known.
         causal: whether a word may be predicted from those before it only.
         first_token: whether it reads nothing but first tokens, itself or pooled.
+        least: rows that a batch must have at least; costs of one sample are this many samples' share.
     """
 
     name: ClassVar[str]
@@ -43,6 +44,7 @@ class Task(ABC):
     blank: ClassVar[dict[str, Any]] = {}
     causal: ClassVar[bool] = False
     first_token: ClassVar[bool] = False
+    least: ClassVar[int] = 1
 
     @classmethod
     def settings_from(cls, source: Any, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class Pretraining(Task):
     primary = "told apart"
     kinds = ("joint",)
     blank = {"captions": [""]}
+    least = 2  # a wrong text and a wrong picture are another pair's
 
     def head(self, backbone: Any) -> nn.Module:
         return nn.Identity()
