@@ -26,6 +26,7 @@ from trimtab.backbones.base import (
 from trimtab.backbones.blip.pretraining import blip_loss
 from trimtab.backbones.clip.features import without_pre_norm
 from trimtab.backbones.family import model_class
+from trimtab.backbones.pairs import PairBackbone
 from trimtab.backbones.processed import own_pictures, read_pictures
 
 
@@ -297,17 +298,14 @@ class BlipOfficialBackbone(Backbone):
         return rank_answers(self.model, question, mask, answer_ids, answer_mask, k)
 
 
-class BlipPairBackbone(Backbone):
+class BlipPairBackbone(PairBackbone):
     """The BLIP of NLVR2, whose text encoder reads two pictures at once."""
 
-    kind = "pairs"
+    words = 35
 
     def __init__(self, name: str, model: Any, tokenizer: Any, pictures: Pictures | None = None):
-        text, side = model.config.text_config, model.config.vision_config.image_size
         add_words(tokenizer, model)
-        pictures = pictures or Pictures(side, CLIP_MEAN, CLIP_STD)
-        super().__init__(name, model, tokenizer, pictures, text.hidden_size, min(text.max_position_embeddings, 35))
-        self.side = side
+        super().__init__(name, model, tokenizer, pictures)
 
     def adopt(self, tokenizer: Any) -> None:
         add_words(tokenizer, self.model)
@@ -317,14 +315,6 @@ class BlipPairBackbone(Backbone):
         """One vector (B, D): that of the first token; ValueError for a picture or text of a size not built for."""
         tokens = self.model.fuse(first, second, input_ids, attention_mask)
         return Encoded(tokens[:, 0], tokens, attention_mask)
-
-    @property
-    def pair_width(self) -> int:
-        return self.width
-
-    def own_head(self, task: str) -> nn.Module | None:
-        """The published classifier."""
-        return self.model.cls_head if task == "pairs" else None
 
 
 def backbone(name: str, model: Any, tokenizer: Any, pictures: Pictures | None = None) -> Backbone:

@@ -19,6 +19,7 @@ from trimtab.backbones.base import (
     find_tokenizer,
     load_pretrained,
 )
+from trimtab.backbones.pairs import PairBackbone
 from trimtab.backbones.processed import own_pictures
 from trimtab.backbones.xvlm.pretraining import xvlm_loss
 
@@ -118,30 +119,16 @@ class XvlmBackbone(Backbone):
         return self.model.rank_answers(question, mask, answer_ids, answer_mask, k)[0][:, 0]
 
 
-class XvlmPairBackbone(Backbone):
+class XvlmPairBackbone(PairBackbone):
     """The X-VLM of NLVR2, whose fusing layers take turns in reading two pictures."""
 
-    kind = "pairs"
-
-    def __init__(self, name: str, model: Any, tokenizer: Any, pictures: Pictures | None = None):
-        text, side = model.config.text_config, model.config.vision_config.image_size
-        pictures = pictures or Pictures(side, CLIP_MEAN, CLIP_STD)
-        super().__init__(name, model, tokenizer, pictures, text.hidden_size, min(text.max_position_embeddings, 40))
-        self.side = side
+    words = 40
 
     def pair_of(self, first: Tensor, second: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         """One vector (B, D): that of the fused class token."""
         seen = [self.model.encode_image(pixel_values) for pixel_values in (first, second)]
         tokens = self.model.fuse(self.model.encode_text(input_ids, attention_mask), attention_mask, *seen)
         return Encoded(tokens[:, 0], tokens, attention_mask)
-
-    @property
-    def pair_width(self) -> int:
-        return self.width
-
-    def own_head(self, task: str) -> nn.Module | None:
-        """The published classifier."""
-        return self.model.cls_head if task == "pairs" else None
 
 
 def backbone(name: str, model: Any, tokenizer: Any, pictures: Pictures | None = None) -> Backbone:
