@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.tasks.tiny import BACKBONES, COLOURS, table
+from tests.tasks.tiny import BACKBONES, COLOURS, descent, table
 from trimtab.data.images import ImageError, encoded
 from trimtab.tasks import TASKS, TaskModel
 from trimtab.tasks.classification import Classification
@@ -50,15 +50,7 @@ def test_loss_falls_and_predictions_are_scored(task, backbone, settings):
     model, rows = built(task, backbone, settings), table(kind_of(task))
     model.task.check(model.backbone, rows)
     batch = model.task.collate(model.backbone, list(encoded(rows)), train=True)
-    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.05), []
-    for _ in range(4):
-        loss = model(**batch)["loss"]
-        assert loss.shape == () and loss.isfinite()
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+    losses = descent(model, batch, 0.05, 4)
     assert min(losses[1:]) < 0.99 * losses[0], losses
     assert all(p.grad is not None for p in model.head.parameters())
 

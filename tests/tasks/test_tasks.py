@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tests.tasks.parts import PARTS, rows_of, stub, table_of
+from tests.tasks.tiny import descent
 from trimtab import backbones
 from trimtab.data.images import ImageError
 from trimtab.tasks import TASKS, TaskModel
@@ -36,16 +37,7 @@ def test_loss_falls_on_one_batch(name):
     table, rows = table_of(kind), rows_of(kind)
     batch = task.collate(model.backbone, rows, train=True)
     assert {len(v) for v in batch.values()} == {16}
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.03)
-    losses = []
-    for _ in range(5):
-        loss = model(**batch)["loss"]
-        assert loss.shape == () and loss.isfinite()
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+    losses = descent(model, batch, 0.03, 5)
     assert losses[-1] < 0.97 * losses[0], losses
     assert all(p.grad is not None for n, p in model.head.named_parameters())
 

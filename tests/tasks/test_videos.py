@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from torch.nn import functional as F
 
-from tests.tasks.tiny import BACKBONES, COLOURS, picture
+from tests.tasks.tiny import BACKBONES, COLOURS, descent, picture
 from trimtab.data import video
 from trimtab.data.images import encoded, shown
 from trimtab.data.video import Length
@@ -54,14 +54,8 @@ def test_loss_falls_and_predictions_are_scored(head):
     assert batch["video_mask"].tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 1, 1]]
     found = {k: (v.dtype, v.ndim, len(v)) for k, v in model.example(5).items()}
     assert found == {k: (v.dtype, v.ndim, len(v)) for k, v in batch.items()}
-    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.05), []
-    for _ in range(4):
-        losses.append(model(**batch)["loss"])
-        optimizer.zero_grad()
-        losses[-1].backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    assert min(losses[1:]).item() < losses[0].item()
+    losses = descent(model, batch, 0.05, 4)
+    assert min(losses[1:]) < losses[0]
     records = model.answer(list(rows))
     assert [len(r["similar"]) for r in records] == [7] * 5 and [r["sentences"] for r in records] == [1, 2, 1, 1, 2]
     scores = model.task.score(model.backbone, model.head, records, rows)

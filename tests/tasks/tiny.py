@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 import transformers as hf
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Pillow
@@ -162,3 +163,17 @@ def table(kind: str, rows: int = 6) -> Dataset:
     else:
         more = {"label": [COLOURS[i % 3] for i in range(rows)]}
     return Dataset.from_dict({"image": pictures, **more}).cast_column("image", Image())
+
+
+def descent(model: nn.Module, batch: dict[str, Any], rate: float, steps: int) -> list[float]:
+    """The losses of a few steps of plain gradient descent on one batch; gradients of the last step are left."""
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=rate), []
+    for _ in range(steps):
+        loss = model(**batch)["loss"]
+        assert loss.shape == () and loss.isfinite()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return losses
