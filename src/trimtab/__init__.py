@@ -19,6 +19,7 @@ _PUBLIC = {
     "Masks": "trimtab.methods.prune.masks",
     "Plan": "trimtab.methods.skip.plan", "PlanError": "trimtab.methods.skip.plan",
     "METHODS": "trimtab.methods", "TASKS": "trimtab.tasks", "BACKBONES": "trimtab.backbones",
+    "fit": "trimtab.budgets.fit", "BudgetError": "trimtab.budgets.limits",
     "DAS": "trimtab.methods.skip.search.das", "LoRA": "trimtab.methods.tune.lora",
     "Multiflow": "trimtab.methods.prune.multiflow", "UniPT": "trimtab.methods.tune.unipt",
     "load": "trimtab.backbones",

@@ -86,6 +86,23 @@ def _add_recipe_commands(command: Callable[..., ArgumentParser]) -> None:
     run.add_argument("--out", type=Path, default=Path("runs"), help="folder of run folders")
     run.add_argument("--redo", action="store_true", help="run again what is finished")
 
+    fit = command(
+        "fit", commands.fit, "A budget in, a model out: search prune x skip x tune for the best score that it allows."
+    )
+    fit.add_argument("model", help="a transformers folder, an official checkpoint file, or a registered backbone")
+    fit.add_argument("overrides", nargs="*", help="changes to the recipe of all trials, such as training.steps=300")
+    fit.add_argument("--task", required=True, help="name of a task (`trimtab list tasks`)")
+    fit.add_argument("--data", required=True, help="rows to train on: a file, a folder, or a source's name")
+    fit.add_argument("--test", type=Path, help="rows to report on, beside a file of training rows")
+    fit.add_argument("--validation", type=Path, help="rows to choose by; otherwise a tenth of the file is held out")
+    fit.add_argument("--budget", required=True, help="limits: 'macs <= -30%%, train memory <= 2 GB, disk <= 5 MB'")
+    fit.add_argument("--time", help="after which no trial begins, such as 20m")
+    fit.add_argument("--trials", type=int, default=24, help="most candidates to try")
+    fit.add_argument("--only", default="", help="levers and methods to use, such as skip,lora,unipt")
+    fit.add_argument("--without", default="", help="levers and methods to leave out, such as prune,full")
+    fit.add_argument("--no-reference", action="store_true", help="do not train full tuning to compare with")
+    fit.add_argument("--out", type=Path, default=Path("found"), help="folder; an interrupted search goes on there")
+
     demo = command(
         "demo", commands.demo, "Adapt the built-in models to new tasks with every lever, and write a report."
     )

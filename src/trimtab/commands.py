@@ -18,6 +18,18 @@ def run(options: Namespace) -> None:
     _carry_out(recipe.below(options.recipe), options.overrides, options.out, options.redo)
 
 
+def fit(options: Namespace) -> None:
+    _quiet()
+    from trimtab.budgets.fit import fit as find
+
+    only, without = ([x.strip() for x in text.split(",") if x.strip()] for text in (options.only, options.without))
+    found = find(options.model, options.task, options.data, budget=options.budget, test=options.test,
+                 validation=options.validation, time=options.time, out=options.out, only=only, without=without,
+                 trials=options.trials, overrides=options.overrides, reference=not options.no_reference)  # fmt: skip
+    print(found)
+    print(f"model: {found.model}; again: trimtab run {found.folder / 'found.yaml'}; page: {found.folder}/report")
+
+
 def demo(options: Namespace) -> None:
     folders = _carry_out(list(DEMO), options.overrides, options.out, options.redo)
     from trimtab.report.page import write_report

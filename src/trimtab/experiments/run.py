@@ -9,13 +9,14 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from trimtab.experiments import estimate, training
 from trimtab.experiments import folder as files
@@ -25,9 +26,13 @@ from trimtab.experiments.schema import Recipe, RecipeError, TrainingSpec
 from trimtab.files import cache_dir
 from trimtab.methods.saved import WEIGHTS
 from trimtab.precision import native_bf16
+from trimtab.tasks.base import TaskModel
+
+Watch = Callable[[TaskModel, Any], TrainerCallback]
+"""Is given the model with its task, methods attached, and the validation rows; gives a callback of the training."""
 
 
-def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
+def run(recipe: Recipe, folder: Path, measure_costs: bool = True, watch: Watch | None = None) -> Path:
     """Carry out a recipe and write its run folder.
 
     An interrupted run leaves no run.json and is done again, from its last checkpoint if `training.save_every` is set.
@@ -36,6 +41,7 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
         recipe: one resolved recipe.
         folder: the run folder.
         measure_costs: False, like `costs: false` in the recipe, writes no costs.json.
+        watch: for who wants to look at the model before and while it trains; an exception of it ends the run.
 
     Returns:
         The folder.
@@ -59,7 +65,8 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
     parts.model.to("cuda" if torch.cuda.is_available() else "cpu")
     label = f"{recipe.name} {recipe.variant}"
     parts.pull(training.TrainingSession(parts.model, train, validation, recipe.training, recipe.seed, label, folder))
-    history = _train(parts, train, recipe, label, folder / "checkpoints")
+    callbacks = [] if watch is None else [watch(parts.model, validation)]
+    history = _train(parts, train, recipe, label, folder / "checkpoints", callbacks)
     waited = [entry.pop("waiting") for entry in history]
     waiting = sum(waited) / len(waited) if waited else None
     if waiting is not None:
@@ -85,7 +92,8 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
     return folder
 
 
-def _train(parts: Assembly, train: Any, recipe: Recipe, label: str, checkpoints: Path) -> list[dict[str, float]]:
+def _train(parts: Assembly, train: Any, recipe: Recipe, label: str, checkpoints: Path,
+           callbacks: list[TrainerCallback]) -> list[dict[str, float]]:  # fmt: skip
     """Train what the methods, the policy and the task leave to be trained; the logged history."""
     set_seed(recipe.seed)
     rates = None
@@ -94,8 +102,9 @@ def _train(parts: Assembly, train: Any, recipe: Recipe, label: str, checkpoints:
         print(f"{label}: what is trained\n{parts.resolved.table()}")
     spec = recipe.training
     learner, cache = _from_cache(parts, train, spec, recipe.seed) if spec.cache else (parts.model, None)
-    return training.fit(learner, train, spec, recipe.seed, parts.fit.callbacks(), label, checkpoints=checkpoints,
-                        rates=rates, cache=cache)  # fmt: skip
+    callbacks = [*parts.fit.callbacks(), *callbacks]
+    return training.fit(learner, train, spec, recipe.seed, callbacks, label, checkpoints=checkpoints, rates=rates,
+                        cache=cache)  # fmt: skip
 
 
 def _info(recipe: Recipe, parts: Assembly, started: float) -> dict[str, Any]:

@@ -164,6 +164,7 @@ def fit(
     steps = spec.steps if steps is None else steps
     if steps == 0:
         return []
+    progress = _Progress(title)
     with tempfile.TemporaryDirectory() as scratch:
         saving = bool(spec.save_every and checkpoints)
         args = _arguments(spec, steps, seed, checkpoints if saving and checkpoints else Path(scratch), saving, table)
@@ -174,11 +175,14 @@ def fit(
             rates=rates or {},
             train_dataset=_Rows(table) if cache is None else range(len(cache) * cache.views),
             data_collator=cache.batch if cache else partial(_collate, model, spec.augmentation),
-            callbacks=[*(callbacks or []), _Progress(title)],
+            callbacks=[*(callbacks or []), progress],
         )
         trainer.remove_callback(PrinterCallback)  # it prints every log; the progress bar shows the last
         last = saving and any(Path(str(args.output_dir)).glob("checkpoint-*"))
-        trainer.train(resume_from_checkpoint=bool(last))
+        try:
+            trainer.train(resume_from_checkpoint=bool(last))
+        finally:
+            progress.bar.stop()  # a callback may end the training by an exception
     model.zero_grad(set_to_none=True)
     keep = ("step", "loss", "learning_rate", "grad_norm", "waiting")
     return [{k: float(e[k]) for k in keep if k in e} for e in trainer.state.log_history if "loss" in e]

@@ -65,16 +65,36 @@ class Files(_Mapped):
     """File or folder to evaluate on."""
     validation: Path | None = None
     """File or folder from which searches draw their rewards; None takes the training rows."""
+    held_out: float = 0.0
+    """Share of the training rows, evenly spread over the file, that are kept for validation and not trained on."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.held_out < 1 or (self.held_out and self.validation is not None):
+            raise DataError(
+                f"{self._name}: held_out: expected a share from 0 to below 1, and none beside `validation`, found "
+                f"{self.held_out}"
+            )
 
     def load(self, task: str, split: Split) -> Dataset:
-        """All rows of the split's file.
+        """All rows of the split's file, without those that are held out of it.
 
         Raises:
             FileNotFoundError: if the file is not there.
-            DataError: if it is of no known kind, or a row lacks a picture or has a value of a wrong type, with both.
+            DataError: if it is of no known kind, a row lacks a picture or has a value of a wrong type, with both, or
+                there are too few rows to hold some out.
         """
         path = (self.validation or self.train) if split == "validation" else getattr(self, split)
-        return self._read(Path(path), task)
+        table = self._read(Path(path), task)
+        if split == "test" or not self.held_out:
+            return table
+        count = round(len(table) * self.held_out)
+        if not 0 < count < len(table):
+            raise DataError(
+                f"{self._name}: {self.train}: {len(table)} rows are too few to hold out {self.held_out:g} of them: "
+                "give a file for `validation`, or more rows"
+            )
+        held = {int((i + 0.5) * len(table) / count) for i in range(count)}
+        return table.select([i for i in range(len(table)) if (i in held) == (split == "validation")])
 
     def answers(self) -> Sequence[str]:
         """The answers of the training rows, in order of the alphabet.

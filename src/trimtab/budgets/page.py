@@ -1,0 +1,154 @@
+"""The page of a search: the sentence, the frontier, what each lever contributed, and the course of the trials."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab import report
+from trimtab.budgets.halving import Search, Trial
+from trimtab.budgets.limits import Axis, shown
+from trimtab.files import replace_file
+from trimtab.report.canvas import FAINT, INK, MARKERS, PALETTE, new_figure, png, tidy
+from trimtab.report.pictures import data_uri
+
+if TYPE_CHECKING:
+    from trimtab.budgets.fit import Found
+
+
+def write_page(search: Search, found: Found) -> Path:
+    """Write `report/index.html` and its pictures into the folder of the search.
+
+    Raises:
+        ImportError: if matplotlib or jinja2 is not installed.
+    """
+    try:
+        import jinja2
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError("the page of a search needs matplotlib and jinja2: pip install 'trimtab[report]'") from error
+    out = search.folder / "report"
+    out.mkdir(parents=True, exist_ok=True)
+    figures = [
+        ("frontier.png", frontier(search, found), "Validation score against each cost that the budget names. Filled: "
+         "trained to the end; hollow: stopped at a rung, at its last score. Ticks at the foot: candidates that were "
+         "only counted. The dashed line is the limit; the grey line joins what nothing beats on both axes."),
+        ("course.png", course(search), "Validation score of each trial at its rungs. A line that ends early was not "
+         "among the best third of its rung."),
+    ]  # fmt: skip
+    for name, picture, _ in figures:
+        with replace_file(out / name) as partial:
+            partial.write_bytes(picture)
+    folders = [Path(__file__).parent, Path(report.__file__).parent]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folders), undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    page = environment.get_template("page.html.j2").render(
+        title=f"{search.recipe.task['name']} with {search.recipe.backbone.name} under a budget",
+        sentence=str(found),
+        limits=[(x.name, x.about, shown(found.budget.most[x.name], x.kind)) for x in found.budget.axes],
+        figures=[(data_uri(picture), caption) for _, picture, caption in figures],
+        axes=[x.name for x in found.budget.axes],
+        levers=_levers(found),
+        trials=[_row(search, t) for t in sorted(search.done, key=lambda t: (t.status != "whole", -t.score))],
+        refused=sorted(set(search.prices.refused.values())),
+        fitting=len(search.fitting), combinations=len(list(search.space)), paid=found.paid, grid=found.grid,
+        command="trimtab run found.yaml",
+    )  # fmt: skip
+    index = out / "index.html"
+    with replace_file(index) as partial:
+        partial.write_text(page, encoding="utf-8")
+    return index
+
+
+def _score(value: float | None) -> str:
+    if value is None:
+        return "—"
+    return f"{100 * value:.1f} %" if 0 <= value <= 1 else f"{value:.3g}"
+
+
+def _costs(axes: tuple[Axis, ...], costs: dict[str, Any]) -> list[str]:
+    return ["—" if costs.get(x.key) is None else shown(float(costs[x.key]), x.kind) for x in axes]
+
+
+def _row(search: Search, trial: Trial) -> dict[str, Any]:
+    return {
+        "name": str(trial.candidate), "status": trial.status, "steps": trial.steps, "reason": trial.reason,
+        "score": _score(trial.score if trial.scores else None), "test": _score(trial.test),
+        "costs": _costs(search.budget.axes, trial.costs), "best": trial is search.best,
+    }  # fmt: skip
+
+
+def _levers(found: Found) -> list[dict[str, Any]]:
+    """What was found, beside it without each lever, and full tuning: on the test rows."""
+    words = {"prune": "not pruned", "skip": "no block skipped", "tune": "head alone tuned"}
+    rows = [("found", found.best), *((words[k], t) for k, t in found.without.items())]
+    rows += [("full tuning", found.full)] if found.full is not None else []
+    best = found.best.test
+    return [
+        {
+            "what": what, "name": str(t.candidate), "test": _score(t.test),
+            "difference": "" if t is found.best or t.test is None or best is None else f"{100 * (t.test - best):+.1f}",
+            "costs": _costs(found.budget.axes, t.costs), "fits": not found.budget.over(t.costs),
+        }
+        for what, t in rows
+    ]  # fmt: skip
+
+
+def frontier(search: Search, found: Found) -> bytes:
+    """Scores of the trials against each budgeted cost; candidates that were only counted as ticks."""
+    axes = search.budget.axes
+    figure = new_figure(height=3.6 * ((len(axes) + 1) // 2))
+    grid = figure.subplots((len(axes) + 1) // 2, 2, squeeze=False)
+    tunes = list(search.space.tunes)
+    tried = [t for t in search.done if t.scores]
+    for plot, axis in zip(grid.flat, axes, strict=False):
+        tidy(plot, axis.name, "validation score (%)")
+        points = [(float(t.costs[axis.key]), 100 * t.score, t) for t in tried if t.costs.get(axis.key) is not None]
+        for x, y, t in points:
+            i = tunes.index(t.candidate.tune)
+            colour, whole = PALETTE[i % len(PALETTE)], t.status == "whole"
+            plot.plot(x, y, MARKERS[i % len(MARKERS)], color=colour, markersize=7 if whole else 6, zorder=3,
+                      markerfacecolor=colour if whole else "none", markeredgewidth=1.0)  # fmt: skip
+            if t is search.best:
+                plot.annotate(str(t.candidate), (x, y), xytext=(0, 9), textcoords="offset points", fontsize=8.5,
+                              color=INK, ha="center")  # fmt: skip
+        counted = [float(p[axis.key]) for c in search.fitting
+                   if (p := search.prices(c)) is not None and p.get(axis.key) is not None]  # fmt: skip
+        if counted:
+            low = min((y for _, y, _ in points), default=0.0)
+            plot.plot(counted, [low - 2] * len(counted), "|", color=FAINT, markersize=8)
+        front = _front([(x, y) for x, y, t in points if t.status == "whole"])
+        if front:
+            plot.step([x for x, _ in front], [y for _, y in front], where="post", color=FAINT, linewidth=1.4, zorder=1)
+        plot.axvline(search.budget.most[axis.name], color=INK, linewidth=1, linestyle="--")
+        plot.margins(x=0.12, y=0.2)
+        plot.xaxis.set_major_formatter(lambda value, _, kind=axis.kind: shown(value, kind) if value > 0 else "0")
+    for plot in grid.flat[len(axes) :]:
+        plot.remove()
+    return png(figure)
+
+
+def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda p: (p[0], -p[1])):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    return front
+
+
+def course(search: Search) -> bytes:
+    """Validation score of each trial over its rungs."""
+    figure = new_figure(height=3.8)
+    plot = figure.subplots()
+    tidy(plot, "training step", "validation score (%)")
+    for i, t in enumerate(t for t in sorted(search.done, key=lambda t: -t.score) if t.scores):
+        steps = sorted(t.scores)
+        best = t is search.best
+        label = str(t.candidate) if t.status == "whole" else None
+        plot.plot(steps, [100 * t.scores[s] for s in steps], "o-", label=label, markersize=4, zorder=3 if label else 1,
+                  color=PALETTE[i % len(PALETTE)] if label else FAINT, linewidth=2.4 if best else 1.3)  # fmt: skip
+    plot.set_xticks(search.rungs)
+    plot.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False, labelcolor=INK, fontsize=8.5)
+    return png(figure)
