@@ -1,0 +1,133 @@
+"""A search from budget to model, at the smallest size."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import trimtab
+from trimtab.budgets import halving
+from trimtab.budgets.limits import BudgetError
+from trimtab.budgets.space import TUNES, Candidate, Space
+from trimtab.experiments import estimate
+from trimtab.experiments.folder import load_assembly
+from trimtab.experiments.recipe import read
+from trimtab.experiments.run import run
+
+SPACE = Space(sparsities=(0.5,), skips=(1,), tunes={k: TUNES[k] for k in ("linear-probe", "lora-2")}, batches=2)
+DATA = {"name": "pictograms", "train": 64, "test": 24, "validation": 32}
+QUICK = ["backbone.pretrained=false", "training.steps=9", "training.batch_size=8"]
+
+
+def search(out, **more):
+    given = {"budget": "macs <= -3%, nonzeros <= -20%, disk <= 2 MB", "space": SPACE, "trials": 3, "overrides": QUICK,
+             "reference": False, "tell": lambda line: None}  # fmt: skip
+    return trimtab.fit("tiny-clip", "retrieval", DATA, out=out, **{**given, **more})
+
+
+def trials_of(found):
+    return [json.loads(file.read_text()) for file in sorted(found.folder.glob("trials/*/trial.json"))]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return search(tmp_path_factory.mktemp("fit") / "found")
+
+
+def test_what_is_found_keeps_the_budget_and_computes_what_was_scored(found):
+    parts = load_assembly(found.model)
+    assert found.best.candidate.skip == 1 and found.best.candidate.sparsity == 0.5  # nothing else saves so much here
+    assert found.budget.over(found.best.costs) == {}
+    counted = estimate._counts(parts, parts.model.example(parts.task.least), parts.model.example(8))
+    for key in ("macs", "trainable_params", "nonzero_params"):
+        assert counted[key] == found.best.costs[key]
+    assert counted["macs"] <= 0.97 * estimate.dense(read(found.folder / "found.yaml")[0])["dense_macs"]
+    written = (found.model / "weights.safetensors").stat().st_size
+    assert written == pytest.approx(found.best.costs["checkpoint_bytes"], rel=0.02)
+    assert found.test[found.primary] == found.best.test
+    assert str(found).startswith(f"at {found.budget.told(found.best.costs)}")
+
+
+def test_its_recipe_needs_nothing_else_and_gives_the_same_model(found, tmp_path):
+    recipe = read(found.folder / "found.yaml")[0]
+    assert not any("masks" in method for method in recipe.methods)
+    run(replace(recipe, costs=False), tmp_path / "again")
+    again, first = (load_assembly(folder).fit.stored() for folder in (tmp_path / "again", found.model))
+    assert again.keys() == first.keys() and len(again) > 10  # masks among them, calibrated anew
+    assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_the_page_names_the_best_trial_and_the_limits(found):
+    page = (found.folder / "report" / "index.html").read_text()
+    assert str(found.best.candidate) in page and "macs &le;" in page and "disk &le; 2 MB" in page
+    told = json.loads((found.folder / "fit.json").read_text())
+    assert told["sentence"] == str(found) and told["paid"] == found.paid
+    assert found.paid == sum(t["steps"] for t in trials_of(found)) + 10  # and the search of plans
+
+
+def test_a_search_goes_on_where_it_was_left(found, monkeypatch):
+    def no(*args, **kwargs):
+        raise AssertionError("a trial that was finished is not run again")
+
+    monkeypatch.setattr(halving, "run", no)
+    again = search(found.folder)
+    assert again.best.candidate == found.best.candidate and again.paid == found.paid
+    with pytest.raises(ValueError, match="holds a search with another budget"):
+        search(found.folder, budget="macs <= -4%, disk <= 2 MB")
+
+
+def test_a_budget_that_nothing_meets_says_what_would_be_possible(found, tmp_path):
+    with pytest.raises(BudgetError, match=r"no candidate meets.*macs: the least possible is .*nearest on all axes"):
+        search(tmp_path / "found", budget="macs <= -60%", space=replace(SPACE, sparsities=()))
+    assert not (tmp_path / "found" / "trials").exists()
+
+
+def test_a_trial_that_fails_is_kept_with_its_reason(found, monkeypatch):
+    calls = []
+
+    def fails(recipe, folder, **more):
+        calls.append(folder)
+        raise ValueError("the loss is not finite")
+
+    monkeypatch.setattr(halving, "run", fails)
+    again = replace_search(found)
+    trial = halving.Trial(7, found.best.candidate, {})
+    again.carry_out(trial, lambda step, score: False)
+    assert (trial.status, trial.reason) == ("failed", "the loss is not finite") and calls
+    again.done = [trial]
+    with pytest.raises(BudgetError, match="none of 1 trials came to its end; 1 because: the loss is not finite"):
+        again._check()
+
+
+def replace_search(found):
+    from trimtab.budgets.prices import Prices
+    from trimtab.budgets.shared import Shared
+
+    recipe = replace(read(found.folder / "found.yaml")[0], methods=())
+    known = found.best.costs | {"dense_macs": 1, "dense_params": 1}
+    prices = Prices(recipe, SPACE, found.folder / "prices.json", count=lambda _: known)
+    shared = Shared(recipe, SPACE, found.folder / "shared")
+    shared.find(set(), {1})
+    return halving.Search(recipe, SPACE, found.budget, prices, shared, found.folder)
+
+
+def test_time_for_less_than_one_trial_is_an_error_that_says_what_one_takes(found):
+    again = replace_search(found)
+    again.done = [halving.Trial(0, Candidate(0.0, 1, "lora-2"), {}, "stopped", {1: 0.2}, None, 3, 6.0)]
+    with pytest.raises(BudgetError, match="one takes about 18 s"):
+        again._check()
+
+
+def test_own_rows_without_a_file_for_validation_are_held_out(tmp_path):
+    from trimtab.budgets.fit import _data
+
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    given = _data(tmp_path / "a.jsonl", tmp_path / "b.jsonl", None)
+    assert given["held_out"] == 0.1 and "validation" not in given
+    with pytest.raises(ValueError, match="name those to report on"):
+        _data(tmp_path / "a.jsonl", None, None)
+    with pytest.raises(ValueError, match="no file or folder, nor a source"):
+        _data("nothing", None, None)
