@@ -31,6 +31,7 @@ from trimtab.experiments import training
 from trimtab.experiments.run import run
 from trimtab.experiments.schema import Recipe
 from trimtab.files import replace_file
+from trimtab.methods.adapted import handle_of
 from trimtab.tasks.base import TaskModel
 
 ASKS = 60  # questions to the sampler that lead to nothing new, after which one is drawn
@@ -265,10 +266,15 @@ class Search:
         return self.space.methods(candidate, self.shared.plans)
 
     def _measured(self, model: TaskModel, recipe: Recipe) -> Costs:
-        """What the budget asks for and only this device can tell."""
+        """What only the assembled model can tell: how many of its numbers the masks leave, and what the budget wants
+        measured on this device."""
         keys = {axis.key for axis in self.budget.axes if axis.measured}
         device = next(model.parameters()).device
         found: Costs = {}
+        fit = handle_of(model.backbone.model)
+        if fit is not None and fit.masks is not None:  # blocks that went took more or fewer zeros with them
+            gone = fit.masks.prunable - fit.masks.kept
+            found["nonzero_params"] = sum(p.numel() for p in model.parameters()) - gone
         if "latency_ms" in keys:
             least = model.task.least
             one = {k: v.to(device) for k, v in model.example(least).items()}
