@@ -44,9 +44,9 @@ class TrainingSpec:
     steps: int = 200
     """Optimiser steps; 0 evaluates the model as it is."""
     batch_size: int = 32
-    """Rows a step and device, before accumulation."""
+    """Rows a step, of all processes together, before accumulation; the processes must divide it."""
     accumulate: int = 1
-    """Batches whose gradients are summed before a step."""
+    """Batches whose gradients are averaged before a step."""
     learning_rate: float = 3e-4
     """Peak learning rate of everything but the head."""
     head_multiplier: float = 1.0

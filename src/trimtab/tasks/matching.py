@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trimtab import divided
 from trimtab.data.images import decode_rows
 from trimtab.tasks.base import TASKS, Batch, Task
 from trimtab.tasks.retrieval import recalls
@@ -32,6 +33,7 @@ class Matching(Task):
     columns = ("captions", "foils")
     primary = "recall@1"
     kinds = ("joint",)
+    together = True
 
     def __init__(self, mask_share: float = 0.3, pool: int = 50, words: Literal["masked", "next"] = "masked"):
         if words not in ("masked", "next"):
@@ -94,9 +96,9 @@ class Matching(Task):
         hidden = words != IGNORED
         logits = head(tokens[:, : words.shape[1]][hidden], backbone.model.get_input_embeddings().weight)
         match = backbone.match(encoded)[judged[pick]].float()
-        matching = F.binary_cross_entropy_with_logits(match, matched[judged])
-        language = F.cross_entropy(logits.float(), words[hidden]) if hidden.any() else matching.new_zeros(())
-        return language + 2 * matching
+        matching = F.binary_cross_entropy_with_logits(match, matched[judged], reduction="sum")
+        language = F.cross_entropy(logits.float(), words[hidden], reduction="sum")
+        return divided.mean(language, hidden.sum()) + 2 * divided.mean(matching, judged.sum())
 
     def fold(self, backbone: Any, head: Any) -> None:
         """The words' head goes where the backbone has one of its own."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trimtab import divided
 from trimtab.contrast import contrast, hard_pairs
 from trimtab.data.images import decode_rows, encoded
 from trimtab.metrics import retrieval as measured
@@ -79,6 +80,7 @@ class Reranking(Task):
             raise ValueError("reranking: candidates are chosen among all pictures: with k leave out `folds`")
         self.objective, self.k, self.negatives, self.pairs = objective, k, negatives, pairs
         self.temperature, self.folds = temperature, folds
+        self.together = objective == "rank"  # wrong captions are those of other rows
 
     def head(self, backbone: Any) -> nn.Module:
         return nn.Identity()
@@ -145,12 +147,14 @@ class Reranking(Task):
     def _contrast(self, backbone: Any, seen: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         image, text = backbone.image_vector(seen).float(), backbone.text_vector(ids, mask).float()
         similar, contrastive = contrast(image, text, self._temperature(backbone))
-        i = j = pairs = torch.arange(len(ids), device=ids.device)
+        mine = divided.own(len(similar))  # of a divided batch, these pairs are judged here
+        seen, ids, mask = (divided.gathered(x) for x in (seen, ids, mask))
+        i = j = pairs = torch.arange(len(ids), device=ids.device)[mine]
         if len(ids) > 1:  # one pair alone, on which costs are counted, has nothing to be told from
-            texts, images = hard_pairs(similar)
+            texts, images = (found[mine] for found in hard_pairs(similar))
             i, j = torch.cat([pairs, pairs, images]), torch.cat([pairs, texts, pairs])
         together = backbone.match(backbone.fuse(seen[i], ids[j], mask[j])).float()  # (3 B,)
-        right = (torch.arange(len(together), device=ids.device) < len(ids)).float()
+        right = (torch.arange(len(together), device=ids.device) < len(pairs)).float()
         # Of two logits whose difference this is, the same as their cross-entropy.
         return contrastive + F.binary_cross_entropy_with_logits(together, right)
 
