@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _one_of_many(options: Namespace) -> int:
     """A command as one of several processes: the first prints, and any of them tells of its own end."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     from trimtab.experiments import many
 
     if options.command not in MANY:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.utils._pytree import tree_map
 
 
 def world() -> tuple[int, int]:
@@ -72,6 +73,35 @@ def everywhere(value: object) -> list[Any]:
     found: list[Any] = [None] * size
     dist.all_gather_object(found, value)
     return found
+
+
+def shared(count: int) -> range:
+    """Which of so many pieces of work, that need each other's results only at the end, are this process's."""
+    rank, size = world()
+    return range(rank, count, size)
+
+
+def in_turn(mine: list[Any], count: int) -> list[Any]:
+    """What each process found for its pieces (`shared`), in the order of all pieces. Tensors come through the main
+    memory, and are afterwards on this process's GPU if they were on one."""
+    size = world()[1]
+    if size == 1:
+        return mine
+    found = everywhere(tree_map(_sent, mine))
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    return tree_map(lambda x: x.value.to(device) if isinstance(x, _Sent) else x,
+                    [found[number % size][number // size] for number in range(count)])  # fmt: skip
+
+
+class _Sent:
+    """A tensor of a GPU, on its way."""
+
+    def __init__(self, value: Tensor):
+        self.value = value
+
+
+def _sent(value: Any) -> Any:
+    return _Sent(value.cpu()) if isinstance(value, Tensor) and value.is_cuda else value
 
 
 def summed(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.utils._pytree import tree_map
 
 from trimtab.experiments.folder import RunError
 from trimtab.experiments.schema import RecipeError
@@ -132,42 +132,12 @@ def dealt(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: values[order] for name, values in batch.items()}
 
 
-# --- evaluation -------------------------------------------------------------------------------------------------------
-
-
-def my_batches(count: int) -> range:
-    """The numbers of this process's batches of an evaluation: each is computed once, whole, by one of them."""
-    rank, size = world()
-    return range(rank, count, size)
-
-
-def in_order(mine: list[Any], count: int) -> list[Any]:
-    """What each process found for its batches, in the order of all batches; tensors on this process's device."""
-    rank, size = world()
-    if size == 1:
-        return mine
-    found = everywhere(tree_map(_sent, mine))
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    return tree_map(lambda x: x.value.to(device) if isinstance(x, _Sent) else x,
-                    [found[number % size][number // size] for number in range(count)])  # fmt: skip
-
-
-class _Sent:
-    """A tensor of a GPU, on its way through main memory."""
-
-    def __init__(self, value: Tensor):
-        self.value = value
-
-
-def _sent(value: Any) -> Any:
-    return _Sent(value.cpu()) if isinstance(value, Tensor) and value.is_cuda else value
-
-
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
 def quiet() -> None:
     """Let the first process alone print; errors are told by all."""
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # how transformers says it to Accelerate
     if started() > 1 and not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open until the end)
 

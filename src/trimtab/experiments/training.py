@@ -295,11 +295,11 @@ def evaluate(model: TaskModel, table: Any, size: int = 64) -> tuple[dict[str, fl
     model.eval()
     starts = range(0, len(rows), size)
     mine: list[list[dict[str, Any]]] = []
-    for start in (starts[number] for number in many.my_batches(len(starts))):
+    for start in (starts[number] for number in processes.shared(len(starts))):
         some = [rows[i] for i in range(start, min(start + size, len(rows)))]
         batch = model.task.collate(model.backbone, some, False)
         mine.append(model.predict({k: v.to(device) for k, v in batch.items()}))
-    records = [record for batch in many.in_order(mine, len(starts)) for record in batch]
+    records = [record for batch in processes.in_turn(mine, len(starts)) for record in batch]
     records = model.task.finish(model.backbone, model.head, records)
     metrics = model.task.score(model.backbone, model.head, records, table)
     model.train(was)

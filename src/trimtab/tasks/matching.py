@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from trimtab import divided
 from trimtab.data.images import decode_rows
+from trimtab.processes import in_turn, shared
 from trimtab.tasks.base import TASKS, Batch, Task
 from trimtab.tasks.retrieval import recalls
 from trimtab.tasks.words import IGNORED, Words, next_words
@@ -118,8 +119,9 @@ class Matching(Task):
         if not blocks:
             raise ValueError(f"matching ranks blocks of {self.pool} pictures, the table has {len(records)} rows")
         found = []
-        for i, block in enumerate(blocks):
-            similarity, start = self._similarity(backbone, block), i * self.pool
+        mine = [self._similarity(backbone, blocks[i]) for i in shared(len(blocks))]  # processes divide the blocks
+        for i, (block, similarity) in enumerate(zip(blocks, in_turn(mine, len(blocks)), strict=True)):
+            start = i * self.pool
             found.append(recalls(similarity, captions[start : start + self.pool]))
             for record, best in zip(block, similarity.argmax(dim=1).tolist(), strict=True):
                 record["best"] = start + best

@@ -19,6 +19,7 @@ from trimtab import divided
 from trimtab.contrast import contrast, hard_pairs
 from trimtab.data.images import decode_rows, encoded
 from trimtab.metrics import retrieval as measured
+from trimtab.processes import in_turn, shared
 from trimtab.tasks.base import TASKS, Batch, Task
 from trimtab.tasks.retrieval import many_texts, named, owners
 
@@ -227,22 +228,29 @@ class Reranking(Task):
                   similar: Tensor | None) -> Any:  # fmt: skip
         """For every picture its number, the scores of the texts that are wanted of it, and those texts' numbers.
 
-        Pictures are read from the table again: their tokens would not fit in memory.
+        Pictures are read from the table again: their tokens would not fit in memory. Several processes divide them.
         """
+        starts = range(0, len(records), LOOK)
+        mine = [list(self._block(backbone, records, rows, wanted, similar, starts[n])) for n in shared(len(starts))]
+        for block in in_turn(mine, len(starts)):
+            yield from block
+
+    def _block(self, backbone: Any, records: list[dict[str, Any]], rows: Any, wanted: Tensor, similar: Tensor | None,
+               start: int) -> Any:  # fmt: skip
+        """The same for the pictures from `start` on that are encoded at once."""
         device = next(backbone.parameters()).device
         longest = max(r["ids"].shape[1] for r in records)
         padded = [[F.pad(r[name], (0, longest - r[name].shape[1])) for r in records] for name in ("ids", "mask")]
         texts = (torch.cat(padded[0]).to(device), torch.cat(padded[1]).to(device))
         table = encoded(rows)
-        for start in range(0, len(records), LOOK):
-            block = range(start, min(start + LOOK, len(records)))
-            pictures = backbone.images([row["image"] for row in decode_rows(table[i] for i in block)])
-            seen = backbone.look(pictures["pixel_values"].to(device))
-            i, j = wanted[block.start : block.stop].nonzero().unbind(dim=1)
-            cosines = torch.zeros(len(i)) if similar is None else similar[i + start, j]
-            scores = self._scores(backbone, seen, texts, i.to(device), j.to(device), cosines.to(device)).cpu()
-            counts = torch.bincount(i, minlength=len(block)).tolist()
-            yield from zip(block, zip(scores.split(counts), j.split(counts), strict=True), strict=True)
+        block = range(start, min(start + LOOK, len(records)))
+        pictures = backbone.images([row["image"] for row in decode_rows(table[i] for i in block)])
+        seen = backbone.look(pictures["pixel_values"].to(device))
+        i, j = wanted[block.start : block.stop].nonzero().unbind(dim=1)
+        cosines = torch.zeros(len(i)) if similar is None else similar[i + start, j]
+        scores = self._scores(backbone, seen, texts, i.to(device), j.to(device), cosines.to(device)).cpu()
+        counts = torch.bincount(i, minlength=len(block)).tolist()
+        return zip(block, zip(scores.split(counts), j.split(counts), strict=True), strict=True)
 
     def chance(self, rows: Any) -> float | None:
         return 1 / len(rows)
