@@ -50,6 +50,8 @@ def _one_of_many(options: Namespace) -> int:
         return options.call(options) or 0
     except Exception as error:
         many.died(options.command, error)
+        if many.left_alone(error):
+            return 1
         if os.environ.get("TRIMTAB_DEBUG") or not isinstance(error, (ValueError, ImportError, OSError)):
             raise
         return 2

@@ -50,13 +50,18 @@ def share(batches: Iterable[Any]) -> Iterator[Any]:
     count = 0
     while True:
         group = list(islice(iterator, size))
-        same([_print(batch) for batch in group], f"calibration batches {count + 1} to {count + size} differ between "
-             f"the {size} processes: give every process the same batches in the same order (it takes its share by "
-             "itself; no sampler or `prepare` may divide them before)")  # fmt: skip
+        same_batches(group, f"{count + 1} to {count + size}")
         if not group:
             return
         count += len(group)
         yield group[rank] if rank < len(group) else None
+
+
+def same_batches(group: list[Any], numbers: str) -> None:
+    """Raise a ValueError with their numbers unless all processes were given the same batches."""
+    same([_print(batch) for batch in group], f"calibration batches {numbers} differ between the {world()[1]} "
+         "processes: give every process the same batches in the same order (it takes its share by itself; no sampler "
+         "or `prepare` may divide them before)")  # fmt: skip
 
 
 def same(value: object, problem: str) -> None:

@@ -142,6 +142,13 @@ def quiet() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open until the end)
 
 
+def left_alone(error: BaseException) -> bool:
+    """Whether an error says no more than that another process does not answer."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo/", "NCCL", "ProcessGroup"))
+
+
 def died(command: str, error: BaseException) -> None:
     """Tell of an error with the process's name, and hand it to torchrun for its summary.
 
@@ -151,6 +158,14 @@ def died(command: str, error: BaseException) -> None:
     rank, size = int(os.environ.get("RANK", "0")), started()
     if rank:
         time.sleep(3)
+    if left_alone(error):
+        print(
+            f"trimtab {command}: process {rank} of {size}: another process has ended; which one, and why, stands in its "
+            "own message or in the launcher's summary. Started again, a run goes on from its last checkpoint if "
+            "training.save_every is set",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        return
     print(f"trimtab {command}: process {rank} of {size}: {error}", file=sys.stderr, flush=True)
     if os.environ.get("TORCHELASTIC_ERROR_FILE"):
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
