@@ -157,7 +157,7 @@ def died(command: str, error: BaseException) -> None:
     """
     rank, size = int(os.environ.get("RANK", "0")), started()
     if rank:
-        time.sleep(3)
+        time.sleep(10)
     if left_alone(error):
         print(
             f"trimtab {command}: process {rank} of {size}: another process has ended; which one, and why, stands in its "

@@ -16,7 +16,7 @@ import torch
 import yaml
 from transformers import set_seed
 
-from trimtab.experiments import estimate, many, training
+from trimtab.experiments import estimate, failures, many, training
 from trimtab.experiments import folder as files
 from trimtab.experiments.assembly import Assembly, assemble, tables
 from trimtab.experiments.folder import write, write_json
@@ -52,16 +52,19 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
         train, validation, test = tables(recipe, parts)
     for table in (train, test):
         parts.task.check(parts.model.backbone, table)
-    parts.model.to("cuda" if torch.cuda.is_available() else "cpu")
     label = f"{recipe.name} {recipe.variant}"
-    parts.pull(training.TrainingSession(parts.model, train, validation, recipe.training, recipe.seed, label, folder))
-    history = _train(parts, train, recipe, label, folder / "checkpoints")
+    with failures.enough_memory(recipe):
+        parts.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        session = training.TrainingSession(parts.model, train, validation, recipe.training, recipe.seed, label, folder)
+        parts.pull(session)
+        history = _train(parts, train, recipe, label, folder / "checkpoints")
     waited = [entry.pop("waiting") for entry in history]
     waiting = sum(waited) / len(waited) if waited else None
     if waiting is not None:
         more = "; `training.workers` reads ahead" if waiting > 0.05 and not recipe.training.workers else ""
         print(f"{label}: waited for data in {waiting:.1%} of the training time{more}")
-    metrics, records = training.evaluate(parts.model, test, recipe.training.evaluation_batch)
+    with failures.enough_memory(recipe):
+        metrics, records = training.evaluate(parts.model, test, recipe.training.evaluation_batch)
     result = {"primary": parts.task.primary, "chance": parts.task.chance(test), "test": metrics, "history": history}
     if many.is_first():
         _write(recipe, parts, folder, result, measure_costs)

@@ -26,6 +26,7 @@ from trimtab.data.augment import Augmentation
 from trimtab.data.images import encoded
 from trimtab.divided import divided, norms
 from trimtab.experiments import many
+from trimtab.experiments.failures import check_finite
 from trimtab.experiments.schema import TrainingSpec
 from trimtab.precision import native_bf16
 from trimtab.tasks.base import TaskModel
@@ -46,6 +47,7 @@ class _Trainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in transformers; what reaches over the batch reaches over the parts of all processes."""
+        self.last = dict(args[1])
         with divided():
             return super().training_step(*args, **kwargs)
 
@@ -63,6 +65,8 @@ class _Trainer(Trainer):
             now = time.perf_counter()
             logs["waiting"] = round(self.waited / max(now - self.since, 1e-9), 4)
             self.waited, self.since = 0.0, now
+            check_finite(logs, self.state.global_step, self.model, self._prepare_inputs(self.last),
+                         self.compute_loss_context_manager(), _precision(self.args))  # fmt: skip
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -105,6 +109,10 @@ class _Trainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Nothing: what the file lacks are the other names of tied tensors; the same model wrote it."""
+
+
+def _precision(args: TrainingArguments) -> str:
+    return "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
 
 
 def falling(step: int, steps: int, warmup: float, drops: Sequence[float]) -> float:
