@@ -53,7 +53,7 @@ def _child(work: Callable[[], None], folder: Path, rank: int, count: int, port: 
 
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._reset_state()
-        with open(folder / f"printed.{rank}", "w", buffering=1) as out:
+        with (folder / f"printed.{rank}").open("w", buffering=1) as out:
             sys.stdout = sys.stderr = out
             work()
         status = 0

@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
+from accelerate import PartialState
 from safetensors.torch import load_file
+from torch import nn
 
 from tests import forked
 from tests.models.official import tokenizer
 from tests.tasks.tiny import BACKBONES, COLOURS, picture
-from trimtab.experiments import many
+from trimtab import cli
+from trimtab.experiments import failures, many, sharded
+from trimtab.experiments.folder import RunError
 from trimtab.experiments.recipe import expand
 from trimtab.experiments.run import run
 from trimtab.experiments.schema import RecipeError
@@ -29,6 +34,7 @@ RANK = {"name": "reranking", "negatives": 2}
 RECIPES: dict[str, tuple[str, Any, list[Any], dict[str, Any]]] = {
     "tune": ("clip", "retrieval", ["lora"], {}),  # rows are compared with those of the other process
     "prune": ("vilt", "vqa", [PRUNE, "full"], {"accumulate": 2}),
+    "divided": ("vilt", "vqa", [PRUNE, "full"], {"shard": True}),
     "skip": ("vilt", "vqa", [DAS], {}),
     "composed": ("vilt", "vqa", [PRUNE, DAS, "unipt"], {"save_every": 2}),
     "cached": ("clip", "retrieval", ["linear-probe"], {"cache": "fp32"}),
@@ -111,3 +117,91 @@ def test_two_processes_find_what_one_finds(name, place, done, monkeypatch):
             assert torch.equal(value, second[key]), key
     assert json.loads((two / "run.json").read_text())["processes"] == 2
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+
+
+def test_what_two_processes_cannot_divide_is_refused_by_both(done):
+    for rank in range(2):
+        found = json.loads((done / f"messages.{rank}").read_text())
+        assert "a batch has 7 rows in all, which 2 processes do not divide: set it to 6 or 8" in found["batch"]
+        assert "training.batch_size: 40, but the training table has 36 rows" in found["rows"]
+
+
+def test_accumulated_batches_have_the_gradient_of_one(place, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))
+    found = []
+    for name, settings in {"whole": {"batch_size": 8}, "halves": {"batch_size": 4, "accumulate": 2}}.items():
+        out = run(recipe(place, "divided", **settings, steps=1), tmp_path / name)
+        found.append(json.loads((out / "metrics.json").read_text())["history"][0])
+    assert found[0]["grad_norm"] == pytest.approx(found[1]["grad_norm"], rel=1e-4)
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"save_every": 2}, "writes no checkpoints"), ({"cache": "fp16"}, "never runs the backbone"),
+     ({"precision": "fp16"}, "set training.precision to bf16")],
+)  # fmt: skip
+def test_a_training_that_cannot_be_divided_is_refused(settings, message, place):
+    with pytest.raises(RecipeError, match=message):
+        sharded.check(recipe(place, "tune", shard=True, **settings).training)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [({}, "RANK, MASTER_ADDR, MASTER_PORT is not set: start them with torchrun"),
+     ({"RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "the processes meet at 127.0.0.1:.*port is in use.*--master-port N"),
+     ({"RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1", "ACCELERATE_USE_FSDP": "true"}, "`training.shard: true`")],
+)  # fmt: skip
+def test_processes_that_cannot_meet_say_why(environment, message, monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    environment = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", **environment}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        if "MASTER_PORT" not in environment and "MASTER_ADDR" in environment:
+            monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        PartialState._reset_state()
+        with pytest.raises(RunError, match=message):
+            many.join()
+    PartialState._reset_state()
+
+
+def test_a_command_for_one_process_refuses_to_be_one_of_several(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["report", "somewhere"]) == 2
+    assert "report: is the work of one process, found WORLD_SIZE=2" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_names_the_module_and_the_way_out():
+    class Large(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            nn.init.constant_(self.first.weight, 1e4)
+
+        def forward(self, x):
+            return {"loss": self.second(self.first(x)).sum()}
+
+    model, batch = Large(), {"x": torch.full((2, 4), 10.0)}
+    half = torch.autocast("cpu", torch.float16)
+    with pytest.raises(
+        RunError, match=r"loss is nan at step 7 in fp16: .*output of 'first' \(Linear\): .*bf16 or fp32"
+    ):
+        failures.check_finite({"loss": float("nan")}, 7, model, batch, half, "fp16")
+    with torch.no_grad():
+        model.second.weight[0, 0] = float("nan")
+    with pytest.raises(RunError, match="the parameter 'second.weight' itself: lower training.learning_rate"):
+        failures.check_finite({"loss": float("inf")}, 7, model, batch, contextlib.nullcontext(), "fp32")
+    failures.check_finite({"loss": 1.0}, 7, model, batch, half, "fp16")
+
+
+def test_too_little_memory_says_what_a_step_takes_and_what_lowers_it(place):
+    found = recipe(place, "tune")
+    told = r"a training step on 8 rows takes [\d.]+ .B.*batch_size 4 with training.accumulate 2, .*precision bf16"
+    with pytest.raises(RunError, match=told), failures.enough_memory(found):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(RuntimeError, match="another thing"), failures.enough_memory(found):
+        raise RuntimeError("another thing")

@@ -136,6 +136,15 @@ def from_first(tensor: Tensor) -> Tensor:
     return sent.to(tensor.dtype)
 
 
+def divided_like(whole: Tensor, other: Tensor) -> Tensor:
+    """A tensor that is whole in every process, divided among them as another (FSDP's parameters); itself otherwise."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(other, DTensor):
+        return whole
+    return distribute_tensor(whole, other.device_mesh, other.placements, src_data_rank=None)  # nothing is sent
+
+
 def weights_print(tensors: Iterable[Tensor]) -> list[str]:
     """What tells a model's weights from another's."""
     return [_sum(t) for t in tensors] if world()[1] > 1 else []

@@ -87,8 +87,11 @@ def enough_memory(recipe: Recipe) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not _of_memory(error):
             raise
-        raise RunError(f"{recipe.name} {recipe.variant}: out of memory ({str(error).splitlines()[0][:160]}). "
-                       f"{_numbers(recipe)} Lower it by: {'; '.join(_ways(recipe.training, recipe))}") from error  # fmt: skip
+        said = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise RunError(
+            f"{recipe.name} {recipe.variant}: out of memory ({said}). {_numbers(recipe)} Lower it by: "
+            f"{'; '.join(_ways(recipe.training))}"
+        ) from error
 
 
 def _of_memory(error: BaseException) -> bool:
@@ -115,7 +118,7 @@ def _numbers(recipe: Recipe) -> str:
     )
 
 
-def _ways(spec: TrainingSpec, recipe: Recipe) -> list[str]:
+def _ways(spec: TrainingSpec) -> list[str]:
     half = max(1, spec.batch_size // 2)
     ways = []
     if spec.batch_size > 1:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +47,13 @@ def join() -> None:
         raise RunError(
             f"WORLD_SIZE={started()} in the environment says that this is one of several processes, but "
             f"{', '.join(missing)} is not set: start them with torchrun or `accelerate launch`, or unset WORLD_SIZE"
+        )
+    told = [os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() for name in ("FSDP", "DEEPSPEED")]
+    if "true" in told:
+        raise RunError(
+            "the launcher was told to divide the model (FSDP or DeepSpeed), which would leave it wrapped where masks, "
+            "plans and folders need the plain one: set `training.shard: true` in the recipe, and start it without "
+            "--use_fsdp and --use_deepspeed"
         )
     from accelerate import PartialState
 
@@ -139,7 +147,7 @@ def quiet() -> None:
     """Let the first process alone print; errors are told by all."""
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # how transformers says it to Accelerate
     if started() > 1 and not is_first():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open until the end)
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (it stays open until the end)
 
 
 def left_alone(error: BaseException) -> bool:
@@ -160,8 +168,8 @@ def died(command: str, error: BaseException) -> None:
         time.sleep(10)
     if left_alone(error):
         print(
-            f"trimtab {command}: process {rank} of {size}: another process has ended; which one, and why, stands in its "
-            "own message or in the launcher's summary. Started again, a run goes on from its last checkpoint if "
+            f"trimtab {command}: process {rank} of {size}: another process has ended; which one, and why, stands in "
+            "its own message or in the launcher's summary. Started again, a run goes on from its last checkpoint if "
             "training.save_every is set",
             file=sys.stderr, flush=True,
         )  # fmt: skip

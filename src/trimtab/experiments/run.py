@@ -111,7 +111,8 @@ def _info(recipe: Recipe, parts: Assembly, started: float) -> dict[str, Any]:
         "data": files.data_label(recipe.data), "backbone": recipe.backbone.name,
         "fingerprint": parts.fit.base["fingerprint"], "git": files.git_state(), "versions": files.versions(),
         "started": datetime.fromtimestamp(started, timezone.utc).isoformat(),
-        "seconds": round(time.time() - started, 2), "processes": many.started(), "command": " ".join(["trimtab", *sys.argv[1:]]),
+        "seconds": round(time.time() - started, 2), "processes": many.started(),
+        "command": " ".join(["trimtab", *sys.argv[1:]]),
     }  # fmt: skip
 
 

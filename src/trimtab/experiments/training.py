@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from trimtab.anatomy import Anatomy
 from trimtab.data.augment import Augmentation
 from trimtab.data.images import encoded
 from trimtab.divided import divided, norms
-from trimtab.experiments import many
+from trimtab.experiments import many, sharded
 from trimtab.experiments.failures import check_finite
 from trimtab.experiments.schema import TrainingSpec
 from trimtab.precision import native_bf16
@@ -183,6 +184,7 @@ def fit(
     if steps == 0:
         return []
     many.check(spec.batch_size, len(table), "training")
+    sharded.check(spec)
     with tempfile.TemporaryDirectory() as scratch:
         saving = bool(spec.save_every and checkpoints)
         together = cache is None and model.task.together
@@ -199,7 +201,9 @@ def fit(
         )
         trainer.remove_callback(PrinterCallback)  # it prints every log; the progress bar shows the last
         last = saving and any(Path(str(args.output_dir)).glob("checkpoint-*"))
-        with norms(model):
+        with sharded.sharded(model, spec), norms(model):
+            if spec.shard:  # torch divides the model, Accelerate shall not copy it
+                trainer.accelerator.prepare_model = lambda model, **_: model
             trainer.train(resume_from_checkpoint=bool(last))
     model.zero_grad(set_to_none=True)
     keep = ("step", "loss", "learning_rate", "grad_norm", "waiting")
@@ -365,5 +369,6 @@ class TrainingSession:
 
     def fit(self, model: TaskModel, steps: int, callbacks: list[TrainerCallback]) -> list[dict[str, float]]:
         checkpoints = None if self.folder is None else self.folder / "search"
-        return fit(model, self._tables["train"], self.spec, self.seed, callbacks, f"{self._title}: search", steps,
+        spec = replace(self.spec, shard=False)  # plans are compared in between, with whole weights
+        return fit(model, self._tables["train"], spec, self.seed, callbacks, f"{self._title}: search", steps,
                    checkpoints)  # fmt: skip

@@ -24,8 +24,8 @@ from trimtab.files import replace_folder
 from trimtab.methods.base import METHODS, Method
 from trimtab.methods.costs import Costs, count, described
 from trimtab.methods.modes import note_idle
-from trimtab.methods.prune.batches import Loss, calibration
 from trimtab.methods.placing import check_in_one_place
+from trimtab.methods.prune.batches import Loss, calibration
 from trimtab.methods.prune.masks import Masks
 from trimtab.methods.saved import CONFIG, WEIGHTS, FitError, Saved, check_base, seen_before
 from trimtab.methods.session import Batch, BatchSession, path_in
