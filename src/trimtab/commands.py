@@ -20,9 +20,11 @@ def run(options: Namespace) -> None:
 
 def demo(options: Namespace) -> None:
     folders = _carry_out(list(DEMO), options.overrides, options.out, options.redo)
+    from trimtab.experiments import many
     from trimtab.report.page import write_report
 
-    print(f"report: {write_report(folders, options.out / 'report', 'trimtab demo')}")
+    if many.is_first():
+        print(f"report: {write_report(folders, options.out / 'report', 'trimtab demo')}")
 
 
 def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) -> list[Path]:

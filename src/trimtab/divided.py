@@ -115,13 +115,16 @@ def norms(model: nn.Module) -> Iterator[None]:
     torch has `SyncBatchNorm` for it, which runs on GPUs alone.
     """
     found = [m for m in model.modules() if isinstance(m, _BatchNorm)] if world()[1] > 1 else []
+    before = [module.__dict__.get("forward") for module in found]
     for module in found:
         module.forward = partial(_norm, module, module.forward)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for module in found:
+        for module, forward in zip(found, before, strict=True):
             del module.__dict__["forward"]
+            if forward is not None:
+                module.forward = forward  # type: ignore[method-assign]
 
 
 def _norm(module: _BatchNorm, usual: Any, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import yaml
 from transformers import set_seed
 
-from trimtab.experiments import estimate, failures, many, training
+from trimtab.experiments import estimate, failures, many, sharded, training
 from trimtab.experiments import folder as files
 from trimtab.experiments.assembly import Assembly, assemble, tables
 from trimtab.experiments.folder import write, write_json
@@ -44,7 +44,9 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
         RunError: if it is one of several processes that did not meet.
     """
     many.join()
-    many.part(recipe.training.batch_size)
+    if recipe.training.steps:
+        many.part(recipe.training.batch_size)
+        sharded.check(recipe.training)
     started = time.time()
     gc.collect()  # an earlier run's model lives on in cycles of hooks until it is collected
     with many.one_by_one():

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,11 @@ class _Trainer(Trainer):
         with divided():
             return super().training_step(*args, **kwargs)
 
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; Accelerate brings mixed precision into models that it wraps, not into sharded ones."""
+        with self.accelerator.autocast() if self.spec.shard else nullcontext():
+            return super().compute_loss(*args, **kwargs)
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, timed: the model waits while rows are read, decoded and collated."""
         started = time.perf_counter()
@@ -67,7 +73,7 @@ class _Trainer(Trainer):
             logs["waiting"] = round(self.waited / max(now - self.since, 1e-9), 4)
             self.waited, self.since = 0.0, now
             check_finite(logs, self.state.global_step, self.model, self._prepare_inputs(self.last),
-                         self.compute_loss_context_manager(), _precision(self.args))  # fmt: skip
+                         self.accelerator.autocast(), _precision(self.args))  # fmt: skip
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -202,7 +208,7 @@ def fit(
         trainer.remove_callback(PrinterCallback)  # it prints every log; the progress bar shows the last
         last = saving and any(Path(str(args.output_dir)).glob("checkpoint-*"))
         with sharded.sharded(model, spec), norms(model):
-            if spec.shard:  # torch divides the model, Accelerate shall not copy it
+            if spec.shard and processes.world()[1] > 1:  # torch divides the model, Accelerate shall not copy it
                 trainer.accelerator.prepare_model = lambda model, **_: model
             trainer.train(resume_from_checkpoint=bool(last))
     model.zero_grad(set_to_none=True)
