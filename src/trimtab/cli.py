@@ -14,6 +14,7 @@ from trimtab.registry import unknown
 DESCRIPTION = (
     "Fit a pretrained vision-language model to a task under a budget: prune weights, skip blocks, tune beside."
 )
+MANY = ("run", "demo")  # what several processes can do together
 OVERRIDES = "changes to the recipe, such as training.steps=100 methods.0.sparsity=0.9 seeds=[0,1,2] variants=[full]"
 
 
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _parser().print_help()
         return 0
     options = parse(words)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _one_of_many(options)
     try:
         return options.call(options) or 0
     except (ValueError, ImportError, OSError) as error:
@@ -31,6 +34,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"trimtab {options.command}: {error}", file=sys.stderr)
         return 2
+
+
+def _one_of_many(options: Namespace) -> int:
+    """A command as one of several processes: the first prints, and any of them tells of its own end."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
+    from trimtab.experiments import many
+
+    if options.command not in MANY:
+        print(f"trimtab {options.command}: is the work of one process, found WORLD_SIZE={os.environ['WORLD_SIZE']} in "
+              f"the environment: several can {' and '.join(MANY)}", file=sys.stderr)  # fmt: skip
+        return 2
+    many.quiet()
+    try:
+        return options.call(options) or 0
+    except Exception as error:
+        many.died(options.command, error)
+        if many.left_alone(error):
+            return 1
+        if os.environ.get("TRIMTAB_DEBUG") or not isinstance(error, (ValueError, ImportError, OSError)):
+            raise
+        return 2
+    finally:
+        many.leave()
 
 
 def parse(words: Sequence[str]) -> Namespace:

@@ -32,9 +32,11 @@ def fit(options: Namespace) -> None:
 
 def demo(options: Namespace) -> None:
     folders = _carry_out(list(DEMO), options.overrides, options.out, options.redo)
+    from trimtab.experiments import many
     from trimtab.report.page import write_report
 
-    print(f"report: {write_report(folders, options.out / 'report', 'trimtab demo')}")
+    if many.is_first():
+        print(f"report: {write_report(folders, options.out / 'report', 'trimtab demo')}")
 
 
 def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) -> list[Path]:
@@ -47,18 +49,19 @@ def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) 
     todo = [r for name in recipes for r in recipe_module.read(name, overrides)]  # all are checked before the first runs
     with console.status("loading torch and transformers"):
         _quiet()
-        from trimtab.experiments import assembly
+        from trimtab.experiments import assembly, many
         from trimtab.experiments import folder as runs
         from trimtab.experiments.run import run as carry_out
         from trimtab.report.page import load_runs, summary_table
 
+        many.join()
         for r in todo:
             assembly.check(r)
     done: list[Path] = []
     for number, r in enumerate(todo, 1):
         folder = out / r.name / f"{r.variant}-seed{r.seed}"
         label = f"[{number}/{len(todo)}] {r.name} {r.variant} seed {r.seed}"
-        fresh = redo or not runs.is_finished(folder, r)
+        fresh = many.first_says(redo or not runs.is_finished(folder, r))
         if fresh:
             carry_out(r, folder)
         done.append(folder)

@@ -13,9 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trimtab import divided
+
 
 def contrast(image: Tensor, text: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Vectors of length 1, (B, E) each -> similarities (B, B), images by texts, and the contrastive loss."""
+    """Vectors of length 1, (B, E) each -> similarities (B, B), images by texts, and the contrastive loss.
+
+    Of a batch that is divided among processes, similarities are those of the whole batch.
+    """
+    image, text = divided.gathered(image), divided.gathered(text)
     similar = image @ text.T / temperature
     pairs = torch.arange(len(similar), device=similar.device)
     return similar, (F.cross_entropy(similar, pairs) + F.cross_entropy(similar.T, pairs)) / 2
@@ -36,21 +42,21 @@ def hard_pairs(similar: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         texts = similar.softmax(dim=1).masked_fill(own, 0) + 1e-9 * ~own  # (B, B): a chance for all, as published
         images = similar.T.softmax(dim=1).masked_fill(own, 0) + 1e-9 * ~own
-        return torch.multinomial(texts, 1)[:, 0], torch.multinomial(images, 1)[:, 0]
+        return tuple(divided.agreed(torch.multinomial(x, 1)[:, 0]) for x in (texts, images))  # type: ignore[return-value]
 
 
 def matching(similar: Tensor, judge: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Loss of telling pairs from mismatches.
 
     Args:
-        similar: (B, B), images by texts.
-        judge: numbers of images and of texts (N,) -> logits of "apart" and "together" (N, 2).
+        similar: (B, B), images by texts; of the whole of a divided batch, each process judges its part.
+        judge: numbers of images and of texts (N,) in the whole batch -> logits of "apart" and "together" (N, 2).
 
     Raises:
         ValueError: if the batch has one pair only.
     """
-    size = len(similar)
-    texts, images = hard_pairs(similar)
-    pairs = torch.arange(size, device=similar.device)
+    texts, images = (found[divided.own(len(similar))] for found in hard_pairs(similar))
+    pairs = torch.arange(len(similar), device=similar.device)[divided.own(len(similar))]
+    size = len(pairs)
     logits = judge(torch.cat([pairs, pairs, images]), torch.cat([pairs, texts, pairs]))  # (3 B, 2)
     return F.cross_entropy(logits.float(), (torch.arange(3 * size, device=logits.device) < size).long())

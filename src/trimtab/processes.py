@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.utils._pytree import tree_map
 
 
 def world() -> tuple[int, int]:
@@ -49,13 +50,18 @@ def share(batches: Iterable[Any]) -> Iterator[Any]:
     count = 0
     while True:
         group = list(islice(iterator, size))
-        same([_print(batch) for batch in group], f"calibration batches {count + 1} to {count + size} differ between "
-             f"the {size} processes: give every process the same batches in the same order (it takes its share by "
-             "itself; no sampler or `prepare` may divide them before)")  # fmt: skip
+        same_batches(group, f"{count + 1} to {count + size}")
         if not group:
             return
         count += len(group)
         yield group[rank] if rank < len(group) else None
+
+
+def same_batches(group: list[Any], numbers: str) -> None:
+    """Raise a ValueError with their numbers unless all processes were given the same batches."""
+    same([_print(batch) for batch in group], f"calibration batches {numbers} differ between the {world()[1]} "
+         "processes: give every process the same batches in the same order (it takes its share by itself; no sampler "
+         "or `prepare` may divide them before)")  # fmt: skip
 
 
 def same(value: object, problem: str) -> None:
@@ -72,6 +78,35 @@ def everywhere(value: object) -> list[Any]:
     found: list[Any] = [None] * size
     dist.all_gather_object(found, value)
     return found
+
+
+def shared(count: int) -> range:
+    """Which of so many pieces of work, that need each other's results only at the end, are this process's."""
+    rank, size = world()
+    return range(rank, count, size)
+
+
+def in_turn(mine: list[Any], count: int) -> list[Any]:
+    """What each process found for its pieces (`shared`), in the order of all pieces. Tensors come through the main
+    memory, and are afterwards on this process's GPU if they were on one."""
+    size = world()[1]
+    if size == 1:
+        return mine
+    found = everywhere(tree_map(_sent, mine))
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    return tree_map(lambda x: x.value.to(device) if isinstance(x, _Sent) else x,
+                    [found[number % size][number // size] for number in range(count)])  # fmt: skip
+
+
+class _Sent:
+    """A tensor of a GPU, on its way."""
+
+    def __init__(self, value: Tensor):
+        self.value = value
+
+
+def _sent(value: Any) -> Any:
+    return _Sent(value.cpu()) if isinstance(value, Tensor) and value.is_cuda else value
 
 
 def summed(tensor: Tensor) -> Tensor:
@@ -99,6 +134,15 @@ def from_first(tensor: Tensor) -> Tensor:
     sent = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.clone()
     dist.broadcast(sent, 0)
     return sent.to(tensor.dtype)
+
+
+def divided_like(whole: Tensor, other: Tensor) -> Tensor:
+    """A tensor that is whole in every process, divided among them as another (FSDP's parameters); itself otherwise."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(other, DTensor):
+        return whole
+    return distribute_tensor(whole, other.device_mesh, other.placements, src_data_rank=None)  # nothing is sent
 
 
 def weights_print(tensors: Iterable[Tensor]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -18,10 +17,10 @@ import torch
 import yaml
 from transformers import TrainerCallback, set_seed
 
-from trimtab.experiments import estimate, training
+from trimtab.experiments import estimate, failures, many, sharded, training
 from trimtab.experiments import folder as files
 from trimtab.experiments.assembly import Assembly, assemble, tables
-from trimtab.experiments.folder import RunError, write, write_json
+from trimtab.experiments.folder import write, write_json
 from trimtab.experiments.schema import Recipe, RecipeError, TrainingSpec
 from trimtab.files import cache_dir
 from trimtab.methods.saved import WEIGHTS
@@ -48,48 +47,56 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True, watch: Watch |
 
     Raises:
         RecipeError: if the recipe's parts do not fit each other.
-        RunError: if it was started as one of several processes.
+        RunError: if it is one of several processes that did not meet.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError(
-            f"{folder}: a run is the work of one process, found WORLD_SIZE={os.environ['WORLD_SIZE']} in the "
-            "environment: start it without `accelerate launch` or torchrun. `trimtab.prune` shares its calibration "
-            "among processes"
-        )
+    many.join()
+    if recipe.training.steps:
+        many.part(recipe.training.batch_size)
+        sharded.check(recipe.training)
     started = time.time()
     gc.collect()  # an earlier run's model lives on in cycles of hooks until it is collected
-    parts = assemble(recipe)
-    train, validation, test = tables(recipe, parts)
+    with many.one_by_one():
+        parts = assemble(recipe)
+        train, validation, test = tables(recipe, parts)
     for table in (train, test):
         parts.task.check(parts.model.backbone, table)
-    parts.model.to("cuda" if torch.cuda.is_available() else "cpu")
     label = f"{recipe.name} {recipe.variant}"
-    parts.pull(training.TrainingSession(parts.model, train, validation, recipe.training, recipe.seed, label, folder))
-    callbacks = [] if watch is None else [watch(parts.model, validation)]
-    history = _train(parts, train, recipe, label, folder / "checkpoints", callbacks)
+    with failures.enough_memory(recipe):
+        parts.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        session = training.TrainingSession(parts.model, train, validation, recipe.training, recipe.seed, label, folder)
+        parts.pull(session)
+        callbacks = [] if watch is None else [watch(parts.model, validation)]
+        history = _train(parts, train, recipe, label, folder / "checkpoints", callbacks)
     waited = [entry.pop("waiting") for entry in history]
     waiting = sum(waited) / len(waited) if waited else None
     if waiting is not None:
         more = "; `training.workers` reads ahead" if waiting > 0.05 and not recipe.training.workers else ""
         print(f"{label}: waited for data in {waiting:.1%} of the training time{more}")
-    metrics, records = training.evaluate(parts.model, test, recipe.training.evaluation_batch)
+    with failures.enough_memory(recipe):
+        metrics, records = training.evaluate(parts.model, test, recipe.training.evaluation_batch)
+    result = {"primary": parts.task.primary, "chance": parts.task.chance(test), "test": metrics, "history": history}
+    if many.is_first():
+        _write(recipe, parts, folder, result, measure_costs)
+        files.write_gallery(parts.task, records, test, folder / "samples")
+        for scratch in (folder / "checkpoints", folder / "search"):
+            shutil.rmtree(scratch, ignore_errors=True)
+        write_json(folder / "run.json", {**_info(recipe, parts, started), "waiting": waiting})
+    many.wait()
+    return folder
 
+
+def _write(recipe: Recipe, parts: Assembly, folder: Path, result: dict[str, Any], measure_costs: bool) -> None:
+    """The run's folder but for the gallery, and for run.json, which says that it is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").unlink(missing_ok=True)
     write(folder / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     parts.fit.write(folder)
     if parts.resolved is not None:
         write_json(folder / "policy.json", parts.resolved.to_json())
-    result = {"primary": parts.task.primary, "chance": parts.task.chance(test), "test": metrics, "history": history}
     write_json(folder / "metrics.json", result)
     if measure_costs and recipe.costs:
         dense = estimate.dense(recipe)
         write_json(folder / "costs.json", estimate.measure(parts, dense, recipe.training.batch_size, folder / WEIGHTS))
-    files.write_gallery(parts.task, records, test, folder / "samples")
-    for scratch in (folder / "checkpoints", folder / "search"):
-        shutil.rmtree(scratch, ignore_errors=True)
-    write_json(folder / "run.json", {**_info(recipe, parts, started), "waiting": waiting})
-    return folder
 
 
 def _train(parts: Assembly, train: Any, recipe: Recipe, label: str, checkpoints: Path,
@@ -115,7 +122,8 @@ def _info(recipe: Recipe, parts: Assembly, started: float) -> dict[str, Any]:
         "data": files.data_label(recipe.data), "backbone": recipe.backbone.name,
         "fingerprint": parts.fit.base["fingerprint"], "git": files.git_state(), "versions": files.versions(),
         "started": datetime.fromtimestamp(started, timezone.utc).isoformat(),
-        "seconds": round(time.time() - started, 2), "command": " ".join(["trimtab", *sys.argv[1:]]),
+        "seconds": round(time.time() - started, 2), "processes": many.started(),
+        "command": " ".join(["trimtab", *sys.argv[1:]]),
     }  # fmt: skip
 
 
@@ -138,5 +146,6 @@ def _from_cache(parts: Assembly, train: Any, spec: TrainingSpec, seed: int) -> t
         cache = cached.TableCache(parts.model, method, train, folder, *how)
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    cache.fill()
+    with many.one_by_one():
+        cache.fill()
     return cached.CachedModel(parts.model, method), cache

@@ -44,9 +44,12 @@ class TrainingSpec:
     steps: int = 200
     """Optimiser steps; 0 evaluates the model as it is."""
     batch_size: int = 32
-    """Rows a step and device, before accumulation."""
+    """Rows a step, of all processes together, before accumulation; the processes must divide it."""
     accumulate: int = 1
-    """Batches whose gradients are summed before a step."""
+    """Batches whose gradients are averaged before a step."""
+    shard: bool = False
+    """Divide weights, gradients and AdamW's moments among the processes in training (FSDP), for a large backbone; the
+    whole model must still have room in each of them before and after."""
     learning_rate: float = 3e-4
     """Peak learning rate of everything but the head."""
     head_multiplier: float = 1.0

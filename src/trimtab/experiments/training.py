@@ -7,11 +7,12 @@ callbacks. What is added here: parameter groups with a learning rate of their ow
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +22,13 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from trimtab import processes
 from trimtab.anatomy import Anatomy
 from trimtab.data.augment import Augmentation
 from trimtab.data.images import encoded
+from trimtab.divided import divided, norms
+from trimtab.experiments import many, sharded
+from trimtab.experiments.failures import check_finite
 from trimtab.experiments.schema import TrainingSpec
 from trimtab.precision import native_bf16
 from trimtab.tasks.base import TaskModel
@@ -38,6 +43,20 @@ class _Trainer(Trainer):
         self.spec, self.rates = spec, rates
         self.waited, self.since = 0.0, time.perf_counter()
         super().__init__(*args, **kwargs)
+        # A task's loss is a mean already. Trainer takes any forward(**inputs) for one that divides by the number of
+        # labels of all accumulated batches, gives it that number and then does not divide by the number of batches.
+        self.model_accepts_loss_kwargs = False
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in transformers; what reaches over the batch reaches over the parts of all processes."""
+        self.last = dict(args[1])
+        with divided():
+            return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; Accelerate brings mixed precision into models that it wraps, not into sharded ones."""
+        with self.accelerator.autocast() if self.spec.shard else nullcontext():
+            return super().compute_loss(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, timed: the model waits while rows are read, decoded and collated."""
@@ -53,6 +72,8 @@ class _Trainer(Trainer):
             now = time.perf_counter()
             logs["waiting"] = round(self.waited / max(now - self.since, 1e-9), 4)
             self.waited, self.since = 0.0, now
+            check_finite(logs, self.state.global_step, self.model, self._prepare_inputs(self.last),
+                         self.accelerator.autocast(), _precision(self.args))  # fmt: skip
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -95,6 +116,10 @@ class _Trainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Nothing: what the file lacks are the other names of tied tensors; the same model wrote it."""
+
+
+def _precision(args: TrainingArguments) -> str:
+    return "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
 
 
 def falling(step: int, steps: int, warmup: float, drops: Sequence[float]) -> float:
@@ -165,9 +190,13 @@ def fit(
     if steps == 0:
         return []
     progress = _Progress(title)
+    many.check(spec.batch_size, len(table), "training")
+    sharded.check(spec)
     with tempfile.TemporaryDirectory() as scratch:
         saving = bool(spec.save_every and checkpoints)
-        args = _arguments(spec, steps, seed, checkpoints if saving and checkpoints else Path(scratch), saving, table)
+        together = cache is None and model.task.together
+        args = _arguments(spec, steps, seed, checkpoints if saving and checkpoints else Path(scratch), saving, table,
+                          together)  # fmt: skip
         trainer = _Trainer(
             model=model,
             args=args,
@@ -180,7 +209,10 @@ def fit(
         trainer.remove_callback(PrinterCallback)  # it prints every log; the progress bar shows the last
         last = saving and any(Path(str(args.output_dir)).glob("checkpoint-*"))
         try:
-            trainer.train(resume_from_checkpoint=bool(last))
+            with sharded.sharded(model, spec), norms(model):
+                if spec.shard and processes.world()[1] > 1:  # torch divides the model, Accelerate shall not copy it
+                    trainer.accelerator.prepare_model = lambda model, **_: model
+                trainer.train(resume_from_checkpoint=bool(last))
         finally:
             progress.bar.stop()  # a callback may end the training by an exception
     model.zero_grad(set_to_none=True)
@@ -188,12 +220,17 @@ def fit(
     return [{k: float(e[k]) for k in keep if k in e} for e in trainer.state.log_history if "loss" in e]
 
 
-def _arguments(spec: TrainingSpec, steps: int, seed: int, folder: Path, saving: bool, table: Any) -> TrainingArguments:
-    """The recipe's training in transformers' words; with `saving`, checkpoints go to the folder."""
-    return TrainingArguments(
+def _arguments(spec: TrainingSpec, steps: int, seed: int, folder: Path, saving: bool, table: Any,
+               together: bool) -> TrainingArguments:  # fmt: skip
+    """The recipe's training in transformers' words; with `saving`, checkpoints go to the folder; with `together`, the
+    first of several processes makes whole batches and hands out their parts."""
+    rows = many.part(spec.batch_size)
+    args = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=spec.batch_size,
+        per_device_train_batch_size=spec.batch_size if together else rows,
+        accelerator_config={"split_batches": together, "dispatch_batches": together},
+        ddp_broadcast_buffers=False,  # they are the same in all processes
         gradient_accumulation_steps=spec.accumulate,
         learning_rate=spec.learning_rate,
         lr_scheduler_type="constant_with_warmup" if spec.schedule == "step" else spec.schedule,
@@ -217,10 +254,13 @@ def _arguments(spec: TrainingSpec, steps: int, seed: int, folder: Path, saving: 
         seed=seed,
         data_seed=seed,
     )
+    args._n_gpu = min(args.n_gpu, 1)  # with more than one, Trainer would copy the model and multiply the batch
+    return args
 
 
 def _collate(model: TaskModel, augmentation: Augmentation, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    return model.task.collate(model.backbone, augmentation(rows), True)
+    batch = model.task.collate(model.backbone, augmentation(rows), True)
+    return many.dealt(batch) if model.task.together else batch
 
 
 def keep_freed_memory() -> None:
@@ -272,12 +312,16 @@ def batches(
 
 @torch.inference_mode()
 def evaluate(model: TaskModel, table: Any, size: int = 64) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Metrics over a table, and one prediction record a row."""
-    was = model.training
+    """Metrics over a table, and one prediction record a row. Several processes divide the batches among them."""
+    was, rows, device = model.training, encoded(table), next(model.parameters()).device
     model.eval()
-    records: list[dict[str, Any]] = []
-    for _, batch in batches(model, table, size, train=False):
-        records += model.predict(batch)
+    starts = range(0, len(rows), size)
+    mine: list[list[dict[str, Any]]] = []
+    for start in (starts[number] for number in processes.shared(len(starts))):
+        some = [rows[i] for i in range(start, min(start + size, len(rows)))]
+        batch = model.task.collate(model.backbone, some, False)
+        mine.append(model.predict({k: v.to(device) for k, v in batch.items()}))
+    records = [record for batch in processes.in_turn(mine, len(starts)) for record in batch]
     records = model.task.finish(model.backbone, model.head, records)
     metrics = model.task.score(model.backbone, model.head, records, table)
     model.train(was)
@@ -313,27 +357,28 @@ class TrainingSession:
         return with_task(**batch)["loss"]
 
     def batches(self, split: Literal["train", "validation"], size: int | None = None) -> Iterator[dict[str, Tensor]]:
-        """See `Session`. With several processes each gets its part of a larger validation batch, one after another in
-        the order of rows: what is averaged over processes is then what one process finds on the whole batch. Training
-        batches are the same everywhere, so that statistics taken from them are.
+        """See `Session`. With several processes each gets its part of a validation batch, one after another in the
+        order of rows: what is averaged over processes is then what one process finds on the whole batch. Training
+        batches are the same everywhere and whole, so that statistics taken from them are.
 
         Raises:
-            ValueError: if the validation split has fewer rows than a batch.
+            ValueError: if the validation split has fewer rows than a batch, or the processes do not divide a batch.
         """
         table, size = self._tables[split], size or self.spec.batch_size
-        world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
-        parts = world if split == "validation" else 1
-        if split == "validation" and len(table) < size * parts:
+        if split == "validation" and len(table) < size:
             raise ValueError(
-                f"the validation split has {len(table)} rows, but a batch of it takes {size * parts}: give "
-                f"`data.validation` at least {size * parts} rows, or lower training.batch_size (or the method's `rows`)"
+                f"the validation split has {len(table)} rows, but a batch of it takes {size}: give "
+                f"`data.validation` at least {size} rows, or lower training.batch_size (or the method's `rows`)"
             )
-        found = (batch for _, batch in batches(self.with_task, table, size * parts, train=True, seed=self.seed))
-        if parts == 1:
+        found = (batch for _, batch in batches(self.with_task, table, size, train=True, seed=self.seed))
+        rank, world = processes.world()
+        if split == "train" or world == 1:
             return found
-        return ({k: v[rank * size : (rank + 1) * size] for k, v in batch.items()} for batch in found)
+        rows = many.part(size, "a validation batch (training.batch_size, or the method's `rows`)")
+        return ({k: v[rank * rows : (rank + 1) * rows] for k, v in batch.items()} for batch in found)
 
     def fit(self, model: TaskModel, steps: int, callbacks: list[TrainerCallback]) -> list[dict[str, float]]:
         checkpoints = None if self.folder is None else self.folder / "search"
-        return fit(model, self._tables["train"], self.spec, self.seed, callbacks, f"{self._title}: search", steps,
+        spec = replace(self.spec, shard=False)  # plans are compared in between, with whole weights
+        return fit(model, self._tables["train"], spec, self.seed, callbacks, f"{self._title}: search", steps,
                    checkpoints)  # fmt: skip

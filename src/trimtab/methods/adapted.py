@@ -24,6 +24,7 @@ from trimtab.files import replace_folder
 from trimtab.methods.base import METHODS, Method
 from trimtab.methods.costs import Costs, count, described
 from trimtab.methods.modes import note_idle
+from trimtab.methods.placing import check_in_one_place
 from trimtab.methods.prune.batches import Loss, calibration
 from trimtab.methods.prune.masks import Masks
 from trimtab.methods.saved import CONFIG, WEIGHTS, FitError, Saved, check_base, seen_before
@@ -53,8 +54,8 @@ def adapt(model: nn.Module, folder: str | Path | None = None, *, example: Batch 
         AnatomyError: if no anatomy is given and none can be found.
         FileNotFoundError, FitError: if the folder lacks a file, is damaged, of another version or of another base; the
             message says what differs.
-        ValueError: if the model is adapted already, has no values, is no part of `with_task`, or
-            stands in a wrapper that must come after adapting.
+        ValueError: if the model is adapted already, has no values, is spread over several devices, is no part of
+            `with_task`, or stands in a wrapper that must come after adapting.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected a model (torch.nn.Module), found {type(model).__name__}: load it first")
@@ -73,11 +74,7 @@ def adapt(model: nn.Module, folder: str | Path | None = None, *, example: Batch 
             f"({', '.join(inside[part_of_it] or ())}): go on with its handle, with the whole as its `with_task`, "
             "or load the model again"
         )
-    if meta := next((n for n, p in plain.named_parameters() if p.is_meta), None):
-        raise ValueError(
-            f"'{meta}' of this {type(plain).__name__} is on the meta device and has no values: load the weights first, "
-            "without offloading"
-        )
+    check_in_one_place(plain)
     if anatomy is None and example is None and folder is not None:
         anatomy = seen_before(Path(folder), plain)
     anatomy = anatomy or Anatomy.of(plain, example)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trimtab import divided
 from trimtab.data.images import decode, encoded
 from trimtab.metrics import captions, vqa
 from trimtab.tasks.base import TASKS, Batch, Task
@@ -145,7 +146,8 @@ class Answer(Task):
 
     def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
         logits, labels = backbone.told(batch)
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self.smoothing)
+        total = F.cross_entropy(logits.float(), labels, label_smoothing=self.smoothing, reduction="sum")
+        return divided.mean(total, len(labels))
 
     def predict(self, backbone: Any, head: nn.Module, batch: Batch) -> list[dict[str, Any]]:
         return [{"answer": text} for text in backbone.reply(batch, **self.how)]

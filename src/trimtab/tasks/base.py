@@ -33,6 +33,7 @@ class Task(ABC):
         causal: whether a word may be predicted from those before it only.
         first_token: whether it reads nothing but first tokens, itself or pooled.
         least: rows that a batch must have at least; costs of one sample are this many samples' share.
+        together: whether what `collate` makes of a row depends on the other rows of its batch.
     """
 
     name: ClassVar[str]
@@ -45,6 +46,7 @@ class Task(ABC):
     causal: ClassVar[bool] = False
     first_token: ClassVar[bool] = False
     least: ClassVar[int] = 1
+    together: bool = False
 
     @classmethod
     def settings_from(cls, source: Any, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trimtab import divided
 from trimtab.data.images import decode_rows
 from trimtab.metrics import captions as official
 from trimtab.tasks.base import TASKS, Batch, Task
@@ -97,7 +98,9 @@ class Captioning(Task):
         tokens = backbone.write(seen, batch["input_ids"], batch["attention_mask"])
         told = batch["labels"] != IGNORED
         logits = head(tokens[told], backbone.model.get_input_embeddings().weight)
-        return F.cross_entropy(logits.float(), batch["labels"][told], label_smoothing=self.smoothing)
+        labels = batch["labels"][told]
+        total = F.cross_entropy(logits.float(), labels, label_smoothing=self.smoothing, reduction="sum")
+        return divided.mean(total, len(labels))
 
     def predict(self, backbone: Any, head: Any, batch: Batch) -> list[dict[str, Any]]:
         pixels = batch["pixel_values"]

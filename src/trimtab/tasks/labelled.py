@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trimtab import divided
 from trimtab.tasks.base import Batch, Task
 
 UNKNOWN = -100
@@ -73,7 +74,7 @@ class Labelled(Task):
     def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
         labels = batch["labels"]
         total = F.cross_entropy(self.logits(backbone, head, batch).float(), labels, reduction="sum")
-        return total / (labels >= 0).sum().clamp(min=1)  # a batch without a known label gives 0, not 0 / 0
+        return divided.mean(total, (labels >= 0).sum())  # a batch without a known label gives 0, not 0 / 0
 
     def predict(self, backbone: Any, head: nn.Module, batch: Batch) -> list[dict[str, Any]]:
         return self.records(self.logits(backbone, head, batch))

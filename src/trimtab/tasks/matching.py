@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trimtab import divided
 from trimtab.data.images import decode_rows
+from trimtab.processes import in_turn, shared
 from trimtab.tasks.base import TASKS, Batch, Task
 from trimtab.tasks.retrieval import recalls
 from trimtab.tasks.words import IGNORED, Words, next_words
@@ -32,6 +34,7 @@ class Matching(Task):
     columns = ("captions", "foils")
     primary = "recall@1"
     kinds = ("joint",)
+    together = True
 
     def __init__(self, mask_share: float = 0.3, pool: int = 50, words: Literal["masked", "next"] = "masked"):
         if words not in ("masked", "next"):
@@ -94,9 +97,9 @@ class Matching(Task):
         hidden = words != IGNORED
         logits = head(tokens[:, : words.shape[1]][hidden], backbone.model.get_input_embeddings().weight)
         match = backbone.match(encoded)[judged[pick]].float()
-        matching = F.binary_cross_entropy_with_logits(match, matched[judged])
-        language = F.cross_entropy(logits.float(), words[hidden]) if hidden.any() else matching.new_zeros(())
-        return language + 2 * matching
+        matching = F.binary_cross_entropy_with_logits(match, matched[judged], reduction="sum")
+        language = F.cross_entropy(logits.float(), words[hidden], reduction="sum")
+        return divided.mean(language, hidden.sum()) + 2 * divided.mean(matching, judged.sum())
 
     def fold(self, backbone: Any, head: Any) -> None:
         """The words' head goes where the backbone has one of its own."""
@@ -116,8 +119,9 @@ class Matching(Task):
         if not blocks:
             raise ValueError(f"matching ranks blocks of {self.pool} pictures, the table has {len(records)} rows")
         found = []
-        for i, block in enumerate(blocks):
-            similarity, start = self._similarity(backbone, block), i * self.pool
+        mine = [self._similarity(backbone, blocks[i]) for i in shared(len(blocks))]  # processes divide the blocks
+        for i, (block, similarity) in enumerate(zip(blocks, in_turn(mine, len(blocks)), strict=True)):
+            start = i * self.pool
             found.append(recalls(similarity, captions[start : start + self.pool]))
             for record, best in zip(block, similarity.argmax(dim=1).tolist(), strict=True):
                 record["best"] = start + best

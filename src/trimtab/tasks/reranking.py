@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trimtab import divided
 from trimtab.contrast import contrast, hard_pairs
 from trimtab.data.images import decode_rows, encoded
 from trimtab.metrics import retrieval as measured
+from trimtab.processes import in_turn, shared
 from trimtab.tasks.base import TASKS, Batch, Task
 from trimtab.tasks.retrieval import many_texts, named, owners
 
@@ -79,6 +81,7 @@ class Reranking(Task):
             raise ValueError("reranking: candidates are chosen among all pictures: with k leave out `folds`")
         self.objective, self.k, self.negatives, self.pairs = objective, k, negatives, pairs
         self.temperature, self.folds = temperature, folds
+        self.together = objective == "rank"  # wrong captions are those of other rows
 
     def head(self, backbone: Any) -> nn.Module:
         return nn.Identity()
@@ -145,12 +148,14 @@ class Reranking(Task):
     def _contrast(self, backbone: Any, seen: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         image, text = backbone.image_vector(seen).float(), backbone.text_vector(ids, mask).float()
         similar, contrastive = contrast(image, text, self._temperature(backbone))
-        i = j = pairs = torch.arange(len(ids), device=ids.device)
+        mine = divided.own(len(similar))  # of a divided batch, these pairs are judged here
+        seen, ids, mask = (divided.gathered(x) for x in (seen, ids, mask))
+        i = j = pairs = torch.arange(len(ids), device=ids.device)[mine]
         if len(ids) > 1:  # one pair alone, on which costs are counted, has nothing to be told from
-            texts, images = hard_pairs(similar)
+            texts, images = (found[mine] for found in hard_pairs(similar))
             i, j = torch.cat([pairs, pairs, images]), torch.cat([pairs, texts, pairs])
         together = backbone.match(backbone.fuse(seen[i], ids[j], mask[j])).float()  # (3 B,)
-        right = (torch.arange(len(together), device=ids.device) < len(ids)).float()
+        right = (torch.arange(len(together), device=ids.device) < len(pairs)).float()
         # Of two logits whose difference this is, the same as their cross-entropy.
         return contrastive + F.binary_cross_entropy_with_logits(together, right)
 
@@ -223,22 +228,29 @@ class Reranking(Task):
                   similar: Tensor | None) -> Any:  # fmt: skip
         """For every picture its number, the scores of the texts that are wanted of it, and those texts' numbers.
 
-        Pictures are read from the table again: their tokens would not fit in memory.
+        Pictures are read from the table again: their tokens would not fit in memory. Several processes divide them.
         """
+        starts = range(0, len(records), LOOK)
+        mine = [list(self._block(backbone, records, rows, wanted, similar, starts[n])) for n in shared(len(starts))]
+        for block in in_turn(mine, len(starts)):
+            yield from block
+
+    def _block(self, backbone: Any, records: list[dict[str, Any]], rows: Any, wanted: Tensor, similar: Tensor | None,
+               start: int) -> Any:  # fmt: skip
+        """The same for the pictures from `start` on that are encoded at once."""
         device = next(backbone.parameters()).device
         longest = max(r["ids"].shape[1] for r in records)
         padded = [[F.pad(r[name], (0, longest - r[name].shape[1])) for r in records] for name in ("ids", "mask")]
         texts = (torch.cat(padded[0]).to(device), torch.cat(padded[1]).to(device))
         table = encoded(rows)
-        for start in range(0, len(records), LOOK):
-            block = range(start, min(start + LOOK, len(records)))
-            pictures = backbone.images([row["image"] for row in decode_rows(table[i] for i in block)])
-            seen = backbone.look(pictures["pixel_values"].to(device))
-            i, j = wanted[block.start : block.stop].nonzero().unbind(dim=1)
-            cosines = torch.zeros(len(i)) if similar is None else similar[i + start, j]
-            scores = self._scores(backbone, seen, texts, i.to(device), j.to(device), cosines.to(device)).cpu()
-            counts = torch.bincount(i, minlength=len(block)).tolist()
-            yield from zip(block, zip(scores.split(counts), j.split(counts), strict=True), strict=True)
+        block = range(start, min(start + LOOK, len(records)))
+        pictures = backbone.images([row["image"] for row in decode_rows(table[i] for i in block)])
+        seen = backbone.look(pictures["pixel_values"].to(device))
+        i, j = wanted[block.start : block.stop].nonzero().unbind(dim=1)
+        cosines = torch.zeros(len(i)) if similar is None else similar[i + start, j]
+        scores = self._scores(backbone, seen, texts, i.to(device), j.to(device), cosines.to(device)).cpu()
+        counts = torch.bincount(i, minlength=len(block)).tolist()
+        return zip(block, zip(scores.split(counts), j.split(counts), strict=True), strict=True)
 
     def chance(self, rows: Any) -> float | None:
         return 1 / len(rows)

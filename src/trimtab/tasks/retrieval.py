@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trimtab import divided
 from trimtab.data.images import decode_rows
 from trimtab.metrics import retrieval as measured
 from trimtab.pooling import GPO
@@ -144,7 +145,7 @@ class Retrieval(Task):
         return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
 
     def loss(self, backbone: Any, head: Any, batch: Batch) -> Tensor:
-        image, text = self.embed(backbone, head, batch)
+        image, text = (divided.gathered(x) for x in self.embed(backbone, head, batch))
         if self.objective == "triplet":
             return self._triplets(head, image @ text.T)
         logits = head.scale.exp().clamp(max=100) * image @ text.T  # (B, B)

@@ -33,6 +33,7 @@ class SetGrounding(Grounding):
 
     schema = "grounding"
     kinds = ("detector",)
+    together = True  # padding counts among the words that a thing is told from
 
     def head(self, backbone: Any) -> nn.Module:
         return copy.deepcopy(backbone.own_head(self.name))

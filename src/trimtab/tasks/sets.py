@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trimtab import divided
 from trimtab.tasks.grounding import corners, iou
 
 CLASS, DISTANCE, OVERLAP, ALIGN = 1.0, 5.0, 2.0, 1.0  # weights of losses; the first three of matching costs too
@@ -117,7 +118,6 @@ def set_loss(found: dict[str, Tensor], things: Things) -> Tensor:
     Returns:
         A scalar: the sum over levels, of the sums over objects, a thing of the batch.
     """
-    number = things.there.sum().clamp(min=1)
     total = found["logits"].new_zeros(()).float()
     for level, (logits, boxes) in enumerate(zip(found["logits"], found["boxes"], strict=True)):
         matched = match(logits, boxes, things)
@@ -125,7 +125,7 @@ def set_loss(found: dict[str, Tensor], things: Things) -> Tensor:
         if "objects" in found:
             similar = found["objects"][level].float() @ found["words"].float().transpose(1, 2) / TEMPERATURE
             total = total + ALIGN * _align_loss(similar, matched, things)
-    return total / number
+    return divided.mean(total, things.there.sum())
 
 
 def _words_loss(logits: Tensor, matched: Tensor, things: Things) -> Tensor:

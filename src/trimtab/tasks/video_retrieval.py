@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trimtab import divided
 from trimtab.data import video as videos
 from trimtab.metrics.videos import one_sentence, several_sentences
 from trimtab.tasks.base import TASKS, Batch, Task
@@ -94,7 +95,8 @@ class VideoRetrieval(Task):
 
     def loss(self, backbone: Any, head: Any, batch: Batch) -> Tensor:
         text = backbone.text(batch["input_ids"], batch["attention_mask"]).pooled
-        similar = self._compared(backbone, head, text, backbone.frames(batch["pixel_values"]), batch["video_mask"])
+        frames, mask = (divided.gathered(x) for x in (backbone.frames(batch["pixel_values"]), batch["video_mask"]))
+        similar = divided.gathered(self._compared(backbone, head, text, frames, mask))  # (B, B), texts by videos
         target = torch.arange(len(similar), device=similar.device)
         return (F.cross_entropy(similar, target) + F.cross_entropy(similar.T, target)) / 2
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trimtab import divided
 from trimtab.data.images import decode_rows
 from trimtab.metrics import vqa as official
 from trimtab.metrics.answers import soft_targets
@@ -112,10 +113,10 @@ class VQA(Task):
         if "targets" in batch:
             told = batch["targets"].any(dim=1)
             each = F.binary_cross_entropy_with_logits(logits, batch["targets"], reduction="none").sum(dim=1)
-            return each.masked_fill(~told, 0).sum() / told.sum().clamp(min=1)
+            return divided.mean(each.masked_fill(~told, 0).sum(), told.sum())
         labels = batch["labels"]
         # A batch without a known answer gives 0, not 0 / 0.
-        return F.cross_entropy(logits, labels, reduction="sum") / (labels >= 0).sum().clamp(min=1)
+        return divided.mean(F.cross_entropy(logits, labels, reduction="sum"), (labels >= 0).sum())
 
     def predict(self, backbone: Any, head: nn.Module, batch: Batch) -> list[dict[str, Any]]:
         best = self._logits(backbone, head, batch).argmax(dim=-1)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from trimtab import divided
 from trimtab.contrast import contrast, matching
 
 SMOOTHING = 0.1  # of BLIP's words
@@ -19,9 +20,10 @@ def blip_loss(model: Any, pixel_values: Tensor, input_ids: Tensor, attention_mas
     similar, contrastive = contrast(image, text, model.temp)
     ids = input_ids.clone()
     ids[:, 0] = model.config.enc_token_id
+    whole, words, mask = (divided.gathered(x) for x in (seen, ids, attention_mask))
 
     def judge(images: Tensor, texts: Tensor) -> Tensor:
-        return model.itm_head(model.fuse(seen[images], ids[texts], attention_mask[texts])[:, 0])
+        return model.itm_head(model.fuse(whole[images], words[texts], mask[texts])[:, 0])
 
     match = matching(similar, judge)
     ids = input_ids.clone()
@@ -29,6 +31,6 @@ def blip_loss(model: Any, pixel_values: Tensor, input_ids: Tensor, attention_mas
     hidden = model.text_decoder.bert(input_ids=ids, attention_mask=attention_mask, encoder_hidden_states=seen,
                                      is_decoder=True, use_cache=False).last_hidden_state  # fmt: skip
     wanted = ids.masked_fill(attention_mask == 0, -100)[:, 1:]
-    words = model.text_decoder.cls(hidden[:, :-1])
-    written = F.cross_entropy(words.flatten(0, 1).float(), wanted.flatten(), label_smoothing=SMOOTHING)
-    return contrastive + match + written
+    told = model.text_decoder.cls(hidden[:, :-1]).flatten(0, 1).float()
+    total = F.cross_entropy(told, wanted.flatten(), label_smoothing=SMOOTHING, reduction="sum")
+    return contrastive + match + divided.mean(total, (wanted != -100).sum())

@@ -50,7 +50,7 @@ class Pruner(Method):
         allocation: name of its own allocation in `ALLOCATIONS`.
         rounds: how often it goes over calibration data for one sparsity; 0 if it needs none.
         changes_weights: whether it gives kept weights new values.
-        shares: whether several processes can share its calibration data.
+        shares: whether several processes share its calibration data; if not, each goes over all of them.
     """
 
     lever = "prune"
@@ -76,7 +76,7 @@ class Pruner(Method):
 
         Raises:
             ValueError: beside what `find` raises, if the pattern does not fit a weight, a tower is emptied, or the
-                processes of a group cannot work together: models differ, or the pruner does not share its data.
+                processes of a group cannot work together: models or batches differ.
         """
         plain, anatomy = calibration.plain, calibration.anatomy
         _, group = self.settings.n_of_m or (1, 1)
@@ -96,12 +96,8 @@ class Pruner(Method):
             for tower in anatomy.towers:
                 tower.need(self.name, "modality")
         _, size = processes.world()
-        if size > 1 and self.rounds and not self.shares:
-            raise ValueError(
-                f"{self.name} cannot share its calibration among processes, found {size}: "
-                "prune in one process, save the masks, and load them in all"
-            )
         if size > 1:
+            calibration.alike = not self.shares  # then each process goes over all batches, which must be the same
             prints = processes.weights_print(self.prunable(calibration).values())
             processes.same(prints, f"the {size} processes hold different models: load the same checkpoint in all")
         for found in self.find(calibration, sparsities):

@@ -45,6 +45,7 @@ class Calibration:
     precision: str = "fp32"
     _ahead: tuple[Batch, Iterator[Batch]] | None = field(default=None, init=False, repr=False)
     _seen: list[Weight] | None = field(default=None, init=False, repr=False)
+    alike: bool = field(default=False, init=False)  # whether all processes must be given the same batches
     blind: bool = field(default=False, init=False)  # whether there was something to look at, and no data to see it on
 
     @classmethod
@@ -124,6 +125,8 @@ class Calibration:
         found = 0
         for batch in islice(iterator, size):
             found += 1
+            if self.alike:
+                processes.same_batches([batch], f"from {found} on")
             yield _checked(batch, found)
         if not found and not number:
             raise ValueError("the calibration data are empty: expected at least one batch (was an iterator used up?)")

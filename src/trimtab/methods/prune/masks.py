@@ -229,7 +229,7 @@ class Masks(Mapping[str, Tensor]):
         mask = self._moved.get(path, self.masks[path])
         if mask.device != parameter.device:
             mask = self._moved[path] = mask.to(parameter.device)
-        return ~mask
+        return processes.divided_like(~mask, parameter)
 
     # --- in files ---
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from trimtab.anatomy import AnatomyError, Block, Sublayer, Tap, arguments, called_like, read, rewrite
 from trimtab.anatomy.structure import added_by, mark_added, plain_module
 from trimtab.methods.base import placed
+from trimtab.methods.placing import computing
 
 Form = Literal["parallel", "sequential", "routed", "none"]
 ADDED = "skip"  # who added these modules, see `anatomy.structure.mark_added`
@@ -152,7 +153,7 @@ def add_adapters(model: nn.Module, block: Block, bottleneck: int, form: Form = "
     They are stored in the block itself (`das_0`, `das_1`, ...), so that they go when the block goes.
     """
     owner = model.get_submodule(block.path)
-    place = next(owner.parameters())
+    place = computing(owner)
     for i, part in enumerate(block.sublayers):
         if form == "none" or (form == "routed" and part.kind != "attention"):
             continue
@@ -258,7 +259,7 @@ class Skipped(nn.Module):
         self.handed = Handed() if handed is None else handed
         self.width = width
         original = model.get_submodule(block.path)
-        place = next(original.parameters())
+        place = computing(original)
         called_like(self, original)
         self.block = block
         self.returns_tuple = block.returns_tuple or bool(block.also)

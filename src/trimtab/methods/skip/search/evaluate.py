@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.divided import divided
 from trimtab.methods.fitting import evaluating
 from trimtab.methods.session import own_loss
 from trimtab.methods.skip.adapters import Switch
@@ -84,7 +85,7 @@ class PlanLosses:
     @torch.no_grad()
     def __call__(self, plans: Sequence[Indices]) -> list[float]:
         try:
-            with nullcontext() if self.dropout else evaluating(self.model):
+            with divided(), nullcontext() if self.dropout else evaluating(self.model):
                 losses = self._losses(plans)
         finally:
             for switch in self.switches:

@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from trimtab import divided
+
 
 class Target(NamedTuple):
     """One layer's tokens z = x * weight + bias, the affine part not yet carried out.
@@ -164,6 +166,8 @@ def project(sequence: Any, merged: Tensor) -> Target:
 
 def normalise(y: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
     """(y - mean) * rstd a channel, (B, L, d), and rstd, (d,), as BatchNorm has them; its running statistics go on."""
+    if norm.training and divided.parts() > 1:
+        return divided.standardised(y, norm)
     if norm.training:
         norm.num_batches_tracked += 1
     share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
@@ -177,7 +181,9 @@ def normalise(y: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
 def batch_slope(grad: Tensor, x: Tensor, rstd: Tensor, training: bool) -> Tensor:
     """The gradient of what `normalise` made x of, from that of x, as rows (B L, d)."""
     d_x = grad.flatten(0, -2)
-    if training:  # torch's kernel wants what was normalised, its mean and its scale: x has the mean 0 and the scale 1
+    if training and divided.parts() > 1:
+        d_x = divided.standardised_slope(d_x, x.flatten(0, -2))
+    elif training:  # torch's kernel wants what was normalised, its mean and its scale: x has the mean 0 and the scale 1
         moments = torch.zeros_like(rstd), torch.ones_like(rstd)
         d_x = torch.ops.aten.native_batch_norm_backward(
             d_x, x.flatten(0, -2), None, None, None, *moments, True, 0.0, [True, False, False]

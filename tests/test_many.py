@@ -1,0 +1,207 @@
+"""Whole runs in two processes (gloo): metrics, masks, plans and learned tensors are those of one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from accelerate import PartialState
+from safetensors.torch import load_file
+from torch import nn
+
+from tests import forked
+from tests.models.official import tokenizer
+from tests.tasks.tiny import BACKBONES, COLOURS, picture
+from trimtab import cli
+from trimtab.experiments import failures, many, sharded
+from trimtab.experiments.folder import RunError
+from trimtab.experiments.recipe import expand
+from trimtab.experiments.run import run
+from trimtab.experiments.schema import RecipeError
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
+DAS = {"name": "das", "skip": 1, "search_steps": 4, "turn": 1, "warmup": 0.2, "gate_rate": 2000.0,
+       "dropout_in_rewards": False}  # fmt: skip
+PRUNE = {"name": "multiflow", "sparsity": 0.5, "batches": 4}
+RANK = {"name": "reranking", "negatives": 2}
+RECIPES: dict[str, tuple[str, Any, list[Any], dict[str, Any]]] = {
+    "tune": ("clip", "retrieval", ["lora"], {}),  # rows are compared with those of the other process
+    "prune": ("vilt", "vqa", [PRUNE, "full"], {"accumulate": 2}),
+    "divided": ("vilt", "vqa", [PRUNE, "full"], {"shard": True}),
+    "skip": ("vilt", "vqa", [DAS], {}),
+    "composed": ("vilt", "vqa", [PRUNE, DAS, "unipt"], {"save_every": 2}),
+    "cached": ("clip", "retrieval", ["linear-probe"], {"cache": "fp32"}),
+    "collated together": ("vilt", RANK, ["lora"], {}),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Tiny models, and pictures with questions and captions."""
+    folder = tmp_path_factory.mktemp("many")
+    torch.manual_seed(0)
+    config = hf.ViltConfig(**SIZES, vocab_size=40, image_size=16, patch_size=4, max_position_embeddings=12)
+    hf.ViltForImageAndTextRetrieval(config).save_pretrained(folder / "vilt")
+    hf.ViltImageProcessorPil(size={"shortest_edge": 16}, size_divisor=4).save_pretrained(folder / "vilt")
+    tokenizer(folder / "vilt", 40)
+    BACKBONES["clip"]().save_pretrained(folder / "clip")
+    for split, count in (("train", 36), ("validation", 16), ("test", 11)):
+        rows = []
+        for i in range(count):
+            shade = picture(COLOURS[i % 3], (16 + i % 5, 16))
+            shade.putpixel((i % 16, i % 7), (255, 255, 255))
+            shade.save(folder / f"{split}-{i}.png")
+            words = " ".join(["red dog", "blue cat", "a big sea"][: 1 + i % 3])
+            rows.append({"image": f"{split}-{i}.png", "question": f"is it {words}", "answer": "yes" if i % 3 else "no",
+                         "captions": [f"{words} near {i}" if i % 2 else words]})  # fmt: skip
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def recipe(place: Path, name: str, **training: Any) -> Any:
+    backbone, task, methods, more = RECIPES[name]
+    raw = {
+        "backbone": {"name": str(place / backbone)}, "task": task, "methods": methods, "costs": False,
+        "data": {"name": "files", **{s: str(place / f"{s}.jsonl") for s in ("train", "validation", "test")}},
+        "training": {"steps": 4, "batch_size": 8, "evaluation_batch": 4, "log_every": 1, **more, **training},
+    }  # fmt: skip
+    return expand(raw, name.replace(" ", "-"))[0]
+
+
+@pytest.fixture(scope="module")
+def done(place) -> Path:
+    def work() -> None:
+        many.join()
+        for name in RECIPES:
+            os.environ["TRIMTAB_CACHE"] = str(place / "two")
+            with contextlib.redirect_stdout(None):
+                run(recipe(place, name), place / "two" / name)
+        messages = {}
+        for name, change in {"batch": {"batch_size": 7}, "rows": {"batch_size": 40}}.items():
+            with pytest.raises(RecipeError) as found:
+                run(recipe(place, "tune", **change), place / "refused")
+            messages[name] = str(found.value)
+        (place / f"messages.{os.environ['RANK']}").write_text(json.dumps(messages))
+
+    forked.together(work, place)
+    return place
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_processes_find_what_one_finds(name, place, done, monkeypatch):
+    monkeypatch.setenv("TRIMTAB_CACHE", str(place / "one"))
+    one, two = run(recipe(place, name), place / "one" / name), done / "two" / name
+    (a, b) = (json.loads((folder / "metrics.json").read_text()) for folder in (one, two))
+    assert b["test"] == pytest.approx(a["test"], abs=1e-6)
+    for x, y in zip(a["history"], b["history"], strict=True):
+        assert y["loss"] == pytest.approx(x["loss"], rel=1e-4)
+        assert y["grad_norm"] == pytest.approx(x["grad_norm"], rel=1e-3)
+    for x, y in zip(*(json.loads((f / "fit.json").read_text())["methods"] for f in (one, two)), strict=True):
+        assert x["state"].get("skip") == y["state"].get("skip")
+        if gates := x["state"].get("gates"):
+            assert max(map(abs, gates.values())) > 1e-2, "the gates moved"
+            assert y["state"]["gates"] == pytest.approx(gates, abs=1e-3)
+    first, second = (load_file(folder / "weights.safetensors") for folder in (one, two))
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        if value.is_floating_point():
+            assert torch.allclose(value, second[key], atol=1e-4), key
+        else:
+            assert torch.equal(value, second[key]), key
+    assert json.loads((two / "run.json").read_text())["processes"] == 2
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+
+
+def test_what_two_processes_cannot_divide_is_refused_by_both(done):
+    for rank in range(2):
+        found = json.loads((done / f"messages.{rank}").read_text())
+        assert "a batch has 7 rows in all, which 2 processes do not divide: set it to 6 or 8" in found["batch"]
+        assert "training.batch_size: 40, but the training table has 36 rows" in found["rows"]
+
+
+def test_accumulated_batches_have_the_gradient_of_one(place, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))
+    found = []
+    for name, settings in {"whole": {"batch_size": 8}, "halves": {"batch_size": 4, "accumulate": 2}}.items():
+        out = run(recipe(place, "divided", **settings, steps=1), tmp_path / name)
+        found.append(json.loads((out / "metrics.json").read_text())["history"][0])
+    assert found[0]["grad_norm"] == pytest.approx(found[1]["grad_norm"], rel=1e-4)
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"save_every": 2}, "writes no checkpoints"), ({"cache": "fp16"}, "never runs the backbone"),
+     ({"precision": "fp16"}, "set training.precision to bf16")],
+)  # fmt: skip
+def test_a_training_that_cannot_be_divided_is_refused(settings, message, place):
+    with pytest.raises(RecipeError, match=message):
+        sharded.check(recipe(place, "tune", shard=True, **settings).training)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [({}, "RANK, MASTER_ADDR, MASTER_PORT is not set: start them with torchrun"),
+     ({"RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "the processes meet at 127.0.0.1:.*port is in use.*--master-port N"),
+     ({"RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1", "ACCELERATE_USE_FSDP": "true"}, "`training.shard: true`")],
+)  # fmt: skip
+def test_processes_that_cannot_meet_say_why(environment, message, monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    environment = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", **environment}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        if "MASTER_PORT" not in environment and "MASTER_ADDR" in environment:
+            monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        PartialState._reset_state()
+        with pytest.raises(RunError, match=message):
+            many.join()
+    PartialState._reset_state()
+
+
+def test_a_command_for_one_process_refuses_to_be_one_of_several(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["report", "somewhere"]) == 2
+    assert "report: is the work of one process, found WORLD_SIZE=2" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_names_the_module_and_the_way_out():
+    class Large(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            nn.init.constant_(self.first.weight, 1e4)
+
+        def forward(self, x):
+            return {"loss": self.second(self.first(x)).sum()}
+
+    model, batch = Large(), {"x": torch.full((2, 4), 10.0)}
+    half = torch.autocast("cpu", torch.float16)
+    with pytest.raises(
+        RunError, match=r"loss is nan at step 7 in fp16: .*output of 'first' \(Linear\): .*bf16 or fp32"
+    ):
+        failures.check_finite({"loss": float("nan")}, 7, model, batch, half, "fp16")
+    with torch.no_grad():
+        model.second.weight[0, 0] = float("nan")
+    with pytest.raises(RunError, match="the parameter 'second.weight' itself: lower training.learning_rate"):
+        failures.check_finite({"loss": float("inf")}, 7, model, batch, contextlib.nullcontext(), "fp32")
+    failures.check_finite({"loss": 1.0}, 7, model, batch, half, "fp16")
+
+
+def test_too_little_memory_says_what_a_step_takes_and_what_lowers_it(place):
+    found = recipe(place, "tune")
+    told = r"a training step on 8 rows takes [\d.]+ .B.*batch_size 4 with training.accumulate 2, .*precision bf16"
+    with pytest.raises(RunError, match=told), failures.enough_memory(found):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(RuntimeError, match="another thing"), failures.enough_memory(found):
+        raise RuntimeError("another thing")
