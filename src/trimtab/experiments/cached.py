@@ -96,13 +96,15 @@ class TableCache(ActivationCache):
 
     def _plan(self, autocast: torch.dtype | None) -> None:
         """Watch a step on a few rows."""
-        batch, grown = self.collation.example()
+        batch, grown, short = self.collation.example()
         self.example = batch
-        here, more = self._there(batch), None if grown is None else self._there(grown)
+        here, more, less = (None if b is None else self._there(b) for b in (batch, grown, short))
+        assert here is not None
         texts = self.collation.text_keys
         length = batch[texts[0]].shape[1] if texts and grown else None
         redrawn = self.collation.redrawn(batch)
-        example = Example(here, torch.tensor(SOME), more, length, None if redrawn is None else self._there(redrawn))
+        again = None if redrawn is None else self._there(redrawn)
+        example = Example(here, torch.tensor(SOME), more, length, less, again)
         watcher = Watcher(self.model, self.listeners, example, self.around, 1e-5 if autocast is None else 3e-2)
         self.plan = watcher.find()
         self._check_holds(watcher)
@@ -132,21 +134,13 @@ class TableCache(ActivationCache):
         for name, leaf in self.leaves.items():
             assert leaf.axis is not None
             shape = list(leaf.stored(torch.empty(leaf.shape, device="meta")).shape)
-            axes = leaf.text_axes if self.plan.length is not None else ()
-            for axis in axes:
-                shape[axis] = self._longest
-            key = name.removeprefix("batch.")
-            if name.startswith("batch.") and (known := self.collation.ragged.get(key)):
-                shape[known.axis] = known.longest
-            found[name] = Column(tuple(shape[1:]), leaf.dtype, leaf.packed, leaf.drawn or self.views_of == 1,
-                                 axes[0] - 1 if axes else None)  # fmt: skip
-        if self.plan.length is not None:
+            for axis in leaf.text_axes:
+                shape[axis] += self._longest - self.plan.length  # type: ignore[operator]
+            axis = leaf.text_axes[0] - 1 if self.plan.cut and leaf.texts else None
+            found[name] = Column(tuple(shape[1:]), leaf.dtype, leaf.packed, leaf.drawn or self.collation.views == 1, axis)
+        if self.plan.cut:
             found[LENGTHS] = Column((), torch.long)
         return found
-
-    @property
-    def views_of(self) -> int:
-        return self.collation.views
 
     @property
     def _longest(self) -> int:
@@ -154,16 +148,19 @@ class TableCache(ActivationCache):
         return self.collation.ragged[self.collation.text_keys[0]].longest
 
     def _frozen_print(self) -> str:
-        """A hash of all that is frozen, which training does not change; of side networks nothing."""
-        beside = {id(m) for x in self.listeners.values() for m in x.side.modules()}
+        """A hash of all that is frozen, which training does not change; of heads and side networks that which has been
+        recorded, for what starts random in them differs from seed to seed."""
+        beside = {id(m) for x in self.listeners.values() for m in x.side.modules()} | {
+            id(m) for m in self.model.head.modules()
+        }
         found = []
         for path, module in self.model.named_modules():
-            own = dict(module.named_parameters(recurse=False))
-            if id(module) in beside or any(p.requires_grad for p in own.values()):
-                own = {} if id(module) in beside else {n: p for n, p in own.items() if not p.requires_grad}
-                found += [(f"{path}.{n}", p) for n, p in own.items()]
+            if id(module) in beside and not _covers(self.plan, path):
                 continue
-            found += [(f"{path}.{n}", t) for n, t in (*own.items(), *module.named_buffers(recurse=False))]
+            own = dict(module.named_parameters(recurse=False))
+            buffers = () if any(p.requires_grad for p in own.values()) else module.named_buffers(recurse=False)
+            found += [(f"{path}.{n}", t) for n, t in own.items() if not t.requires_grad]
+            found += [(f"{path}.{n}", t) for n, t in buffers]
         return tensors_print(found)
 
     # --- filling --------------------------------------------------------------------------------------------------
@@ -179,7 +176,7 @@ class TableCache(ActivationCache):
             batch = self.collation.group(view, first, min(first + RUN_ROWS, stop))
             lengths = batch.pop("lengths", None)
             self._check_same(view, first, batch)
-            if self.plan.length is None:
+            if not self.plan.cut:
                 batch = {k: self.collation.padded(k, v) for k, v in batch.items()}
             take = functools.partial(Tensor.to, device="cpu", copy=True)
             with self.around():
@@ -192,11 +189,11 @@ class TableCache(ActivationCache):
 
     def _whole(self, name: str, value: Tensor) -> Tensor:
         """As long as the longest text of the table."""
-        key = name.removeprefix("batch.")
-        if name.startswith("batch.") and key in self.collation.ragged:
-            return self.collation.padded(key, value)
         axis = self.columns[name].axis
-        return value if axis is None else longer(value, axis + 1, self._longest, 0)
+        if axis is None:
+            return value
+        known = self.collation.ragged.get(name.removeprefix("batch.")) if name.startswith("batch.") else None
+        return longer(value, axis + 1, self._longest, known.pad if known else 0)
 
     def _check_same(self, view: int, first: int, batch: dict[str, Tensor]) -> None:
         """ValueError if what is stored for the first view alone is another in this one."""

@@ -148,11 +148,14 @@ class Collation:
 
     # --- examples -------------------------------------------------------------------------------------------------
 
-    def example(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        """A batch of a few rows, and the same with longer texts, if there are longer ones."""
+    def example(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, dict[str, Tensor] | None]:
+        """A batch of a few rows; the same with longer texts, if there are longer ones; the same with less padding, if
+        all batches have to be padded to one length."""
         count = len(self.table)
         for offset in range(8):
             rows = [self.table[(offset + i * max(1, count // EXAMPLE)) % count] for i in range(EXAMPLE)]
+            if not offset:
+                self._check_alone(rows)
             batch = self.collated(rows, offset)
             grown = {}
             for key in self.text_keys:
@@ -160,27 +163,30 @@ class Collation:
                 more = min(3, known.longest - length)
                 if more > 0:
                     grown[key] = longer(batch[key], 1, length + more, known.pad)
-            if grown or not self.text_keys:
-                break
-        self._check_alone(rows)
-        return batch, {**batch, **grown} if grown else None
+            if grown:
+                return batch, {**batch, **grown}, None
+        return {k: self.padded(k, v) for k, v in batch.items()}, None, batch if self.ragged else None
 
     def _check_alone(self, rows: list[dict[str, Any]]) -> None:
         """ValueError if what is collated of a sample depends on the samples beside it."""
-        least = max(2, self.model.task.least)
+        name, least = self.model.task.name, max(2, self.model.task.least)
         rows = [blanked(r) for r in rows]
         mine, others = rows[:least], [blanked(self.table[(i * 7 + 3) % len(self.table)]) for i in range(3)]
-        a, b = (self.collated([*mine, *rest], 0, augmented=False) for rest in (rows[least:], others))
+        try:
+            alone = self.collated(mine[:1] if self.model.task.least == 1 else mine, 0, augmented=False)
+            a, b = (self.collated([*mine, *rest], 0, augmented=False) for rest in (rows[least:], others))
+        except ValueError as error:
+            raise ValueError(f"cache: rows of task {name!r} cannot be collated in batches of any size ({error}): train "
+                             "it without `training.cache`") from error  # fmt: skip
         for key in a:
-            one, two = a[key][:least], b[key][:least]
-            if known := self.ragged.get(key):
-                size = max(one.shape[known.axis], two.shape[known.axis])
-                one, two = (longer(x, known.axis, size, known.pad) for x in (one, two))
-            if one.shape != two.shape or not torch.equal(one, two):
-                raise ValueError(
-                    f"cache: '{key}' of a sample of task {self.model.task.name!r} is made from other rows of its "
-                    "batch: train it without `training.cache`"
-                )
+            for one, two in ((a[key], b[key]), (alone[key], a[key])):
+                shape = [min(x) for x in zip(one[:least].shape, two[:least].shape, strict=True)]
+                one, two = (x[tuple(slice(n) for n in shape)] for x in (one, two))
+                if not torch.equal(one, two):
+                    raise ValueError(
+                        f"cache: '{key}' of a sample of task {name!r} is made from other rows of its batch: train it "
+                        "without `training.cache`"
+                    )
 
     def redrawn(self, batch: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """The example with other draws in place of its own: what is drawn is taken from the next row. None if there is

@@ -136,7 +136,8 @@ class Plan:
         calls: of modules, by their keys.
         heard: by side networks.
         batch: of the step's inputs.
-        length: of the texts on which it was watched; None if leaves are not cut to a batch's longest text.
+        length: of the texts on which it was watched; None if all batches have one length.
+        cut: whether leaves may be cut to a batch's longest text; else they are as long as the longest of all.
         dense: whether places that nobody reads must be tensors of their own (a model writes into them).
     """
 
@@ -144,6 +145,7 @@ class Plan:
     heard: dict[Key, Heard]
     batch: tuple[Leaf, ...] = ()
     length: int | None = None
+    cut: bool = False
     dense: bool = False
 
     def leaves(self) -> Iterator[Leaf]:
@@ -313,6 +315,8 @@ class Recording(_Counted):
                 keep(leaf, value)
             for part, leaf in ear.rest.items():
                 keep(leaf, getattr(seen, part))
+            if not any(p.requires_grad for p in side.parameters()):
+                return side(seen)  # it is a part of what stays
             return seen.value  # the side network itself need not run
 
         for leaf in self.plan.batch:

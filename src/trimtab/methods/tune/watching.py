@@ -52,6 +52,7 @@ class Example:
         some: numbers of some of the rows, in another order.
         longer: the same with longer texts; None if all texts have one length, or lengths of several kinds.
         length: of the texts in `batch`.
+        short: the same as `batch` with less padding; None if it has none that all rows have.
         redrawn: the same rows with other captions, words and so on; None if there is one view alone.
     """
 
@@ -59,6 +60,7 @@ class Example:
     some: Tensor
     longer: Values | None = None
     length: int | None = None
+    short: Values | None = None
     redrawn: Values | None = None
 
 
@@ -306,7 +308,7 @@ class Watcher:
     # --- what else is known of leaves -----------------------------------------------------------------------------
 
     def _texts(self, plan: Plan, values: Values) -> Plan:
-        """With the axes that are as long as the text; a plan of one length if what is stored cannot be cut."""
+        """With the axes that grow with the text, and whether what is stored can be cut where a batch's text ends."""
         if self.example.longer is None or self.example.length is None:
             return plan
         longer = self._recorded(plan, self.example.longer)
@@ -318,21 +320,20 @@ class Watcher:
             now = shapes[leaf.name]
             return replace(leaf, texts=tuple(i for i, (a, b) in enumerate(zip(leaf.shape, now, strict=True)) if a != b))
 
-        cut = plan.changed(lengths)
-        self.longer = {x.name: x.stored(longer[x.name]) for x in cut.leaves() if x.needed}
-        for leaf in cut.leaves():
-            grown = [shapes[leaf.name][i] - leaf.shape[i] for i in leaf.texts]
-            if any(g != more for g in grown):
-                return plan
-            if not leaf.needed:
-                continue
-            short = self.longer[leaf.name]
-            for axis in leaf.text_axes:
-                short = short.narrow(axis, 0, self.example.length)
-            whole = all(leaf.shape[i] == self.example.length for i in leaf.texts)
-            if not whole or not self._near(short, values[leaf.name]):
-                return plan
-        return replace(cut, length=self.example.length)
+        plan = plan.changed(lengths)
+        self.longer = {x.name: x.stored(longer[x.name]) for x in plan.leaves() if x.needed}
+        cut = True
+        for leaf in plan.leaves():
+            if any(shapes[leaf.name][i] - leaf.shape[i] != more for i in leaf.texts):
+                raise ValueError(f"cache: the axes of {leaf.name} do not grow with the text as the text does: train it "
+                                 "without `training.cache`")  # fmt: skip
+            if leaf.needed and leaf.texts:
+                short = self.longer[leaf.name]
+                for axis in leaf.text_axes:
+                    short = short.narrow(axis, 0, leaf.shape[leaf.texts[0]])
+                cut &= len(leaf.texts) == 1 and leaf.shape[leaf.texts[0]] == self.example.length
+                cut = cut and self._near(short, values[leaf.name])
+        return replace(plan, length=self.example.length, cut=cut)
 
     def _drawn(self, plan: Plan, values: Values) -> Plan:
         """With leaves marked that are the same in all views."""
@@ -372,6 +373,10 @@ class Watcher:
                                  "train it without `training.cache`")  # fmt: skip
         if self.example.longer is not None:
             self._compare(float(self._played(plan, self.longer)[0]), float(loss), " with texts padded further")
+        if self.example.short is not None:
+            with self._step(0):
+                short = self.model(**self.example.short)["loss"]
+            self._compare(float(found), float(short.detach()), " with texts padded further")
         return plan
 
     def _played(self, plan: Plan, values: Values) -> tuple[Tensor, list[Tensor | None]]:
