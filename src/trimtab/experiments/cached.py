@@ -109,7 +109,7 @@ class TableCache(ActivationCache):
         self.plan = watcher.find()
         self._check_holds(watcher)
         self.idle = watcher.idle(self.plan, here) if self.collation.views > 1 else set()
-        self.leaves = {x.name: x for x in self.plan.leaves() if x.needed}
+        self.leaves = {x.name: x for x in self.plan.kept()}
 
     def _there(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {k: v.to(self.device) for k, v in batch.items()}
@@ -136,8 +136,11 @@ class TableCache(ActivationCache):
             shape = list(leaf.stored(torch.empty(leaf.shape, device="meta")).shape)
             for axis in leaf.text_axes:
                 shape[axis] += self._longest - self.plan.length  # type: ignore[operator]
-            axis = leaf.text_axes[0] - 1 if self.plan.cut and leaf.texts else None
-            found[name] = Column(tuple(shape[1:]), leaf.dtype, leaf.packed, leaf.drawn or self.collation.views == 1, axis)
+            drawn = leaf.drawn or self.collation.views == 1
+            found[name] = Column(tuple(shape[1:]), leaf.dtype, leaf.packed, drawn)
+            if self.plan.cut and leaf.texts:
+                before = leaf.shape[leaf.texts[0]] - self.plan.length  # type: ignore[operator]
+                found[name] = found[name]._replace(axis=leaf.text_axes[0] - 1, before=before)
         if self.plan.cut:
             found[LENGTHS] = Column((), torch.long)
         return found
@@ -189,11 +192,11 @@ class TableCache(ActivationCache):
 
     def _whole(self, name: str, value: Tensor) -> Tensor:
         """As long as the longest text of the table."""
-        axis = self.columns[name].axis
+        axis, before = self.columns[name].axis, self.columns[name].before
         if axis is None:
             return value
         known = self.collation.ragged.get(name.removeprefix("batch.")) if name.startswith("batch.") else None
-        return longer(value, axis + 1, self._longest, known.pad if known else 0)
+        return longer(value, axis + 1, before + self._longest, known.pad if known else 0)
 
     def _check_same(self, view: int, first: int, batch: dict[str, Tensor]) -> None:
         """ValueError if what is stored for the first view alone is another in this one."""

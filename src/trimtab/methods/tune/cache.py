@@ -39,7 +39,8 @@ class Column(NamedTuple):
         dtype: as it is computed.
         packed: whether it is stored in the cache's precision; vectors, masks and numbers stay as they are.
         drawn: whether it differs between views; else it stands in the shards of the first alone.
-        axis: as long as a sample's text, of one sample's axes; None if no axis is.
+        axis: at whose end the text is, of one sample's axes; None if no axis can be cut.
+        before: how much is on that axis before the text.
     """
 
     shape: tuple[int, ...]
@@ -47,6 +48,7 @@ class Column(NamedTuple):
     packed: bool = False
     drawn: bool = True
     axis: int | None = None
+    before: int = 0
 
     def bytes(self, precision: Precision) -> int:
         """On disk, of one sample; scales, which are few, are left out."""
@@ -250,7 +252,8 @@ def unpack(shard: Mapping[str, Tensor], name: str, rows: Tensor, one: Column, le
 
     def cut(value: Tensor) -> Tensor:
         axis = None if one.axis is None or length is None else one.axis + 1
-        return value if axis is None or value.shape[axis] <= length else value.narrow(axis, 0, length)  # type: ignore[operator]
+        end = one.before + (length or 0)
+        return value if axis is None or value.shape[axis] <= end else value.narrow(axis, 0, end)
 
     value = cut(shard[name]).index_select(0, rows)
     if (scale := shard.get(f"{name}.scale")) is None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from trimtab.methods.tune.listener import Listener, Seen
+from trimtab.methods.tune.results import Result, joined
 
 Values = dict[str, Tensor]
 Key = tuple[str, int]  # path of a module, or name of a listener, and the number of the call in a step, from 0
@@ -44,6 +45,7 @@ class Leaf:
         needed: whether the loss depends on its values.
         drawn: whether they depend on what is drawn anew in every view.
         narrow: whether it may be handed on in the precision in which it is stored.
+        fixed: its value, if that is the same whatever the batch.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Leaf:
     needed: bool = True
     drawn: bool = True
     narrow: bool = False
+    fixed: Tensor | None = field(default=None, compare=False, repr=False)
 
     def stored(self, value: Tensor) -> Tensor:
         """With the samples as first axis."""
@@ -119,13 +122,13 @@ class Heard:
         key: name of its listener, and the number of its call.
         maps: hidden maps.
         rest: mask, value and position, those that are there.
-        memory: the call of another side network whose result it reads.
+        memory: the calls of another side network whose results it reads, one behind the other.
     """
 
     key: Key
     maps: tuple[Leaf, ...]
     rest: dict[str, Leaf]
-    memory: Key | None = None
+    memory: tuple[Key, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -170,8 +173,11 @@ class Plan:
 
     def told(self) -> dict[str, Any]:
         """As plain JSON, without what differs from batch to batch."""
-        return {x.name: [list(x.shape), str(x.dtype), x.axis, x.times, list(x.texts), x.drawn]
-                for x in self.leaves() if x.needed}  # fmt: skip
+        return {x.name: [list(x.shape), str(x.dtype), x.axis, x.times, list(x.texts), x.drawn] for x in self.kept()}
+
+    def kept(self) -> Iterator[Leaf]:
+        """What is recorded of samples."""
+        return (x for x in self.leaves() if x.needed and x.fixed is None)
 
 
 def leaves_of(name: str, value: Any) -> tuple[list[Any], TreeSpec]:
@@ -275,7 +281,7 @@ class Recording(_Counted):
     def __init__(self, model: nn.Module, listeners: Mapping[str, Listener], plan: Plan, only: set[str] | None = None,
                  skip: set[Key] | None = None):  # fmt: skip
         super().__init__(model, listeners, plan)
-        self.only = {x.name for x in plan.leaves() if x.needed} if only is None else only
+        self.only = {x.name for x in plan.kept()} if only is None else only
         self.skip = skip or set()
 
     @torch.no_grad()
@@ -339,7 +345,7 @@ class Playing(_Counted):
 
     def __init__(self, model: nn.Module, listeners: Mapping[str, Listener], plan: Plan):
         super().__init__(model, listeners, plan)
-        self.given: dict[Key, tuple[Tensor, Tensor | None]] = {}
+        self.given: dict[Key, Result] = {}
 
     def run(self, values: Values, rows: int) -> Any:
         """The model's own result of a batch.
@@ -356,6 +362,8 @@ class Playing(_Counted):
         def value(leaf: Any) -> Any:
             if not isinstance(leaf, Leaf):
                 return leaf
+            if leaf.fixed is not None:
+                return leaf.fixed
             if leaf.name in values:
                 found = values[leaf.name]
                 return leaf.handed(found) if leaf.axis is not None else found
@@ -371,7 +379,7 @@ class Playing(_Counted):
         def heard(name: str, seen: Seen, side: nn.Module) -> Any:
             key = name, self.counts[name] - 1
             out = side(seen)
-            self.given[key] = out, seen.mask
+            self.given[key] = Result(out, seen.mask, ())
             return out
 
         def show(name: str) -> Seen:
@@ -379,8 +387,8 @@ class Playing(_Counted):
             seen = Seen([value(leaf) for leaf in ear.maps], None, None, None)  # type: ignore[arg-type]
             for part, leaf in ear.rest.items():
                 setattr(seen, part, value(leaf))
-            if ear.memory is not None:
-                seen.memory, seen.memory_mask = self.given[ear.memory]
+            if read := joined([self.given[key] for key in ear.memory]):
+                seen.memory, seen.memory_mask = read.tokens, read.mask
             return seen
 
         batch = {leaf.name.removeprefix("batch."): value(leaf) for leaf in self.plan.batch}

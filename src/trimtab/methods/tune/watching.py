@@ -100,6 +100,8 @@ class Watcher:
         Raises:
             ValueError: if nothing stays, what a side network reads does not, or playing back does not give the same.
         """
+        if not self.trained:
+            raise ValueError("cache: nothing is trained")
         with self._untouched():
             first, heard, loss, gradients = self._watched(seed=0)
             with self._other_values():
@@ -162,7 +164,7 @@ class Watcher:
         entries: list[_Entry] = []
         stack: list[int] = []
         heard: dict[Key, Any] = {}
-        made: dict[int, tuple[Key, Tensor]] = {}
+        made: dict[Key, Any] = {}
 
         def called(path: str, forward: Callable, args: tuple, kwargs: dict) -> Any:
             entry = _Entry((path, counts[path]), list(stack), path in trains)
@@ -183,12 +185,12 @@ class Watcher:
             key = name, counts[f"side {name}"]
             counts[f"side {name}"] += 1
             maps, rest = leaves_heard(key_name(key), seen)
-            memory = None if seen.memory is None else made.get(id(seen.memory), (None, None))[0]
+            memory = () if seen.memory is None else _sources(seen.memory, made)
             prints = [_print(v) for _, v in (*maps, *rest.values())]
             heard[key] = ([x for x, _ in maps], {k: x for k, (x, _) in rest.items()}, seen.memory is not None, memory,
                           prints)  # fmt: skip
             out = side(seen)
-            made[id(out)] = key, out
+            made[key] = out
             return out
 
         with self._step(seed), between(modules, called, self.listeners, hear):
@@ -209,10 +211,10 @@ class Watcher:
                     f"cache: what the side network {key[0]} reads changes in training (with what is trained, or at "
                     "random): train it without `training.cache`"
                 )
-            if reads and memory is None:
+            if reads and not memory:
                 raise ValueError(
-                    f"cache: the side network {key[0]} reads another one's result in another order of rows, or joined "
-                    "from several runs: train it without `training.cache`"
+                    f"cache: the side network {key[0]} reads another one's result in another order of rows: train it "
+                    "without `training.cache`"
                 )
             found[key] = Heard(key, tuple(maps), rest, memory)
         return found
@@ -243,21 +245,21 @@ class Watcher:
         refused: set[Key] = set()
         while True:
             plan = Plan(_outermost(watched, stay - refused), ears, batch)
-            raw, part = (self._recorded(plan, b) for b in (self.example.batch, self._part()))
-            plan = plan.changed(lambda leaf, raw=raw, part=part: self._by_rows(leaf, raw, part))  # type: ignore[misc]
+            raw, *others = (self._recorded(plan, b) for b in (self.example.batch, self._part(), self.example.longer) if b)
+            plan = plan.changed(lambda leaf, a=raw, b=others: self._by_rows(leaf, a, b))  # type: ignore[misc]
             needed = self._needed(plan, raw)
             plan = plan.changed(lambda leaf, needed=needed: replace(leaf, needed=leaf.name in needed))  # type: ignore[misc]
             wrong = {k for k, c in plan.calls.items()
-                     if any(isinstance(x, Leaf) and x.needed and x.axis is None for x in c.leaves)}  # fmt: skip
+                     if any(isinstance(x, Leaf) and _lost(x) for x in c.leaves)}  # fmt: skip
             if not wrong:
                 break
             for path, _ in wrong:
                 self.why.setdefault(path, "its rows depend on the other samples of the batch")
             refused |= wrong
-        if other := next((x.name for x in plan.leaves() if x.needed and x.axis is None), None):
+        if other := next((x.name for x in plan.leaves() if _lost(x)), None):
             raise ValueError(f"cache: {other} of a sample depends on the other samples of its batch: train it without "
                              "`training.cache`")  # fmt: skip
-        return plan, {x.name: x.stored(raw[x.name]) for x in plan.leaves() if x.axis is not None and x.needed}
+        return plan, {x.name: x.stored(raw[x.name]) for x in plan.kept()}
 
     def _part(self) -> Values:
         return {k: v[self.example.some.to(v.device)] for k, v in self.example.batch.items()}
@@ -269,9 +271,12 @@ class Watcher:
         with self._step(0, train=False):
             return Recording(self.model, self.listeners, plain, names).run(batch)
 
-    def _by_rows(self, leaf: Leaf, whole: Values, part: Values) -> Leaf:
-        """A leaf with its axis of samples, if it has one and its rows are those of the samples."""
-        a, b = whole[leaf.name], part[leaf.name]
+    def _by_rows(self, leaf: Leaf, whole: Values, others: list[Values]) -> Leaf:
+        """A leaf with its axis of samples, if it has one and its rows are those of the samples; with its value if that
+        is always the same."""
+        a, b = whole[leaf.name], others[0][leaf.name]
+        if all(o[leaf.name].shape == a.shape and torch.equal(o[leaf.name], a) for o in others):
+            return replace(leaf, fixed=a)
         rows, some = len(next(iter(self.example.batch.values()))), self.example.some
         if a.ndim != b.ndim or a.dtype != b.dtype:
             return leaf
@@ -300,6 +305,7 @@ class Watcher:
         with _Followed() as followed:
             mine = {name: followed.named(name, value.clone()) for name, value in values.items()}
             stored = {x.name: x.stored(mine[x.name]) if x.axis is not None else mine[x.name] for x in plan.leaves()}
+            plan = plan.changed(lambda leaf: replace(leaf, fixed=None))
             rows = len(next(iter(self.example.batch.values())))
             with self._step(0):
                 loss = Playing(self.model, self.listeners, plan).run(stored, rows)["loss"]
@@ -321,18 +327,17 @@ class Watcher:
             return replace(leaf, texts=tuple(i for i, (a, b) in enumerate(zip(leaf.shape, now, strict=True)) if a != b))
 
         plan = plan.changed(lengths)
-        self.longer = {x.name: x.stored(longer[x.name]) for x in plan.leaves() if x.needed}
+        self.longer = {x.name: x.stored(longer[x.name]) for x in plan.kept()}
         cut = True
         for leaf in plan.leaves():
             if any(shapes[leaf.name][i] - leaf.shape[i] != more for i in leaf.texts):
                 raise ValueError(f"cache: the axes of {leaf.name} do not grow with the text as the text does: train it "
                                  "without `training.cache`")  # fmt: skip
-            if leaf.needed and leaf.texts:
+            if leaf.needed and leaf.fixed is None and leaf.texts:  # behind what is always there, or by itself
                 short = self.longer[leaf.name]
-                for axis in leaf.text_axes:
-                    short = short.narrow(axis, 0, leaf.shape[leaf.texts[0]])
-                cut &= len(leaf.texts) == 1 and leaf.shape[leaf.texts[0]] == self.example.length
-                cut = cut and self._near(short, values[leaf.name])
+                for axis, own in zip(leaf.text_axes, leaf.texts, strict=True):
+                    short = short.narrow(axis, 0, leaf.shape[own])
+                cut = cut and len(leaf.texts) == 1 and self._near(short, values[leaf.name])
         return replace(plan, length=self.example.length, cut=cut)
 
     def _drawn(self, plan: Plan, values: Values) -> Plan:
@@ -348,7 +353,7 @@ class Watcher:
     def idle(self, plan: Plan, batch: Values) -> set[Key]:
         """Calls that need not run again for what is drawn anew in a further view."""
         still = {k for k, c in plan.calls.items() if all(not x.drawn for x in c.leaves if isinstance(x, Leaf))}
-        drawn = {x.name for x in plan.leaves() if x.needed and x.drawn}
+        drawn = {x.name for x in plan.kept() if x.drawn}
         with self._untouched(), self._step(0, train=False):
             whole = Recording(self.model, self.listeners, plan, drawn).run(batch)
             try:
@@ -371,7 +376,7 @@ class Watcher:
             if (a is None) != (b is None) or not (a is None or b is None or _alike(a, b, 1e-3 + 3 * self.close)):
                 raise ValueError("cache: a step played back has other gradients than the same step of the whole model: "
                                  "train it without `training.cache`")  # fmt: skip
-        if self.example.longer is not None:
+        if self.example.longer is not None and not plan.cut:  # what is cut is as long as it is without a cache
             self._compare(float(self._played(plan, self.longer)[0]), float(loss), " with texts padded further")
         if self.example.short is not None:
             with self._step(0):
@@ -380,7 +385,7 @@ class Watcher:
         return plan
 
     def _played(self, plan: Plan, values: Values) -> tuple[Tensor, list[Tensor | None]]:
-        needed = {x.name: values[x.name] for x in plan.leaves() if x.needed}
+        needed = {x.name: values[x.name] for x in plan.kept()}
         rows = len(next(iter(self.example.batch.values())))
         with self._step(0):
             loss = Playing(self.model, self.listeners, plan).run(needed, rows)["loss"]
@@ -392,6 +397,25 @@ class Watcher:
                 f"cache: a step played back{how} has the loss {found:.7g}, the same step of the whole model "
                 f"{wanted:.7g}: train it without `training.cache`"
             )
+
+
+def _lost(leaf: Leaf) -> bool:
+    """Whether the loss reads what is neither a sample's nor always the same."""
+    return leaf.needed and leaf.axis is None and leaf.fixed is None
+
+
+def _sources(memory: Tensor, made: Mapping[Key, Any]) -> tuple[Key, ...]:
+    """Which results of side networks a memory is, one behind the other; none if it is something else."""
+    for name in dict.fromkeys(key[0] for key in made):
+        found = {key: out for key, out in made.items() if key[0] == name}
+        for key, out in found.items():
+            if out is memory:
+                return (key,)
+        if all(o.ndim == memory.ndim for o in found.values()):
+            whole = torch.cat(list(found.values()), dim=1)
+            if whole.shape == memory.shape and torch.equal(whole, memory):
+                return tuple(found)
+    return ()
 
 
 def _without_values(found: tuple[list[Any], TreeSpec], entry: _Entry) -> tuple[list[Any], TreeSpec | None]:
