@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.data.augment import Augmentation
-from trimtab.experiments.collation import RUN_ROWS, SOME, Collation, longer, table_print, tensors_print
+from trimtab.experiments import collation
+from trimtab.experiments.collation import SOME, Collation, longer, table_print, tensors_print
 from trimtab.files import cache_dir
+from trimtab.methods.tune import cache
 from trimtab.methods.tune.cache import ActivationCache, Column, Precision
 from trimtab.methods.tune.frozen import Leaf, Plan, Playing, Recording
 from trimtab.methods.tune.listener import Listener
@@ -175,8 +177,8 @@ class TableCache(ActivationCache):
         names = {n for n, c in self.columns.items() if c.drawn or not view} - {LENGTHS}
         recording = Recording(self.model, self.listeners, self.plan, names, self.idle if view else None)
         parts = []
-        for first in range(start, stop, RUN_ROWS):
-            batch = self.collation.group(view, first, min(first + RUN_ROWS, stop))
+        for first in range(start, stop, collation.RUN_ROWS):  # of which a shard holds whole groups
+            batch = self.collation.group(view, first, min(first + collation.RUN_ROWS, stop))
             lengths = batch.pop("lengths", None)
             self._check_same(view, first, batch)
             if not self.plan.cut:
@@ -217,19 +219,16 @@ class TableCache(ActivationCache):
 
     def batch(self, indices: Sequence[int], length: int | None = None) -> dict[str, Tensor]:
         """See `ActivationCache.batch`; texts without the padding that all have."""
-        if LENGTHS in self.columns:
-            per_view = -(-self.rows // self._per)
-            length = max(int(self.shards[int(i) // self.rows * per_view + int(i) % self.rows // self._per][LENGTHS]
-                             [int(i) % self.rows % self._per]) for i in indices)  # fmt: skip
+        length = self._longest_of(indices) if LENGTHS in self.columns else length
         out = super().batch(indices, length)
         out.pop(LENGTHS, None)
         return out
 
-    @property
-    def _per(self) -> int:
-        from trimtab.methods.tune import cache
-
-        return cache.SHARD_ROWS
+    def _longest_of(self, indices: Sequence[int]) -> int:
+        """Of the texts of some samples."""
+        per_view, size = -(-self.rows // cache.SHARD_ROWS), cache.SHARD_ROWS
+        places = (divmod(int(i), self.rows) for i in indices)
+        return max(int(self.shards[view * per_view + row // size][LENGTHS][row % size]) for view, row in places)
 
 
 def _covers(plan: Plan, path: str) -> bool:

@@ -151,12 +151,13 @@ class Collation:
     def example(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, dict[str, Tensor] | None]:
         """A batch of a few rows; the same with longer texts, if there are longer ones; the same with less padding, if
         all batches have to be padded to one length."""
-        count = len(self.table)
-        for offset in range(8):
-            rows = [self.table[(offset + i * max(1, count // EXAMPLE)) % count] for i in range(EXAMPLE)]
-            if not offset:
-                self._check_alone(rows)
-            batch = self.collated(rows, offset)
+        count, step = len(self.table), max(1, len(self.table) // EXAMPLE)
+        chosen = [[(offset + i * step) % count for i in range(EXAMPLE)] for offset in range(4)]
+        self._check_alone([self.table[i] for i in chosen[0]])
+        if self.text_keys and len(short := self._short_rows()) > 2:
+            chosen.append([short[i % len(short)] for i in range(EXAMPLE)])
+        for salt, places in enumerate(chosen):
+            batch = self.collated([self.table[i] for i in places], salt)
             grown = {}
             for key in self.text_keys:
                 length, known = batch[key].shape[1], self.ragged[key]
@@ -166,6 +167,18 @@ class Collation:
             if grown:
                 return batch, {**batch, **grown}, None
         return {k: self.padded(k, v) for k, v in batch.items()}, None, batch if self.ragged else None
+
+    def _short_rows(self) -> list[int]:
+        """Some rows whose texts are not the longest."""
+        key, found = self.text_keys[0], []
+        for i in range(min(len(self.table), 256)):
+            row = blanked(self.table[i])
+            size = self.collated([row] * self.model.task.least, len(found), augmented=False)[key].shape[1]
+            if size < self.ragged[key].longest:
+                found.append(i)
+            if len(found) == EXAMPLE:
+                break
+        return found
 
     def _check_alone(self, rows: list[dict[str, Any]]) -> None:
         """ValueError if what is collated of a sample depends on the samples beside it."""
