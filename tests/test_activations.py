@@ -206,8 +206,10 @@ def test_a_changed_caption_is_another_table(clip):
 
 
 def test_what_cannot_be_trained_from_a_cache_says_why(tiny_raw, tmp_path, clip, monkeypatch):
-    with pytest.raises(recipe.RecipeError, match=r"no block of 'tiny-clip' stays the same in training \('backbone.model."
-                                                 r"vision_model.encoder.layers.0': it holds, or calls, what is trained"):
+    why = (
+        r"no block of 'tiny-clip' stays the same .*vision_model.encoder.layers.0': it holds, or calls, what is trained"
+    )
+    with pytest.raises(recipe.RecipeError, match=why):
         run.run(recipe.expand(tiny_raw("tiny-clip", "retrieval", ["lora"], cache="fp16"), "test")[0], tmp_path / "run")
     parts, table = assembled(tiny_raw, "tiny-vilt", {"name": "matching", "pool": 8})[0], clip[1]
     with pytest.raises(ValueError, match="'input_ids' of a sample of task 'matching' is made from other rows of its"):

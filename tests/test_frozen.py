@@ -42,9 +42,12 @@ def table() -> Callable[[str], Any]:
     def get(task: str) -> Any:
         if task not in made:
             kind = "retrieval" if task == "captioning" else TASKS[task].schema or task
-            own = {"video-retrieval": films_of, "retrieval": None, "vqa": None, "captioning": None}.get(task, made_up)
-            made[task] = own() if own is films_of else own(kind, ROWS) if own else pictograms(kind, rows=ROWS, seed=0,
-                                                                                               progress=False)  # fmt: skip
+            if task == "video-retrieval":
+                made[task] = films_of()
+            elif task in ("retrieval", "vqa", "captioning"):
+                made[task] = pictograms(kind, rows=ROWS, seed=0, progress=False)
+            else:
+                made[task] = made_up(kind, ROWS)
         return made[task]
 
     return get

@@ -127,8 +127,8 @@ class TableCache(ActivationCache):
             why = next((f"'{b}': {watcher.why[b]}" for b in blocks if b in watcher.why), "the loss reads no block")
             raise ValueError(
                 f"cache: no block of {self.model.backbone.name!r} stays the same in training ({why}): "
-                "`training.cache` is for what trains beside or behind frozen blocks (linear-probe, partial, unipt, lst, "
-                "side-tuning, sherl); train it without"
+                "`training.cache` is for what trains beside or behind frozen blocks (linear-probe, partial, unipt, "
+                "lst, side-tuning, sherl); train it without"
             )
 
     def _columns(self) -> dict[str, Column]:

@@ -7,10 +7,10 @@ batch that are longer in one batch than in another (texts) are padded as the tas
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -170,7 +170,8 @@ class Collation:
 
     def _short_rows(self) -> list[int]:
         """Some rows whose texts are not the longest."""
-        key, found = self.text_keys[0], []
+        key = self.text_keys[0]
+        found: list[int] = []
         for i in range(min(len(self.table), 256)):
             row = blanked(self.table[i])
             size = self.collated([row] * self.model.task.least, len(found), augmented=False)[key].shape[1]
@@ -241,8 +242,8 @@ def table_print(table: Any) -> str:
 
 
 def _told(value: Any) -> str:
-    if isinstance(value, str) and len(value) < 4096 and os.path.isfile(value):
-        found = os.stat(value)
+    if isinstance(value, str) and len(value) < 1024 and "\0" not in value and Path(value).is_file():
+        found = Path(value).stat()
         return f"{value} {found.st_size} {found.st_mtime_ns}"
     return str(value)
 

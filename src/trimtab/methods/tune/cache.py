@@ -1,4 +1,4 @@
-"""The activation cache: what a frozen model computes is written once, then what stands beside or behind it trains on it.
+"""The activation cache: what a frozen model computes is written once, then the rest trains on that.
 
     samples --> frozen model --> leaves (`frozen.py`) --> shards on disk     (once, for each view)
     numbers --> shards (memory-mapped) --> the rest of the model --> loss    (every training step)

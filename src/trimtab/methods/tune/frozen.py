@@ -220,11 +220,15 @@ class _Ear(nn.Module):
 
 
 @contextmanager
-def between(modules: Mapping[str, nn.Module], called: Callable[[str, Callable, tuple, dict], Any],
-            listeners: Mapping[str, Listener], heard: Callable[[str, Seen, nn.Module], Any]) -> Iterator[None]:  # fmt: skip
+def between(
+    modules: Mapping[str, nn.Module],
+    called: Callable[[str, Callable, tuple, dict], Any],
+    listeners: Mapping[str, Listener],
+    heard: Callable[[str, Seen, nn.Module], Any],
+) -> Iterator[None]:
     """While this is open, `called(path, forward, args, kwargs)` gives the results of modules, and `heard(name, seen,
     side)` those of side networks. Hooks go on as before."""
-    before = {path: vars(module).get("forward") for path, module in modules.items()}
+    before: dict[str, Any] = {path: vars(module).get("forward") for path, module in modules.items()}
     sides = {name: listener.side for name, listener in listeners.items()}
 
     def stand(path: str, forward: Callable) -> Callable:
@@ -245,7 +249,7 @@ def between(modules: Mapping[str, nn.Module], called: Callable[[str, Callable, t
             if before[path] is None:
                 vars(module).pop("forward", None)
             else:
-                module.forward = before[path]  # type: ignore[method-assign]
+                module.forward = before[path]
         for name, listener in listeners.items():
             listener.side = sides[name]
 
@@ -305,9 +309,9 @@ class Recording(_Counted):
         def called(path: str, forward: Callable, args: tuple, kwargs: dict) -> Any:
             key = self.next(path)
             if key in self.skip:
-                call = self.plan.calls[key]
-                self.counts.update(call.inside)
-                return tree_unflatten([blank(x) if isinstance(x, Leaf) else x for x in call.leaves], call.spec)
+                idle = self.plan.calls[key]
+                self.counts.update(idle.inside)
+                return tree_unflatten([blank(x) if isinstance(x, Leaf) else x for x in idle.leaves], idle.spec)
             result = forward(*args, **kwargs)
             if call := self.plan.calls.get(key):
                 for leaf, value in zip(call.leaves, tree_flatten(result)[0], strict=True):

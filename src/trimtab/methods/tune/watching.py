@@ -1,11 +1,11 @@
 """Which calls of a training step stay as they are, and what of them the loss reads: found by running the step.
 
-    a step, and the same with other trained values and random numbers -> calls with the same results: these stay
-    the step on some of its rows, in another order                    -> which axis of a leaf is the sample
-    the step with longer texts                                        -> which axes are the text
-    the step with other draws (captions) for the same pictures        -> what is the same in all views
-    the step played back, every operation followed                    -> what the loss depends on
-    the step played back with NaN for all else                        -> the loss and gradients of the first, or an error
+a step, and the same with other trained values and random numbers -> calls with the same results: these stay
+the step on some of its rows, in another order                    -> which axis of a leaf is the sample
+the step with longer texts                                        -> which axes are the text
+the step with other draws (captions) for the same pictures        -> what is the same in all views
+the step played back, every operation followed                    -> what the loss depends on
+the step played back with NaN for all else                        -> the same loss and gradients, or an error
 """
 
 from __future__ import annotations
@@ -243,9 +243,10 @@ class Watcher:
         in the example."""
         batch = tuple(Leaf(f"batch.{k}", tuple(v.shape), v.dtype) for k, v in self.example.batch.items())
         refused: set[Key] = set()
+        batches = [b for b in (self.example.batch, self._part(), self.example.longer) if b]
         while True:
             plan = Plan(_outermost(watched, stay - refused), ears, batch)
-            raw, *others = (self._recorded(plan, b) for b in (self.example.batch, self._part(), self.example.longer) if b)
+            raw, *others = (self._recorded(plan, b) for b in batches)
             plan = plan.changed(lambda leaf, a=raw, b=others: self._by_rows(leaf, a, b))  # type: ignore[misc]
             needed = self._needed(plan, raw)
             plan = plan.changed(lambda leaf, needed=needed: replace(leaf, needed=leaf.name in needed))  # type: ignore[misc]
