@@ -27,7 +27,8 @@ from trimtab.experiments.collation import SOME, Collation, longer, table_print, 
 from trimtab.files import cache_dir
 from trimtab.methods.tune import cache
 from trimtab.methods.tune.cache import ActivationCache, Column, Precision
-from trimtab.methods.tune.frozen import Leaf, Plan, Playing, Recording
+from trimtab.methods.tune.frozen import Playing, Recording
+from trimtab.methods.tune.leaves import Plan
 from trimtab.methods.tune.listener import Listener
 from trimtab.methods.tune.watching import Example, Watcher
 from trimtab.tasks.base import TaskModel
@@ -284,6 +285,3 @@ def _share(into: nn.Module, of: nn.Module) -> None:
             held = nn.Module()
             into.add_module(name, held)
             _share(held, child)
-
-
-__all__ = ["CachedModel", "Leaf", "TableCache", "listeners_of"]

@@ -10,37 +10,20 @@ the step played back with NaN for all else                        -> the same lo
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_leaves
 
-from trimtab.methods.tune.frozen import (
-    Call,
-    Heard,
-    Key,
-    Leaf,
-    Plan,
-    Playing,
-    Recording,
-    Values,
-    between,
-    key_name,
-    leaves_heard,
-    leaves_of,
-)
+from trimtab.methods.tune.entries import Entry, outermost, print_of, sources, without_values
+from trimtab.methods.tune.following import Followed
+from trimtab.methods.tune.frozen import Playing, Recording, between
+from trimtab.methods.tune.leaves import Heard, Key, Leaf, Plan, Values, key_name, leaves_heard, leaves_of
 from trimtab.methods.tune.listener import Listener, Seen
-
-_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
-_SHAPE_ONLY = ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like",
-               "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,19 +45,6 @@ class Example:
     length: int | None = None
     short: Values | None = None
     redrawn: Values | None = None
-
-
-@dataclass
-class _Entry:
-    """A call of a module that was watched."""
-
-    key: Key
-    outside: list[int]
-    trains: bool
-    parts: list[Any] = field(default_factory=list)
-    spec: TreeSpec | None = None
-    prints: tuple = ()
-    grad: bool = False
 
 
 class Watcher:
@@ -156,18 +126,18 @@ class Watcher:
         with torch.enable_grad(), self.around():
             yield
 
-    def _watched(self, seed: int) -> tuple[dict[Key, _Entry], dict[Key, Any], Tensor, list[Tensor | None]]:
+    def _watched(self, seed: int) -> tuple[dict[Key, Entry], dict[Key, Any], Tensor, list[Tensor | None]]:
         """Every call of a module and of a side network, the loss and its gradients."""
         modules = {path: m for path, m in self.model.named_modules() if path}
         trains = {path for path, m in modules.items() if any(p.requires_grad for p in m.parameters())}
         counts: Counter[str] = Counter()
-        entries: list[_Entry] = []
+        entries: list[Entry] = []
         stack: list[int] = []
         heard: dict[Key, Any] = {}
         made: dict[Key, Any] = {}
 
         def called(path: str, forward: Callable, args: tuple, kwargs: dict) -> Any:
-            entry = _Entry((path, counts[path]), list(stack), path in trains)
+            entry = Entry((path, counts[path]), list(stack), path in trains)
             counts[path] += 1
             entries.append(entry)
             if entry.trains:
@@ -178,15 +148,15 @@ class Watcher:
                 result = forward(*args, **kwargs)
             finally:
                 stack.pop()
-            entry.parts, entry.spec = _without_values(leaves_of(key_name(entry.key), result), entry)
+            entry.parts, entry.spec = without_values(leaves_of(key_name(entry.key), result), entry)
             return result
 
         def hear(name: str, seen: Seen, side: nn.Module) -> Any:
             key = name, counts[f"side {name}"]
             counts[f"side {name}"] += 1
             maps, rest = leaves_heard(key_name(key), seen)
-            memory = () if seen.memory is None else _sources(seen.memory, made)
-            prints = [_print(v) for _, v in (*maps, *rest.values())]
+            memory = () if seen.memory is None else sources(seen.memory, made)
+            prints = [print_of(v) for _, v in (*maps, *rest.values())]
             heard[key] = ([x for x, _ in maps], {k: x for k, (x, _) in rest.items()}, seen.memory is not None, memory,
                           prints)  # fmt: skip
             out = side(seen)
@@ -219,7 +189,7 @@ class Watcher:
             found[key] = Heard(key, tuple(maps), rest, memory)
         return found
 
-    def _that_stay(self, first: dict[Key, _Entry], second: dict[Key, _Entry]) -> set[Key]:
+    def _that_stay(self, first: dict[Key, Entry], second: dict[Key, Entry]) -> set[Key]:
         """Calls whose results do not change; of the others `why` tells the reason by their paths."""
         stay = set()
         for key, entry in first.items():
@@ -238,14 +208,14 @@ class Watcher:
             self.why.setdefault(key[0], why)
         return stay
 
-    def _settled(self, watched: dict[Key, _Entry], stay: set[Key], ears: dict[Key, Heard]) -> tuple[Plan, Values]:
+    def _settled(self, watched: dict[Key, Entry], stay: set[Key], ears: dict[Key, Heard]) -> tuple[Plan, Values]:
         """The outermost calls that stay, opened up where the loss reads what is no row of a sample; and their values
         in the example."""
         batch = tuple(Leaf(f"batch.{k}", tuple(v.shape), v.dtype) for k, v in self.example.batch.items())
         refused: set[Key] = set()
         batches = [b for b in (self.example.batch, self._part(), self.example.longer) if b]
         while True:
-            plan = Plan(_outermost(watched, stay - refused), ears, batch)
+            plan = Plan(outermost(watched, stay - refused), ears, batch)
             raw, *others = (self._recorded(plan, b) for b in batches)
             plan = plan.changed(lambda leaf, a=raw, b=others: self._by_rows(leaf, a, b))  # type: ignore[misc]
             needed = self._needed(plan, raw)
@@ -303,7 +273,7 @@ class Watcher:
 
     def _needed(self, plan: Plan, values: Values) -> set[str]:
         """Leaves that the loss depends on."""
-        with _Followed() as followed:
+        with Followed() as followed:
             mine = {name: followed.named(name, value.clone()) for name, value in values.items()}
             stored = {x.name: x.stored(mine[x.name]) if x.axis is not None else mine[x.name] for x in plan.leaves()}
             plan = plan.changed(lambda leaf: replace(leaf, fixed=None))
@@ -405,94 +375,5 @@ def _lost(leaf: Leaf) -> bool:
     return leaf.needed and leaf.axis is None and leaf.fixed is None
 
 
-def _sources(memory: Tensor, made: Mapping[Key, Any]) -> tuple[Key, ...]:
-    """Which results of side networks a memory is, one behind the other; none if it is something else."""
-    for name in dict.fromkeys(key[0] for key in made):
-        found = {key: out for key, out in made.items() if key[0] == name}
-        for key, out in found.items():
-            if out is memory:
-                return (key,)
-        if all(o.ndim == memory.ndim for o in found.values()):
-            whole = torch.cat(list(found.values()), dim=1)
-            if whole.shape == memory.shape and torch.equal(whole, memory):
-                return tuple(found)
-    return ()
-
-
-def _without_values(found: tuple[list[Any], TreeSpec], entry: _Entry) -> tuple[list[Any], TreeSpec | None]:
-    """The parts of a result, whose values are noted as prints."""
-    parts, spec = found
-    tensors = [p[1] for p in parts if isinstance(p, tuple) and isinstance(p[0], Leaf)]
-    entry.grad = any(t.requires_grad for t in tensors)
-    bare = [p[0] if isinstance(p, tuple) and isinstance(p[0], Leaf) else p for p in parts]
-    if not all(isinstance(p, (Leaf, *_PLAIN)) for p in bare):
-        return [], None
-    if not entry.grad and not entry.trains:
-        entry.prints = (*map(_print, tensors), *(repr(p) for p in bare if not isinstance(p, Leaf)))
-    return bare, spec
-
-
-def _print(tensor: Tensor) -> tuple:
-    """What tells a tensor from another."""
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return tuple(tensor.shape), tensor.dtype, zlib.crc32(raw.data)
-
-
-def _outermost(watched: Mapping[Key, _Entry], stay: set[Key]) -> dict[Key, Call]:
-    """The calls that stay and are in no other such call."""
-    order = list(watched.values())
-    inside: dict[Key, Counter[str]] = {}
-    for entry in order:
-        outer = next((order[i].key for i in entry.outside if order[i].key in stay), None)
-        if outer is not None:
-            inside[outer][entry.key[0]] += 1
-        elif entry.key in stay:
-            inside[entry.key] = Counter()
-    paths = {path for path, _ in inside}
-    calls = {}
-    for key, below in inside.items():
-        entry = watched[key]
-        assert entry.spec is not None
-        calls[key] = Call(key, entry.spec, tuple(entry.parts), Counter({p: n for p, n in below.items() if p in paths}))
-    return calls
-
-
 def _alike(a: Tensor, b: Tensor, share: float) -> bool:
     return float((a - b).abs().max()) <= share * float(b.abs().max()) + 1e-7 if a.numel() else True
-
-
-class _Followed(TorchDispatchMode):
-    """Notes for every tensor which named ones it was computed from."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.of: dict[int, set[str]] = {}
-        self.alive: list[Any] = []
-        self.asked: set[str] = set()  # whose values a program has asked for, to choose its way
-
-    def _place(self, tensor: Tensor) -> int:
-        storage = tensor.untyped_storage()
-        self.alive.append(storage)  # so that no other gets its place
-        return storage._cdata
-
-    def named(self, name: str, tensor: Tensor) -> Tensor:
-        self.of.setdefault(self._place(tensor), set()).add(name)
-        return tensor
-
-    def names(self, tensor: Tensor) -> set[str]:
-        return self.of.get(self._place(tensor), set())
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ in _SHAPE_ONLY:
-            return out
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        names = set().union(*map(self.names, tensors)) if tensors else set()
-        if not names:
-            return out
-        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if not made or {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
-            self.asked |= names
-        for tensor in made:
-            self.of.setdefault(self._place(tensor), set()).update(names)
-        return out
