@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -154,6 +155,7 @@ def speed(name: str, steps: int, photographs: str | None) -> dict:
         for precision in ("fp16", "int8") if label == "unipt" else ("fp16",):
             found = compared(name, table, bases[kind], task, method, settings, precision, steps)
             out[f"{label}, {precision}"] = found
+            print(f"{name}, {label}, {precision}: {found}", file=sys.stderr, flush=True)
     for kind, base in bases.items():
         out[f"lora samples_a_second, {kind}"] = round(BATCH[name] / sum(base.step()), 1)
     return out
