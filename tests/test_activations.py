@@ -236,7 +236,7 @@ def test_a_recipe_trains_from_a_cache_as_without(method, tiny_raw, tmp_path, cap
     """Nothing is drawn for these questions: the same rows in the same order give the same losses."""
     histories = {}
     for cache in (None, "fp32", "fp16"):
-        raw = tiny_raw("tiny-vilt", "vqa", [method], cache=cache, head_multiplier=2.0)
+        raw = tiny_raw("tiny-vilt", "vqa", [method], cache=cache, head_multiplier=2.0, accumulate=2)
         folder = run.run(recipe.expand(raw, "test")[0], tmp_path / f"run-{cache}", measure_costs=False)
         metrics = json.loads((folder / "metrics.json").read_text())
         histories[cache] = [h["loss"] for h in metrics["history"]]

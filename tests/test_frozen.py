@@ -84,7 +84,7 @@ def gradients(model: nn.Module, batch: dict[str, Tensor]) -> tuple[float, dict[s
 
 
 GPO = {"name": "retrieval", "pooling": "gpo", "objective": "triplet", "all_negatives": 9}
-RETRIEVAL, VQA, PAIRS = {"name": "retrieval"}, {"name": "vqa"}, {"name": "pairs"}
+RETRIEVAL, VQA, PAIRS, ENTAILMENT = ({"name": n} for n in ("retrieval", "vqa", "pairs", "entailment"))
 NAMED = {"name": "classification", "classes": COLOURS}
 LITE = pytest.mark.skipif(not pytest.importorskip("importlib").util.find_spec("efficientnet_lite_pytorch"),
                           reason="efficientnet-lite-pytorch is not installed")  # fmt: skip
@@ -107,7 +107,7 @@ CASES = [  # backbone, task, method, settings, blocks that need not run: all, or
     ("tiny-vilt", VQA, "partial", {"blocks": 1}, False),
     ("tiny-vilt", {"name": "captioning"}, "linear-probe", {}, True),
     ("meter", PAIRS, "unipt", SMALL, True),  # towers that read each other, and two runs of each
-    ("meter", {"name": "entailment"}, "lst", SMALL, True),
+    ("meter", ENTAILMENT, "lst", SMALL, True),
     ("blip pairs", PAIRS, "unipt", SMALL, True),  # memories of two pictures, joined
     ("blip pairs", PAIRS, "sherl", SMALL, False),
     ("xvlm", {"name": "box-regression"}, "unipt", SMALL, True),

@@ -82,7 +82,7 @@ class TableCache(ActivationCache):
         self.device = next(model.parameters()).device
         self.around = _around(self.device, autocast)
         self._plan(autocast)
-        self.prints: dict[tuple[int, str], str] = {}  # of what should be the same in all views, by its first row
+        self.prints: dict[int, dict[str, str]] = {}  # of what should be the same in all views, by its first row
         key = {
             "precision": precision, "views": views, "seed": seed, "rows": len(table),
             "layers": {n: list(x.maps) for n, x in self.listeners.items()}, "task": model.task.name,
@@ -203,14 +203,12 @@ class TableCache(ActivationCache):
 
     def _check_same(self, view: int, first: int, batch: dict[str, Tensor]) -> None:
         """ValueError if what is stored for the first view alone is another in this one."""
-        if self.views == 1:
-            return
         drawn = {x.name for x in self.plan.batch if x.drawn}
-        for key, value in batch.items():
-            if f"batch.{key}" in drawn:
-                continue
-            new = tensors_print([(key, value)])
-            if self.prints.setdefault((first, key), new) != new:
+        for key in (k for k in batch if view and f"batch.{k}" not in drawn):
+            if first not in self.prints:
+                again = self.collation.group(0, first, first + len(batch[key]))
+                self.prints[first] = {k: tensors_print([(k, v)]) for k, v in again.items() if f"batch.{k}" not in drawn}
+            if self.prints[first][key] != tensors_print([(key, batch[key])]):
                 raise ValueError(
                     f"cache: '{key}' of rows {first} and following is another in view {view}, though some rows showed "
                     "none: set `training.cache_views` to 1"

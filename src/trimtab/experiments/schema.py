@@ -46,7 +46,7 @@ class TrainingSpec:
     batch_size: int = 32
     """Rows a step and device, before accumulation."""
     accumulate: int = 1
-    """Batches whose gradients are summed before a step."""
+    """Batches whose mean gradient makes a step."""
     learning_rate: float = 3e-4
     """Peak learning rate of everything but the head."""
     head_multiplier: float = 1.0

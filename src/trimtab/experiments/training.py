@@ -38,6 +38,8 @@ class _Trainer(Trainer):
         self.spec, self.rates = spec, rates
         self.waited, self.since = 0.0, time.perf_counter()
         super().__init__(*args, **kwargs)
+        # Else the losses of accumulated batches are summed where a batch has an entry called `labels`, and there alone.
+        self.model_accepts_loss_kwargs = False
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, timed: the model waits while rows are read, decoded and collated."""

@@ -189,7 +189,7 @@ class Playing(_Counted):
             if not isinstance(leaf, Leaf):
                 return leaf
             if leaf.fixed is not None:
-                return leaf.fixed
+                return leaf.fixed.clone()  # a model may write into it
             if leaf.name in values:
                 found = values[leaf.name]
                 return leaf.handed(found) if leaf.axis is not None else found

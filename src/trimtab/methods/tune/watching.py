@@ -356,7 +356,7 @@ class Watcher:
         return plan
 
     def _played(self, plan: Plan, values: Values) -> tuple[Tensor, list[Tensor | None]]:
-        needed = {x.name: values[x.name] for x in plan.kept()}
+        needed = {x.name: values[x.name].clone() for x in plan.kept()}
         rows = len(next(iter(self.example.batch.values())))
         with self._step(0):
             loss = Playing(self.model, self.listeners, plan).run(needed, rows)["loss"]
