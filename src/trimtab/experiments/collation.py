@@ -158,6 +158,8 @@ class Collation:
             chosen.append([short[i % len(short)] for i in range(EXAMPLE)])
         for salt, places in enumerate(chosen):
             batch = self.collated([self.table[i] for i in places], salt)
+            if any(batch[k].shape[r.axis] > r.longest for k, r in self.ragged.items()):
+                continue  # of several captions one was drawn that no view has
             grown = {}
             for key in self.text_keys:
                 length, known = batch[key].shape[1], self.ragged[key]
@@ -166,6 +168,8 @@ class Collation:
                     grown[key] = longer(batch[key], 1, length + more, known.pad)
             if grown:
                 return batch, {**batch, **grown}, None
+        first = self.collated(self.rows(0, min(RUN_ROWS, count)), 0)  # a batch of the first view
+        batch = {k: v[[i % len(v) for i in range(EXAMPLE)]] for k, v in first.items()}
         return {k: self.padded(k, v) for k, v in batch.items()}, None, batch if self.ragged else None
 
     def _short_rows(self) -> list[int]:
