@@ -51,7 +51,8 @@ class GPO(nn.Module):
         weights = self.weights(x.shape[1], valid)
         if valid is not None:
             x = x.masked_fill(~valid[..., None], -10000)
-        x = x.sort(dim=1, descending=True).values
+        x = x.transpose(1, 2).contiguous()  # sorting along memory takes two thirds of the time
+        x = x.sort(dim=2, descending=True).values.transpose(1, 2)
         if valid is not None:
             x = x.masked_fill(~valid[..., None], 0)  # padding was sorted to the end
         return (x * weights).sum(dim=1)

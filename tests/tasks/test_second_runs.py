@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +15,11 @@ from trimtab.data import video
 from trimtab.data.images import encoded
 from trimtab.data.sources import SOURCES
 from trimtab.data.video import Length
-from trimtab.experiments import cached, folder
+from trimtab.experiments import folder
+from trimtab.experiments.collation import table_print
 from trimtab.experiments.estimate import estimate
 from trimtab.experiments.recipe import expand
 from trimtab.experiments.run import run
-from trimtab.tasks import TASKS
 
 
 @pytest.fixture(autouse=True)
@@ -90,23 +89,7 @@ def test_a_recipe_runs_and_its_folder_answers(task, make, methods, row, tmp_path
         assert record["label"] in again.task.names
 
 
-@pytest.mark.parametrize(
-    ("task", "settings", "kind", "message"),
-    [
-        ("pairs", {}, "joint", r"task 'pairs' reads another thing of 'mine' \(joint\)"),
-        ("video-retrieval", {}, "dual", "task 'video-retrieval' reads another thing"),
-        ("classification", {"classes": COLOURS}, "dual", "task 'classification' reads another thing"),
-        ("set-grounding", {}, "detector", "task 'set-grounding' reads another thing"),
-        ("entailment", {}, "joint", "side networks on"),
-    ],
-)
-def test_what_a_cache_does_not_hold_is_refused(task, settings, kind, message):
-    model = SimpleNamespace(backbone=SimpleNamespace(kind=kind, name="mine"), task=TASKS[task](**settings))
-    with pytest.raises(ValueError, match=f"cache: .*{message}"):
-        cached._check_fits(model, SimpleNamespace(cacheable=True, name="unipt", listeners={}))
-
-
 def test_a_table_of_lists_has_a_print_of_its_pictures():
     rows = encoded(table("pairs"))
     other = encoded(table("pairs").map(lambda row, i: {"images": row["images"][::-1]}, with_indices=True))
-    assert cached.table_print(rows) == cached.table_print(encoded(table("pairs"))) != cached.table_print(other)
+    assert table_print(rows) == table_print(encoded(table("pairs"))) != table_print(other)

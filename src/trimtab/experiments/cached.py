@@ -1,330 +1,285 @@
-"""Training from the activation cache, by a recipe: which rows are cached under a task, and a model that trains on them.
+"""Training from the activation cache, by a recipe: what of a task's step is frozen is cached, the rest is trained.
 
-    rows --collate--> frozen backbone --> cache (`methods/tune/cache.py`) --> side networks --> head --> loss
+    rows --collate--> the whole step, once a view --> cache (`methods/tune/cache.py`)
+    cache --> the same step, without what was cached (`methods/tune/frozen.py`) --> loss
 
-A tower of a dual backbone without a side network hands on what was cached of its result, so that heads alone
-(`linear-probe`) train from a cache too. Captions of several and crops of pictures are drawn once for each view; what a
-dual backbone makes of pictures that are not cropped is the same in all views and stored in the first alone.
+What is cached is found by watching the step (`methods/tune/watching.py`), for any backbone, task and method: all of a
+tower beside which side networks stand or behind which a head is trained, the blocks before the first that is trained,
+one tower of two. A method, task or backbone of which no block stays the same is refused with the reason.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.anatomy.description import Modality
-from trimtab.backbones.base import Encoded
 from trimtab.data.augment import Augmentation
-from trimtab.data.images import blanked, encoded
+from trimtab.experiments import collation
+from trimtab.experiments.collation import SOME, Collation, longer, table_print, tensors_print
+from trimtab.files import cache_dir
 from trimtab.methods.tune import cache
-from trimtab.methods.tune.beside import Beside, slot
-from trimtab.methods.tune.cache import ActivationCache, Precision, record, replay, stands_for_vector
+from trimtab.methods.tune.cache import ActivationCache, Column, Precision
+from trimtab.methods.tune.frozen import Playing, Recording
+from trimtab.methods.tune.leaves import Plan
 from trimtab.methods.tune.listener import Listener
-from trimtab.storage.learned import fingerprint
+from trimtab.methods.tune.watching import Example, Watcher
 from trimtab.tasks.base import TaskModel
 
-RUN_ROWS = 64
+LENGTHS = "batch.lengths"
 
 
-def cache_key(
-    model: TaskModel,
-    method: Beside | None,
-    table: Any,
-    precision: Precision = "fp16",
-    views: int = 1,
-    seed: int = 0,
-    augmentation: Augmentation | None = None,
-    bf16: bool = False,
-) -> dict[str, Any]:
-    """To what a cache belongs: everything that its contents depend on, as plain JSON."""
-    listeners = method.listeners if method else {}
-    return {
-        "precision": precision, "views": views, "seed": seed, "rows": len(table),
-        "backbone": _backbone_print(model, method), "layers": {n: list(x.maps) for n, x in listeners.items()},
-        "places": {n: str(x.place) for n, x in listeners.items()}, "task": model.task.name,
-        "table": table_print(encoded(table)),
-        "augmentation": str(augmentation) if augmentation else None, "forward": "bf16" if bf16 else None,
-        "inputs": f"{model.backbone.pictures} {type(model.backbone.tokenizer).__name__} {model.backbone.max_text}",
-    }  # fmt: skip
+def listeners_of(methods: Sequence[Any]) -> dict[str, Listener]:
+    """The listeners of all side networks, by method and tower."""
+    return {f"{m.name}.{tower}": x for m in methods for tower, x in getattr(m, "listeners", {}).items()}
 
 
 class TableCache(ActivationCache):
     """Cached activations of a table under a task's collation.
 
     Args:
-        model: with side networks attached to every tower that the task reads.
-        method: the attached method with side networks; None for a frozen backbone whose head alone is trained.
+        model: with its methods attached, and nothing trained yet.
+        methods: those that are attached.
         table: rows of the task's schema.
-        folder: where shards are, or will be.
-        precision: of hidden maps; see `ActivationCache`.
+        folder: where shards are, or will be; None: in the cache folder, by its key.
+        precision: of maps; see `ActivationCache`.
         views: how many collations of the table are kept.
         seed: of what the collation and the augmentation draw.
         augmentation: how pictures are changed, anew in every view; None for not at all.
-        bf16: the backbone runs in mixed precision, as it does in training with `precision: bf16`.
+        autocast: the type in which the model runs in mixed precision, as in training; None for its own.
 
     Raises:
-        ValueError: if the folder holds another cache (with the difference), or the model needs more of its backbone
-            than the cache holds.
+        ValueError: if the folder holds another cache (with the difference), or no block of the model stays the same in
+            training.
     """
 
     def __init__(
         self,
         model: TaskModel,
-        method: Beside | None,
+        methods: Sequence[Any],
         table: Any,
-        folder: Path,
+        folder: Path | None,
         precision: Precision = "fp16",
         views: int = 1,
         seed: int = 0,
         augmentation: Augmentation | None = None,
-        bf16: bool = False,
+        autocast: torch.dtype | None = None,
     ):
-        _check_fits(model, method)
-        self.model, self.method, self.table = model, method, encoded(table)
-        self.seed, self.augmentation, self.bf16, self.longest = seed, augmentation, bf16, 0
-        key = cache_key(model, method, self.table, precision, views, seed, augmentation, bf16)
-        super().__init__(folder, key, len(self.table), views, self._computed, precision)
+        if not model.backbone.pictures.fixed:
+            raise ValueError(
+                f"cache: {model.backbone.name!r} keeps the shape of pictures, so that their numbers of tokens differ: "
+                "use `backbone.pictures: squash`"
+            )
+        self.model, self.listeners = model, listeners_of(methods)
+        self.collation = Collation(model, table, views, seed, augmentation)
+        self.device = next(model.parameters()).device
+        self.around = _around(self.device, autocast)
+        self._plan(autocast)
+        self.prints: dict[int, dict[str, str]] = {}  # of what should be the same in all views, by its first row
+        key = {
+            "precision": precision, "views": views, "seed": seed, "rows": len(table),
+            "layers": {n: list(x.maps) for n, x in self.listeners.items()}, "task": model.task.name,
+            "table": table_print(self.collation.table), "augmentation": str(augmentation) if augmentation else None,
+            "forward": str(autocast) if autocast else None, "backbone": self._frozen_print(),
+            "leaves": self.plan.told(), "inputs": tensors_print(sorted(self.example.items())),
+        }  # fmt: skip
+        if folder is None:
+            name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+            folder = cache_dir() / "activations" / name
+        super().__init__(folder, key, len(table), views, self._columns(), self._computed, precision)
 
-    def _collated(self, rows: list[dict[str, Any]], salt: int) -> dict[str, Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * 1_000_003 + salt)
-            return self.model.task.collate(self.model.backbone, rows, True)
+    # --- what is stored -------------------------------------------------------------------------------------------
 
-    def _rows(self, start: int, stop: int) -> list[dict[str, Any]]:
-        return [self.table[i] for i in range(start, stop)]
+    def _plan(self, autocast: torch.dtype | None) -> None:
+        """Watch a step on a few rows."""
+        batch, grown, short = self.collation.example()
+        self.example = batch
+        here, more, less = (None if b is None else self._there(b) for b in (batch, grown, short))
+        assert here is not None
+        texts = self.collation.text_keys
+        length = batch[texts[0]].shape[1] if texts and grown else None
+        redrawn = self.collation.redrawn(batch)
+        again = None if redrawn is None else self._there(redrawn)
+        example = Example(here, torch.tensor(SOME), more, length, less, again)
+        watcher = Watcher(self.model, self.listeners, example, self.around, 1e-5 if autocast is None else 3e-2)
+        self.plan = watcher.find()
+        self._check_holds(watcher)
+        self.idle = watcher.idle(self.plan, here) if self.collation.views > 1 else set()
+        self.leaves = {x.name: x for x in self.plan.kept()}
 
-    def _longest(self) -> int:
-        """Tokens of the longest text: all are padded to it, so that every sample has one layout."""
-        longest = 1
-        for start in range(0, len(self), cache.SHARD_ROWS):
-            rows = self._rows(start, min(start + cache.SHARD_ROWS, len(self)))
-            for view in range(self.views):
-                batch = self._collated([blanked(row) for row in rows], view * len(self) + start)
-                longest = max(longest, batch["input_ids"].shape[1])
-        return longest
+    def _there(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v.to(self.device) for k, v in batch.items()}
 
-    def _computed(self, view: int, start: int, stop: int) -> dict[str, Tensor]:
-        """One shard's tensors: the backbone runs on its rows, a few at a time."""
-        self.longest = self.longest or self._longest()
-        was = self.model.training
-        self.model.eval()
-        rows, salt = self._rows(start, stop), view * len(self) + start
-        if self.augmentation:  # with a generator of its own, so that captions are those that `_longest` saw
-            rows = self.augmentation(rows, torch.Generator().manual_seed(self.seed * 1_000_003 + salt))
-        batch = self._collated(rows, salt)
-        lengths = batch["attention_mask"].sum(dim=1)
-        pad = self.model.backbone.tokenizer.pad_token_id or 0
-        more = (0, self.longest - batch["input_ids"].shape[1])
-        batch["input_ids"] = nn.functional.pad(batch["input_ids"], more, value=pad)
-        batch["attention_mask"] = nn.functional.pad(batch["attention_mask"], more)
-        device = next(self.model.parameters()).device
-        order = lengths.argsort(stable=True)  # texts of like length run together
-        parts: list[dict[str, Tensor]] = []
-        for some in order.split(RUN_ROWS):
-            part = {k: v[some].to(device) for k, v in batch.items()}
-            looks = view == 0 or bool(self.augmentation)
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                parts.append(self._dual(part, looks) if self.model.backbone.kind == "dual" else self._joint(part))
-        self.model.train(was)
-        back = order.argsort()
-        out = {k: torch.cat([p[k] for p in parts])[back] for k in parts[0]}
-        return out | {f"batch.{k}": v for k, v in batch.items() if k != "pixel_values"}
+    def _check_holds(self, watcher: Watcher) -> None:
+        """ValueError unless a block of the backbone need not run any more."""
+        anatomy = self.model.backbone.anatomy
+        where = {id(m): path for path, m in self.model.named_modules()}
+        blocks = [where[id(self.model.backbone.model.get_submodule(b.path))] for b in anatomy.blocks()]
+        held = [b for b in blocks if _covers(self.plan, b)]
+        self.held = len(held), len(blocks)
+        if not held:
+            why = next((f"'{b}': {watcher.why[b]}" for b in blocks if b in watcher.why), "the loss reads no block")
+            raise ValueError(
+                f"cache: no block of {self.model.backbone.name!r} stays the same in training ({why}): "
+                "`training.cache` is for what trains beside or behind frozen blocks (linear-probe, partial, unipt, "
+                "lst, side-tuning, sherl); train it without"
+            )
 
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """See `ActivationCache.batch`; texts of a dual backbone without the padding that all have."""
-        out = super().batch(indices)
-        if self.model.backbone.kind != "dual":
-            return out
-        stored = out["batch.attention_mask"].shape[1]
-        length = int(out["batch.attention_mask"].sum(dim=1).max())
-        own = ("batch.", "features.text.", *(f"{n}." for n, x in self._listeners.items() if x.tower.modality == "text"))
-        cut = {k for k, v in out.items() if k.startswith(own) and _has_tokens(k, v) and v.shape[1] == stored}
-        return {k: v[:, :length] if k in cut else v for k, v in out.items()}
+    def _columns(self) -> dict[str, Column]:
+        found = {}
+        for name, leaf in self.leaves.items():
+            assert leaf.axis is not None
+            shape = list(leaf.stored(torch.empty(leaf.shape, device="meta")).shape)
+            for axis in leaf.text_axes:
+                shape[axis] += self._longest - self.plan.length  # type: ignore[operator]
+            drawn = leaf.drawn or self.collation.views == 1
+            found[name] = Column(tuple(shape[1:]), leaf.dtype, leaf.packed, drawn)
+            if self.plan.cut and leaf.texts:
+                before = leaf.shape[leaf.texts[0]] - self.plan.length  # type: ignore[operator]
+                found[name] = found[name]._replace(axis=leaf.text_axes[0] - 1, before=before)
+        if self.plan.cut:
+            found[LENGTHS] = Column((), torch.long)
+        return found
 
     @property
-    def _listeners(self) -> dict[str, Listener]:
-        return self.method.listeners if self.method else {}
+    def _longest(self) -> int:
+        """Of the table's texts."""
+        return self.collation.ragged[self.collation.text_keys[0]].longest
 
-    def _dual(self, batch: dict[str, Tensor], looks: bool) -> dict[str, Tensor]:
-        """What the listeners of both towers see of a batch, and the results of towers without one; with `looks` also
-        of pictures. Texts run without the padding that all have, and get it again."""
-        backbone = self.model.backbone
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        length = int(mask.sum(dim=1).max())
-        listeners = self._listeners
-        heard = {x.tower.modality for x in listeners.values()}
-        padded: dict[str, Tensor] = {}
-        with record(listeners) as out:
-            read = backbone.text(ids[:, :length], mask[:, :length])
-            texts = {**out, **({} if "text" in heard else _result("text", read))}
-            for name, value in texts.items():
-                more = ids.shape[1] - length
-                places = (0, 0) * (value.ndim - 2) + (0, more)
-                padded[name] = nn.functional.pad(value, places) if _has_tokens(name, value) else value
-            out.clear()
-            if looks:
-                seen = backbone.image(batch["pixel_values"])
-                padded |= {**out, **({} if "vision" in heard else _result("vision", seen))}
-        return padded
+    def _frozen_print(self) -> str:
+        """A hash of all that is frozen, which training does not change; of heads and side networks that which has been
+        recorded, for what starts random in them differs from seed to seed."""
+        beside = {id(m) for x in self.listeners.values() for m in x.side.modules()} | {
+            id(m) for m in self.model.head.modules()
+        }
+        found = []
+        for path, module in self.model.named_modules():
+            if id(module) in beside and not _covers(self.plan, path):
+                continue
+            own = dict(module.named_parameters(recurse=False))
+            buffers = () if any(p.requires_grad for p in own.values()) else module.named_buffers(recurse=False)
+            found += [(f"{path}.{n}", t) for n, t in own.items() if not t.requires_grad]
+            found += [(f"{path}.{n}", t) for n, t in buffers]
+        return tensors_print(found)
 
-    def _joint(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the listeners of all towers see of a batch, and the features' mask."""
-        assert self.method is not None  # of joint backbones `_check_fits` asks for side networks
-        words = (batch["input_ids"], batch["attention_mask"])
-        with record(self.method.listeners) as out:
-            features = self.model.backbone.pair(batch["pixel_values"], *words)
-        if features.mask is not None:
-            out["features.mask"] = features.mask.cpu()
-        place = features.image_tokens
-        span = (place.start, place.stop) if place else (0, 0)
-        out["features.image_tokens"] = torch.tensor(span).expand(len(words[0]), 2)
-        if features.grid is not None:
-            out["features.grid"] = torch.tensor(features.grid).expand(len(words[0]), 2)
+    # --- filling --------------------------------------------------------------------------------------------------
+
+    def _computed(self, view: int, start: int, stop: int) -> dict[str, Tensor]:
+        """One shard's tensors: the model runs on its rows, a few at a time."""
+        was = self.model.training
+        self.model.eval()
+        names = {n for n, c in self.columns.items() if c.drawn or not view} - {LENGTHS}
+        recording = Recording(self.model, self.listeners, self.plan, names, self.idle if view else None)
+        parts = []
+        for first in range(start, stop, collation.RUN_ROWS):  # of which a shard holds whole groups
+            batch = self.collation.group(view, first, min(first + collation.RUN_ROWS, stop))
+            lengths = batch.pop("lengths", None)
+            self._check_same(view, first, batch)
+            if not self.plan.cut:
+                batch = {k: self.collation.padded(k, v) for k, v in batch.items()}
+            take = functools.partial(Tensor.to, device="cpu", copy=True)
+            with self.around():
+                found = recording.run(self._there(batch), take)
+            parts.append({n: self._whole(n, v.cpu()) for n, v in found.items()})
+            if LENGTHS in self.columns and lengths is not None:
+                parts[-1][LENGTHS] = lengths
+        self.model.train(was)
+        return {n: torch.cat([p[n] for p in parts]) for n in parts[0]}
+
+    def _whole(self, name: str, value: Tensor) -> Tensor:
+        """As long as the longest text of the table."""
+        axis, before = self.columns[name].axis, self.columns[name].before
+        if axis is None:
+            return value
+        known = self.collation.ragged.get(name.removeprefix("batch.")) if name.startswith("batch.") else None
+        return longer(value, axis + 1, before + self._longest, known.pad if known else 0)
+
+    def _check_same(self, view: int, first: int, batch: dict[str, Tensor]) -> None:
+        """ValueError if what is stored for the first view alone is another in this one."""
+        drawn = {x.name for x in self.plan.batch if x.drawn}
+        for key in (k for k in batch if view and f"batch.{k}" not in drawn):
+            if first not in self.prints:
+                again = self.collation.group(0, first, first + len(batch[key]))
+                self.prints[first] = {k: tensors_print([(k, v)]) for k, v in again.items() if f"batch.{k}" not in drawn}
+            if self.prints[first][key] != tensors_print([(key, batch[key])]):
+                raise ValueError(
+                    f"cache: '{key}' of rows {first} and following is another in view {view}, though some rows showed "
+                    "none: set `training.cache_views` to 1"
+                )
+
+    # --- reading --------------------------------------------------------------------------------------------------
+
+    def batch(self, indices: Sequence[int], length: int | None = None) -> dict[str, Tensor]:
+        """See `ActivationCache.batch`; texts without the padding that all have."""
+        length = self._longest_of(indices) if LENGTHS in self.columns else length
+        out = super().batch(indices, length)
+        out.pop(LENGTHS, None)
         return out
 
-
-def _has_tokens(name: str, value: Tensor) -> bool:
-    """Whether the second axis of what is cached under a name is tokens."""
-    return value.ndim > 1 and (".map" in name or name.endswith(("mask", "input_ids")))
-
-
-def _result(modality: Modality, encoded: Encoded) -> dict[str, Tensor]:
-    """What a tower of a dual backbone hands on, by the names of the cache."""
-    parts = {"pooled": encoded.pooled, "map": encoded.tokens, "mask": encoded.mask}
-    return {f"features.{modality}.{k}": v.float().cpu() for k, v in parts.items() if v is not None}
+    def _longest_of(self, indices: Sequence[int]) -> int:
+        """Of the texts of some samples."""
+        per_view, size = -(-self.rows // cache.SHARD_ROWS), cache.SHARD_ROWS
+        places = (divmod(int(i), self.rows) for i in indices)
+        return max(int(self.shards[view * per_view + row // size][LENGTHS][row % size]) for view, row in places)
 
 
-class Replay(nn.Module):
-    """Stands in for a backbone in training from a cache: side networks on what it holds, or what it holds itself."""
+def _covers(plan: Plan, path: str) -> bool:
+    """Whether a module is, or is within, one whose call is played back."""
+    names = path.split(".")
+    outer = {".".join(names[:i]) for i in range(1, len(names) + 1)}
+    return any(called in outer for called, _ in plan.calls)
 
-    def __init__(self, backbone: Any, method: Beside | None):
-        super().__init__()
-        self.kind, self.width, self.name = backbone.kind, backbone.width, backbone.name
-        self.token_width = backbone.token_width
-        self.model = nn.Module()  # so that parameters have the names that they have in the whole model
-        if method is not None:
-            self.model.add_module(slot(method.name), method.sides(backbone.model))
-        self.listeners = method.listeners if method else {}
-        self.towers = {x.tower.modality: n for n, x in self.listeners.items()}
-        self.held: dict[str, Tensor] = {}
 
-    def _side(self, modality: Modality) -> Tensor:
-        name = self.towers[modality]
-        return replay(name, self.listeners[name], self.held)
-
-    def _handed(self, modality: Modality) -> Encoded:
-        """What the backbone hands on of pictures or of texts."""
-        mask = self.held.get(f"features.{modality}.mask")
-        if modality not in self.towers:
-            return Encoded(self.held[f"features.{modality}.pooled"], self.held.get(f"features.{modality}.map"), mask)
-        value = self._side(modality)
-        if stands_for_vector(self.listeners[self.towers[modality]]):
-            return Encoded(value)
-        # No vector is made of a side network's tokens here; `_check_fits` refuses a task that would read one.
-        none = value.new_full((len(value), self.width), torch.nan)
-        return Encoded(none, value, self.held.get(f"{self.towers[modality]}.mask"))
-
-    def image(self, pixel_values: Tensor) -> Encoded:
-        return self._handed("vision")
-
-    def text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
-        return self._handed("text")
-
-    def pair(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
-        tokens = self._side("fusion")
-        start, stop = self.held["features.image_tokens"][0].tolist()
-        shape = self.held.get("features.grid")
-        grid = None if shape is None else (int(shape[0, 0]), int(shape[0, 1]))
-        return Encoded(tokens[:, 0], tokens, self.held.get("features.mask"), slice(start, stop), grid)
+def _around(device: torch.device, dtype: torch.dtype | None) -> Callable[[], AbstractContextManager]:
+    """In what a step runs."""
+    if dtype is None:
+        return nullcontext
+    return functools.partial(torch.autocast, device.type, dtype)
 
 
 class CachedModel(nn.Module):
     """A task's model that trains from cached samples: `forward(**cache.batch(indices))` gives `{"loss": scalar}`.
 
-    It shares head and side networks with the whole model and holds nothing of the frozen backbone.
+    It shares what is trained with the whole model, under the same names, and holds nothing else of it as its own.
     """
 
-    def __init__(self, model: TaskModel, method: Beside | None):
+    def __init__(self, cache: TableCache):
         super().__init__()
-        self.backbone = Replay(model.backbone, method)
-        self.task, self.head = model.task, model.head
+        whole = cache.model
+        self._whole = (whole,)  # in a tuple: not a part of this module
+        self._playing = (Playing(whole, cache.listeners, cache.plan),)
+        _share(self, whole)
+
+    @property
+    def task(self) -> Any:
+        return self._whole[0].task
+
+    def train(self, mode: bool = True) -> CachedModel:
+        """As of the whole model; trainers ask for it at every step, and it is carried out when it changes."""
+        if self._whole[0].training != mode or self.training != mode:
+            super().train(mode)
+            self._whole[0].train(mode)
+        return self
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        own = {k.removeprefix("batch."): v for k, v in batch.items() if k.startswith("batch.")}
-        self.backbone.held = {k: v for k, v in batch.items() if not k.startswith("batch.")}
-        own["pixel_values"] = own["input_ids"]  # handed on by the task, looked at by nobody
-        try:
-            return {"loss": self.task.loss(self.backbone, self.head, own)}
-        finally:
-            self.backbone.held = {}
+        return self._playing[0].run(batch, len(next(iter(batch.values()))))
 
 
-def _check_fits(model: TaskModel, method: Beside | None) -> None:
-    """ValueError unless the side networks' results are all that the task reads of the backbone."""
-    if method is not None and not method.cacheable:
-        raise ValueError(f"cache: the side networks of {method.name!r} are not cached: use unipt")
-    kind, task = model.backbone.kind, model.task
-    if kind not in ("dual", "joint") or task.sees != "image" or task.name == "classification":
-        raise ValueError(
-            f"cache: holds what a dual or joint backbone computes of one picture and a text a row, task {task.name!r} "
-            f"reads another thing of {model.backbone.name!r} ({kind}): train it without `training.cache`"
-        )
-    _check_sides(model, method.listeners if method else {})
-    if not model.backbone.pictures.fixed:
-        raise ValueError(
-            f"cache: {model.backbone.name!r} keeps the shape of pictures, so that their numbers of tokens differ: use "
-            "`backbone.pictures: squash`"
-        )
-    if task.name in ("matching", "reranking", "answer-ranking", "captioning", "entailment", "box-regression"):
-        raise ValueError(f"cache: the task {task.name!r} reads more of the backbone than side networks hand on")
-    sides = method.sides(model.backbone.model) if method else nn.Module()
-    beside = {id(p) for p in sides.parameters()}
-    wrong = [n for n, p in model.backbone.named_parameters() if p.requires_grad and id(p) not in beside]
-    if wrong:
-        raise ValueError(f"cache: '{wrong[0]}' of the backbone is trained, so that its outputs change: freeze it")
-
-
-def _check_sides(model: TaskModel, listeners: dict[str, Listener]) -> None:
-    """ValueError unless every side network gives what the task reads, and joint backbones have one."""
-    kind = model.backbone.kind
-    tokens = kind == "joint" or getattr(model.task, "pooling", "own") == "gpo"  # of a dual backbone's sides
-    for name, listener in listeners.items():
-        grid = tokens and listener.tower.layout == "grid"
-        if listener.place is None or listener.memory or stands_for_vector(listener) == tokens or grid:
-            form = "towers of tokens alone (`towers`)" if grid else f"UniPT's {'token' if tokens else 'vector'} form"
-            raise ValueError(
-                f"cache: the side network of tower {name!r} does not give what the task reads of a {kind} backbone: "
-                f"use {form}"
-            )
-    have = {x.tower.modality for x in listeners.values()}
-    if kind == "joint" and have != {"fusion"}:
-        raise ValueError(f"cache: side networks on {sorted(have)}, the task reads ['fusion']: tune it")
-
-
-def _backbone_print(model: TaskModel, method: Beside | None) -> str:
-    """A fingerprint of the frozen part alone, which training does not change."""
-    if method is None:
-        return fingerprint(model.backbone.model)
-    beside = method.sides(model.backbone.model)
-    delattr(model.backbone.model, slot(method.name))
-    try:
-        return fingerprint(model.backbone.model)
-    finally:
-        model.backbone.model.add_module(slot(method.name), beside)
-
-
-def table_print(table: Any) -> str:
-    """A hash of a table's columns, length and rows: all columns of up to 256 rows, evenly spread."""
-    digest = hashlib.sha256(f"{len(table)} {sorted(table.column_names)}".encode())
-    for i in range(0, len(table), max(1, len(table) // 256)):
-        row = table[i]
-        for name in sorted(row):
-            for value in row[name] if name == "images" else [row[name]]:
-                raw = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
-                digest.update(raw if isinstance(raw, bytes) else str(raw).encode())
-    return digest.hexdigest()[:16]
+def _share(into: nn.Module, of: nn.Module) -> None:
+    """Give a module those parts of another that hold trained parameters of their own, under the same names."""
+    for name, child in of.named_children():
+        if not any(p.requires_grad for p in child.parameters()):
+            continue
+        if any(p.requires_grad for p in child.parameters(recurse=False)):
+            into.add_module(name, child)
+        else:
+            held = nn.Module()
+            into.add_module(name, held)
+            _share(held, child)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import shutil
 import sys
 import time
@@ -22,7 +20,6 @@ from trimtab.experiments import folder as files
 from trimtab.experiments.assembly import Assembly, assemble, tables
 from trimtab.experiments.folder import write, write_json
 from trimtab.experiments.schema import Recipe, RecipeError, TrainingSpec
-from trimtab.files import cache_dir
 from trimtab.methods.saved import WEIGHTS
 from trimtab.precision import native_bf16
 from trimtab.tasks.base import TaskModel
@@ -108,7 +105,7 @@ def _train(parts: Assembly, train: Any, recipe: Recipe, label: str, checkpoints:
         rates = parts.resolved.rates
         print(f"{label}: what is trained\n{parts.resolved.table()}")
     spec = recipe.training
-    learner, cache = _from_cache(parts, train, spec, recipe.seed) if spec.cache else (parts.model, None)
+    learner, cache = _from_cache(parts, train, spec, label) if spec.cache else (parts.model, None)
     callbacks = [*parts.fit.callbacks(), *callbacks]
     return training.fit(learner, train, spec, recipe.seed, callbacks, label, checkpoints=checkpoints, rates=rates,
                         cache=cache)  # fmt: skip
@@ -127,25 +124,20 @@ def _info(recipe: Recipe, parts: Assembly, started: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _from_cache(parts: Assembly, train: Any, spec: TrainingSpec, seed: int) -> tuple[Any, Any]:
+def _from_cache(parts: Assembly, train: Any, spec: TrainingSpec, label: str) -> tuple[Any, Any]:
     """A model that trains from the activation cache, which is filled; RecipeError if the recipe does not allow it."""
     from trimtab.experiments import cached
 
-    found = [m for m in parts.methods if m.trains != "nothing"]
-    method: Any = found[0] if found else None
-    if len(found) > 1 or not getattr(method, "cacheable", method is None) or spec.cache is None:
-        raise RecipeError("training.cache: only the side networks of `methods: [unipt]` and heads by themselves, "
-                          "`methods: [linear-probe]`, train from a cache")  # fmt: skip
+    assert spec.cache is not None
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16, "auto": torch.bfloat16 if native_bf16() else None}
     try:
-        bf16 = spec.precision == "bf16" or (spec.precision == "auto" and native_bf16())
         # Drawn alike whatever the recipe's seed: its seeds share a cache; their order and what starts random differ.
-        how = (spec.cache, spec.cache_views, 0, spec.augmentation or None, bf16)
-        key = cached.cache_key(parts.model, method, train, *how)
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        folder = cache_dir() / "activations" / name
-        cache = cached.TableCache(parts.model, method, train, folder, *how)
+        cache = cached.TableCache(parts.model, parts.methods, train, None, spec.cache, spec.cache_views, 0,
+                                  spec.augmentation or None, half.get(spec.precision))  # fmt: skip
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    with many.one_by_one():
-        cache.fill()
-    return cached.CachedModel(parts.model, method), cache
+    held, blocks = cache.held
+    print(f"{label}: cache: {held} of {blocks} blocks need not run; {cache.told()}")
+    cache.fill()  # several processes divide it
+    many.wait()
+    return cached.CachedModel(cache), cache

@@ -86,7 +86,8 @@ class TrainingSpec:
     """Augmentation: RandAugment as the authors of ViLT (METER and DAS too), X-VLM (MULTIFLOW too) or BLIP train with
     it; None for none. It changes colours, moves and turns pictures; rows with a `box` get changes of colour alone."""
     cache: Literal["fp32", "fp16", "int8"] | None = None
-    """Write what the frozen backbone computes to disk in this precision and train UniPT's side networks from there."""
+    """Write what of the backbone stays the same in training to disk in this precision, once, and train the rest from
+    there: heads, side networks, the last blocks."""
     cache_views: int = 1
     """How many collations of the training table are cached, each with captions and augmentation drawn anew."""
 

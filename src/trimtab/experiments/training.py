@@ -95,6 +95,7 @@ class _Trainer(Trainer):
                     for (factor, decays), parameters in groups.items()
                 ],
                 betas=(0.9, self.spec.beta2),
+                fused=True,  # a third of the time of the plain loop, which is felt where steps come from a cache
             )
         return self.optimizer
 

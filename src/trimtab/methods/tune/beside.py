@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -41,18 +41,13 @@ class Stand(NamedTuple):
 
 
 class Beside(Method):
-    """A method that sets side networks beside towers; the model keeps them as `model.<name>.<tower>`.
-
-    Attributes:
-        cacheable: whether its side networks can be trained from an activation cache (`cache`).
-    """
+    """A method that sets side networks beside towers; the model keeps them as `model.<name>.<tower>`."""
 
     lever = "tune"
     trains = "added"
     changes = "beside"
     keeps = "its side networks stand beside the model, where the model's own class has no place for them"
     mixes_tokens = True
-    cacheable: ClassVar[bool] = False
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
         names = self.settings.towers or self.towers(anatomy)

@@ -9,7 +9,7 @@ its side network with it, and the copy computes with its own.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -102,10 +102,11 @@ class Listener:
         self.mask_seen = False
         self.results = Results(self.method, self.tower.name)
         self.handed: weakref.ref[Tensor] | None = None  # what the last block put out
+        self.source: Callable[[], Seen] | None = None  # what the side network is shown, in place of what a pass shows
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without what belongs to a pass."""
-        return {**vars(self), "now": _Pass(), "mask": None, "mask_seen": False, "handed": None}
+        return {**vars(self), "now": _Pass(), "mask": None, "mask_seen": False, "handed": None, "source": None}
 
     @property
     def goes_on(self) -> bool:
@@ -151,6 +152,8 @@ class Listener:
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before the first block: a pass begins. No graph goes through a tower that a side network reads, also where
         its input has one (transformers sets `requires_grad` on embeddings for gradient checkpointing)."""
+        if self.source is not None:
+            return None
         block, past = self.tower.blocks[0], self._past(args, kwargs)
         stream = block.stream_of(module, args, kwargs)
         if self.handed is not None and self.handed() is stream:
@@ -198,6 +201,8 @@ class Listener:
 
     def _next(self, index: int, value: Tensor) -> None:
         tower, block, shape = self.tower, self.tower.blocks[index - 1], self.now.shape
+        if self.source is not None:
+            return
         if shape is None:
             raise AnatomyError(
                 f"{self.method}: block '{block.path}' ran before the first block of tower {tower.name!r}, "
@@ -223,13 +228,15 @@ class Listener:
 
     def _hand(self, value: Any) -> None:
         """After the last block. Compiled code has no use for the reference, which it could not keep."""
-        if isinstance(value, Tensor) and not torch.compiler.is_compiling():
+        if isinstance(value, Tensor) and self.source is None and not torch.compiler.is_compiling():
             self.handed = weakref.ref(value)
 
     def _masked(self, mask: Tensor | None) -> None:
-        self.mask, self.mask_seen = mask, True
+        self.mask, self.mask_seen = mask, self.source is None
 
     def _seen(self, value: Tensor) -> Seen:
+        if self.source is not None:
+            return self.source()
         tower, last = self.tower, self.tower.blocks[-1].path
         now, self.now = self.now, _Pass()  # nothing of this pass outlives it
         lost = [i for i in self.maps if i not in now.found]

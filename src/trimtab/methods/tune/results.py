@@ -21,7 +21,7 @@ from trimtab.anatomy import AnatomyError
 
 
 @dataclass
-class _Result:
+class Result:
     """A result and its mask, and how often the side network's parameters had been changed when it was made; compiled
     code does not ask."""
 
@@ -29,11 +29,11 @@ class _Result:
     mask: Tensor | None
     versions: tuple[int, ...]
 
-    def rows(self, index: Tensor | None) -> _Result:
+    def rows(self, index: Tensor | None) -> Result:
         if index is None:
             return self
         mask = None if self.mask is None else self.mask.index_select(0, index)
-        return _Result(self.tokens.index_select(0, index), mask, self.versions)
+        return Result(self.tokens.index_select(0, index), mask, self.versions)
 
 
 @dataclass
@@ -54,11 +54,11 @@ class Results:
     method: str
     tower: str
     kept: Any = field(default_factory=WeakTensorKeyDictionary)
-    last: tuple[Tensor, _Result] | None = None
+    last: tuple[Tensor, Result] | None = None
     inside: bool = False
-    here: list[_Result] = field(default_factory=list)
+    here: list[Result] = field(default_factory=list)
     around: bool = False
-    open: _Result | None = None
+    open: Result | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without what belongs to a pass."""
@@ -78,9 +78,9 @@ class Results:
     def keep(self, value: Tensor, tokens: Tensor, mask: Tensor | None, side: nn.Module) -> None:
         """Keep a side network's result under what its tower hands on, `value`."""
         if self.inside and torch.compiler.is_compiling():  # nothing of it outlives the call
-            self.here.append(_Result(tokens, mask, ()))
+            self.here.append(Result(tokens, mask, ()))
             return
-        result = _Result(tokens, mask, _versions(side))
+        result = Result(tokens, mask, _versions(side))
         self.kept[value] = _version(value), result
         self.last = None if tokens.requires_grad else (value, result)
         self.open = result if self.around else None
@@ -134,12 +134,12 @@ class Results:
             )
         return result.tokens, result.mask
 
-    def _found(self, given: Sequence[Tensor]) -> list[_Result]:
+    def _found(self, given: Sequence[Tensor]) -> list[Result]:
         """Those that belong to the tensors, each once and in their order."""
         found = {id(result): result for result in map(self._result_of, given) if result is not None}
         return list(found.values())
 
-    def _result_of(self, tensor: Tensor) -> _Result | None:
+    def _result_of(self, tensor: Tensor) -> Result | None:
         version, result = self.kept.get(tensor, (None, None))
         if version == _version(tensor):
             return result
@@ -151,7 +151,7 @@ class Results:
                 return rows
         return None
 
-    def _values(self) -> Iterator[tuple[Tensor, _Result]]:
+    def _values(self) -> Iterator[tuple[Tensor, Result]]:
         if self.last is not None:
             yield self.last
         for value, (version, result) in list(self.kept.items()):
@@ -159,14 +159,14 @@ class Results:
                 yield value, result
 
 
-def joined(results: Sequence[_Result]) -> _Result | None:
+def joined(results: Sequence[Result]) -> Result | None:
     """One result of the tokens of all, in their order; None of none."""
     if len(results) < 2:
         return results[0] if results else None
     masks = None
     if any(r.mask is not None for r in results):
         masks = torch.cat([r.tokens.new_ones(r.tokens.shape[:2]) if r.mask is None else r.mask for r in results], dim=1)
-    return _Result(torch.cat([r.tokens for r in results], dim=1), masks, results[0].versions)
+    return Result(torch.cat([r.tokens for r in results], dim=1), masks, results[0].versions)
 
 
 def _version(tensor: Tensor) -> int:

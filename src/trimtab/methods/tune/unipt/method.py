@@ -66,7 +66,6 @@ class UniPT(Beside):
     """Side networks beside the frozen towers, attached through their taps."""
 
     Settings = UniPTSettings
-    cacheable = True
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
