@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import socket
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import pytest
 import torch
 import transformers as hf
 from accelerate import PartialState
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 from tests import forked
 from tests.models.official import tokenizer
-from tests.tasks.tiny import BACKBONES, COLOURS, picture
+from tests.tasks.tiny import BACKBONES, WORDS
 from trimtab import cli
 from trimtab.experiments import failures, many, sharded
 from trimtab.experiments.folder import RunError
@@ -55,12 +57,12 @@ def place(tmp_path_factory) -> Path:
     for split, count in (("train", 36), ("validation", 16), ("test", 11)):
         rows = []
         for i in range(count):
-            shade = picture(COLOURS[i % 3], (16 + i % 5, 16))
-            shade.putpixel((i % 16, i % 7), (255, 255, 255))
-            shade.save(folder / f"{split}-{i}.png")
+            # Of pixels drawn at random: of pictures that are nearly alike, rounding would decide who comes first.
+            noise = random.Random(f"{split} {i}").randbytes(3 * 16 * (16 + i % 5))
+            Image.frombytes("RGB", (16 + i % 5, 16), noise).save(folder / f"{split}-{i}.png")
             words = " ".join(["red dog", "blue cat", "a big sea"][: 1 + i % 3])
             rows.append({"image": f"{split}-{i}.png", "question": f"is it {words}", "answer": "yes" if i % 3 else "no",
-                         "captions": [f"{words} near {i}" if i % 2 else words]})  # fmt: skip
+                         "captions": [f"{words} {WORDS[i % len(WORDS)]} {WORDS[i * 7 % len(WORDS)]}"]})  # fmt: skip
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
