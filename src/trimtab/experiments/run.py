@@ -17,11 +17,13 @@ import torch
 import yaml
 from transformers import set_seed
 
+from trimtab import progress
 from trimtab.experiments import estimate, training
 from trimtab.experiments import folder as files
 from trimtab.experiments.assembly import Assembly, assemble, tables
 from trimtab.experiments.folder import RunError, write, write_json
 from trimtab.experiments.schema import Recipe, RecipeError, TrainingSpec
+from trimtab.experiments.watching import check_services, logged
 from trimtab.files import cache_dir
 from trimtab.methods.saved import WEIGHTS
 from trimtab.precision import native_bf16
@@ -42,8 +44,16 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
 
     Raises:
         RecipeError: if the recipe's parts do not fit each other.
+        ImportError: if a service of `training.report_to` is not installed.
         RunError: if it was started as one of several processes.
     """
+    check_services(recipe.training.report_to)
+    begun = any((folder / scratch).is_dir() for scratch in ("checkpoints", "search"))
+    with logged(folder, fresh=not begun and (folder / "run.json").is_file()):
+        return _run(recipe, folder, measure_costs)
+
+
+def _run(recipe: Recipe, folder: Path, measure_costs: bool) -> Path:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RunError(
             f"{folder}: a run is the work of one process, found WORLD_SIZE={os.environ['WORLD_SIZE']} in the "
@@ -57,15 +67,17 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
     for table in (train, test):
         parts.task.check(parts.model.backbone, table)
     parts.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    progress.tell({"event": "start", "name": recipe.name, "variant": recipe.variant, "seed": recipe.seed})
     label = f"{recipe.name} {recipe.variant}"
     parts.pull(training.TrainingSession(parts.model, train, validation, recipe.training, recipe.seed, label, folder))
-    history = _train(parts, train, recipe, label, folder / "checkpoints")
+    history = _train(parts, train, recipe, label, folder)
     waited = [entry.pop("waiting") for entry in history]
     waiting = sum(waited) / len(waited) if waited else None
     if waiting is not None:
         more = "; `training.workers` reads ahead" if waiting > 0.05 and not recipe.training.workers else ""
         print(f"{label}: waited for data in {waiting:.1%} of the training time{more}")
     metrics, records = training.evaluate(parts.model, test, recipe.training.evaluation_batch)
+    progress.tell({"event": "evaluated", "metrics": metrics})
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").unlink(missing_ok=True)
@@ -85,7 +97,7 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
     return folder
 
 
-def _train(parts: Assembly, train: Any, recipe: Recipe, label: str, checkpoints: Path) -> list[dict[str, float]]:
+def _train(parts: Assembly, train: Any, recipe: Recipe, label: str, folder: Path) -> list[dict[str, float]]:
     """Train what the methods, the policy and the task leave to be trained; the logged history."""
     set_seed(recipe.seed)
     rates = None
@@ -94,8 +106,8 @@ def _train(parts: Assembly, train: Any, recipe: Recipe, label: str, checkpoints:
         print(f"{label}: what is trained\n{parts.resolved.table()}")
     spec = recipe.training
     learner, cache = _from_cache(parts, train, spec, recipe.seed) if spec.cache else (parts.model, None)
-    return training.fit(learner, train, spec, recipe.seed, parts.fit.callbacks(), label, checkpoints=checkpoints,
-                        rates=rates, cache=cache)  # fmt: skip
+    return training.fit(learner, train, spec, recipe.seed, parts.fit.callbacks(), label,
+                        checkpoints=folder / "checkpoints", rates=rates, cache=cache, reports=folder)  # fmt: skip
 
 
 def _info(recipe: Recipe, parts: Assembly, started: float) -> dict[str, Any]:

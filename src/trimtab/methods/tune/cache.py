@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from trimtab.files import replace_file
 from trimtab.methods.tune.listener import Listener, Seen
+from trimtab.progress import progress
 
 Precision = Literal["fp32", "fp16", "int8"]
 SHARD_ROWS = 512
@@ -79,16 +80,16 @@ class ActivationCache:
         """Write the shards that are not there, and open all; returns how many were written."""
         written = 0
         starts = [(v, s) for v in range(self.views) for s in range(0, self.rows, SHARD_ROWS)]
-        for view, start in starts:
-            file = self._shard(view, start)
-            if file.is_file():
-                continue
-            packed: dict[str, Tensor] = {}
-            for name, value in self.compute(view, start, min(start + SHARD_ROWS, self.rows)).items():
-                packed |= pack(name, value, self.precision) if ".map" in name else {name: value.contiguous()}
-            with replace_file(file) as partial:
-                save_file(packed, partial)
-            written += 1
+        missing = [(v, s) for v, s in starts if not self._shard(v, s).is_file()]
+        with progress("cache", len(starts), "shard", len(starts) - len(missing)) as job:
+            for view, start in missing:
+                packed: dict[str, Tensor] = {}
+                for name, value in self.compute(view, start, min(start + SHARD_ROWS, self.rows)).items():
+                    packed |= pack(name, value, self.precision) if ".map" in name else {name: value.contiguous()}
+                with replace_file(self._shard(view, start)) as partial:
+                    save_file(packed, partial)
+                written += 1
+                job.add()
         self.shards = [load_file(self._shard(v, s)) for v, s in starts]  # mapped: read when they are looked at
         return written
 
