@@ -4,10 +4,10 @@
     python benchmarks/gpu.py --tiny > /dev/null   tiny models, on whatever is there, to see that all of it runs
 
 A step is forward, backward and AdamW on one batch that stays on the card, in bfloat16 (autocast; the weights of frozen
-backbones are bfloat16, what is trained is in single precision). Memory is the allocator's peak over whole steps, weights,
-gradients and moments included (without a GPU: counted from the sizes of tensors). The loss is mean
-squares of what a model hands on, or its own. Of VSE-infinity a step has 48 pairs and not the published 112, which do not
-fit; the published figures (G of 1000 MiB, summed over the authors' GPUs, in single or mixed precision) stand beside as
+backbones are bfloat16, what is trained is in single precision). Memory is the allocator's peak over whole steps,
+weights, gradients and moments included (without a GPU: counted from the sizes of tensors). The loss is mean squares of
+what a model hands on, or its own. Of VSE-infinity a step has 48 pairs and not the published 112, which do not fit; the
+published figures (G of 1000 MiB, summed over the authors' GPUs, in single or mixed precision) stand beside as
 shares of full tuning. Each measurement is caught: one that fails is a row with its reason, and one for which no time is
 left is a row that says so. `--out` writes what is known after each, so that a run that is ended loses nothing.
 """
@@ -136,9 +136,10 @@ def tuned(bench: Bench, name: str, way: str) -> Any:
     fit = trimtab.tune(model, method, **settings_of(name, method, bench.tiny), **settings)
     if checkpointing:
         parts = [m for m in model.modules() if isinstance(m, hf.PreTrainedModel) and m.supports_gradient_checkpointing]
-        if not parts:
+        for part in parts:
+            part.gradient_checkpointing_enable()
+        if not any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
             raise ValueError("no part of this model can be checkpointed by transformers")
-        parts[0].gradient_checkpointing_enable()
     model.train()
     return fit
 
@@ -167,7 +168,8 @@ def timed(bench: Bench, model: nn.Module, loss: Callable[[], Tensor]) -> dict[st
         step()
         wait(bench.device)
         times.append(1000 * (time.perf_counter() - start))
-    return {"trained": sum(p.numel() for p in trained), "peak_bytes": peak, "step_ms": round(statistics.median(times), 3)}
+    count, median = sum(p.numel() for p in trained), round(statistics.median(times), 3)
+    return {"trained": count, "peak_bytes": peak, "step_ms": median}
 
 
 def wait(device: torch.device) -> None:

@@ -97,7 +97,8 @@ def qwen3() -> nn.Module:
             "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20],
                                 "mrope_interleaved": True}}  # fmt: skip
     config = hf.Qwen3VLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN,
-                              vision_start_token_id=START, vision_end_token_id=END, tie_word_embeddings=True)  # fmt: skip
+                              vision_start_token_id=START, vision_end_token_id=END,
+                              tie_word_embeddings=True)  # fmt: skip
     return hf.Qwen3VLForConditionalGeneration(config)
 
 
@@ -111,8 +112,8 @@ def qwen3_batch(batch: int) -> dict[str, Tensor]:
             "mm_token_type_ids": (text == IMAGE_TOKEN).int()}  # fmt: skip
 
 
-# Settings of UniPT and LST as the recipes for the papers' tables have them; pictures of VSE are half as many as published
-# (112), for which full tuning does not fit a card of 80 GB.
+# Settings of UniPT and LST as the recipes for the papers' tables have them; VSE's pairs are fewer than published (112),
+# for which full tuning does not fit a card of 80 GB.
 SETTINGS: dict[str, Setting] = {
     "VSE-infinity": Setting(
         "vse", lambda: build("vse"), lambda n: {**words(n, 32), "pixel_values": pictures(n, 512)}, 48,

@@ -18,7 +18,7 @@ OVERRIDES = "changes to the recipe, such as training.steps=100 methods.0.sparsit
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 if some of several runs failed, 2 after a message about bad input."""
+    """Run a command; returns the exit status: 0, 1 if one of several runs failed, 2 after a message about bad input."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     if not words:
         _parser().print_help()

@@ -5,9 +5,9 @@
             ...
             job.add()
 
-Training, searches, calibration, evaluation and caches all tell their progress through here. `listening` hands the same to
-a function, which a run writes to its log. Work inside other work shows no bar of its own. Only one of several processes
-(RANK 0) tells anything.
+Training, searches, calibration, evaluation and caches all tell their progress through here. `listening` hands the same
+to a function, which a run writes to its log. Work inside other work shows no bar of its own. Only one of several
+processes (RANK 0) tells anything.
 """
 
 from __future__ import annotations

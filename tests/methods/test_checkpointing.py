@@ -92,11 +92,12 @@ BESIDE = ("unipt", "lst", "side-tuning", "linear-probe")
 THROUGH = ("sherl", "partial", "norm-tuning", "lora", "adapter", "deep-prompt")
 
 
-@pytest.mark.parametrize("kind", ["vit", "t5"])
-@pytest.mark.parametrize("name", [*BESIDE, *THROUGH])
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((n, "t5") for n in (*BESIDE, *THROUGH)), *((n, "vit") for n in ("unipt", "partial", "lora"))]
+)
 def test_checkpointing_keeps_no_more_and_changes_nothing(name, kind):
-    """Beside a frozen tower there is nothing to save, and nothing is added: not a byte, stored inputs of blocks included.
-    What goes through the blocks keeps less than half of their part."""
+    """Beside a frozen tower there is nothing to save, and nothing is added: not a byte, not the inputs of blocks.
+    Where the gradient goes through the blocks, less than half of it is kept."""
     plain = outcome(kind, adapted(kind, name))
     for way in (checkpointed, older):
         found = outcome(kind, adapted(kind, name, after=way))
@@ -126,7 +127,7 @@ def test_a_gradient_of_inputs_that_leads_to_something_trained_stays():
 
 
 def test_what_stands_before_a_frozen_model_is_trained_through_it():
-    """A part of one's own that makes the model's input keeps its gradient, also where inputs were made to require one."""
+    """A part of one's own that makes the model's input keeps its gradient, also where inputs must require one."""
     model, own = adapted("llama", "partial", after=asked), nn.Linear(32, 32)
     embedded = own(model.get_input_embeddings()(WORDS).detach())
     model(inputs_embeds=embedded, use_cache=False).logits.square().mean().backward()

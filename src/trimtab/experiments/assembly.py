@@ -159,8 +159,9 @@ def assemble(recipe: Recipe) -> Assembly:
 
 
 def check(recipe: Recipe) -> None:
-    """Raise a RecipeError for a wrong name or setting anywhere in a recipe, without building a model, and an ImportError
-    for a service of `training.report_to` that is not installed."""
+    """Raise a RecipeError for a wrong name or setting anywhere in a recipe, without building a model, or an ImportError
+    for a service of `training.report_to` that is not installed.
+    """
     where = f"recipe {recipe.name}"
     try:
         source = _named(SOURCES, recipe.data, f"{where}: data")

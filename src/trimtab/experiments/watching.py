@@ -3,8 +3,8 @@
     RUN/log.jsonl    {"time": ..., "event": "start"}, then "train" at each logged step, "progress" every 30 seconds of
                      whatever is at work, "evaluated", and "finished" or "failed" with the reason
 
-Each entry is a whole line that is handed to the system at once: a run that is killed leaves what it has written, and one
-that is taken up again appends. `trimtab report --watch` and `tail -f` show it.
+Each entry is a whole line that is handed to the system at once: a run that is killed leaves what it has written, and
+one that is taken up again appends. `trimtab report --watch` and `tail -f` show it.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from trimtab.anatomy import Anatomy
 from trimtab.anatomy.structure import HANDLE, is_wrapped
-from trimtab.methods.beginning import Beginnings
 from trimtab.methods.base import Method
+from trimtab.methods.beginning import Beginnings
 from trimtab.methods.learned import Learned
 from trimtab.methods.modes import note_idle
 from trimtab.methods.patches import SavePretrained, Train, checkpoint_callback, keep_dense, release

@@ -92,18 +92,19 @@ def told(entry: dict[str, Any]) -> str:
     return f"{when} {event}" + (" again, where it was" if entry.get("resumed") else "")
 
 
-def watch(paths: Iterable[Path], draw: Callable[[], Any], out: Callable[[str], Any] = partial(print, flush=True),
+def watch(paths: Iterable[Path], draw: Callable[[], Any], out: Callable[[str], Any] | None = None,
           looks: int | None = None, pause: float = PAUSE) -> None:  # fmt: skip
     """Print new lines of logs and draw the page again whenever a run is finished, until it is interrupted.
 
     Args:
         paths: run folders, or folders that hold them; they need not be there yet.
         draw: draws the page.
-        out: prints a line.
+        out: prints a line; None: to standard output, at once.
         looks: end after so many looks; None for never.
         pause: seconds between two looks.
     """
     watcher = Watcher(paths)
+    out = out or partial(print, flush=True)
     count = 0
     while looks is None or count < looks:
         if count:
