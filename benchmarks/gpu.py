@@ -194,6 +194,8 @@ def from_cache(bench: Bench, name: str) -> dict[str, Any]:
     with torch.no_grad(), torch.autocast(bench.device.type, torch.bfloat16), cache.record(listeners) as seen:
         fit.model(**batch)
     held = {k: v.half() if ".map" in k else v for k, v in seen.items()}
+    if bench.device.type == "cuda":
+        held = {k: v.pin_memory() for k, v in held.items()}
     sides = nn.ModuleList(listener.side for listener in listeners.values())
     del fit, seen
     gc.collect()  # the frozen model is gone: nothing of it is needed

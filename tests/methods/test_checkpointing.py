@@ -10,6 +10,7 @@ from torch import nn
 
 import trimtab
 from tests.methods.test_tune_copies import PIXELS, WORDS, bart, llama, t5, vit
+from tests.models.four import DECODER
 from trimtab.counting import saved_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -145,3 +146,22 @@ def test_an_exported_model_begins_where_its_class_does():
     fit.tune("norm-tuning")
     hooks = lambda model: sum(len(m._forward_pre_hooks) for m in model.modules())  # noqa: E731
     assert hooks(fit.model) > 0 == hooks(fit.folded())
+
+
+@pytest.mark.parametrize("way", [checkpointed, older])
+@pytest.mark.parametrize("towers", [("vision",), ("text",), None])
+def test_a_tower_that_is_trained_behind_a_frozen_one_gets_the_same_gradient(towers, way):
+    """Where the vision tower alone is trained, its gradient comes through the frozen blocks that read it."""
+    plain = None
+    for done in (None, way):
+        model = DECODER.make()
+        trimtab.tune(model, "norm-tuning", towers=towers)
+        if done:
+            done(model)
+        model.train()
+        loss = model(**DECODER.batch, use_cache=False).loss
+        loss.backward()
+        found = (0, loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        assert len(found[2]) == sum(p.requires_grad for p in model.parameters()) > 4
+        plain = plain or found
+    check_same(found, plain)
