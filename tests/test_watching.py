@@ -244,12 +244,12 @@ def test_a_service_gets_the_curve_through_the_trainer(tiny_raw, tmp_path, monkey
 
 def test_a_failed_run_does_not_keep_the_others_from_running(tiny_raw, tmp_path, capsys):
     raw = tiny_raw("tiny-clip", "retrieval", ["linear-probe"], steps=1) | {"costs": False}
-    raw["variants"] = {"first": {}, "bad": {"methods": [{"name": "lst", "towers": ["nowhere"]}]}, "last": {}}
+    raw["variants"] = {"bad": {"methods": [{"name": "lst", "towers": ["nowhere"]}]}, "last": {}}
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(raw))
     assert cli.main(["run", str(file), "--out", str(tmp_path / "runs")]) == 1
     out, err = capsys.readouterr()
-    assert "first seed 0: " in out and "last seed 0: " in out
-    assert "1 of 3 runs failed:" in err and "nowhere" in err.splitlines()[-1] and "Traceback" not in err
+    assert "last seed 0: " in out and "bad seed 0: failed" in err
+    assert "1 of 2 runs failed:" in err and "nowhere" in err.splitlines()[-1] and "Traceback" not in err
     assert (tmp_path / "runs" / "tiny" / "last-seed0" / "run.json").is_file()
     assert cli.main(["run", str(file), "variants=[bad]", "--out", str(tmp_path / "runs")]) == 2  # by itself as before
