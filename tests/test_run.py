@@ -31,7 +31,8 @@ def copy(finished, tmp_path):
 def test_a_run_is_plain_files_and_only_the_learned_part(finished):
     folder, r = finished
     names = {p.name for p in folder.iterdir()}
-    wanted = {"recipe.yaml", "run.json", "metrics.json", "costs.json", "fit.json", "weights.safetensors", "samples"}
+    wanted = {"recipe.yaml", "run.json", "metrics.json", "costs.json", "fit.json", "weights.safetensors", "samples",
+              "log.jsonl"}  # fmt: skip
     assert names == wanted
     assert all(
         k.startswith(("task.head.", "learned.unipt.", "kept.unipt.")) for k in load_file(folder / "weights.safetensors")

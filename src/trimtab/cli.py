@@ -19,7 +19,7 @@ OVERRIDES = "changes to the recipe, such as training.steps=100 methods.0.sparsit
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, or 2 after a message about bad input."""
+    """Run a command; returns the exit status: 0, 1 if one of several runs failed, 2 after a message about bad input."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     if not words:
         _parser().print_help()
@@ -141,6 +141,8 @@ def _add_recipe_commands(command: Callable[..., ArgumentParser]) -> None:
     report.add_argument("runs", nargs="+", type=Path, help=where)
     report.add_argument("--out", type=Path, default=Path("runs/report"), help="folder of the page")
     report.add_argument("--markdown", action="store_true", help="print the tables as Markdown too")
+    watch = "print what runs log while they run, and write the page again as they finish; Ctrl-C ends it"
+    report.add_argument("--watch", action="store_true", help=watch)
 
     plan = command("plan", commands.plan, "Print which blocks a search skips: tower, MACs, gate of each.")
     plan.add_argument("plan", type=Path, help="a run folder, or a plan's JSON file")

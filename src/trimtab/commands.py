@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
+import traceback
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,10 +15,11 @@ from trimtab import listing
 DEMO = ("demo/retrieval", "demo/grounding", "demo/easy-vqa", "demo/vqa")  # the last shows the levers composed
 
 
-def run(options: Namespace) -> None:
+def run(options: Namespace) -> int:
     from trimtab.experiments import recipe
 
-    _carry_out(recipe.below(options.recipe), options.overrides, options.out, options.redo)
+    _, failed = _carry_out(recipe.below(options.recipe), options.overrides, options.out, options.redo)
+    return int(failed)
 
 
 def fit(options: Namespace) -> None:
@@ -30,17 +34,25 @@ def fit(options: Namespace) -> None:
     print(f"model: {found.model}; again: trimtab run {found.folder / 'found.yaml'}; page: {found.folder}/report")
 
 
-def demo(options: Namespace) -> None:
-    folders = _carry_out(list(DEMO), options.overrides, options.out, options.redo)
+def demo(options: Namespace) -> int:
+    folders, failed = _carry_out(list(DEMO), options.overrides, options.out, options.redo)
     from trimtab.experiments import many
     from trimtab.report.page import write_report
 
-    if many.is_first():
+    if folders and many.is_first():
         print(f"report: {write_report(folders, options.out / 'report', 'trimtab demo')}")
+    return int(failed)
 
 
-def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) -> list[Path]:
-    """Run everything that recipes stand for; prints a line a run and the table of each recipe."""
+def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) -> tuple[list[Path], bool]:
+    """Run everything that recipes stand for; prints a line a run and the table of each recipe.
+
+    One of several runs that fails does not keep the others from running; those that failed are listed at the end. A run
+    by itself raises what it fails with.
+
+    Returns:
+        The folders of the finished runs, and whether one failed.
+    """
     from rich.console import Console
 
     from trimtab.experiments import recipe as recipe_module
@@ -57,25 +69,52 @@ def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) 
         many.join()
         for r in todo:
             assembly.check(r)
-    done: list[Path] = []
+    done: dict[Path, str] = {}
+    failed: dict[str, str] = {}
     for number, r in enumerate(todo, 1):
         folder = out / r.name / f"{r.variant}-seed{r.seed}"
         label = f"[{number}/{len(todo)}] {r.name} {r.variant} seed {r.seed}"
         fresh = many.first_says(redo or not runs.is_finished(folder, r))
-        if fresh:
-            carry_out(r, folder)
-        done.append(folder)
+        try:
+            if fresh:
+                carry_out(r, folder)
+        except Exception as error:
+            # Of several processes the others would wait for this one: they end together, with the reason.
+            if len(todo) == 1 or many.started() > 1 or os.environ.get("TRIMTAB_DEBUG"):
+                raise
+            failed[label] = _reason(error)
+            print(f"{label}: failed: {failed[label]}", file=sys.stderr, flush=True)
+            continue
+        done[folder] = r.name
         result, info = (json.loads((folder / f).read_text()) for f in ("metrics.json", "run.json"))
         score = f"{result['primary']} {100 * result['test'][result['primary']]:.1f} %"
         console.print(f"{label}: {score}" + (f", {info['seconds']:.0f} s" if fresh else ", kept"), highlight=False)
-    for name in dict.fromkeys(r.name for r in todo):
-        console.print(summary_table(load_runs(p for p, r in zip(done, todo, strict=True) if r.name == name)))
-    return done
+    for name in dict.fromkeys(done.values()):
+        console.print(summary_table(load_runs(p for p, other in done.items() if other == name)))
+    if failed:
+        print(f"{len(failed)} of {len(todo)} runs failed:", file=sys.stderr)
+        for label, why in failed.items():
+            print(f"  {label}: {why}", file=sys.stderr)
+    return list(done), bool(failed)
+
+
+def _reason(error: Exception) -> str:
+    """Why a run failed, in a line; what nobody has foreseen is printed with the place where it came from."""
+    if not isinstance(error, (ValueError, ImportError, OSError)):
+        traceback.print_exception(error)
+        return f"{type(error).__name__}: {error}"
+    return str(error)
 
 
 def report(options: Namespace) -> None:
     from trimtab.report.page import load_runs, markdown_table, write_report
 
+    if options.watch:
+        from trimtab.report.watch import watch
+
+        with contextlib.suppress(KeyboardInterrupt):
+            watch(options.runs, lambda: print(f"report: {write_report(options.runs, options.out)}", flush=True))
+        return
     page = write_report(options.runs, options.out)
     if options.markdown:
         print(markdown_table(load_runs(options.runs)))

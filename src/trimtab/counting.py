@@ -98,20 +98,32 @@ def _inside(modules: Sequence[nn.Module], clock: Callable[[], float], function: 
 
 
 def saved_bytes(function: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes that autograd keeps for the backward pass of `function()`, each storage once, without the model's own."""
+    """Bytes that autograd keeps for the backward pass of `function()`, each storage once, without the model's own.
+
+    What belongs to a graph that is gone when the function returns does not count: nothing is kept of it.
+    """
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
+    kept: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor  # kept alive by the graph, so that no storage's address is used twice
+    def pack(tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        kept.add(saved)
+        return saved
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         result = function()
+        storages = {s._cdata: s.nbytes() for s in (saved.tensor.untyped_storage() for saved in kept)}
     del result
-    return sum(kept.values())
+    return sum(size for key, size in storages.items() if key not in own)
+
+
+class _Saved:
+    """A tensor in a graph, which alone keeps it."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
 
 
 class _Alive(TorchDispatchMode):

@@ -17,6 +17,7 @@ from trimtab.data.sources import SOURCES
 from trimtab.experiments.policy import Resolved, Rule, apply
 from trimtab.experiments.recipe import build
 from trimtab.experiments.schema import Recipe, RecipeError
+from trimtab.experiments.watching import check_services
 from trimtab.methods import METHODS, Method, Session
 from trimtab.methods.adapted import Adapted, adapt
 from trimtab.methods.costs import without_gradient
@@ -158,7 +159,9 @@ def assemble(recipe: Recipe) -> Assembly:
 
 
 def check(recipe: Recipe) -> None:
-    """Raise a RecipeError for a wrong name or setting anywhere in a recipe, without building a model."""
+    """Raise a RecipeError for a wrong name or setting anywhere in a recipe, without building a model, or an ImportError
+    for a service of `training.report_to` that is not installed.
+    """
     where = f"recipe {recipe.name}"
     try:
         source = _named(SOURCES, recipe.data, f"{where}: data")
@@ -169,6 +172,7 @@ def check(recipe: Recipe) -> None:
             known = [*backbones.BACKBONES, *backbones.ARCHITECTURES]
             if name not in known and not Path(name).exists():
                 raise ValueError(f"{unknown('backbone', name, known)}; nor is there a folder or file of that name")
+        check_services(recipe.training.report_to)
     except ValueError as error:
         raise error if isinstance(error, RecipeError) else RecipeError(f"{where}: {error}") from error
 

@@ -15,11 +15,13 @@ import torch
 import yaml
 from transformers import TrainerCallback, set_seed
 
+from trimtab import progress
 from trimtab.experiments import estimate, failures, many, sharded, training
 from trimtab.experiments import folder as files
 from trimtab.experiments.assembly import Assembly, assemble, tables
 from trimtab.experiments.folder import write, write_json
 from trimtab.experiments.schema import Recipe, RecipeError, TrainingSpec
+from trimtab.experiments.watching import check_services, logged
 from trimtab.methods.saved import WEIGHTS
 from trimtab.precision import native_bf16
 from trimtab.tasks.base import TaskModel
@@ -44,12 +46,20 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True, watch: Watch |
 
     Raises:
         RecipeError: if the recipe's parts do not fit each other.
+        ImportError: if a service of `training.report_to` is not installed.
         RunError: if it is one of several processes that did not meet.
     """
     many.join()
+    check_services(recipe.training.report_to)
     if recipe.training.steps:
         many.part(recipe.training.batch_size)
         sharded.check(recipe.training)
+    begun = any((folder / scratch).is_dir() for scratch in ("checkpoints", "search"))
+    with logged(folder, fresh=not begun and (folder / "run.json").is_file()):
+        return _run(recipe, folder, measure_costs, watch)
+
+
+def _run(recipe: Recipe, folder: Path, measure_costs: bool, watch: Watch | None) -> Path:
     started = time.time()
     gc.collect()  # an earlier run's model lives on in cycles of hooks until it is collected
     with many.one_by_one():
@@ -57,13 +67,14 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True, watch: Watch |
         train, validation, test = tables(recipe, parts)
     for table in (train, test):
         parts.task.check(parts.model.backbone, table)
+    progress.tell({"event": "start", "name": recipe.name, "variant": recipe.variant, "seed": recipe.seed})
     label = f"{recipe.name} {recipe.variant}"
     with failures.enough_memory(recipe):
         parts.model.to("cuda" if torch.cuda.is_available() else "cpu")
         session = training.TrainingSession(parts.model, train, validation, recipe.training, recipe.seed, label, folder)
         parts.pull(session)
         callbacks = [] if watch is None else [watch(parts.model, validation)]
-        history = _train(parts, train, recipe, label, folder / "checkpoints", callbacks)
+        history = _train(parts, train, recipe, label, folder, callbacks)
     waited = [entry.pop("waiting") for entry in history]
     waiting = sum(waited) / len(waited) if waited else None
     if waiting is not None:
@@ -71,6 +82,7 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True, watch: Watch |
         print(f"{label}: waited for data in {waiting:.1%} of the training time{more}")
     with failures.enough_memory(recipe):
         metrics, records = training.evaluate(parts.model, test, recipe.training.evaluation_batch)
+    progress.tell({"event": "evaluated", "metrics": metrics})
     result = {"primary": parts.task.primary, "chance": parts.task.chance(test), "test": metrics, "history": history}
     if many.is_first():
         _write(recipe, parts, folder, result, measure_costs)
@@ -96,7 +108,7 @@ def _write(recipe: Recipe, parts: Assembly, folder: Path, result: dict[str, Any]
         write_json(folder / "costs.json", estimate.measure(parts, dense, recipe.training.batch_size, folder / WEIGHTS))
 
 
-def _train(parts: Assembly, train: Any, recipe: Recipe, label: str, checkpoints: Path,
+def _train(parts: Assembly, train: Any, recipe: Recipe, label: str, folder: Path,
            callbacks: list[TrainerCallback]) -> list[dict[str, float]]:  # fmt: skip
     """Train what the methods, the policy and the task leave to be trained; the logged history."""
     set_seed(recipe.seed)
@@ -107,8 +119,8 @@ def _train(parts: Assembly, train: Any, recipe: Recipe, label: str, checkpoints:
     spec = recipe.training
     learner, cache = _from_cache(parts, train, spec, label) if spec.cache else (parts.model, None)
     callbacks = [*parts.fit.callbacks(), *callbacks]
-    return training.fit(learner, train, spec, recipe.seed, callbacks, label, checkpoints=checkpoints, rates=rates,
-                        cache=cache)  # fmt: skip
+    return training.fit(learner, train, spec, recipe.seed, callbacks, label, checkpoints=folder / "checkpoints",
+                        rates=rates, cache=cache, reports=folder)  # fmt: skip
 
 
 def _info(recipe: Recipe, parts: Assembly, started: float) -> dict[str, Any]:

@@ -85,6 +85,9 @@ class TrainingSpec:
     randaugment: Literal["vilt", "xvlm", "blip"] | None = None
     """Augmentation: RandAugment as the authors of ViLT (METER and DAS too), X-VLM (MULTIFLOW too) or BLIP train with
     it; None for none. It changes colours, moves and turns pictures; rows with a `box` get changes of colour alone."""
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Services that get the training curve through transformers' trainer, beside the run's own log.jsonl; each must be
+    installed. TensorBoard's files stand in the run's folder."""
     cache: Literal["fp32", "fp16", "int8"] | None = None
     """Write what of the backbone stays the same in training to disk in this precision, once, and train the rest from
     there: heads, side networks, the last blocks."""

@@ -1,11 +1,12 @@
 """Training on `transformers.Trainer`, and evaluation.
 
 The trainer brings Accelerate, mixed precision, gradient accumulation, logging and resuming; methods act on it through
-callbacks. What is added here: parameter groups with a learning rate of their own for the head, and one progress bar.
+callbacks. What is added here: parameter groups with a learning rate of their own for the head, and progress.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from trimtab import processes
+from trimtab import processes, progress
 from trimtab.anatomy import Anatomy
 from trimtab.data.augment import Augmentation
 from trimtab.data.images import encoded
@@ -30,6 +31,7 @@ from trimtab.divided import divided, norms
 from trimtab.experiments import many, sharded
 from trimtab.experiments.failures import check_finite
 from trimtab.experiments.schema import TrainingSpec
+from trimtab.experiments.watching import Told, tensorboard_in
 from trimtab.precision import native_bf16
 from trimtab.tasks.base import TaskModel
 
@@ -131,31 +133,6 @@ def falling(step: int, steps: int, warmup: float, drops: Sequence[float]) -> flo
     return 0.1 ** sum(step >= round(share * steps) for share in drops)
 
 
-class _Progress(TrainerCallback):
-    """One rich progress bar with the running loss."""
-
-    def __init__(self, title: str):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, TextColumn("loss {task.fields[loss]}"), transient=True)
-        self.title = title
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.bar.start()
-        self.job = self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step, loss="-")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(self.job, completed=state.global_step)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs:
-            self.bar.update(self.job, loss=f"{float(logs['loss']):.3f}")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.stop()
-
-
 def fit(
     model: TaskModel,
     table: Any,
@@ -167,6 +144,7 @@ def fit(
     checkpoints: Path | None = None,
     rates: Mapping[str, float] | None = None,
     cache: Any = None,
+    reports: Path | None = None,
 ) -> list[dict[str, float]]:
     """Train what requires gradients and return the logged history.
 
@@ -181,6 +159,8 @@ def fit(
         checkpoints: folder for checkpoints when `spec.save_every` is set; training resumes from the last one there.
         rates: factors of the learning rate by parameter name, beside the head's; 1 for what is not named.
         cache: a filled `ActivationCache` of the table, from which `model`, a `CachedModel`, trains.
+        reports: the run's folder: its numbers go to `spec.report_to` as well, TensorBoard's into `tensorboard/` there;
+            None hands them to nobody.
 
     Returns:
         One dict a logged step: `step`, `loss`, `learning_rate`, `grad_norm`, and `waiting`, the share of the time since
@@ -190,14 +170,16 @@ def fit(
     steps = spec.steps if steps is None else steps
     if steps == 0:
         return []
-    progress = _Progress(title)
     many.check(spec.batch_size, len(table), "training")
     sharded.check(spec)
-    with tempfile.TemporaryDirectory() as scratch:
+    told = Told(title)
+    with tempfile.TemporaryDirectory() as scratch, tensorboard_in(reports), contextlib.closing(told):
         saving = bool(spec.save_every and checkpoints)
         together = cache is None and model.task.together
         args = _arguments(spec, steps, seed, checkpoints if saving and checkpoints else Path(scratch), saving, table,
                           together)  # fmt: skip
+        if reports is not None:
+            args.report_to, args.run_name = list(spec.report_to), title
         trainer = _Trainer(
             model=model,
             args=args,
@@ -205,17 +187,14 @@ def fit(
             rates=rates or {},
             train_dataset=_Rows(table) if cache is None else range(len(cache) * cache.views),
             data_collator=cache.batch if cache else partial(_collate, model, spec.augmentation),
-            callbacks=[*(callbacks or []), progress],
+            callbacks=[*(callbacks or []), told],
         )
-        trainer.remove_callback(PrinterCallback)  # it prints every log; the progress bar shows the last
+        trainer.remove_callback(PrinterCallback)  # it prints every log; progress shows the last
         last = saving and any(Path(str(args.output_dir)).glob("checkpoint-*"))
-        try:
-            with sharded.sharded(model, spec), norms(model):
-                if spec.shard and processes.world()[1] > 1:  # torch divides the model, Accelerate shall not copy it
-                    trainer.accelerator.prepare_model = lambda model, **_: model
-                trainer.train(resume_from_checkpoint=bool(last))
-        finally:
-            progress.bar.stop()  # a callback may end the training by an exception
+        with sharded.sharded(model, spec), norms(model):
+            if spec.shard and processes.world()[1] > 1:  # torch divides the model, Accelerate shall not copy it
+                trainer.accelerator.prepare_model = lambda model, **_: model
+            trainer.train(resume_from_checkpoint=bool(last))
     model.zero_grad(set_to_none=True)
     keep = ("step", "loss", "learning_rate", "grad_norm", "waiting")
     return [{k: float(e[k]) for k in keep if k in e} for e in trainer.state.log_history if "loss" in e]
@@ -318,10 +297,12 @@ def evaluate(model: TaskModel, table: Any, size: int = 64) -> tuple[dict[str, fl
     model.eval()
     starts = range(0, len(rows), size)
     mine: list[list[dict[str, Any]]] = []
-    for start in (starts[number] for number in processes.shared(len(starts))):
-        some = [rows[i] for i in range(start, min(start + size, len(rows)))]
-        batch = model.task.collate(model.backbone, some, False)
-        mine.append(model.predict({k: v.to(device) for k, v in batch.items()}))
+    with progress.progress("evaluation", len(rows), "row") as job:
+        for start in (starts[number] for number in processes.shared(len(starts))):
+            some = [rows[i] for i in range(start, min(start + size, len(rows)))]
+            batch = model.task.collate(model.backbone, some, False)
+            mine.append(model.predict({k: v.to(device) for k, v in batch.items()}))
+            job.update(min(start + size, len(rows)))
     records = [record for batch in processes.in_turn(mine, len(starts)) for record in batch]
     records = model.task.finish(model.backbone, model.head, records)
     metrics = model.task.score(model.backbone, model.head, records, table)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trimtab.methods.session import BatchSession
 
 from trimtab.methods.modes import drop_again, frozen_in_evaluation
+from trimtab.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -62,22 +63,19 @@ class Loop:
             self.control = changed or self.control
 
     def run(self) -> list[dict[str, float]]:
-        from rich.progress import Progress
-
         if self.steps == 0:
             return []
         every, history = max(1, self.steps // 10), []
         batches = self.session.batches("train") if self.trained else iter(())
-        with evaluating(self.model, train=True), Progress(transient=True) as bar:
+        with evaluating(self.model, train=True), progress("search", self.steps) as job:
             frozen_in_evaluation(self.model)
-            job = bar.add_task("search", total=self.steps)
             self.tell("on_train_begin")
             while self.state.global_step < self.steps and not self.control.should_training_stop:
                 self.tell("on_step_begin")
                 logged = self.step(next(batches)) if self.trained else {}
                 self.state.global_step += 1
                 self.tell("on_step_end")
-                bar.update(job, completed=self.state.global_step)
+                job.update(self.state.global_step, **{k: logged[k] for k in ("loss",) if k in logged})
                 if logged and self.state.global_step % every == 0:
                     history.append({"step": self.state.global_step, **logged})
                     log.info("step %d of %d: %s", self.state.global_step, self.steps, logged)

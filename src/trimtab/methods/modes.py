@@ -11,7 +11,8 @@ method added is in training mode if it is trained itself.
 
 Three kinds of modules keep their training mode though parts below them are frozen: the model itself, which was told to
 train; modules that say that they augment what goes through them (`augments = True`: VSE's size augmentation); layers
-with gradient checkpointing, which transformers checkpoints only in training mode. The shares of dropout that these
+with gradient checkpointing, which transformers checkpoints only in training mode, but not in towers that keep no graph
+(`graphless`): checkpointing there only costs, and T5 then makes a graph of its own. The shares of dropout that these
 apply themselves (`self.dropout`, a number) are 0 meanwhile. The model itself says so between its passes alone: in a
 pass it is in evaluation mode as its parts are, which may count on the same (RF-DETR's groups of queries).
 """
@@ -26,6 +27,7 @@ from trimtab.anatomy.structure import plain_modules
 
 _IDLE = "_trimtab_idle"  # attribute of a model: names of parameters that were frozen because no loss reaches them
 _QUIET = "_trimtab_quiet"  # attribute of a model that trains: its passes are in evaluation mode; True in one
+_GRAPHLESS = "_trimtab_graphless"  # attribute of a block through which no gradient passes: it is not checkpointed
 _SHARES = "_trimtab_shares"  # attribute of a module: its own shares of dropout, where they are 0 for the time being
 
 
@@ -36,12 +38,19 @@ def note_idle(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     vars(model)[_IDLE] = vars(model).get(_IDLE, frozenset()) | names
 
 
+def graphless(module: nn.Module, yes: bool = True) -> None:
+    """Note that no gradient passes through a block (or that one does), so that it has no use for checkpointing."""
+    vars(module).pop(_GRAPHLESS, None)
+    if yes:
+        vars(module)[_GRAPHLESS] = True
+
+
 def frozen_in_evaluation(model: nn.Module) -> None:
     """Set the mode of every module of a model that trains, by the rule above."""
     drop_again(model)
     plain = {id(m) for _, m in plain_modules(model)}
     idle = {id(p) for m in model.modules() for name in vars(m).get(_IDLE, ()) for p in [_at(m, name)] if p is not None}
-    _walk(model, _Counts(plain, idle), model, True, False)
+    _walk(model, _Counts(plain, idle), model, True, False, False)
 
 
 def drop_again(model: nn.Module) -> None:
@@ -97,7 +106,7 @@ class _Counts:
         return self.known[id(module)]
 
 
-def _walk(module: nn.Module, counts: _Counts, root: nn.Module, on: bool, adds: bool) -> None:
+def _walk(module: nn.Module, counts: _Counts, root: nn.Module, on: bool, adds: bool, still: bool) -> None:
     """Set the mode of a module and of what is below it.
 
     Args:
@@ -106,12 +115,15 @@ def _walk(module: nn.Module, counts: _Counts, root: nn.Module, on: bool, adds: b
         root: keeps its training mode.
         on: whether the plain module around is in training mode; modules without weights follow it.
         adds: whether the module around trains something that was added.
+        still: whether no gradient passes through the module around.
     """
+    still = still or vars(module).get(_GRAPHLESS, False)
     trained, frozen, added = counts(module)
     if id(module) in counts.plain:
         on = trained and not frozen if trained or frozen else on
         module.training = on
-        keeps = any(getattr(module, name, False) is True for name in ("augments", "gradient_checkpointing"))
+        asks = ("augments",) if still else ("augments", "gradient_checkpointing")
+        keeps = any(getattr(module, name, False) is True for name in asks)
         if not on and (keeps or module is root):
             module.training = True
             if not keeps:
@@ -123,7 +135,7 @@ def _walk(module: nn.Module, counts: _Counts, root: nn.Module, on: bool, adds: b
         added = added or (adds and not any(True for _ in module.parameters()))
         module.training = added
     for child in module.children():
-        _walk(child, counts, root, on, added)
+        _walk(child, counts, root, on, added, still)
 
 
 def _at(model: nn.Module, name: str) -> nn.Parameter | None:

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from trimtab.anatomy import Anatomy
 from trimtab.anatomy.structure import HANDLE, is_wrapped
 from trimtab.methods.base import Method
+from trimtab.methods.beginning import Beginnings
 from trimtab.methods.learned import Learned
 from trimtab.methods.modes import note_idle
 from trimtab.methods.patches import SavePretrained, Train, checkpoint_callback, keep_dense, release
@@ -100,6 +101,7 @@ class Stack(Learned):
         self.anatomy = self._described = anatomy
         self.methods: list[Method] = []
         self._base: dict[str, Any] | None = None
+        self._begins: Beginnings | None = None
 
     @property
     def base(self) -> dict[str, Any]:
@@ -181,7 +183,13 @@ class Stack(Learned):
     def _take_over(self) -> None:
         """Let the model train and save as an adapted one."""
         self.tuned = any(m.lever != "prune" for m in self.methods)
+        if self._begins is not None:
+            self._begins.remove()
+            self._begins = None
         if self.tuned:
+            cut = detached(self.anatomy, {t for m in self.methods for t in m.detaches(self.anatomy)})
+            placed = {path for m in self.methods for path in m.replaces()}
+            self._begins = Beginnings(self.model, self.anatomy, cut, placed, self.with_task)
             keep_dense(self.model)
             self.model.train = Train(self.model)  # type: ignore[method-assign]
             if self.model.training:
@@ -278,6 +286,8 @@ class Stack(Learned):
         self._check_zeros()
         twin = copy.deepcopy(self.model)
         fit: Stack = getattr(twin, HANDLE)
+        if fit._begins is not None:
+            fit._begins.remove()
         release(twin)
         # Masks name blocks as they are numbered before any goes.
         for lever in ("tune", "prune", "skip"):

@@ -18,6 +18,7 @@ from trimtab.methods.fitting import evaluating
 from trimtab.methods.prune.products import Products, one_by_one
 from trimtab.methods.session import Session, own_loss
 from trimtab.precision import native_bf16
+from trimtab.progress import progress
 
 Batch = dict[str, Any]
 
@@ -123,11 +124,13 @@ class Calibration:
 
     def _round(self, iterator: Iterator[Batch], size: int | None, number: int) -> Iterator[Batch]:
         found = 0
-        for batch in islice(iterator, size):
-            found += 1
-            if self.alike:
-                processes.same_batches([batch], f"from {found} on")
-            yield _checked(batch, found)
+        with progress("calibration", size, "batch") as job:
+            for batch in islice(iterator, size):
+                found += 1
+                if self.alike:
+                    processes.same_batches([batch], f"from {found} on")
+                yield _checked(batch, found)
+                job.update(found)
         if not found and not number:
             raise ValueError("the calibration data are empty: expected at least one batch (was an iterator used up?)")
         if size is not None and found < size:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimtab.files import replace_file
+from trimtab.progress import progress
 
 Precision = Literal["fp32", "fp16", "int8"]
 SHARD_ROWS = 512
@@ -144,10 +145,12 @@ class ActivationCache:
                 partial.write_text(json.dumps(self.key, indent=1) + "\n")
         starts, written = self._starts(), 0
         world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
-        for view, start in sorted(starts, key=lambda s: (starts.index(s) % world != rank, *s)):
-            if not self._shard(view, start).is_file():
-                self._write(view, start)
-                written += 1
+        with progress("cache", len(starts), "shard") as job:
+            for view, start in sorted(starts, key=lambda s: (starts.index(s) % world != rank, *s)):
+                if not self._shard(view, start).is_file():
+                    self._write(view, start)
+                    written += 1
+                job.add()
         self.shards = [self._opened(self._shard(v, s)) for v, s in starts]
         return written
 

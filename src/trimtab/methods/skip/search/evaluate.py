@@ -27,6 +27,7 @@ from trimtab.methods.session import own_loss
 from trimtab.methods.skip.adapters import Switch
 from trimtab.methods.skip.budget import Indices
 from trimtab.methods.skip.search.journal import Journal
+from trimtab.progress import progress
 
 
 class SearchError(ValueError):
@@ -96,16 +97,18 @@ class PlanLosses:
         # In the order of computation, so that neighbours share as long a beginning as they can.
         order = sorted(range(len(plans)), key=lambda p: [i in plans[p] for i in self.order])
         losses = [0.0] * len(plans)
-        for batch in self.batches:
-            memory = _Memory(self.switches) if self.reuse else None
-            for p in order:
-                choose(self.switches, plans[p])
-                losses[p] += self._loss(batch, memory) / len(self.batches)
-            if memory is not None:
-                self.order, self.computed = memory.order, self.computed + memory.computed
-                memory.close()
-            else:
-                self.computed += len(self.switches) * len(plans)
+        with progress("trying plans", len(plans) * len(self.batches), "pass") as job:
+            for batch in self.batches:
+                memory = _Memory(self.switches) if self.reuse else None
+                for p in order:
+                    choose(self.switches, plans[p])
+                    losses[p] += self._loss(batch, memory) / len(self.batches)
+                    job.add()
+                if memory is not None:
+                    self.order, self.computed = memory.order, self.computed + memory.computed
+                    memory.close()
+                else:
+                    self.computed += len(self.switches) * len(plans)
         return losses
 
     def _loss(self, batch: dict[str, Tensor], memory: _Memory | None) -> float:
