@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from trimtab.anatomy.description import Modality
 from trimtab.backbones.base import Encoded
+from trimtab.data import draws
 from trimtab.data.augment import Augmentation
 from trimtab.data.images import blanked, encoded
 from trimtab.methods.tune import cache
@@ -44,7 +45,7 @@ def cache_key(
     """To what a cache belongs: everything that its contents depend on, as plain JSON."""
     listeners = method.listeners if method else {}
     return {
-        "precision": precision, "views": views, "seed": seed, "rows": len(table),
+        "precision": precision, "views": views, "seed": seed, "draws": draws.VERSION, "rows": len(table),
         "backbone": _backbone_print(model, method), "layers": {n: list(x.maps) for n, x in listeners.items()},
         "places": {n: str(x.place) for n, x in listeners.items()}, "task": model.task.name,
         "table": table_print(encoded(table)),
@@ -90,21 +91,20 @@ class TableCache(ActivationCache):
         key = cache_key(model, method, self.table, precision, views, seed, augmentation, bf16)
         super().__init__(folder, key, len(self.table), views, self._computed, precision)
 
-    def _collated(self, rows: list[dict[str, Any]], salt: int) -> dict[str, Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * 1_000_003 + salt)
-            return self.model.task.collate(self.model.backbone, rows, True)
+    def _collated(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return self.model.task.collate(self.model.backbone, rows, True)
 
-    def _rows(self, start: int, stop: int) -> list[dict[str, Any]]:
-        return [self.table[i] for i in range(start, stop)]
+    def _rows(self, view: int, start: int, stop: int) -> list[dict[str, Any]]:
+        """Rows of a view, for which the same is drawn as in training's epoch of that number."""
+        return [draws.placed(self.table[i], draws.Place(self.seed, view, i)) for i in range(start, stop)]
 
     def _longest(self) -> int:
         """Tokens of the longest text: all are padded to it, so that every sample has one layout."""
         longest = 1
         for start in range(0, len(self), cache.SHARD_ROWS):
-            rows = self._rows(start, min(start + cache.SHARD_ROWS, len(self)))
             for view in range(self.views):
-                batch = self._collated([blanked(row) for row in rows], view * len(self) + start)
+                rows = self._rows(view, start, min(start + cache.SHARD_ROWS, len(self)))
+                batch = self._collated([blanked(row) for row in rows])
                 longest = max(longest, batch["input_ids"].shape[1])
         return longest
 
@@ -113,10 +113,8 @@ class TableCache(ActivationCache):
         self.longest = self.longest or self._longest()
         was = self.model.training
         self.model.eval()
-        rows, salt = self._rows(start, stop), view * len(self) + start
-        if self.augmentation:  # with a generator of its own, so that captions are those that `_longest` saw
-            rows = self.augmentation(rows, torch.Generator().manual_seed(self.seed * 1_000_003 + salt))
-        batch = self._collated(rows, salt)
+        rows = self._rows(view, start, stop)
+        batch = self._collated(self.augmentation(rows) if self.augmentation else rows)
         lengths = batch["attention_mask"].sum(dim=1)
         pad = self.model.backbone.tokenizer.pad_token_id or 0
         more = (0, self.longest - batch["input_ids"].shape[1])
