@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from trimtab.data.draws import PLACE, described
+
 log = logging.getLogger(__name__)
 
 
@@ -46,9 +48,11 @@ def decode_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     for i, row in enumerate(rows):
         row = dict(row)
         if "image" in row:
-            row["image"] = decode(row["image"], f"image {i} of the batch")
+            where = f"the image of {described(row)}" if PLACE in row else f"image {i} of the batch"
+            row["image"] = decode(row["image"], where)
         if "images" in row:
-            row["images"] = [decode(c, f"picture {k} of row {i} of the batch") for k, c in enumerate(row["images"])]
+            where = described(row) if PLACE in row else f"row {i} of the batch"
+            row["images"] = [decode(c, f"picture {k} of {where}") for k, c in enumerate(row["images"])]
         out.append(row)
     return out
 

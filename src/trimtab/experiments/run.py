@@ -63,7 +63,7 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
     waited = [entry.pop("waiting") for entry in history]
     waiting = sum(waited) / len(waited) if waited else None
     if waiting is not None:
-        more = "; `training.workers` reads ahead" if waiting > 0.05 and not recipe.training.workers else ""
+        more = "; more `training.workers` read ahead" if waiting > 0.05 else ""
         print(f"{label}: waited for data in {waiting:.1%} of the training time{more}")
     metrics, records = training.evaluate(parts.model, test, recipe.training.evaluation_batch)
 

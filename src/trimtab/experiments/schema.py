@@ -71,9 +71,9 @@ class TrainingSpec:
     """Steps between checkpoints from which an interrupted run resumes; None keeps none."""
     evaluation_batch: int = 64
     """Rows a batch in evaluation."""
-    workers: int = 0
-    """Processes that read, decode and collate rows ahead of the model; 0 does it in between steps. What they draw
-    (captions, augmentation) is seeded too, but is not what one process draws."""
+    workers: int | None = None
+    """Processes that read, decode and collate rows ahead of the model; 0 does it in between steps. None for what fits:
+    none in trainings of a few steps, one beside a CPU, up to four beside a GPU. No number depends on it."""
     crop: float = 1.0
     """Augmentation: smallest share of a training picture's area that a random crop leaves; 1 for none. It may cut off
     what a question counts or a caption names; a `box` stays whole."""
@@ -91,7 +91,7 @@ class TrainingSpec:
         least = {"steps": 0, "batch_size": 1, "accumulate": 1, "log_every": 1, "evaluation_batch": 1,
                  "cache_views": 1, "workers": 0}  # fmt: skip
         for name, smallest in least.items():
-            if getattr(self, name) < smallest:
+            if getattr(self, name) is not None and getattr(self, name) < smallest:
                 raise RecipeError(f"{name} must be at least {smallest}, found {getattr(self, name)}")
         if bool(self.drops) != (self.schedule == "step"):
             raise RecipeError(

@@ -7,6 +7,7 @@ callbacks. What is added here: parameter groups with a learning rate of their ow
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import sys
 import tempfile
@@ -22,20 +23,22 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from trimtab.anatomy import Anatomy
-from trimtab.data.augment import Augmentation
+from trimtab.data import draws
 from trimtab.data.images import encoded
+from trimtab.experiments.feeding import AHEAD, Fed, Feed, Order, Places, workers_for
+from trimtab.experiments.resuming import Resumable
 from trimtab.experiments.schema import TrainingSpec
 from trimtab.precision import native_bf16
 from trimtab.tasks.base import TaskModel
 
 
-class _Trainer(Trainer):
+class _Trainer(Resumable, Fed, Trainer):
     """Trainer with the recipe's parameter groups. Matrices decay; biases, norms and scalars do not."""
 
     model: Any
 
-    def __init__(self, *args: Any, spec: TrainingSpec, rates: Mapping[str, float], **kwargs: Any):
-        self.spec, self.rates = spec, rates
+    def __init__(self, *args: Any, spec: TrainingSpec, rates: Mapping[str, float], feed: Feed, **kwargs: Any):
+        self.spec, self.rates, self.feed = spec, rates, feed
         self.waited, self.since = 0.0, time.perf_counter()
         super().__init__(*args, **kwargs)
 
@@ -166,25 +169,27 @@ def fit(
         return []
     with tempfile.TemporaryDirectory() as scratch:
         saving = bool(spec.save_every and checkpoints)
-        args = _arguments(spec, steps, seed, checkpoints if saving and checkpoints else Path(scratch), saving, table)
+        feed = Feed(model, table, spec.augmentation, cache)
+        feed.workers = workers_for(spec.workers, steps, spec.batch_size * feed.bytes_a_row)
+        args = _arguments(spec, steps, seed, checkpoints if saving and checkpoints else Path(scratch), saving, feed)
         trainer = _Trainer(
             model=model,
             args=args,
             spec=spec,
             rates=rates or {},
-            train_dataset=_Rows(table) if cache is None else range(len(cache) * cache.views),
-            data_collator=cache.batch if cache else partial(_collate, model, spec.augmentation),
+            feed=feed,
+            train_dataset=Places(Order(feed.rows, seed)),
+            data_collator=feed,
             callbacks=[*(callbacks or []), _Progress(title)],
         )
         trainer.remove_callback(PrinterCallback)  # it prints every log; the progress bar shows the last
-        last = saving and any(Path(str(args.output_dir)).glob("checkpoint-*"))
-        trainer.train(resume_from_checkpoint=bool(last))
+        trainer.train(resume_from_checkpoint=trainer.last_checkpoint(table) if saving else None)
     model.zero_grad(set_to_none=True)
     keep = ("step", "loss", "learning_rate", "grad_norm", "waiting")
     return [{k: float(e[k]) for k in keep if k in e} for e in trainer.state.log_history if "loss" in e]
 
 
-def _arguments(spec: TrainingSpec, steps: int, seed: int, folder: Path, saving: bool, table: Any) -> TrainingArguments:
+def _arguments(spec: TrainingSpec, steps: int, seed: int, folder: Path, saving: bool, feed: Feed) -> TrainingArguments:
     """The recipe's training in transformers' words; with `saving`, checkpoints go to the folder."""
     return TrainingArguments(
         output_dir=str(folder),
@@ -202,21 +207,18 @@ def _arguments(spec: TrainingSpec, steps: int, seed: int, folder: Path, saving: 
         logging_nan_inf_filter=False,
         save_strategy="steps" if saving else "no",
         save_steps=spec.save_every or 1,
-        save_total_limit=1,
         remove_unused_columns=False,
-        dataloader_drop_last=len(table) >= spec.batch_size,
+        dataloader_drop_last=feed.rows >= spec.batch_size,
         dataloader_pin_memory=torch.cuda.is_available(),
-        dataloader_num_workers=spec.workers,
-        dataloader_persistent_workers=spec.workers > 0,
+        dataloader_num_workers=feed.workers,
+        dataloader_persistent_workers=feed.workers > 0,
+        dataloader_prefetch_factor=AHEAD if feed.workers else None,
+        dataloader_multiprocessing_context="fork" if feed.workers else None,
         disable_tqdm=True,
         report_to="none",
         seed=seed,
         data_seed=seed,
     )
-
-
-def _collate(model: TaskModel, augmentation: Augmentation, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    return model.task.collate(model.backbone, augmentation(rows), True)
 
 
 def keep_freed_memory() -> None:
@@ -234,35 +236,22 @@ def keep_freed_memory() -> None:
         library.mallopt(m_trim_threshold, largest)
 
 
-class _Rows(torch.utils.data.Dataset):
-    """A table as the trainer wants it, with images left encoded: the task decodes them and names a bad one."""
-
-    def __init__(self, table: Any):
-        self.table = encoded(table)
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.table[index]
-
-
 def batches(
     model: TaskModel, table: Any, size: int, train: bool, seed: int | None = None
 ) -> Iterator[tuple[list[dict[str, Any]], dict[str, Tensor]]]:
     """Rows and collated batches on the model's device: once in order, or endlessly shuffled when a seed is given."""
     table = encoded(table)
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed) if seed is not None else None
-    while True:
-        order = torch.randperm(len(table), generator=generator).tolist() if generator else range(len(table))
+    for epoch in itertools.count():
+        order = range(len(table)) if seed is None else draws.order(len(table), seed, epoch)
         for start in range(0, len(table), size):
-            rows = [table[i] for i in order[start : start + size]]
-            if generator and len(rows) < min(size, len(table)):
+            numbers = order[start : start + size]
+            if seed is not None and len(numbers) < min(size, len(table)):
                 continue
+            rows = [draws.placed(table[i], draws.Place(seed or 0, epoch, i)) for i in numbers]
             batch = model.task.collate(model.backbone, rows, train)
             yield rows, {k: v.to(device) for k, v in batch.items()}
-        if generator is None:
+        if seed is None:
             return
 
 
