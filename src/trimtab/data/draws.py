@@ -75,9 +75,23 @@ def shuffled(row: Mapping[str, Any], what: str, count: int) -> Iterator[int]:
         yield from torch.randperm(count, generator=drawn).tolist()
 
 
-def order(rows: int, seed: int, epoch: int) -> list[int]:
-    """The numbers of all rows in the order of an epoch."""
-    return torch.randperm(rows, generator=_made(seed, epoch, "order")).tolist()
+def order(rows: int, seed: int, epoch: int, buffer: int | None = None) -> list[int]:
+    """The numbers of all rows in the order of an epoch.
+
+    Args:
+        rows: how many there are.
+        seed: of the training.
+        epoch: how often all rows were seen before.
+        buffer: rows that are mixed at a time: 16 drawn blocks of neighbours. Slow disks read those much faster than
+            rows from everywhere. None mixes all.
+    """
+    drawn = _made(seed, epoch, "order")
+    if buffer is None or buffer >= rows:
+        return torch.randperm(rows, generator=drawn).tolist()
+    blocks = torch.arange(rows).split(max(1, buffer // 16))
+    turn = torch.randperm(len(blocks), generator=drawn).tolist()
+    mixed = [torch.cat([blocks[i] for i in turn[start : start + 16]]) for start in range(0, len(turn), 16)]
+    return torch.cat([some[torch.randperm(len(some), generator=drawn)] for some in mixed]).tolist()
 
 
 def described(row: Mapping[str, Any]) -> str:

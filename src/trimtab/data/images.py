@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.data.draws import PLACE, described
+from trimtab.data.shards import opened
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def decode(cell: Any, where: str = "image") -> Any:
     cell = {"path": str(cell)} if isinstance(cell, (str, Path)) else cell or {}
     name = cell.get("path") or where
     try:
-        image = Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell.get("path"))
+        image = Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") else opened(cell.get("path")))
         image.load()
         return image
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError, AttributeError,

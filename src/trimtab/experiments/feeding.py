@@ -46,8 +46,8 @@ class WorkerDied(RuntimeError):
 class Order(Sampler[Place]):
     """The places of a table's rows, in an order of its own in every epoch."""
 
-    def __init__(self, rows: int, seed: int):
-        self.rows, self.seed, self.epoch = rows, seed, 0
+    def __init__(self, rows: int, seed: int, buffer: int | None = None):
+        self.rows, self.seed, self.buffer, self.epoch = rows, seed, buffer, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -56,7 +56,7 @@ class Order(Sampler[Place]):
         return self.rows
 
     def __iter__(self) -> Iterator[Place]:
-        return (Place(self.seed, self.epoch, i) for i in order(self.rows, self.seed, self.epoch))
+        return (Place(self.seed, self.epoch, i) for i in order(self.rows, self.seed, self.epoch, self.buffer))
 
 
 class Places(Dataset[Place]):

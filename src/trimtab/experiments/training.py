@@ -178,7 +178,7 @@ def fit(
             spec=spec,
             rates=rates or {},
             feed=feed,
-            train_dataset=Places(Order(feed.rows, seed)),
+            train_dataset=Places(Order(feed.rows, seed, spec.buffer)),
             data_collator=feed,
             callbacks=[*(callbacks or []), _Progress(title)],
         )
