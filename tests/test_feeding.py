@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import signal
@@ -207,3 +208,23 @@ def test_a_batch_goes_through_one_tensor_and_comes_out_the_same():
 def test_rows_that_only_come_one_after_the_other_are_refused(table):
     with pytest.raises(ValueError, match="takes its rows by number.*IterableDataset only gives them one after"):
         fitted(table.to_iterable_dataset())
+
+
+def test_drafts_are_for_rows_without_a_box(table):
+    big = [tiny.picture(c, (160, 128)) for c in tiny.COLOURS]
+    rows = Dataset.from_dict({"image": big, "captions": [["a dog"]] * 3}).cast_column("image", Image())
+    jpegs = []
+    for picture in big:
+        content = io.BytesIO()
+        picture.save(content, "JPEG")
+        jpegs.append({"bytes": content.getvalue(), "path": None})
+    rows = Dataset.from_dict({"image": jpegs, "captions": [["a dog"]] * 3}, features=rows.features)
+    boxed = rows.add_column("box", [[0.0, 0.0, 9.0, 9.0]] * 3)
+    seen = []
+    model = model_of()
+    model.task.collate = lambda backbone, found, train: seen.append(found[0]["image"].size) or {}
+    for which, settings in ((rows, {}), (rows, {"draft": True}), (rows, {"draft": True, "crop": 0.1}),
+                            (boxed, {"draft": True})):  # fmt: skip
+        spec = replace(SPEC, **{"crop": 1.0, "light": 0.0, **settings})
+        feeding.Feed(model, which, spec).batch([feeding.Place(0, 0, 0)], 0)
+    assert seen == [(160, 128), (20, 16), (80, 64), (160, 128)]

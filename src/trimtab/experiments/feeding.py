@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 from transformers import Trainer
 
-from trimtab.data.augment import Augmentation
 from trimtab.data.draws import Place, order, placed
 from trimtab.data.images import decode_rows, encoded
+from trimtab.experiments.schema import TrainingSpec
 from trimtab.tasks.base import Batch, TaskModel
 
 MOST = 256  # worker processes
@@ -122,7 +122,7 @@ class Feed:
     Args:
         model: whose task collates.
         table: the rows.
-        augmentation: how pictures are changed.
+        spec: how pictures are changed and decoded.
         cache: a filled `ActivationCache` of the table, which gives the batches instead.
 
     Attributes:
@@ -130,14 +130,15 @@ class Feed:
         at: numbers of the rows that they are at, shared among them.
     """
 
-    def __init__(self, model: TaskModel, table: Any, augmentation: Augmentation, cache: Any = None):
+    def __init__(self, model: TaskModel, table: Any, spec: TrainingSpec, cache: Any = None):
         if cache is None and not hasattr(table, "__len__"):
             raise ValueError(
                 f"training takes its rows by number, in an order of its own, and a {type(table).__name__} only gives "
                 "them one after the other: read shards with `stream: true`, or write the rows to disk once with "
                 "datasets.Dataset.from_generator"
             )
-        self.model, self.augmentation, self.cache = model, augmentation, cache
+        self.model, self.augmentation, self.cache = model, spec.augmentation, cache
+        self.side = math.ceil(max(model.backbone.pictures.shape) / math.sqrt(spec.crop)) if spec.draft and cache is None else None
         self.table: Any = encoded(table) if cache is None else None
         self.rows = len(table) if cache is None else len(cache) * cache.views
         self.workers = 0
@@ -165,7 +166,7 @@ class Feed:
             self.at[worker] = place.row
             row = placed(self.table[place.row], place)
             if row.get("image", 0) is not None:  # a row may be about no picture; the task says if it may not
-                (row,) = decode_rows([row])
+                (row,) = decode_rows([row], None if "box" in row else self.side)  # a box is in whole pixels
             rows += self.augmentation([row])
         found = self.model.task.collate(self.model.backbone, rows, True)
         self.at[worker] = -1

@@ -77,6 +77,10 @@ class TrainingSpec:
     buffer: int | None = None
     """Rows that are mixed at a time, of blocks of neighbours in a drawn order: for large sets on disks that read
     neighbours faster. None mixes all rows."""
+    draft: bool = False
+    """Decode JPEG pictures of training at a half, a quarter or an eighth of their size where that is still at least
+    what the model sees: several times faster for large photographs, and slightly other pixels. Rows with a `box`,
+    evaluation and `cache`, decode them whole."""
     crop: float = 1.0
     """Augmentation: smallest share of a training picture's area that a random crop leaves; 1 for none. It may cut off
     what a question counts or a caption names; a `box` stays whole."""

@@ -169,7 +169,7 @@ def fit(
         return []
     with tempfile.TemporaryDirectory() as scratch:
         saving = bool(spec.save_every and checkpoints)
-        feed = Feed(model, table, spec.augmentation, cache)
+        feed = Feed(model, table, spec, cache)
         feed.workers = workers_for(spec.workers, steps, spec.batch_size * feed.bytes_a_row)
         args = _arguments(spec, steps, seed, checkpoints if saving and checkpoints else Path(scratch), saving, feed)
         trainer = _Trainer(
