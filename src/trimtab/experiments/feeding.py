@@ -138,7 +138,9 @@ class Feed:
                 "datasets.Dataset.from_generator"
             )
         self.model, self.augmentation, self.cache = model, spec.augmentation, cache
-        self.side = math.ceil(max(model.backbone.pictures.shape) / math.sqrt(spec.crop)) if spec.draft and cache is None else None
+        self.side: int | None = None  # what drafts of pictures have at least
+        if spec.draft and cache is None:
+            self.side = math.ceil(max(model.backbone.pictures.shape) / math.sqrt(spec.crop))
         self.table: Any = encoded(table) if cache is None else None
         self.rows = len(table) if cache is None else len(cache) * cache.views
         self.workers = 0
