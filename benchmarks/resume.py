@@ -1,10 +1,11 @@
 """Runs that are killed at random moments and started again: do they end as if nothing had happened?
 
-python benchmarks/resume.py [ROUNDS] [SEED] [SECONDS]
+python benchmarks/resume.py [ROUNDS] [SEED] [SECONDS] [FIRST]
 
 Each round takes one of the trainings below, runs it to its end once, and then again with a kill (SIGKILL, to all its
 processes) at random moments until it ends. Metrics, curve and every stored tensor must be equal to the bit. Half of the
-kills wait until a checkpoint is being written. SECONDS bounds the time from a start to a kill.
+kills wait until a checkpoint is being written. SECONDS bounds the time from a start to a kill; FIRST is where in the
+list of trainings to begin.
 """
 
 from __future__ import annotations
@@ -34,10 +35,14 @@ METHODS = {
 }  # fmt: skip
 
 
+STARTED: list[subprocess.Popen[bytes]] = []
+
+
 def start(recipe: Path, out: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-W", "ignore", "-m", "trimtab", "run", str(recipe), "--out", str(out)]
     with (out.parent / "log.txt").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        STARTED.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
+    return STARTED[-1]
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
@@ -78,9 +83,10 @@ def same(one: Path, two: Path) -> bool:
     )  # fmt: skip
 
 
-def main(rounds: int = 8, seed: int = 0, longest: float = 60.0) -> None:
+def main(rounds: int = 8, seed: int = 0, longest: float = 60.0, first: float = 0) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that what was started ends too
     draw, results = random.Random(seed), []
-    for number in range(rounds):
+    for number in range(int(first), int(first) + rounds):
         name = list(METHODS)[number % len(METHODS)]
         workers = draw.choice([0, 1, 2])
         with tempfile.TemporaryDirectory() as scratch:
@@ -103,4 +109,9 @@ def main(rounds: int = 8, seed: int = 0, longest: float = 60.0) -> None:
 
 
 if __name__ == "__main__":
-    main(*(int(a) for a in sys.argv[1:3]), *(float(a) for a in sys.argv[3:]))
+    try:
+        main(*(int(a) for a in sys.argv[1:3]), *(float(a) for a in sys.argv[3:]))
+    finally:
+        for one in STARTED:
+            if one.poll() is None:
+                kill(one)
