@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from trimtab.data import draws
 from trimtab.data.augment import Augmentation
 from trimtab.experiments import assembly, recipe, run, training
 from trimtab.experiments import cached as from_table
@@ -45,17 +46,9 @@ def gradients(model, batch) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def through_whole(cache, rows) -> dict[str, torch.Tensor]:
-    """A batch of the same samples with the same captions: shards of 24 rows are collated together."""
-    whole = {}
-    for start in (0, 24, 48):
-        piece = cache._collated([cache.table[i] for i in range(start, min(start + 24, 64))], start)
-        for i, row in enumerate(range(start, min(start + 24, 64))):
-            whole[row] = {k: v[i] for k, v in piece.items()}
-    longest = max(w["input_ids"].shape[0] for w in whole.values())
-    for w in whole.values():
-        for k in ("input_ids", "attention_mask"):
-            w[k] = torch.nn.functional.pad(w[k], (0, longest - len(w[k])))
-    return {k: torch.stack([whole[r][k] for r in rows]) for k in whole[0]}
+    """A batch of the same samples with the same captions, which their places alone tell."""
+    placed = [draws.placed(cache.table[i], draws.Place(cache.seed, 0, i)) for i in rows]
+    return cache.model.task.collate(cache.model.backbone, placed, True)
 
 
 @pytest.mark.parametrize("task", ["retrieval", "vqa", "grounding"])

@@ -165,7 +165,7 @@ def test_ranking_scores_the_own_caption_against_others(family, table, tmp_path):
     assert batch["input_ids"].shape[:2] == (5, 4)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     losses = []
-    for _ in range(20):
+    for _ in range(30):
         loss = model(**batch)["loss"]
         losses.append(loss.item())
         optimizer.zero_grad()
