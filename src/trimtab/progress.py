@@ -49,7 +49,7 @@ class Job:
         if not _open:
             _told = _told or self.started
         _open.append(self)
-        if not self.quiet and len(_open) == 1 and sys.stdout.isatty():
+        if not self.quiet and len(_open) == 1 and sys.stdout and sys.stdout.isatty():
             self._show()
 
     def _show(self) -> None:

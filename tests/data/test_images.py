@@ -100,3 +100,18 @@ def test_readable_keeps_a_whole_table(caplog):
 def test_a_table_without_a_readable_image_is_an_error():
     with pytest.raises(ImageError, match="data train: none of its 2 images can be decoded"):
         readable(table(*[{"bytes": b"no image", "path": "bad.png"}] * 2), "data train")
+
+
+def test_a_draft_of_a_jpeg_is_at_least_as_large_as_asked_and_close_to_the_whole():
+    whole = Image.effect_noise((640, 480), 60).resize((80, 60)).resize((640, 480)).convert("RGB")
+    content = io.BytesIO()
+    whole.save(content, "JPEG", quality=95)
+    cell = {"bytes": content.getvalue(), "path": None}
+    sizes = {side: decode(cell, side=side).size for side in (None, 480, 240, 241, 100, 10)}
+    assert sizes == {None: (640, 480), 480: (640, 480), 240: (320, 240), 241: (640, 480), 100: (160, 120), 10: (80, 60)}
+    few, all_ = (decode(cell, side=side).resize((64, 48), Image.Resampling.BICUBIC) for side in (100, None))
+    difference = [abs(a - b) for a, b in zip(few.tobytes(), all_.tobytes(), strict=True)]
+    assert sum(difference) / len(difference) < 2 and few.tobytes() != all_.tobytes()
+    content = io.BytesIO()
+    whole.save(content, "PNG")
+    assert decode({"bytes": content.getvalue(), "path": None}, side=10).size == (640, 480), "of JPEG alone"

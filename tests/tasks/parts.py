@@ -35,7 +35,8 @@ def stub(**further) -> SimpleNamespace:
 
     def texts(sentences):
         heard[:] = sentences
-        return {"input_ids": torch.zeros(len(sentences), 3, dtype=torch.long)}
+        ids = torch.zeros(len(sentences), 3, dtype=torch.long)
+        return {"input_ids": ids, "attention_mask": ids + 1}
 
     return SimpleNamespace(
         heard=heard,

@@ -31,7 +31,7 @@ def test_masked_words_are_the_hidden_ones_of_the_first_half(matched, vilt):
     assert torch.equal(masked, batch["words"] != IGNORED)
     assert not masked[8:].any()
     valid = batch["attention_mask"][:8].bool()
-    assert 0.3 < masked[:8][valid].float().mean() < 0.6 and not masked[:8][~valid].any()
+    assert 0.2 < masked[:8][valid].float().mean() < 0.6 and not masked[:8][~valid].any()
     hidden = batch["words"][masked]
     assert not torch.isin(hidden, torch.tensor(tokenizer.all_special_ids)).any()
 

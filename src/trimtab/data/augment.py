@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from trimtab.data import draws
 from trimtab.data.images import decode_rows
 from trimtab.data.randaugment import Dialect, operations, randaugment
 
@@ -50,12 +51,18 @@ class Augmentation:
     def __call__(self, rows: list[dict[str, Any]], generator: torch.Generator | None = None) -> list[dict[str, Any]]:
         """Rows with decoded, changed pictures, of `images` each by itself; the rows given stay as they are.
 
+        Args:
+            rows: see above.
+            generator: of what is drawn; None takes one for each row, made of its place (`draws.py`).
+
         Raises:
             ValueError: for a row of a video.
         """
-        return [self._row(row, generator) for row in decode_rows(rows)] if self else rows
+        if not self:
+            return rows
+        return [self._row(row, generator or draws.generator(row, "augmentation")) for row in decode_rows(rows)]
 
-    def _row(self, row: dict[str, Any], generator: torch.Generator | None) -> dict[str, Any]:
+    def _row(self, row: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
         from PIL import ImageEnhance
 
         if "images" in row:
@@ -74,11 +81,11 @@ class Augmentation:
         return out
 
 
-def _uniform(low: float, high: float, generator: torch.Generator | None) -> float:
+def _uniform(low: float, high: float, generator: torch.Generator) -> float:
     return low + (high - low) * float(torch.rand((), generator=generator))
 
 
-def _cropped(row: dict[str, Any], least: float, generator: torch.Generator | None) -> dict[str, Any]:
+def _cropped(row: dict[str, Any], least: float, generator: torch.Generator) -> dict[str, Any]:
     """A random part of the picture, widened until it holds the box, stretched to the old size; the box in it."""
     from PIL import Image
 

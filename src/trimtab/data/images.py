@@ -8,6 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from trimtab.data.draws import PLACE, described
+from trimtab.data.shards import opened
+
 log = logging.getLogger(__name__)
 
 
@@ -15,8 +18,14 @@ class ImageError(ValueError):
     """An image that cannot be decoded; the message names it and says how to go on without it."""
 
 
-def decode(cell: Any, where: str = "image") -> Any:
+def decode(cell: Any, where: str = "image", side: int | None = None) -> Any:
     """A PIL image from what a table holds or a person gives: an image, a dict with `bytes` or `path`, or a path.
+
+    Args:
+        cell: see above.
+        where: names a picture without a path in messages.
+        side: decode a JPEG at a half, a quarter or an eighth of its size (PIL's draft mode) where that leaves both
+            sides at least so long; None decodes it whole.
 
     Raises:
         ImageError: if it cannot be decoded.
@@ -28,7 +37,9 @@ def decode(cell: Any, where: str = "image") -> Any:
     cell = {"path": str(cell)} if isinstance(cell, (str, Path)) else cell or {}
     name = cell.get("path") or where
     try:
-        image = Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell.get("path"))
+        image = Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") else opened(cell.get("path")))
+        if side is not None:
+            image.draft(None, (side, side))  # type: ignore[arg-type]  # a mode of None is the picture's own
         image.load()
         return image
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError, AttributeError,
@@ -39,16 +50,18 @@ def decode(cell: Any, where: str = "image") -> Any:
         ) from error
 
 
-def decode_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with what stands in `image`, and all that stand in `images`, decoded; ImageError at the first that
-    cannot be."""
+def decode_rows(rows: Iterable[dict[str, Any]], side: int | None = None) -> list[dict[str, Any]]:
+    """The rows with what stands in `image`, and all that stand in `images`, decoded (see `decode`); ImageError at the
+    first that cannot be."""
     out = []
     for i, row in enumerate(rows):
         row = dict(row)
         if "image" in row:
-            row["image"] = decode(row["image"], f"image {i} of the batch")
+            where = f"the image of {described(row)}" if PLACE in row else f"image {i} of the batch"
+            row["image"] = decode(row["image"], where, side)
         if "images" in row:
-            row["images"] = [decode(c, f"picture {k} of row {i} of the batch") for k, c in enumerate(row["images"])]
+            where = described(row) if PLACE in row else f"row {i} of the batch"
+            row["images"] = [decode(c, f"picture {k} of {where}", side) for k, c in enumerate(row["images"])]
         out.append(row)
     return out
 

@@ -53,7 +53,7 @@ def operations(dialect: str, still: bool = False) -> list[Operation]:
     return [o for o in found if not (still and o.moves)]
 
 
-def randaugment(picture: Any, dialect: str, generator: torch.Generator | None = None, still: bool = False) -> Any:
+def randaugment(picture: Any, dialect: str, generator: torch.Generator, still: bool = False) -> Any:
     """A PIL image (RGB) after two operations drawn at random, each one a dialect's strength.
 
     Raises:

@@ -1,10 +1,14 @@
 """WebDataset shards: tar files whose neighbouring members with one key make a sample. Read as a stream, never unpacked.
 
-Python's own tarfile reads them; the package webdataset is not needed.
+Python's own tarfile reads them; the package webdataset is not needed. Of sets larger than memory a table says where in
+the shards each picture lies (`in_place`), which is read when it is needed:
+
+    shard.tar::00017.jpg::9216:48211        shard, member, first byte, bytes
 """
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import tarfile
@@ -15,6 +19,7 @@ from typing import Any
 from trimtab.data.reading import DataError, Entry
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp")
+_PART = re.compile(r"(.+)::(.+)::(\d+):(\d+)")
 _NAME = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]+)")  # the key ends at the first dot of the file's name
 
 
@@ -31,18 +36,22 @@ def shards(root: Path, pattern: str = "**/*.tar") -> list[Path]:
     return found
 
 
-def samples(paths: Iterable[Path]) -> Iterator[Entry]:
+def samples(paths: Iterable[Path], in_place: bool = False) -> Iterator[Entry]:
     """Each sample of the shards as an entry: suffix -> bytes, and `__key__` -> its key.
 
     A shard is opened when the one before is read to its end, and read from front to back.
+
+    Args:
+        paths: the shards.
+        in_place: pictures are not read; the entry says where each lies.
 
     Raises:
         DataError: if a shard is not there, damaged or cut.
         RowError: where a sample has two members of one suffix.
     """
     for path in paths:
-        key, parts = "", dict[str, bytes]()
-        for name, content in _members(path):
+        key, parts = "", dict[str, Any]()
+        for name, content in _members(path, in_place):
             match = _NAME.fullmatch(name)
             if match is None:
                 continue  # a folder's own file, such as `._x` or a name without a suffix
@@ -58,16 +67,21 @@ def samples(paths: Iterable[Path]) -> Iterator[Entry]:
             yield _sample(path, key, parts)
 
 
-def _sample(path: Path, key: str, parts: dict[str, bytes]) -> Entry:
+def _sample(path: Path, key: str, parts: dict[str, Any]) -> Entry:
     return Entry({"__key__": key, **parts}, path, f"sample {key!r}")
 
 
-def _members(path: Path) -> Iterator[tuple[str, bytes]]:
+def _members(path: Path, in_place: bool = False) -> Iterator[tuple[str, Any]]:
+    """Name and content of each file; with `in_place` of pictures where they lie."""
     try:
-        with tarfile.open(path, "r|*") as archive:
+        with tarfile.open(path, "r:" if in_place else "r|*") as archive:  # type: ignore[call-overload]
             for member in archive:
                 content = archive.extractfile(member) if member.isfile() else None
-                if content is not None:
+                if in_place and content is not None and member.name.lower().endswith(PICTURES):
+                    if member.offset_data + member.size > path.stat().st_size:
+                        raise DataError(f"{path}: cut off in {member.name!r}")
+                    yield member.name, f"{path}::{member.name}::{member.offset_data}:{member.size}"
+                elif content is not None:
                     data = content.read()
                     if len(data) != member.size:
                         raise DataError(f"{path}: cut off in {member.name!r}")
@@ -97,9 +111,28 @@ def picture(entry: Entry) -> dict[str, Any]:
         RowError: if it has none.
     """
     for suffix in PICTURES:
+        if isinstance(entry.values.get(suffix), str):
+            return {"path": entry.get(suffix, str), "bytes": None}
         if suffix in entry:
             return {"path": None, "bytes": entry.get(suffix, bytes)}
     raise entry.error(f"expected a picture ({', '.join(PICTURES)}), found {_suffixes(entry)}")
+
+
+def opened(path: Any) -> Any:
+    """What PIL opens for the path of a picture: the path itself, or the bytes of a picture in a shard.
+
+    Raises:
+        OSError: if the shard is not there or shorter than that.
+    """
+    part = _PART.fullmatch(str(path))
+    if part is None:
+        return path
+    with Path(part[1]).open("rb") as shard:
+        shard.seek(int(part[3]))
+        found = shard.read(int(part[4]))
+    if len(found) < int(part[4]):
+        raise OSError("the shard is shorter than it was")
+    return io.BytesIO(found)
 
 
 def about(entry: Entry) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.data import draws
 from trimtab.data.augment import Augmentation
 from trimtab.experiments import collation
 from trimtab.experiments.collation import SOME, Collation, longer, table_print, tensors_print
@@ -84,7 +85,7 @@ class TableCache(ActivationCache):
         self._plan(autocast)
         self.prints: dict[int, dict[str, str]] = {}  # of what should be the same in all views, by its first row
         key = {
-            "precision": precision, "views": views, "seed": seed, "rows": len(table),
+            "precision": precision, "views": views, "seed": seed, "draws": draws.VERSION, "rows": len(table),
             "layers": {n: list(x.maps) for n, x in self.listeners.items()}, "task": model.task.name,
             "table": table_print(self.collation.table), "augmentation": str(augmentation) if augmentation else None,
             "forward": str(autocast) if autocast else None, "backbone": self._frozen_print(),

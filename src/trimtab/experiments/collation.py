@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from trimtab.data import draws
 from trimtab.data.augment import Augmentation
 from trimtab.data.images import blanked, encoded
 from trimtab.tasks.base import TaskModel
@@ -54,20 +55,23 @@ class Collation:
         if not len(self.table):
             raise ValueError("cache: the table has no rows")
 
-    def rows(self, start: int, stop: int) -> list[dict[str, Any]]:
-        return [self.table[i] for i in range(start, stop)]
+    def rows(self, start: int, stop: int, view: int = 0) -> list[dict[str, Any]]:
+        return [self.row(i, view) for i in range(start, stop)]
 
-    def collated(self, rows: list[dict[str, Any]], salt: int, augmented: bool = True) -> dict[str, Tensor]:
-        """A batch as the task makes it."""
-        if self.augmentation and augmented:  # with a generator of its own, so that captions are the same without it
-            rows = self.augmentation(rows, torch.Generator().manual_seed(self.seed * 1_000_003 + salt))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * 1_000_003 + salt)
-            return self.model.task.collate(self.model.backbone, rows, True)
+    def collated(self, rows: list[dict[str, Any]], augmented: bool = True) -> dict[str, Tensor]:
+        """A batch as the task makes it, of rows with their places."""
+        if self.augmentation and augmented:
+            rows = self.augmentation(rows)
+        return self.model.task.collate(self.model.backbone, rows, True)
+
+    def row(self, number: int, view: int = 0) -> dict[str, Any]:
+        """A row, for which the same is drawn as in training's epoch of the view's number."""
+        number %= len(self.table)
+        return draws.placed(self.table[number], draws.Place(self.seed, view, number))
 
     def group(self, view: int, start: int, stop: int) -> dict[str, Tensor]:
         """A group of rows in a view, padded to its own longest; `lengths` is that of each row's text."""
-        batch = self.collated(self.rows(start, stop), view * len(self.table) + start)
+        batch = self.collated(self.rows(start, stop, view))
         return batch | ({"lengths": self._lengths(batch)} if self.text_keys else {})
 
     def _lengths(self, batch: dict[str, Tensor]) -> Tensor:
@@ -94,13 +98,13 @@ class Collation:
         found, count = [], len(self.table)
         for view in range(self.views):
             for start in range(0, count, RUN_ROWS):
-                rows = [blanked(row) for row in self.rows(start, min(start + RUN_ROWS, count))]
-                batch = self.collated(rows, view * count + start, augmented=False)
+                rows = [blanked(row) for row in self.rows(start, min(start + RUN_ROWS, count), view)]
+                batch = self.collated(rows, augmented=False)
                 found.append({k: tuple(v.shape[1:]) for k, v in batch.items()})
         least = self.model.task.least
         for i in {(i * count) // 8 for i in range(8)}:
-            rows = [blanked(self.table[(i + j) % count]) for j in range(least)]
-            found.append({k: tuple(v.shape[1:]) for k, v in self.collated(rows, i, augmented=False).items()})
+            rows = [blanked(self.row(i + j)) for j in range(least)]
+            found.append({k: tuple(v.shape[1:]) for k, v in self.collated(rows, augmented=False).items()})
         return found
 
     @cached_property
@@ -124,9 +128,9 @@ class Collation:
         """With what the task pads an entry: what follows a short row when a long one stands behind it."""
         count, least = len(self.table), self.model.task.least
         for i in range(min(count, 512)):
-            rows = [blanked(self.table[(i + j) % count]) for j in range(least + 1)]
-            few = self.collated(rows[:least], i, augmented=False)[key]
-            more = self.collated(rows, i, augmented=False)[key][:least]
+            rows = [blanked(self.row(i + j)) for j in range(least + 1)]
+            few = self.collated(rows[:least], augmented=False)[key]
+            more = self.collated(rows, augmented=False)[key][:least]
             size = few.shape[axis]
             if more.shape[axis] == size:
                 continue
@@ -153,13 +157,11 @@ class Collation:
         all batches have to be padded to one length."""
         count, step = len(self.table), max(1, len(self.table) // EXAMPLE)
         chosen = [[(offset + i * step) % count for i in range(EXAMPLE)] for offset in range(4)]
-        self._check_alone([self.table[i] for i in chosen[0]])
+        self._check_alone([self.row(i) for i in chosen[0]])
         if self.text_keys and len(short := self._short_rows()) > 2:
             chosen.append([short[i % len(short)] for i in range(EXAMPLE)])
-        for salt, places in enumerate(chosen):
-            batch = self.collated([self.table[i] for i in places], salt)
-            if any(batch[k].shape[r.axis] > r.longest for k, r in self.ragged.items()):
-                continue  # of several captions one was drawn that no view has
+        for places in chosen:
+            batch = self.collated([self.row(i) for i in places])
             grown = {}
             for key in self.text_keys:
                 length, known = batch[key].shape[1], self.ragged[key]
@@ -168,7 +170,7 @@ class Collation:
                     grown[key] = longer(batch[key], 1, length + more, known.pad)
             if grown:
                 return batch, {**batch, **grown}, None
-        first = self.collated(self.rows(0, min(RUN_ROWS, count)), 0)  # a batch of the first view
+        first = self.collated(self.rows(0, min(RUN_ROWS, count)))
         batch = {k: v[[i % len(v) for i in range(EXAMPLE)]] for k, v in first.items()}
         return {k: self.padded(k, v) for k, v in batch.items()}, None, batch if self.ragged else None
 
@@ -177,8 +179,8 @@ class Collation:
         key = self.text_keys[0]
         found: list[int] = []
         for i in range(min(len(self.table), 256)):
-            row = blanked(self.table[i])
-            size = self.collated([row] * self.model.task.least, len(found), augmented=False)[key].shape[1]
+            row = blanked(self.row(i))
+            size = self.collated([row] * self.model.task.least, augmented=False)[key].shape[1]
             if size < self.ragged[key].longest:
                 found.append(i)
             if len(found) == EXAMPLE:
@@ -189,10 +191,10 @@ class Collation:
         """ValueError if what is collated of a sample depends on the samples beside it."""
         name, least = self.model.task.name, max(2, self.model.task.least)
         rows = [blanked(r) for r in rows]
-        mine, others = rows[:least], [blanked(self.table[(i * 7 + 3) % len(self.table)]) for i in range(3)]
+        mine, others = rows[:least], [blanked(self.row(i * 7 + 3)) for i in range(3)]
         try:
-            alone = self.collated(mine[:1] if self.model.task.least == 1 else mine, 0, augmented=False)
-            a, b = (self.collated([*mine, *rest], 0, augmented=False) for rest in (rows[least:], others))
+            alone = self.collated(mine[:1] if self.model.task.least == 1 else mine, augmented=False)
+            a, b = (self.collated([*mine, *rest], augmented=False) for rest in (rows[least:], others))
         except ValueError as error:
             raise ValueError(f"cache: rows of task {name!r} cannot be collated in batches of any size ({error}): train "
                              "it without `training.cache`") from error  # fmt: skip
@@ -219,8 +221,8 @@ class Collation:
         if self.augmentation:
             return set()
         count = len(self.table)
-        rows = [self.table[(i * max(1, count // 4)) % count] for i in range(4)]
-        tries = [self.collated(rows, salt) for salt in range(8)]
+        some = [i * max(1, count // 4) for i in range(4)]
+        tries = [self.collated([self.row(i, view) for i in some]) for view in range(8)]
         return {k for k in batch if batch[k].dtype.is_floating_point
                 and all(t[k].shape == tries[0][k].shape and torch.equal(t[k], tries[0][k]) for t in tries)}  # fmt: skip
 

@@ -78,7 +78,7 @@ def _run(recipe: Recipe, folder: Path, measure_costs: bool, watch: Watch | None)
     waited = [entry.pop("waiting") for entry in history]
     waiting = sum(waited) / len(waited) if waited else None
     if waiting is not None:
-        more = "; `training.workers` reads ahead" if waiting > 0.05 and not recipe.training.workers else ""
+        more = "; more `training.workers` read ahead" if waiting > 0.05 else ""
         print(f"{label}: waited for data in {waiting:.1%} of the training time{more}")
     with failures.enough_memory(recipe):
         metrics, records = training.evaluate(parts.model, test, recipe.training.evaluation_batch)

@@ -74,9 +74,16 @@ class TrainingSpec:
     """Steps between checkpoints from which an interrupted run resumes; None keeps none."""
     evaluation_batch: int = 64
     """Rows a batch in evaluation."""
-    workers: int = 0
-    """Processes that read, decode and collate rows ahead of the model; 0 does it in between steps. What they draw
-    (captions, augmentation) is seeded too, but is not what one process draws."""
+    workers: int | None = None
+    """Processes that read, decode and collate rows ahead of the model; 0 does it in between steps. None for what fits:
+    none in trainings of a few steps, one beside a CPU, up to four beside a GPU. No number depends on it."""
+    buffer: int | None = None
+    """Rows that are mixed at a time, of blocks of neighbours in a drawn order: for large sets on disks that read
+    neighbours faster. None mixes all rows."""
+    draft: bool = False
+    """Decode JPEG pictures of training at a half, a quarter or an eighth of their size where that is still at least
+    what the model sees: several times faster for large photographs, and slightly other pixels. Rows with a `box`,
+    evaluation and `cache`, decode them whole."""
     crop: float = 1.0
     """Augmentation: smallest share of a training picture's area that a random crop leaves; 1 for none. It may cut off
     what a question counts or a caption names; a `box` stays whole."""
@@ -96,9 +103,9 @@ class TrainingSpec:
 
     def __post_init__(self) -> None:
         least = {"steps": 0, "batch_size": 1, "accumulate": 1, "log_every": 1, "evaluation_batch": 1,
-                 "cache_views": 1, "workers": 0}  # fmt: skip
+                 "cache_views": 1, "workers": 0, "buffer": 1}  # fmt: skip
         for name, smallest in least.items():
-            if getattr(self, name) < smallest:
+            if getattr(self, name) is not None and getattr(self, name) < smallest:
                 raise RecipeError(f"{name} must be at least {smallest}, found {getattr(self, name)}")
         if bool(self.drops) != (self.schedule == "step"):
             raise RecipeError(

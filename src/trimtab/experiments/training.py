@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import sys
 import tempfile
 import time
@@ -25,24 +26,26 @@ from transformers.trainer_callback import PrinterCallback
 
 from trimtab import processes, progress
 from trimtab.anatomy import Anatomy
-from trimtab.data.augment import Augmentation
+from trimtab.data import draws
 from trimtab.data.images import encoded
 from trimtab.divided import divided, norms
 from trimtab.experiments import many, sharded
 from trimtab.experiments.failures import check_finite
+from trimtab.experiments.feeding import AHEAD, Fed, Feed, Order, Places, workers_for
+from trimtab.experiments.resuming import Resumable
 from trimtab.experiments.schema import TrainingSpec
 from trimtab.experiments.watching import Told, tensorboard_in
 from trimtab.precision import native_bf16
 from trimtab.tasks.base import TaskModel
 
 
-class _Trainer(Trainer):
+class _Trainer(Resumable, Fed, Trainer):
     """Trainer with the recipe's parameter groups. Matrices decay; biases, norms and scalars do not."""
 
     model: Any
 
-    def __init__(self, *args: Any, spec: TrainingSpec, rates: Mapping[str, float], **kwargs: Any):
-        self.spec, self.rates = spec, rates
+    def __init__(self, *args: Any, spec: TrainingSpec, rates: Mapping[str, float], feed: Feed, **kwargs: Any):
+        self.spec, self.rates, self.feed = spec, rates, feed
         self.waited, self.since = 0.0, time.perf_counter()
         super().__init__(*args, **kwargs)
         # A task's loss is a mean already. Trainer takes any forward(**inputs) for one that divides by the number of
@@ -170,14 +173,14 @@ def fit(
     steps = spec.steps if steps is None else steps
     if steps == 0:
         return []
-    many.check(spec.batch_size, len(table), "training")
     sharded.check(spec)
     told = Told(title)
     with tempfile.TemporaryDirectory() as scratch, tensorboard_in(reports), contextlib.closing(told):
         saving = bool(spec.save_every and checkpoints)
-        together = cache is None and model.task.together
-        args = _arguments(spec, steps, seed, checkpoints if saving and checkpoints else Path(scratch), saving, table,
-                          together)  # fmt: skip
+        feed = Feed(model, table, spec, cache)
+        many.check(spec.batch_size, feed.rows, "training")
+        feed.workers = workers_for(spec.workers, steps, spec.batch_size * feed.bytes_a_row)
+        args = _arguments(spec, steps, seed, checkpoints if saving and checkpoints else Path(scratch), saving, feed)
         if reports is not None:
             args.report_to, args.run_name = list(spec.report_to), title
         trainer = _Trainer(
@@ -185,31 +188,30 @@ def fit(
             args=args,
             spec=spec,
             rates=rates or {},
-            train_dataset=_Rows(table) if cache is None else range(len(cache) * cache.views),
-            data_collator=cache.batch if cache else partial(_collate, model, spec.augmentation),
+            feed=feed,
+            train_dataset=Places(Order(feed.rows, seed, spec.buffer)),
+            data_collator=feed,
             callbacks=[*(callbacks or []), told],
         )
         trainer.remove_callback(PrinterCallback)  # it prints every log; progress shows the last
-        last = saving and any(Path(str(args.output_dir)).glob("checkpoint-*"))
         with sharded.sharded(model, spec), norms(model):
             if spec.shard and processes.world()[1] > 1:  # torch divides the model, Accelerate shall not copy it
                 trainer.accelerator.prepare_model = lambda model, **_: model
-            trainer.train(resume_from_checkpoint=bool(last))
+            trainer.train(resume_from_checkpoint=trainer.last_checkpoint(table) if saving else None)
     model.zero_grad(set_to_none=True)
     keep = ("step", "loss", "learning_rate", "grad_norm", "waiting")
     return [{k: float(e[k]) for k in keep if k in e} for e in trainer.state.log_history if "loss" in e]
 
 
-def _arguments(spec: TrainingSpec, steps: int, seed: int, folder: Path, saving: bool, table: Any,
-               together: bool) -> TrainingArguments:  # fmt: skip
-    """The recipe's training in transformers' words; with `saving`, checkpoints go to the folder; with `together`, the
-    first of several processes makes whole batches and hands out their parts."""
+def _arguments(spec: TrainingSpec, steps: int, seed: int, folder: Path, saving: bool, feed: Feed) -> TrainingArguments:
+    """The recipe's training in transformers' words; with `saving`, checkpoints go to the folder. Of tasks whose samples
+    are made from other rows the first of several processes makes whole batches and hands out their parts."""
     rows = many.part(spec.batch_size)
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=spec.batch_size if together else rows,
-        accelerator_config={"split_batches": together, "dispatch_batches": together},
+        per_device_train_batch_size=spec.batch_size if feed.together else rows,
+        accelerator_config={"split_batches": feed.together, "dispatch_batches": feed.together},
         ddp_broadcast_buffers=False,  # they are the same in all processes
         gradient_accumulation_steps=spec.accumulate,
         learning_rate=spec.learning_rate,
@@ -223,12 +225,13 @@ def _arguments(spec: TrainingSpec, steps: int, seed: int, folder: Path, saving: 
         logging_nan_inf_filter=False,
         save_strategy="steps" if saving else "no",
         save_steps=spec.save_every or 1,
-        save_total_limit=1,
         remove_unused_columns=False,
-        dataloader_drop_last=len(table) >= spec.batch_size,
+        dataloader_drop_last=feed.rows >= spec.batch_size,
         dataloader_pin_memory=torch.cuda.is_available(),
-        dataloader_num_workers=spec.workers,
-        dataloader_persistent_workers=spec.workers > 0,
+        dataloader_num_workers=feed.workers,
+        dataloader_persistent_workers=feed.workers > 0,
+        dataloader_prefetch_factor=AHEAD if feed.workers else None,
+        dataloader_multiprocessing_context="fork" if feed.workers else None,
         disable_tqdm=True,
         report_to="none",
         seed=seed,
@@ -236,11 +239,6 @@ def _arguments(spec: TrainingSpec, steps: int, seed: int, folder: Path, saving: 
     )
     args._n_gpu = min(args.n_gpu, 1)  # with more than one, Trainer would copy the model and multiply the batch
     return args
-
-
-def _collate(model: TaskModel, augmentation: Augmentation, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    batch = model.task.collate(model.backbone, augmentation(rows), True)
-    return many.dealt(batch) if model.task.together else batch
 
 
 def keep_freed_memory() -> None:
@@ -258,35 +256,22 @@ def keep_freed_memory() -> None:
         library.mallopt(m_trim_threshold, largest)
 
 
-class _Rows(torch.utils.data.Dataset):
-    """A table as the trainer wants it, with images left encoded: the task decodes them and names a bad one."""
-
-    def __init__(self, table: Any):
-        self.table = encoded(table)
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.table[index]
-
-
 def batches(
     model: TaskModel, table: Any, size: int, train: bool, seed: int | None = None
 ) -> Iterator[tuple[list[dict[str, Any]], dict[str, Tensor]]]:
     """Rows and collated batches on the model's device: once in order, or endlessly shuffled when a seed is given."""
     table = encoded(table)
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed) if seed is not None else None
-    while True:
-        order = torch.randperm(len(table), generator=generator).tolist() if generator else range(len(table))
+    for epoch in itertools.count():
+        order = range(len(table)) if seed is None else draws.order(len(table), seed, epoch)
         for start in range(0, len(table), size):
-            rows = [table[i] for i in order[start : start + size]]
-            if generator and len(rows) < min(size, len(table)):
+            numbers = order[start : start + size]
+            if seed is not None and len(numbers) < min(size, len(table)):
                 continue
+            rows = [draws.placed(table[i], draws.Place(seed or 0, epoch, i)) for i in numbers]
             batch = model.task.collate(model.backbone, rows, train)
             yield rows, {k: v.to(device) for k, v in batch.items()}
-        if generator is None:
+        if seed is None:
             return
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab import divided
+from trimtab.data.draws import choose
 from trimtab.data.images import decode_rows
 from trimtab.metrics import captions as official
 from trimtab.tasks.base import TASKS, Batch, Task
@@ -82,8 +83,8 @@ class Captioning(Task):
 
     def collate(self, backbone: Any, rows: list[dict[str, Any]], train: bool) -> Batch:
         rows = decode_rows(rows)
-        pick = [int(torch.randint(len(r["captions"]), ())) if train else 0 for r in rows]
-        texts = backbone.texts([self.prompt + r["captions"][k] for r, k in zip(rows, pick, strict=True)])
+        told = [choose(r, "caption", r["captions"]) if train else r["captions"][0] for r in rows]
+        texts = backbone.texts([self.prompt + caption for caption in told])
         labels = next_words(texts["input_ids"], texts["attention_mask"])
         if self.prompt:
             labels[:, : len(self._start(backbone)) - 1] = IGNORED

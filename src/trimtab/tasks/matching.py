@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab import divided
+from trimtab.data.draws import choose, coin, uniform
 from trimtab.data.images import decode_rows
 from trimtab.processes import in_turn, shared
 from trimtab.tasks.base import TASKS, Batch, Task
@@ -48,17 +49,15 @@ class Matching(Task):
 
     def collate(self, backbone: Any, rows: list[dict[str, Any]], train: bool) -> Batch:
         rows = decode_rows(rows)
-        pick = torch.randint(4, (len(rows),)).tolist() if train else [0] * len(rows)
-        texts = [r["captions"][k % len(r["captions"])] for r, k in zip(rows, pick, strict=True)]
         batch = backbone.images([r["image"] for r in rows])
         if not train:
-            return {**batch, **backbone.texts(texts)}
+            return {**batch, **backbone.texts([r["captions"][0] for r in rows])}
+        texts = [choose(r, "caption", r["captions"]) for r in rows]
         half, quarter = len(rows) // 2, max(1, 3 * len(rows) // 4)
         matched = torch.ones(len(rows))
         for i in range(quarter, len(rows)):  # the last quarter is mismatched
-            own = rows[i]["foils"][pick[i] % len(rows[i]["foils"])]
-            other = texts[(i + 1) % quarter]
-            texts[i] = own if torch.rand(()) < 0.5 else other
+            foil, other = choose(rows[i], "foil", rows[i]["foils"]), texts[(i + 1) % quarter]
+            texts[i] = foil if coin(rows[i], "foil or other") else other
             matched[i] = 0
         encoded = backbone.texts(texts)
         tokenizer = backbone.tokenizer
@@ -68,8 +67,10 @@ class Matching(Task):
             words[half:] = IGNORED
         else:
             special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
-            hidden = (torch.rand(ids.shape) < self.mask_share) & ~special
-            hidden[half:] = False
+            hidden = torch.zeros_like(special)
+            for i, mask in enumerate(encoded["attention_mask"][:half] != 0):
+                hidden[i, mask] = uniform(rows[i], "masked words", int(mask.sum())) < self.mask_share
+            hidden &= ~special
             words[~hidden] = IGNORED
             encoded["input_ids"] = ids.masked_fill(hidden, tokenizer.mask_token_id)
         matched[:half] = IGNORED

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.data.draws import coin
 from trimtab.data.images import decode_rows
 from trimtab.metrics import nlvr2
 from trimtab.tasks.base import TASKS, Batch
@@ -74,7 +75,7 @@ class Pairs(Labelled):
                 raise ValueError(f"task {self.name!r} compares two pictures, a row has {len(row['images'])}: "
                                  f"{row.get('identifier', row['statement'])!r}")  # fmt: skip
         if train and self.swap:
-            rows = [swapped(row) if bool(torch.rand(()) < 0.5) else row for row in rows]
+            rows = [swapped(row) if coin(row, "swap") else row for row in rows]
         # All together, so that pictures that are padded are padded alike.
         both = backbone.images([row["images"][side] for side in (0, 1) for row in rows])
         first = {key: value[: len(rows)] for key, value in both.items()}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from trimtab.data.draws import choose
 from trimtab.data.images import decode_rows
 from trimtab.tasks.base import TASKS, Batch, Task
 
@@ -30,9 +30,8 @@ class Pretraining(Task):
 
     def collate(self, backbone: Any, rows: list[dict[str, Any]], train: bool) -> Batch:
         rows = decode_rows(rows)
-        pick = [int(torch.randint(len(r["captions"]), ())) if train else 0 for r in rows]
-        texts = backbone.texts([r["captions"][k] for r, k in zip(rows, pick, strict=True)])
-        return {**backbone.images([r["image"] for r in rows]), **texts}
+        told = [choose(r, "caption", r["captions"]) if train else r["captions"][0] for r in rows]
+        return {**backbone.images([r["image"] for r in rows]), **backbone.texts(told)}
 
     def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
         return backbone.pretraining_loss(**batch)

@@ -9,6 +9,7 @@ The cost grows with pairs: 1,000 pictures of five captions are 5 million passes,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from trimtab import divided
 from trimtab.contrast import contrast, hard_pairs
+from trimtab.data.draws import choose, shuffled
 from trimtab.data.images import decode_rows, encoded
 from trimtab.metrics import retrieval as measured
 from trimtab.processes import in_turn, shared
@@ -112,7 +114,7 @@ class Reranking(Task):
         pictures = backbone.images([r["image"] for r in rows])
         if not train:
             return {**pictures, **many_texts(backbone, [r["captions"] for r in rows])}
-        own = [r["captions"][int(torch.randint(len(r["captions"]), ()))] for r in rows]
+        own = [choose(r, "caption", r["captions"]) for r in rows]
         if self.objective == "contrast":
             return {**pictures, **backbone.texts(own)}
         return {**pictures, **many_texts(backbone, [[own[i], *self._wrong(rows, i)] for i in range(len(rows))])}
@@ -124,10 +126,7 @@ class Reranking(Task):
         if not others:
             raise ValueError("reranking: the wrong captions of a picture are those of other rows, but the batch has "
                              "none with other captions: take a larger batch")  # fmt: skip
-        drawn: list[int] = []
-        while len(drawn) < self.negatives:
-            drawn += torch.randperm(len(others)).tolist()
-        return [others[k] for k in drawn[: self.negatives]]
+        return [others[k] for k in islice(shuffled(rows[i], "wrong captions", len(others)), self.negatives)]
 
     def example(self, backbone: Any, size: int) -> Batch:
         batch = backbone.example(size)

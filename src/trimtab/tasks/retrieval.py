@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab import divided
+from trimtab.data.draws import choose
 from trimtab.data.images import decode_rows
 from trimtab.metrics import retrieval as measured
 from trimtab.pooling import GPO
@@ -121,8 +122,7 @@ class Retrieval(Task):
         pictures = backbone.images([r["image"] for r in rows])
         if not train:
             return {**pictures, **many_texts(backbone, [self._told(r["captions"]) for r in rows])}
-        pick = [int(torch.randint(len(r["captions"]), ())) for r in rows]
-        return {**pictures, **backbone.texts([r["captions"][k] for r, k in zip(rows, pick, strict=True)])}
+        return {**pictures, **backbone.texts([choose(r, "caption", r["captions"]) for r in rows])}
 
     def _told(self, captions: Sequence[str]) -> list[str]:
         """The captions of a picture that evaluation ranks."""

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from trimtab import divided
 from trimtab.data import video as videos
+from trimtab.data.draws import choose
 from trimtab.metrics.videos import one_sentence, several_sentences
 from trimtab.tasks.base import TASKS, Batch, Task
 from trimtab.tasks.classification import Scale
@@ -65,7 +66,7 @@ class VideoRetrieval(Task):
                 raise ValueError(f"{row['video']}: has no caption, expected at least one")
         batch = self._watched(backbone, rows)
         if train:
-            return batch | backbone.texts([r["captions"][int(torch.randint(len(r["captions"]), ()))] for r in rows])
+            return batch | backbone.texts([choose(r, "caption", r["captions"]) for r in rows])
         words = backbone.texts([text for row in rows for text in row["captions"]])
         counts = [len(row["captions"]) for row in rows]
         for name, values in words.items():

@@ -3,15 +3,22 @@ WebDataset shards of pictures and captions. They calibrate pruners, and pretrain
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trimtab.data import shards
 from trimtab.data.base import CAPTIONED, SOURCES
 from trimtab.data.held_out import HeldOut
 from trimtab.data.reading import DataError, Entry, Kept, Pictures, RowError, find_file, json_rows, read_json, text_lines
+from trimtab.files import cache_dir, replace_file
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+VERSION = 1  # of what is kept of shards
 
 
 def tsv(path: Path, kept: Kept) -> Iterator[tuple[str, str]]:
@@ -70,14 +77,45 @@ class _Streamed(HeldOut):
     rows: int | None = 10_000
     """At most so many rows, the first ones: reading stops there. None for all, which are kept in memory."""
 
+    stream: bool = False
+    """Leave the pictures in their shards and read each when it is needed: a set may then be larger than memory, and
+    `rows: null` takes all. Where they lie is looked up once, and kept in the cache folder."""
+
     tasks = CAPTIONED
     splits = ("train",)
+
+    def table(self, task: str, *names: str) -> Dataset:
+        """As `Published.table`; with `stream` a table on disk, which says where in the shards each picture lies.
+
+        Raises:
+            DataError: also if `stream` is asked for and the set does not lie in shards.
+        """
+        if not self.stream:
+            return super().table(task, *names)
+        import pyarrow.ipc
+        from datasets import Dataset, Image
+
+        if getattr(self, "form", "webdataset") != "webdataset":
+            raise DataError(f"{self}: `stream: true` is for shards (`form: webdataset`); pictures that are files are "
+                            "read one by one anyway: leave it out")  # fmt: skip
+        found = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in self._shards()]
+        key = hashlib.sha256(repr((VERSION, found, self.rows, self.on_error)).encode()).hexdigest()[:16]
+        file = cache_dir() / "shards" / f"{key}.arrow"
+        if not file.is_file():
+            made = super().table(task, *names).cast_column("image", Image(decode=False))  # not by `datasets`
+            rows = made.data.table.replace_schema_metadata(made.features.arrow_schema.metadata)
+            with replace_file(file) as partial, pyarrow.ipc.new_stream(str(partial), rows.schema) as stream:
+                stream.write_table(rows)
+        return Dataset.from_file(str(file))  # mapped into memory, not read
+
+    def _shards(self) -> list[Path]:
+        return shards.shards(self.files)
 
     def _full(self, kept: Kept) -> bool:
         return self.rows is not None and len(kept) >= self.rows
 
-    def _read_shards(self, pattern: str, kept: Kept) -> None:
-        for entry in shards.samples(shards.shards(self.files, pattern)):
+    def _read_shards(self, kept: Kept) -> None:
+        for entry in shards.samples(self._shards(), self.stream):
             with kept.row():
                 image = shards.picture(entry)
                 if kept.on_error == "skip":
@@ -107,7 +145,10 @@ class WebDataset(_Streamed):
     """Which files below the root, in the order of their names."""
 
     def read(self, task: str, name: str, kept: Kept) -> None:
-        self._read_shards(self.shards, kept)
+        self._read_shards(kept)
+
+    def _shards(self) -> list[Path]:
+        return shards.shards(self.files, self.shards)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +163,7 @@ class _FromTheWeb(_Streamed):
 
     def read(self, task: str, name: str, kept: Kept) -> None:
         if self.form == "webdataset":
-            return self._read_shards("**/*.tar", kept)
+            return self._read_shards(kept)
         if self.form == "vilt":
             path = find_file(self.files, "train_annot.json", "annot.json")
             find = Pictures(path.parent, decode=self.on_error == "skip")
