@@ -266,7 +266,8 @@ def _turned(node: Node, axis: int, rank: int) -> int:
 
 
 def factor_of(node: Node, parameters: set[int]) -> Tensor | str:
-    """The values of a constant factor, a parameter; or why they may be anything, zero included.
+    """The values of a constant factor: a parameter, or what is computed from parameters alone (a gate, `tanh(g)`); or
+    why they may be anything, zero included.
 
     Args:
         node: what a value is multiplied by.
@@ -275,6 +276,12 @@ def factor_of(node: Node, parameters: set[int]) -> Tensor | str:
     first = root(node)
     if first.sources:
         return "it is multiplied by a value that depends on the block's arguments"
-    if first.op != "constant" or id(first.value) not in parameters:
-        return f"it is multiplied by a factor that '{first.op}' computes, which may be 0"
-    return "it is multiplied by a parameter that has zeros" if bool((first.value == 0).any()) else node.value
+    behind = ancestors(first)
+    if any(n.drawn for n in behind) or any(n.op != "constant" for n in behind if not n.parents):
+        return f"it is multiplied by a factor that '{first.op}' makes of random or new numbers"
+    if not all(id(n.value) in parameters for n in behind if n.op == "constant"):
+        return f"it is multiplied by a factor that '{first.op}' computes from what is no parameter of the block"
+    if not bool((first.value == 0).any()):
+        return first.value
+    made = "a parameter" if first.op == "constant" else f"what '{first.op}' makes of parameters, a gate"
+    return f"it is multiplied by {made} that has zeros: what is added there does not arrive, and learns nothing"
