@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 
+import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy.calls import arguments, passed, replaced, stream_name
@@ -35,6 +36,10 @@ class Tap:
         flat: whether its axes after the first are read as one: a mask (B, H, W) of patches is one of tokens (B, H W).
         padding: whether it is a mask whose numbers are non-zero at padding (`src_key_padding_mask`), or are added to
             scores, 0 at what is seen; it is read the other way round.
+        pairs: whether it is a mask of pairs, (B, 1, L, L), the same for every token that looks: True or, of numbers
+            that are added to scores, 0 at what is seen. It is read as one of tokens, (B, L).
+        rest: where the tokens stand that a mask has no number for, before or after those that it has one for. They are
+            always seen (pictures' tokens beside words').
     """
 
     path: str = field(metadata=PATH)
@@ -42,6 +47,16 @@ class Tap:
     key: int | str = 0
     flat: bool = False
     padding: bool = False
+    pairs: bool = False
+    rest: Literal["", "before", "after"] = ""
+
+    def whole(self, mask: Tensor, length: int) -> Tensor:
+        """A mask (B, M) with a number for every token of a stream, (B, L): those it has none for are seen (`rest`)."""
+        more = length - mask.shape[1]
+        if not self.rest or more < 1 or mask.ndim != 2:
+            return mask
+        seen = mask.new_ones(len(mask), more)
+        return torch.cat([seen, mask] if self.rest == "before" else [mask, seen], dim=1)
 
 
 @dataclass(frozen=True)

@@ -224,7 +224,7 @@ class _Watch:
         memory = max((name for _, name in tower.beside), key=tower.readers, default=None)
         return Tower(
             tower.name, modality or "fusion", tuple(blocks), scope, self._output(tower, links), layout,
-            mask=mask, mask_required=mask is None or mask.path != "" or mask.key in self.given,
+            mask=mask, mask_required=mask is None or not mask.pairs and (mask.path != "" or mask.key in self.given),
             samples=samples, memory=memory,
             memories=tuple(dict.fromkeys(p for p in tower.beside if p[1] != memory)), reads=tuple(tower.reads),
             causal=causal, starts_blank=blank, closed=closed(links, tower), unknown=tuple(tower.unknown.items()),
