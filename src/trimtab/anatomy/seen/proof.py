@@ -161,7 +161,7 @@ class Proof:
         found = []
         for name, given in others.items():
             shape, own = given.shape, way.start.shape
-            batched = len(shape) == 3 and (shape[0] == own[0] or shape[1] == own[1])
+            batched = len(shape) == 3 and (shape[0] == own[0] or shape[1] == own[1] or own[0] == 1)
             if not batched or not given.value.is_floating_point() or not way.weighs(given):
                 continue
             if any(value in way.made_of(given) for _, value in way.products) if way.products else not mixes:
