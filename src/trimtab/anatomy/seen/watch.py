@@ -19,7 +19,7 @@ from trimtab.anatomy.seen.chains import Link, candidates, chains
 from trimtab.anatomy.seen.inputs import Hidden, kind_of, ready, watched
 from trimtab.anatomy.seen.masks import mask_of, untold
 from trimtab.anatomy.seen.order import order
-from trimtab.anatomy.seen.probe import Ends, Sight, leaks, sight
+from trimtab.anatomy.seen.probe import Ends, Sight, leaks, rows_apart, sight
 from trimtab.anatomy.seen.record import Call, Example, Recording, record, shapes
 from trimtab.anatomy.seen.sublayers import see_sublayers
 from trimtab.anatomy.seen.towers import (
@@ -314,13 +314,16 @@ class _Watch:
         if len(shape) >= 3:
             second = shape[1] in lengths
             if shape[0] in lengths and second:
+                if rows_apart(self.model, links, sights):
+                    return None
                 tower.unknown["samples"] = f"its stream is {shape}, with as many tokens as samples; give another number"
                 return None
-            if not second and any(shape[0] % n == 0 for n in lengths if n > 1):
-                if any(s.rows for s in sights):
+            several = [shape[0] // n for n in lengths if n > 1 and shape[0] % n == 0]  # rows that a sample may have
+            if not second and several:
+                if any(s.rows >= min(several) for s in sights):
                     tower.unknown["samples"] = (
-                        f"a row of its stream {shape} moves when another one is changed: its first axis is not that of "
-                        "samples, or samples see each other"
+                        f"a row of its stream {shape} moves when one of another sample is changed: its first axis is not "
+                        "that of samples, or samples see each other"
                     )
                 return None
         return Tap("", "input", min(keys, key=lambda k: len(self.example[k])))
