@@ -135,7 +135,7 @@ def test_pairs_that_become_others_later_are_refused():
     fit.tune("unipt")
     logits(model, BATCH)
     model.order = "odd"
-    with pytest.raises(AnatomyError, match="'layers.0': expected at 'bias' a mask of pairs .* the same for every token"):
+    with pytest.raises(AnatomyError, match="'layers.0': expected at 'bias' a mask of pairs .* for every token that"):
         logits(model, BATCH)
 
 
@@ -150,3 +150,42 @@ def test_without_a_mask_of_pairs_all_tokens_are_valid():
     fit = trimtab.adapt(model, anatomy=anatomy)
     fit.prune("multiflow", sparsity=0.5, batches=[everywhere])
     assert 0.49 < fit.masks.sparsity < 0.51
+
+
+class Hearing(nn.Module):
+    """Sound of an even length alone, beside words; each goes through blocks of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.words, self.frames = nn.Embedding(10, D), nn.Linear(5, D)
+        self.ears, self.eyes = (nn.ModuleList(Seeing() for _ in range(2)) for _ in range(2))
+        self.head = nn.Linear(D, 3)
+
+    def forward(self, input_ids, attention_mask, input_features, input_features_mask):
+        if bool((input_features_mask.sum(1) % 2).any()):
+            raise ValueError("frames and words do not match")
+        x, y = self.words(input_ids), self.frames(input_features)
+        for layer in self.ears:
+            y = layer(y, input_features_mask.bool()[:, None, None].expand(-1, 1, y.shape[1], -1))
+        for layer in self.eyes:
+            x = layer(x, attention_mask.bool()[:, None, None].expand(-1, 1, x.shape[1], -1))
+        return {"logits": self.head(x) + self.head(y.mean(1, keepdim=True))}
+
+
+def test_where_a_mask_cannot_be_hidden_in_only_its_own_padding_is_refused():
+    sound = torch.randn(2, 6, 5)
+    whole = {"input_ids": IDS, "attention_mask": (IDS != 1).long(), "input_features": sound,
+             "input_features_mask": torch.ones(2, 6, dtype=torch.long)}  # fmt: skip
+    model = Hearing().eval()
+    audio, text = Anatomy.of(model, whole).towers
+    assert (audio.mask, audio.may_hide) == (None, ("input_features_mask",))
+    assert "could not be seen" in dict(audio.unknown)["mask"]
+    assert text.mask == Tap("", "input", "attention_mask") and not text.unknown and text.may_hide is None
+    assert from_plain(type(audio), to_plain(audio)) == audio
+    fit = trimtab.adapt(copy.deepcopy(model), example=whole)
+    fit.prune("multiflow", sparsity=0.5, batches=[whole])
+    assert 0.45 < fit.masks.sparsity < 0.55
+    short = {**whole, "input_features_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])}
+    with pytest.raises(ValueError, match="'input_features_mask' hides tokens, and which of tower 'audio' these are is"):
+        trimtab.adapt(model, example=whole).prune("multiflow", sparsity=0.5, batches=[short])

@@ -1,4 +1,4 @@
-"""Which axis of a stream holds the samples, where numbers alone do not tell: seen by who moves with whom, or refused."""
+"""Which axis of a stream holds samples, where numbers alone do not tell: seen by who moves with whom, or refused."""
 
 from __future__ import annotations
 
@@ -131,4 +131,5 @@ def test_rows_of_one_sample_may_see_each_other():
 
 @pytest.mark.parametrize("how", [{"across": True}, {"turned": True}], ids=["across videos", "frame by frame"])
 def test_rows_that_see_those_of_other_samples_are_refused(how):
-    assert "a row of its stream (6, 4, 16) moves when one of another sample is changed" in samples(Frames(**how), VIDEOS)
+    why = samples(Frames(**how), VIDEOS)
+    assert "a row of its stream (6, 4, 16) moves when one of another sample is changed" in why

@@ -160,6 +160,7 @@ class Tower:
         mask: where the mask of valid tokens is seen, (B, L) with non-zero = valid; None if all are valid.
         mask_required: whether a batch without that mask is an error; otherwise all its tokens are valid.
         mask_source: the argument that the mask is made from, if the model makes up a mask of ones without it.
+        may_hide: where the mask is unknown, the model's inputs that may be it; None if these are not known either.
         pooled: where the tower's one-vector summary is handed on, (B, E), if it makes one.
         projected: where a linear map of every token into another width is handed on, (B, L, E), for models that pool
             only behind it (VSE-infinity): a `Linear`.
@@ -188,6 +189,7 @@ class Tower:
     mask: Tap | None = None
     mask_required: bool = True
     mask_source: Tap | None = None
+    may_hide: tuple[str, ...] | None = None
     samples: Tap | None = None
     pooled: Tap | None = None
     projected: Tap | None = None

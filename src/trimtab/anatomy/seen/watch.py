@@ -224,7 +224,8 @@ class _Watch:
         memory = max((name for _, name in tower.beside), key=tower.readers, default=None)
         return Tower(
             tower.name, modality or "fusion", tuple(blocks), scope, self._output(tower, links), layout,
-            mask=mask, mask_required=mask is None or not mask.pairs and (mask.path != "" or mask.key in self.given),
+            mask=mask, mask_required=mask is None or (not mask.pairs and (mask.path != "" or mask.key in self.given)),
+            may_hide=tower.may_hide,
             samples=samples, memory=memory,
             memories=tuple(dict.fromkeys(p for p in tower.beside if p[1] != memory)), reads=tuple(tower.reads),
             causal=causal, starts_blank=blank, closed=closed(links, tower), unknown=tuple(tower.unknown.items()),
@@ -322,8 +323,8 @@ class _Watch:
             if not second and several:
                 if any(s.rows >= min(several) for s in sights):
                     tower.unknown["samples"] = (
-                        f"a row of its stream {shape} moves when one of another sample is changed: its first axis is not "
-                        "that of samples, or samples see each other"
+                        f"a row of its stream {shape} moves when one of another sample is changed: its first axis is "
+                        "not that of samples, or samples see each other"
                     )
                 return None
         return Tap("", "input", min(keys, key=lambda k: len(self.example[k])))
@@ -339,8 +340,8 @@ class _Watch:
         else:
             others = [k for k in self._inputs(tower) if k not in own and k not in self.hidden.masks]
             tap, valid, why = None, None, untold(self.example, others, links, sights)
-        if why:
-            tower.unknown.setdefault("mask", why)
+        if why and "mask" not in tower.unknown:
+            tower.unknown["mask"], tower.may_hide = why, tuple(acting) or None
         return tap, valid
 
     def _leak(self, tower: SeenTower, acting: Collection[str]) -> str:

@@ -292,7 +292,8 @@ class InputSums:
     def _check_unmasked(self, tower: Tower, number: int, batch: Batch) -> None:
         """Where it is not known which tokens of a tower a mask hides, nothing may be hidden."""
         unknown = dict(tower.unknown).get("mask")
-        masks = {k: v for k, v in batch.items() if "mask" in k and isinstance(v, Tensor)}
+        named = [k for k in batch if "mask" in k] if tower.may_hide is None else tower.may_hide
+        masks = {k: v for k in named if isinstance(v := batch.get(k), Tensor)}
         if unknown and (holes := next((k for k, v in masks.items() if not v.all()), None)):
             raise ValueError(
                 f"calibration batch {number}: {holes!r} hides tokens, and which of tower {tower.name!r} these are is "
