@@ -151,7 +151,8 @@ def _of_tokens(tap: Tap, pairs: Tensor) -> Tensor:
     if not same:
         raise AnatomyError(
             f"module '{tap.path}': expected at {tap.key!r} a mask of pairs (B, 1, L, L) that is the same for every "
-            f"token that looks, found {tuple(pairs.shape)}, by which tokens see different ones: correct the tower's `mask`"
+            f"token that looks, found {tuple(pairs.shape)}, by which tokens see different ones: correct the tower's "
+            "`mask`"
         )
     row = pairs[:, 0, 0]
     return row if row.dtype is torch.bool else row == 0
