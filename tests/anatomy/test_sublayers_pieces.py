@@ -84,6 +84,29 @@ def test_tokens_that_are_there_twice_are_no_stream_that_is_kept():
     assert not seen.keeps_shape
 
 
+class Wider(nn.Module):
+    """A block in which the width changes: its stream begins in it, and has a part; `beside`: two that know nothing of
+    each other."""
+
+    def __init__(self, beside: bool) -> None:
+        super().__init__()
+        self.first, self.other, self.norm = nn.Linear(8, 12), nn.Linear(8, 12), nn.LayerNorm(12)
+        self.mlp = nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 12))
+        self.beside = beside
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return y + (self.other(x).relu() if self.beside else self.mlp(self.norm(y)))
+
+
+def test_of_a_stream_that_begins_in_the_block_the_parts_after_that_are_told():
+    seen = see(Wider(False), X)
+    assert parts(seen) == [("mlp", "norm>", "mlp", 0)] and not seen.complete and not seen.keeps_shape
+    assert seen.width == 12 and any("the stream cannot be followed through 'add'" in note for note in seen.notes)
+    beside = see(Wider(True), X)
+    assert beside.sublayers == () and not beside.complete
+
+
 class Asking(nn.Module):
     """Queries that are the same for all samples until they have looked at them."""
 

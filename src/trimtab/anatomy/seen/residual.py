@@ -113,6 +113,28 @@ def follow(out: Node, source: Node) -> Stream:
     return Stream(sorted(nodes, key=lambda n: n.index), sorted(sums, key=lambda s: s.node.index), notes)
 
 
+def begun(out: Node, source: Node) -> Stream | None:
+    """The stream that leaves a block in which it begins, as where the width changes: back from what is returned, as far
+    as of the two sides of each sum one is computed from the other. None if no sum is on the way, or a way leads back to
+    the argument."""
+    nodes: list[Node] = [root(out)]
+    sums: list[Sum] = []
+    if _reaches(nodes[0], source, {source: True}):
+        return None
+    while True:
+        steps = list(_steps(nodes[-1]))
+        if len(steps) == 2:  # of a sum
+            behind = {before: ancestors(f.addend) for before, f in steps if f is not None and f.addend is not None}
+            steps = [(before, found) for before, found in steps if before in behind.get(before, ())]
+        if len(steps) != 1:
+            return Stream(nodes[::-1], sums[::-1], []) if sums else None
+        before, found = steps[0]
+        if found is not None and found.addend is None:  # what is fused with a product is no stream of its own
+            return Stream(nodes[::-1], sums[::-1], []) if sums else None
+        sums += [] if found is None else [found]
+        nodes.append(before)
+
+
 def _reaches(node: Node, source: Node, known: dict[Node, bool]) -> bool:
     """Whether steps back from a node lead to `source`."""
     todo = [node]

@@ -24,6 +24,7 @@ from trimtab.anatomy.seen.residual import (
     Stream,
     Sum,
     ancestors,
+    begun,
     channel_axes,
     factor_of,
     follow,
@@ -248,7 +249,9 @@ class _Watch:
             except BrokenStream as error:
                 self._note(str(error))
                 complete = False
-                continue
+                if (begins := begun(end, start)) is None:
+                    continue
+                stream = begins
             for text in stream.notes:
                 self._note(text)
             complete = complete and not stream.notes
