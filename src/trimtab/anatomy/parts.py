@@ -52,8 +52,7 @@ class Tap:
 
     def whole(self, mask: Tensor, length: int) -> Tensor:
         """A mask (B, M) with a number for every token of a stream, (B, L): those it has none for are seen (`rest`)."""
-        more = length - mask.shape[1]
-        if not self.rest or more < 1 or mask.ndim != 2:
+        if not self.rest or mask.ndim != 2 or (more := length - mask.shape[1]) < 1:
             return mask
         seen = mask.new_ones(len(mask), more)
         return torch.cat([seen, mask] if self.rest == "before" else [mask, seen], dim=1)
@@ -223,6 +222,8 @@ class Tower:
         kinds = dict.fromkeys(tuple(p.kind for p in b.sublayers) for b in self.blocks)
         parts = " or ".join("+".join(k) or "none" for k in kinds)
         mask = "all tokens valid" if self.mask is None else f"mask {_place(self.mask)}"
+        if self.mask is not None and self.mask.rest:
+            mask += f" (tokens {self.mask.rest} its own are always seen)"
         order = "causal" if self.causal else "not causal"
         facts = {
             "causal": order if self.layout == "tokens" else "", "mask": mask if self.layout == "tokens" else "",
