@@ -28,7 +28,7 @@ class Beside(nn.Module):
         place: of the picture's tokens.
         order: who sees whom among those that are not hidden: "all", "causal", "odd" (all but the first, who does not
             see the second) or "deaf" (the mask hides nothing).
-        kind: of what the blocks are given: scores to be added, or truth values.
+        kind: of what the blocks are given: scores to be "added", or "bools", which may be "turned": True is not seen.
     """
 
     def __init__(self, place: str, order: str, kind: str = "added"):
@@ -55,15 +55,19 @@ class Beside(nn.Module):
         if self.order == "odd":
             pairs[:, :, 0, 1] = False
         for layer in self.layers:
-            x = layer(x, added(~pairs) if self.kind == "added" else pairs)
+            layer.turned = self.kind == "turned"
+            x = layer(x, added(~pairs) if self.kind == "added" else pairs != layer.turned)
         return {"logits": self.head(x), "loss": self.head(x)[:, :, 0].square().mean()}
 
 
 class Seeing(Block):
-    """Takes truth values as well."""
+    """Takes truth values as well; `turned`: True is not seen."""
+
+    turned = False
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return super().forward(x, added(~bias) if bias is not None and bias.dtype is torch.bool else bias)
+        truth = bias is not None and bias.dtype is torch.bool
+        return super().forward(x, added(bias != (not self.turned)) if truth else bias)
 
 
 TOLD = {
@@ -112,6 +116,7 @@ def test_a_mask_that_is_shorter_or_of_pairs_is_seen_and_used(name):
 UNTOLD = {
     "among words, in order": ("among", "causal", "no argument around its blocks has one number a token"),
     "pairs of which one is another": ("among", "odd", "no argument around its blocks has one number a token"),
+    "pairs the other way round": ("among", "all", "a mask of pairs, and who sees whom does not show what it hides"),
     "a mask that nobody heeds": ("before", "deaf", "but what stands there is still seen by others"),
 }
 
@@ -119,7 +124,7 @@ UNTOLD = {
 @pytest.mark.parametrize("name", UNTOLD)
 def test_a_mask_that_does_not_show_stays_unknown_and_is_refused(name):
     place, order, why = UNTOLD[name]
-    model = Beside(place, order).eval()
+    model = Beside(place, order, "turned" if name.endswith("round") else "added").eval()
     (tower,) = Anatomy.of(model, BATCH).towers
     assert tower.mask is None and why in dict(tower.unknown)["mask"]
     with pytest.raises(ValueError, match="'attention_mask' hides tokens, and which of tower 'fusion' these are is un"):

@@ -46,7 +46,10 @@ def mask_of(recording: Recording, masks: Collection[str], links: Sequence[Link],
         return replace(tap, padding=True), value == 0, ""
     if leak:
         return None, None, leak
-    if kind != "valid":
+    if tap.pairs and not shows(sights, value):  # True may stand for either, so that it has to show
+        where = f"{tap.key!r} of {tap.path or 'the model'}"
+        return None, None, f"{where} is a mask of pairs, and who sees whom does not show what it hides"
+    if not kind:
         row, place = hidden(sights, value != 0) or (0, 0)
         return None, None, (
             f"{tap.key!r} of {tap.path or 'the model'} is {value[row, place].item()} at token {place} of row {row}, "

@@ -326,6 +326,6 @@ def factor_of(node: Node, parameters: set[int]) -> Tensor | str:
     if not all(id(n.value) in parameters for n in behind if n.op == "constant"):
         return f"it is multiplied by a factor that '{first.op}' computes from what is no parameter of the block"
     if not bool((first.value == 0).any()):
-        return first.value
+        return node.value
     made = "a parameter" if first.op == "constant" else f"what '{first.op}' makes of parameters, a gate"
     return f"it is multiplied by {made} that has zeros: what is added there does not arrive, and learns nothing"
