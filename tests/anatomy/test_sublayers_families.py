@@ -95,6 +95,9 @@ FAMILIES: dict[str, tuple[tuple[Callable, dict], str, tuple[str, ...]]] = {
     "sam": (family("SamVision", PIXELS, **SIZES, image_size=16, patch_size=4, window_size=2, mlp_dim=64,
                    global_attn_indexes=[1], output_channels=16), "vision_encoder.layers.1",
             ("attention layer_norm1> attn", "mlp layer_norm2> mlp")),
+    "mllama": ((lambda: hf.MllamaTextModel(hf.MllamaTextConfig(**MLLAMA)),
+                {**TEXT, "cross_attention_states": torch.randn(2, 4, 32)}), "layers.1",
+               ("cross-attention input_layernorm> cross_attn", "mlp post_attention_layernorm> mlp")),
     "qformer": (family("Blip2QFormer", QUERIES, **SMALL, encoder_hidden_size=32, cross_attention_frequency=2),
                 "encoder.layer.0",
                 ("attention attention.attention> attention.output.dense",
@@ -105,9 +108,6 @@ FAMILIES: dict[str, tuple[tuple[Callable, dict], str, tuple[str, ...]]] = {
 }  # fmt: skip
 # ... and, where something stays unknown, why.
 PARTLY: dict[str, tuple[tuple[Callable, dict], str, tuple[str, ...], str]] = {
-    "mllama": ((lambda: hf.MllamaTextModel(hf.MllamaTextConfig(**MLLAMA)),
-                {**TEXT, "cross_attention_states": torch.randn(2, 4, 32)}), "layers.1", (),
-               "multiplied by a factor that 'tanh' computes, which may be 0"),
     "lxmert": (family("Lxmert", REGIONS, **LXMERT), "encoder.x_layers.0",
                ("attention lang_self_att.self> lang_self_att.output.dense",
                 "attention visn_self_att.self> visn_self_att.output.dense",

@@ -123,6 +123,21 @@ def gated(b: Parts, x: Tensor) -> Tensor:
     return x + b.gate.tanh() * b.mlp(b.n2(x))
 
 
+def open_gate(b: Parts, x: Tensor) -> Tensor:
+    x = x + torch.sigmoid(b.gate).sqrt() * b.attn(b.n1(x))
+    return (1 - b.scale.tanh()) * x + b.scale.tanh() * b.mlp(b.n2(x))
+
+
+def drawn(b: Parts, x: Tensor) -> Tensor:
+    x = x + b.attn(b.n1(x))
+    return x + (b.scale * torch.rand_like(b.scale)) * b.mlp(b.n2(x))
+
+
+def foreign(b: Parts, x: Tensor) -> Tensor:
+    x = x + b.attn(b.n1(x))
+    return x + torch.tensor(0.5).tanh() * b.mlp(b.n2(x))
+
+
 def zero(b: Parts, x: Tensor) -> Tensor:
     x = x + b.attn(b.n1(x))
     return x + b.gate * b.mlp(b.n2(x))
@@ -183,7 +198,9 @@ UNKNOWN = {
     "shared": (shared, "it goes elsewhere too"),
     "used": (used, "it goes elsewhere too"),
     "fused": (fused, "'addmm' multiplies and adds at once"),
-    "gated": (gated, "multiplied by a factor that 'tanh' computes, which may be 0"),
+    "gated": (gated, "multiplied by what 'tanh' makes of parameters, a gate that has zeros"),
+    "drawn": (drawn, "multiplied by a factor that 'mul' makes of random or new numbers"),
+    "foreign": (foreign, "multiplied by a factor that 'tanh' computes from what is no parameter of the block"),
     "zero": (zero, "multiplied by a parameter that has zeros"),
     "bare": (bare, "no module that runs once puts it out in the shape of the stream (it comes from 'mm'"),
     "twice": (twice, "no module that runs once puts it out"),
@@ -198,6 +215,19 @@ def test_a_sum_that_cannot_be_told_is_named_and_the_rest_is_seen(name):
     seen = see(Parts(how), X)
     assert parts(seen) == [("attention", "n1>", "attn", 0)] and not seen.complete
     assert any(why in note and note.startswith("block 'block': ") for note in seen.notes), seen.notes
+
+
+def test_what_goes_through_an_open_gate_is_told():
+    """A gate that parameters alone make, `tanh(g)`, is a fixed factor as long as none of its numbers is 0."""
+    seen = see(Parts(open_gate), X)
+    assert parts(seen) == [("attention", "n1>", "attn", 0), ("mlp", "n2>", "mlp", 0)] and seen.complete
+    assert sum("is multiplied by a fixed factor" in note for note in seen.notes) == 2
+    block = Parts(open_gate)
+    with torch.no_grad():
+        block.scale[3] = 0.0
+    shut = see(block, X)
+    assert [p.kind for p in shut.sublayers] == ["attention"] and not shut.complete
+    assert any("a gate that has zeros" in note for note in shut.notes)
 
 
 def both(b: Parts, x: Tensor) -> Tensor:

@@ -108,6 +108,34 @@ def test_a_name_alone_says_nothing(names):
     assert sum(hasattr(m, "lora_A") for m in model.modules()) == 2
 
 
+class Clipped(nn.Module):
+    """A layer alone in a module; with `beside`, not alone."""
+
+    def __init__(self, beside: bool = False):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.scale = nn.Parameter(torch.ones(8)) if beside else None
+
+    def forward(self, x):
+        return self.linear(x.clamp(-1, 1))
+
+
+def test_of_a_layer_alone_in_a_module_the_name_of_that_counts():
+    def attention(beside=False):
+        return lambda: nn.ModuleDict({f"{role}_proj": Clipped(beside) for role in "qkv"})
+
+    model = Blocks(attention(), named("qkv"))
+    trimtab.tune(model, "lora", anatomy=model.anatomy())
+    wrapped = [p for p, m in model.named_modules() if hasattr(m, "lora_A")]
+    assert wrapped == ["blocks.0.q_proj.linear", "blocks.0.v_proj.linear", "blocks.1.qkv"]
+    model = Blocks(attention(True), attention(True))
+    with pytest.raises(ValueError, match=r"no layer that is known .* the linear layers linear\)"):
+        trimtab.tune(model, "lora", anatomy=model.anatomy())
+    model = Blocks(*[lambda: nn.ModuleDict({"gate": Clipped(), "up": Clipped()})] * 2)
+    with pytest.raises(ValueError, match=r"no layer that is known .* the linear layers linear\)"):
+        trimtab.tune(model, "lora", anatomy=model.anatomy())
+
+
 def test_layers_outside_of_the_blocks_are_no_attention_of_theirs():
     model = Blocks(named("q", "k", "v"), named("qkv"))
     model.pool = named("q_proj", "k_proj", "v_proj")()

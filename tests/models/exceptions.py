@@ -120,7 +120,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {"n_embd": 32, "n_head": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
     "gptj": {"n_embd": 32, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
-    "granite4_vision": {**_TILES, "downsample_rate": "1/2", "deepstack_layer_map": [[1, 0], [2, 1]],
+    "granite4_vision": {**_TILES, "downsample_rate": "2/4", "deepstack_layer_map": [[1, 0], [2, 1]],
         "spatial_target_layers": [2], "vision_config": {"hidden_size": 64}},
     "granite_speech": {"projector_config": {"encoder_hidden_size": 48}},
     "granite_speech_plus": {"projector_config": {"encoder_hidden_size": 48}},

@@ -101,6 +101,9 @@ def text(model: Any, takes: set[str], placeholders: dict[str, int]) -> Batch:
     out = {"input_ids": ids, "attention_mask": mask}
     if "mm_token_type_ids" in takes and (token := field(model, *TOKENS["image"])) is not None:
         out["mm_token_type_ids"] = (ids == token).long()
+        around = [field(model, f"image_{edge}_token_id") for edge in ("start", "end")]  # these too, for the experts
+        pictured = torch.tensor([token, *(t for t in around if t is not None)])
+        out["moe_mm_token_type_ids"] = torch.isin(ids, pictured).long()
     return {k: v for k, v in out.items() if k in takes}
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 
+import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy.calls import arguments, passed, replaced, stream_name
@@ -35,6 +36,10 @@ class Tap:
         flat: whether its axes after the first are read as one: a mask (B, H, W) of patches is one of tokens (B, H W).
         padding: whether it is a mask whose numbers are non-zero at padding (`src_key_padding_mask`), or are added to
             scores, 0 at what is seen; it is read the other way round.
+        pairs: whether it is a mask of pairs, (B, 1, L, L), the same for every token that looks: True or, of numbers
+            that are added to scores, 0 at what is seen. It is read as one of tokens, (B, L).
+        rest: where the tokens stand that a mask has no number for, before or after those that it has one for. They are
+            always seen (pictures' tokens beside words').
     """
 
     path: str = field(metadata=PATH)
@@ -42,6 +47,15 @@ class Tap:
     key: int | str = 0
     flat: bool = False
     padding: bool = False
+    pairs: bool = False
+    rest: Literal["", "before", "after"] = ""
+
+    def whole(self, mask: Tensor, length: int) -> Tensor:
+        """A mask (B, M) with a number for every token of a stream, (B, L): those it has none for are seen (`rest`)."""
+        if not self.rest or mask.ndim != 2 or (more := length - mask.shape[1]) < 1:
+            return mask
+        seen = mask.new_ones(len(mask), more)
+        return torch.cat([seen, mask] if self.rest == "before" else [mask, seen], dim=1)
 
 
 @dataclass(frozen=True)
@@ -145,6 +159,7 @@ class Tower:
         mask: where the mask of valid tokens is seen, (B, L) with non-zero = valid; None if all are valid.
         mask_required: whether a batch without that mask is an error; otherwise all its tokens are valid.
         mask_source: the argument that the mask is made from, if the model makes up a mask of ones without it.
+        may_hide: where the mask is unknown, the model's inputs that may be it; None if these are not known either.
         pooled: where the tower's one-vector summary is handed on, (B, E), if it makes one.
         projected: where a linear map of every token into another width is handed on, (B, L, E), for models that pool
             only behind it (VSE-infinity): a `Linear`.
@@ -173,6 +188,7 @@ class Tower:
     mask: Tap | None = None
     mask_required: bool = True
     mask_source: Tap | None = None
+    may_hide: tuple[str, ...] | None = None
     samples: Tap | None = None
     pooled: Tap | None = None
     projected: Tap | None = None
@@ -206,6 +222,8 @@ class Tower:
         kinds = dict.fromkeys(tuple(p.kind for p in b.sublayers) for b in self.blocks)
         parts = " or ".join("+".join(k) or "none" for k in kinds)
         mask = "all tokens valid" if self.mask is None else f"mask {_place(self.mask)}"
+        if self.mask is not None and self.mask.rest:
+            mask += f" (tokens {self.mask.rest} its own are always seen)"
         order = "causal" if self.causal else "not causal"
         facts = {
             "causal": order if self.layout == "tokens" else "", "mask": mask if self.layout == "tokens" else "",

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -134,8 +135,27 @@ class _Rewrite(_Hook):
 def _flat(tap: Tap, value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
+    if tap.pairs:
+        return _of_tokens(tap, value)
     value = value.flatten(1) if tap.flat else value
     return value == 0 if tap.padding else value
+
+
+def _of_tokens(tap: Tap, pairs: Tensor) -> Tensor:
+    """Which tokens are seen by a mask of pairs, (B, L).
+
+    Raises:
+        AnatomyError: if some tokens see what others do not: then it is no mask of tokens.
+    """
+    same = pairs.ndim == 4 and pairs.shape[1] == 1 and bool((pairs == pairs[:, :, :1]).all())
+    if not same:
+        raise AnatomyError(
+            f"module '{tap.path}': expected at {tap.key!r} a mask of pairs (B, 1, L, L) that is the same for every "
+            f"token that looks, found {tuple(pairs.shape)}, by which tokens see different ones: correct the tower's "
+            "`mask`"
+        )
+    row = pairs[:, 0, 0]
+    return row if row.dtype is torch.bool else row == 0
 
 
 def pre_hook(model: nn.Module, path: str, then: Callable[[nn.Module, tuple, dict], Any]) -> RemovableHandle:

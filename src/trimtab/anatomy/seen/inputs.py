@@ -92,7 +92,7 @@ class Hidden:
 
     @classmethod
     def of(cls, example: Example, where: Place = "middle", words: bool = False) -> Hidden:
-        """With a place hidden; of words alone, if the model cannot do with a hole in a picture."""
+        """With a place hidden; of words alone, if the model cannot do with a hole in a picture or in sound."""
         rows = rows_of(example)
         hidden = {k: v.clone() if isinstance(v, Tensor) else copy.copy(v) for k, v in example.items()}
         found = [k for k, v in example.items() if is_binary(v) and len(v) == rows and (bool(v.any()) or v.ndim == 2)]
@@ -100,7 +100,7 @@ class Hidden:
         masks: dict[str, list[str]] = {}
         sure = [k for k in found if _is_of(k, example)] or found  # kinds of tokens are 0 and 1 too
         for key in [k for k in found if k in sure or "mask" in k]:
-            if key not in sure or (words and "pixel" in key):
+            if key not in sure or (words and (_words_of(example[key], example) is None or "pixel" in key)):
                 masks[key] = []
                 continue
             new = _hide(key, hidden, example, where)
@@ -122,6 +122,12 @@ def _is_of(key: str, example: Example) -> bool:
     return (words != key and words in example) or patches or key in ("pixel_mask", "pixel_attention_mask")
 
 
+def _words_of(mask: Tensor, example: Example) -> str | None:
+    """Key of the words that a mask has a number for."""
+    return next((k for k, v in example.items() if kind_of(k, v) == "text" and isinstance(v, Tensor)
+                 and v.shape[:2] == mask.shape and not v.is_floating_point()), None)  # fmt: skip
+
+
 def _hide(key: str, hidden: dict[str, Any], example: Example, where: Place) -> dict[str, Any]:
     """Set one place of a mask to 0 in every row, in place; returns inputs that differ there. Of a mask that is 0 all
     over, where 1 may be padding, one place is set to 1."""
@@ -136,8 +142,7 @@ def _hide(key: str, hidden: dict[str, Any], example: Example, where: Place) -> d
                 changed[other] = value.clone()
                 changed[other][..., high:, wide:] = value[..., high:, wide:].flip(-1) + 0.5
         return changed
-    words = next((k for k, v in example.items() if kind_of(k, v) == "text" and isinstance(v, Tensor)
-                  and v.shape[:2] == mask.shape and not v.is_floating_point()), None)  # fmt: skip
+    words = _words_of(mask, example)
     spelt = None if words is None else example[words].flatten(2)[..., 0] if example[words].ndim > 2 else example[words]
     patches = [k for k, v in example.items() if isinstance(v, Tensor) and v.is_floating_point()
                and v.ndim > 2 and v.shape[:2] == mask.shape]  # fmt: skip

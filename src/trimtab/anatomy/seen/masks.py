@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from trimtab.anatomy.parts import Tap
 from trimtab.anatomy.seen.chains import Link
-from trimtab.anatomy.seen.order import hidden, sense
+from trimtab.anatomy.seen.order import hidden, sense, shows
 from trimtab.anatomy.seen.probe import Sight
-from trimtab.anatomy.seen.record import Example, Recording, Trace
+from trimtab.anatomy.seen.record import Call, Example, Recording, Trace
 from trimtab.anatomy.seen.towers import numbers
 
 
@@ -27,8 +28,11 @@ def mask_of(recording: Recording, masks: Collection[str], links: Sequence[Link],
         sights: who sees whom in the blocks; none if that was not looked at.
         leak: why the acting masks do not hide what is 0 in them; empty if they do.
     """
-    found = _place(recording, masks, links, acting)
+    found = _place(recording, masks, links, acting) or _of_pairs(recording, masks, links, acting)
     if found is None:
+        tap, valid = _of_some(recording, masks, links, acting, sights)
+        if tap is not None and not leak:
+            return tap, valid, ""
         why = (
             f"{' and '.join(acting)} act in it, but no argument around its blocks has one number a token "
             f"({links[0].stream.shape[:2]})"
@@ -38,10 +42,13 @@ def mask_of(recording: Recording, masks: Collection[str], links: Sequence[Link],
     value = value.flatten(1)
     fits = value.shape == links[0].stream.shape[:2] and all(s.moves.shape[:2] in ((0,), value.shape) for s in sights)
     kind = sense(sights, value) if fits else "valid"
-    if kind == "padding":
+    if kind == "padding" and not tap.pairs:
         return replace(tap, padding=True), value == 0, ""
     if leak:
         return None, None, leak
+    if tap.pairs and not shows(sights, value):  # True may stand for either, so that it has to show
+        where = f"{tap.key!r} of {tap.path or 'the model'}"
+        return None, None, f"{where} is a mask of pairs, and who sees whom does not show what it hides"
     if not kind:
         row, place = hidden(sights, value != 0) or (0, 0)
         return None, None, (
@@ -49,6 +56,51 @@ def mask_of(recording: Recording, masks: Collection[str], links: Sequence[Link],
             "which does not agree with whether others see it"
         )  # fmt: skip
     return tap, value != 0, ""
+
+
+def _around(recording: Recording, links: Sequence[Link]) -> Iterator[tuple[Call, str, Trace]]:
+    """The arguments of the modules around a tower's blocks, from the outermost, and of its first block."""
+    blocks = [link.path for link in links]
+    for call in recording.calls:
+        if call is links[0].call or any(b.startswith(f"{call.path}.") or not call.path for b in blocks):
+            for name, traces in call.given.items():
+                if len(traces) == 1:
+                    yield call, name, traces[0]
+
+
+def _of_pairs(
+    recording: Recording, masks: Collection[str], links: Sequence[Link], acting: Sequence[str]
+) -> tuple[Tap, Tensor] | None:
+    """The outermost mask of pairs, (B, 1, L, L), that is the same for every token that looks and in every block, and
+    which tokens are seen by it, (B, L)."""
+    rows, tokens = (*links[0].stream.shape, 0, 0)[:2]
+    for call, name, trace in _around(recording, links):
+        value = trace.value
+        if value is None or trace.shape != (rows, 1, tokens, tokens) or not _told(recording, masks, trace, acting):
+            continue
+        every = [link.call.given.get(name, ()) for link in links] if call is links[0].call else []
+        same = all(len(ts) == 1 and ts[0].value is not None and torch.equal(ts[0].value, value) for ts in every)
+        if same and bool((value == value[:, :, :1]).all()):
+            row = value[:, 0, 0]
+            return Tap(call.path, "input", name, pairs=True), row if row.dtype is torch.bool else row == 0
+    return None
+
+
+def _of_some(recording: Recording, masks: Collection[str], links: Sequence[Link], acting: Sequence[str],
+             sights: Sequence[Sight]) -> tuple[Tap | None, Tensor | None]:  # fmt: skip
+    """The outermost mask with a number for some of the tokens alone, where it shows in who sees whom that these come
+    first or last, and that the rest are seen; and which tokens are valid by it, (B, L)."""
+    rows, tokens = (*links[0].stream.shape, 0, 0)[:2]
+    for call, name, trace in _around(recording, links):
+        value = trace.value
+        short = value is not None and value.ndim == 2 and len(value) == rows and 0 < value.shape[1] < tokens
+        if value is None or not short or not _told(recording, masks, trace, acting):
+            continue
+        taps = [Tap(call.path, "input", name, rest=where) for where in ("before", "after")]  # type: ignore[arg-type]
+        shown = [(tap, whole) for tap in taps if shows(sights, whole := tap.whole(value, tokens) != 0)]
+        if len(shown) == 1:
+            return shown[0]
+    return None, None
 
 
 def untold(example: Example, others: Collection[str], links: Sequence[Link], sights: Sequence[Sight]) -> str:
@@ -100,8 +152,12 @@ def _place(
 def _mask(recording: Recording, masks: Collection[str], trace: Trace, stream: tuple[int, ...],
           acting: Sequence[str]) -> Tensor | None:  # fmt: skip
     """What a tensor holds if it has one number a token of a stream, and comes from masks alone, or is only 0 and 1."""
-    sources = [key for key, bit in recording.inputs.items() if trace.origins >> bit & 1]
     if len(stream) < 3 or trace.shape[:1] != stream[:1] or numbers(trace.shape) != stream[1]:
         return None
-    alone = set(sources) <= set(masks)
-    return trace.value if not set(sources).isdisjoint(acting) and (alone or trace.binary) else None
+    return trace.value if _told(recording, masks, trace, acting) else None
+
+
+def _told(recording: Recording, masks: Collection[str], trace: Trace, acting: Sequence[str]) -> bool:
+    """Whether a tensor comes from masks that act, and from masks alone, or is only 0 and 1."""
+    sources = {key for key, bit in recording.inputs.items() if trace.origins >> bit & 1}
+    return not sources.isdisjoint(acting) and (sources <= set(masks) or trace.binary)

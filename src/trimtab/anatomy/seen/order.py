@@ -30,6 +30,12 @@ def fits(sights: Sequence[Sight], valid: Tensor) -> bool:
     return not clear or len(clear) < sum(s.mixes for s in sights) or _hidden(clear, valid) is None
 
 
+def shows(sights: Sequence[Sight], valid: Tensor) -> bool:
+    """Whether it shows in who sees whom that these tokens are valid, (B, L), and not all: those that are not are hidden
+    in every block in which tokens mix."""
+    return hidden(sights) is not None and hidden(sights, valid) is None
+
+
 def hidden(sights: Sequence[Sight], valid: Tensor | None = None) -> tuple[int, int] | None:
     """(row, place) of a token that no other sees, or that others see, against what is said to be valid, (B, L)."""
     clear = [s for s in sights if s.clear]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from trimtab.anatomy.calls import arguments, replaced
 from trimtab.anatomy.parts import Block
 from trimtab.anatomy.seen.chains import Link
 from trimtab.anatomy.seen.record import Example, hooked, run
@@ -88,14 +89,14 @@ class Sight(NamedTuple):
         places: of the tokens that were changed.
         moves: whether token i of a row moves when the one at a place is changed, (B, L, places).
         stirs: the same, by however little.
-        rows: whether a row moves when another one is changed.
+        rows: the last row that moves when the first one is changed; 0 if no other does.
         problem: why that could not be seen.
     """
 
     places: tuple[int, ...] = ()
     moves: Tensor = torch.zeros(0)
     stirs: Tensor = torch.zeros(0)
-    rows: bool = False
+    rows: int = 0
     problem: str = ""
 
     @property
@@ -145,15 +146,13 @@ def sight(model: nn.Module, block: Block, link: Link) -> Sight:
         out = call(module, *block.with_stream(module, args, kwargs, new), link)
         return again if out is None else out
 
-    mixed, length = False, stream.shape[-2]
+    last, length = 0, stream.shape[-2]
     if stream.ndim > 2 and len(stream) > 1:
         new = stream.clone()
         new[0] += noise(stream)
         rounding = max(1e-5, 8 * torch.finfo(again.dtype).eps)  # experts multiply other rows' tokens together
-        mixed = bool(moved(again, changed(new), rounding)[1:].any())
-    if length < 4:
-        why = f"its stream has {length} tokens, by which it cannot be told who sees whom; give 4 or more"
-        return Sight(rows=mixed, problem=why)
+        last = max(moved(again, changed(new), rounding).flatten(1).any(1).nonzero().flatten().tolist(), default=0)
+    why = f"its stream has {length} tokens, by which it cannot be told who sees whom; give 4 or more"
     some = (0, 1, 2, length // 3, length // 3 + 1, length // 2, length // 2 + 1, 3 * length // 4)
     places = tuple(range(length)) if length <= MANY else (*dict.fromkeys((*some, length - 3, length - 2, length - 1)),)
     moves, stirs = [], []
@@ -163,7 +162,34 @@ def sight(model: nn.Module, block: Block, link: Link) -> Sight:
         out = changed(new)
         moves.append(moved(again, out).reshape(-1, length))
         stirs.append(moved(again, out, 0.0).reshape(-1, length))
-    return Sight(places, torch.stack(moves, -1).cpu(), torch.stack(stirs, -1).cpu(), mixed)
+    return Sight(places, torch.stack(moves, -1).cpu(), torch.stack(stirs, -1).cpu(), last, why if length < 4 else "")
+
+
+def rows_apart(model: nn.Module, links: Sequence[Link], sights: Sequence[Sight]) -> bool:
+    """Whether the first axis of a stream (N, N, D) is that of samples: no row sees another one, and the tokens of a row
+    see each other, or go with the same row of what their block reads beside them, (N, M, C)."""
+    if not sights or any(s.rows or s.moves.ndim != 3 for s in sights):
+        return False
+    return any(s.mixes for s in sights) or any(_goes_with_row(model, link) for link in links)
+
+
+def _goes_with_row(model: nn.Module, link: Link) -> bool:
+    """Whether all tokens of the first row move, and no other, when the first row of another argument is changed."""
+    assert link.call.held is not None
+    args, kwargs = link.call.held
+    module, block = module_at(model, link.path), Block(link.path, 1, stream=link.name)
+    stream, plain = block.stream_of(module, args, kwargs), call(module, args, kwargs, link)
+    for name, value in arguments(module, args, kwargs).items():
+        other = isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point() and name != link.name
+        if plain is None or not other or len(value) != len(stream) or value.shape[1] == len(stream):
+            continue
+        new = value.clone()
+        new[0] = new[0].flip(-1) + 0.5
+        out = call(module, *replaced(module, args, kwargs, name, new), link)
+        where = None if out is None else moved(plain, out)
+        if where is not None and bool(where[0].all()) and not bool(where[1:].any()):
+            return True
+    return False
 
 
 def call(module: nn.Module, args: tuple, kwargs: dict, link: Link) -> Tensor | None:

@@ -129,7 +129,7 @@ class Proof:
             Unknown: if none moves at all, or if there is only one.
         """
         generator = torch.Generator().manual_seed(0)
-        shape = plain.shape
+        shape = plain.shape if plain.numel() == start.shape.numel() else start.shape  # one row for all samples
         eps = torch.finfo(plain.dtype).eps
         least = (plain.nan_to_num().abs().amax(-1) * eps**0.5).clamp_min(size(plain) * eps).cpu()
         moves = False
@@ -140,7 +140,7 @@ class Proof:
                 by = by * chosen[..., None] * size(start.value)
                 _, kept, _ = self._run(at=start, by=by.to(plain.device, start.value.dtype), taps=[part.write])
                 moved = (kept[part.write] - plain).nan_to_num().abs().amax(-1).cpu() > least
-                if bool(moved[~chosen].any()):
+                if bool(moved[~chosen.expand_as(moved)].any()):
                     return True
                 moves = moves or bool(moved.any())
         if not moves:
@@ -161,7 +161,7 @@ class Proof:
         found = []
         for name, given in others.items():
             shape, own = given.shape, way.start.shape
-            batched = len(shape) == 3 and (shape[0] == own[0] or shape[1] == own[1])
+            batched = len(shape) == 3 and (shape[0] == own[0] or shape[1] == own[1] or own[0] == 1)
             if not batched or not given.value.is_floating_point() or not way.weighs(given):
                 continue
             if any(value in way.made_of(given) for _, value in way.products) if way.products else not mixes:

@@ -39,6 +39,7 @@ class Node:
         pointwise: whether the operation treats every element by itself.
         sources: names of the arguments that it depends on.
         where: path of the module in which the operation ran.
+        drawn: whether the operation draws random numbers.
     """
 
     op: str
@@ -51,6 +52,7 @@ class Node:
     pointwise: bool = False
     sources: frozenset[str] = frozenset()
     where: str = ""
+    drawn: bool = False
 
     @property
     def parents(self) -> list[Node]:
@@ -130,10 +132,11 @@ class _Recorder(TorchDispatchMode):
         name = func._schema.name.rpartition("::")[2]
         name = name.removesuffix("_") if changed else name
         sources = frozenset().union(*(n.sources for n in _of_kind(before, Node)))
+        drawn = torch.Tag.nondeterministic_seeded in func.tags
         made = list(_of_kind(out, Tensor))
         for i, tensor in enumerate([*made, *(t for t in changed if not any(t is m for m in made))]):
             new = Node(name, tensor.shape, tensor, index, i, *before, torch.Tag.pointwise in func.tags, sources,
-                       self.stack[-1] if self.stack else "")  # fmt: skip
+                       self.stack[-1] if self.stack else "", drawn)  # fmt: skip
             self.put(tensor, new)
             if any(tensor is t for t in changed):
                 self._changed(tensor, new)

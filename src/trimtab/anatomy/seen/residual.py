@@ -5,7 +5,9 @@
 
 A step back leads through a sum to the side that comes from the stream; the other side is what was added. It leads
 through norms, and through whatever treats each element by itself (activations, masks, scales by a parameter). It ends
-where values are multiplied with each other or with a matrix: what comes before that is not the stream.
+where values are multiplied with each other or with a matrix: what comes before that is not the stream. A stream may be
+cut into pieces of its tokens, each with parts of its own, and put together again; other tokens may stand beside its own
+for a while; and one that is the same for all samples may become one of each, when something of each is added to it.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trimtab.anatomy.seen.provenance import Node
@@ -28,6 +31,7 @@ _NORMS = {"native_layer_norm", "native_group_norm", "native_batch_norm", "_nativ
 _BY_CHANNEL = _NORMS - {"native_layer_norm", "_fused_rms_norm", "rms_norm"}
 _FUSED = {"addmm", "baddbmm", "addbmm", "addmv", "addcmul", "addcdiv"}  # their first argument is added to a product
 _SUMS = {"add", "sub"}
+_PIECES = {"slice", "split", "split_with_sizes"}  # some of the tokens; `cat` puts pieces together
 
 
 def root(node: Node) -> Node:
@@ -85,24 +89,50 @@ def follow(out: Node, source: Node) -> Stream:
         BrokenStream: if there is no such way, or more than one.
     """
     known: dict[Node, bool] = {source: True}
-    nodes, sums, notes = [root(out)], [], []
-    while nodes[-1] is not source:
-        node = nodes[-1]
+    nodes, sums, notes = {source}, [], []
+    todo = [root(out)]
+    while todo:
+        node = todo.pop()
+        if node in nodes:
+            continue
+        nodes.add(node)
         steps = [s for s in _steps(node) if _reaches(s[0], source, known)]
         if not steps:
             raise BrokenStream(f"the stream cannot be followed through '{node.op}' in '{node.where}'")
-        if len(steps) > 1:
+        if len(steps) > 1 and node.op != "cat":
             raise BrokenStream(
                 f"both sides of a sum in '{node.where}' carry the stream on: there is no one way through"
             )
+        for before, found in steps:
+            if found is not None:
+                sums.append(found)
+            elif node.op == "add" and (other := _spread(node, before)):
+                notes.append(f"a value of shape {tuple(other.shape)} that depends on the block's input is added to "
+                             f"every token in '{node.where}': it is no part of (B, L, D)")  # fmt: skip
+            todo.append(before)
+    return Stream(sorted(nodes, key=lambda n: n.index), sorted(sums, key=lambda s: s.node.index), notes)
+
+
+def begun(out: Node, source: Node) -> Stream | None:
+    """The stream that leaves a block in which it begins, as where the width changes: back from what is returned, as far
+    as of the two sides of each sum one is computed from the other. None if no sum is on the way, or a way leads back to
+    the argument."""
+    nodes: list[Node] = [root(out)]
+    sums: list[Sum] = []
+    if _reaches(nodes[0], source, {source: True}):
+        return None
+    while True:
+        steps = list(_steps(nodes[-1]))
+        if len(steps) == 2:  # of a sum
+            behind = {before: ancestors(f.addend) for before, f in steps if f is not None and f.addend is not None}
+            steps = [(before, found) for before, found in steps if before in behind.get(before, ())]
+        if len(steps) != 1:
+            return Stream(nodes[::-1], sums[::-1], []) if sums else None
         before, found = steps[0]
-        if found is not None:
-            sums.append(found)
-        elif node.op == "add" and (other := _spread(node, before)):
-            notes.append(f"a value of shape {tuple(other.shape)} that depends on the block's input is added to every "
-                         f"token in '{node.where}': it is no part of (B, L, D)")  # fmt: skip
+        if found is not None and found.addend is None:  # what is fused with a product is no stream of its own
+            return Stream(nodes[::-1], sums[::-1], []) if sums else None
+        sums += [] if found is None else [found]
         nodes.append(before)
-    return Stream(nodes[::-1], sums[::-1], notes[::-1])
 
 
 def _reaches(node: Node, source: Node, known: dict[Node, bool]) -> bool:
@@ -126,10 +156,16 @@ def _steps(node: Node) -> Iterator[tuple[Node, Sum | None]]:
         if isinstance(node.args[0], Node) and node.args[0].sources and node.args[0].shape == node.shape:
             yield root(node.args[0]), Sum(node, None) if node.op in _FUSED else None
         return
-    if (pair := summed(node)) is not None:
+    if (pair := summed(node, grown=True)) is not None:
         for (stream, weight), (addend, factor) in (pair, pair[::-1]):
-            if weight == 1.0:
+            if weight == 1.0 and addend.shape == node.shape:
                 yield root(stream), Sum(node, root(addend), factor)
+        return
+    if node.op in _PIECES or node.op == "cat":
+        whole = node.args[0] if node.op == "cat" else node.args[:1]
+        pieces = [p for p in whole if isinstance(p, Node) and p.sources]
+        if all(len(p.shape) == len(node.shape) and p.shape[-1] == node.shape[-1] for p in pieces):
+            yield from ((p, None) for p in dict.fromkeys(map(root, pieces)))
         return
     if not node.pointwise:
         return
@@ -138,14 +174,20 @@ def _steps(node: Node) -> Iterator[tuple[Node, Sum | None]]:
         yield root(whole[0]), None
 
 
-def summed(node: Node) -> tuple[tuple[Node, float], tuple[Node, float]] | None:
-    """The two values that a node is the sum of, each with its factor; None if it is no sum of two whole values."""
+def summed(node: Node, grown: bool = False) -> tuple[tuple[Node, float], tuple[Node, float]] | None:
+    """The two values that a node is the sum of, each with its factor; None if it is no sum of two whole values.
+
+    Args:
+        node: of any operation.
+        grown: whether one of the two may have one row, which is added to every row of the other.
+    """
     if node.op not in _SUMS or not all(isinstance(a, Node) for a in node.args[:2]):
         return None
     first, second = node.args[:2]
     alpha = float(node.kwargs.get("alpha", 1.0)) * (1.0 if node.op == "add" else -1.0)
-    whole = all(p.sources and p.shape == node.shape for p in (first, second))
-    return ((first, 1.0), (second, alpha)) if whole else None
+    shapes = {node.shape, torch.Size((1, *node.shape[1:]))} if grown and len(node.shape) > 2 else {node.shape}
+    whole = all(p.sources and p.shape in shapes for p in (first, second))
+    return ((first, 1.0), (second, alpha)) if whole and node.shape in (first.shape, second.shape) else None
 
 
 def scaled(node: Node) -> tuple[Node, Node | float] | None:
@@ -241,13 +283,15 @@ def _carried(node: Node, axis: int, stream: Node) -> int | None:
     """Where an axis of a value stood in the stream that it was made of; None if it was made of something else."""
     while node is not stream:
         before: Any = node.args[0] if node.args else None
+        if node.op == "cat":  # other tokens beside its own
+            before = next((p for p in before if isinstance(p, Node) and stream in ancestors(p)), None)
         if not isinstance(before, Node):
             return None
         if node.op in ("permute", "transpose", "t"):
             axis = _turned(node, axis, len(before.shape))
         elif node.op == "constant_pad_nd":
             pass
-        elif node.op in _SAME or node.op in _SAME_SHAPE or node.op in ("roll", "index"):
+        elif node.op in _SAME or node.op in _SAME_SHAPE or node.op in ("roll", "index", "cat"):
             if node.shape != before.shape:
                 if axis != len(node.shape) - 1 or node.shape[-1] != before.shape[-1]:
                     return None
@@ -266,7 +310,8 @@ def _turned(node: Node, axis: int, rank: int) -> int:
 
 
 def factor_of(node: Node, parameters: set[int]) -> Tensor | str:
-    """The values of a constant factor, a parameter; or why they may be anything, zero included.
+    """The values of a constant factor: a parameter, or what is computed from parameters alone (a gate, `tanh(g)`); or
+    why they may be anything, zero included.
 
     Args:
         node: what a value is multiplied by.
@@ -275,6 +320,12 @@ def factor_of(node: Node, parameters: set[int]) -> Tensor | str:
     first = root(node)
     if first.sources:
         return "it is multiplied by a value that depends on the block's arguments"
-    if first.op != "constant" or id(first.value) not in parameters:
-        return f"it is multiplied by a factor that '{first.op}' computes, which may be 0"
-    return "it is multiplied by a parameter that has zeros" if bool((first.value == 0).any()) else node.value
+    behind = ancestors(first)
+    if any(n.drawn for n in behind) or any(n.op != "constant" for n in behind if not n.parents):
+        return f"it is multiplied by a factor that '{first.op}' makes of random or new numbers"
+    if not all(id(n.value) in parameters for n in behind if n.op == "constant"):
+        return f"it is multiplied by a factor that '{first.op}' computes from what is no parameter of the block"
+    if not bool((first.value == 0).any()):
+        return node.value
+    made = "a parameter" if first.op == "constant" else f"what '{first.op}' makes of parameters, a gate"
+    return f"it is multiplied by {made} that has zeros: what is added there does not arrive, and learns nothing"

@@ -24,6 +24,7 @@ from trimtab.anatomy.seen.residual import (
     Stream,
     Sum,
     ancestors,
+    begun,
     channel_axes,
     factor_of,
     follow,
@@ -248,7 +249,9 @@ class _Watch:
             except BrokenStream as error:
                 self._note(str(error))
                 complete = False
-                continue
+                if (begins := begun(end, start)) is None:
+                    continue
+                stream = begins
             for text in stream.notes:
                 self._note(text)
             complete = complete and not stream.notes
@@ -271,7 +274,7 @@ class _Watch:
             except Unknown as error:
                 why = why or str(error)
                 continue
-            if shape != stream.source.shape:
+            if len(shape) != len(stream.source.shape):
                 self._note(f"'{found[0].write.path}' puts its part out in the shape {tuple(shape)}, the tokens of all "
                            "samples in one row")  # fmt: skip
             return found, True
@@ -353,7 +356,7 @@ class _Watch:
             if not any(root(v) in behind and root(v) is not start for v in call.outputs.values()):
                 continue
             for key, value in call.inputs.items():
-                if root(value) is start and value.shape == place.shape:
+                if root(value) is start and value.shape in (place.shape, (1, *place.shape[1:])):
                     return Tap(call.path, "input", key)
         return None
 

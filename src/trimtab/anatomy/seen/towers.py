@@ -27,6 +27,7 @@ class SeenTower:
     reads: list[str] = field(default_factory=list)
     beside: list[tuple[str, str]] = field(default_factory=list)  # argument, tower
     unknown: dict[str, str] = field(default_factory=dict)
+    may_hide: tuple[str, ...] | None = None  # masks that reach it, where it was not seen how they act
     counts: dict[str, int] = field(default_factory=dict)  # tower -> how many arguments of its blocks come from it
 
     @property

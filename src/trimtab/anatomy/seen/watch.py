@@ -19,7 +19,7 @@ from trimtab.anatomy.seen.chains import Link, candidates, chains
 from trimtab.anatomy.seen.inputs import Hidden, kind_of, ready, watched
 from trimtab.anatomy.seen.masks import mask_of, untold
 from trimtab.anatomy.seen.order import order
-from trimtab.anatomy.seen.probe import Ends, Sight, leaks, sight
+from trimtab.anatomy.seen.probe import Ends, Sight, leaks, rows_apart, sight
 from trimtab.anatomy.seen.record import Call, Example, Recording, record, shapes
 from trimtab.anatomy.seen.sublayers import see_sublayers
 from trimtab.anatomy.seen.towers import (
@@ -224,7 +224,8 @@ class _Watch:
         memory = max((name for _, name in tower.beside), key=tower.readers, default=None)
         return Tower(
             tower.name, modality or "fusion", tuple(blocks), scope, self._output(tower, links), layout,
-            mask=mask, mask_required=mask is None or mask.path != "" or mask.key in self.given,
+            mask=mask, mask_required=mask is None or (not mask.pairs and (mask.path != "" or mask.key in self.given)),
+            may_hide=tower.may_hide,
             samples=samples, memory=memory,
             memories=tuple(dict.fromkeys(p for p in tower.beside if p[1] != memory)), reads=tuple(tower.reads),
             causal=causal, starts_blank=blank, closed=closed(links, tower), unknown=tuple(tower.unknown.items()),
@@ -314,13 +315,16 @@ class _Watch:
         if len(shape) >= 3:
             second = shape[1] in lengths
             if shape[0] in lengths and second:
+                if rows_apart(self.model, links, sights):
+                    return None
                 tower.unknown["samples"] = f"its stream is {shape}, with as many tokens as samples; give another number"
                 return None
-            if not second and any(shape[0] % n == 0 for n in lengths if n > 1):
-                if any(s.rows for s in sights):
+            several = [shape[0] // n for n in lengths if n > 1 and shape[0] % n == 0]  # rows that a sample may have
+            if not second and several:
+                if any(s.rows >= min(several) for s in sights):
                     tower.unknown["samples"] = (
-                        f"a row of its stream {shape} moves when another one is changed: its first axis is not that of "
-                        "samples, or samples see each other"
+                        f"a row of its stream {shape} moves when one of another sample is changed: its first axis is "
+                        "not that of samples, or samples see each other"
                     )
                 return None
         return Tap("", "input", min(keys, key=lambda k: len(self.example[k])))
@@ -336,8 +340,8 @@ class _Watch:
         else:
             others = [k for k in self._inputs(tower) if k not in own and k not in self.hidden.masks]
             tap, valid, why = None, None, untold(self.example, others, links, sights)
-        if why:
-            tower.unknown.setdefault("mask", why)
+        if why and "mask" not in tower.unknown:
+            tower.unknown["mask"], tower.may_hide = why, tuple(acting) or None
         return tap, valid
 
     def _leak(self, tower: SeenTower, acting: Collection[str]) -> str:

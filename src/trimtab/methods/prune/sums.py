@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab import processes
-from trimtab.anatomy import Anatomy, Block, Tower, Weight, read
+from trimtab.anatomy import Anatomy, Block, Tap, Tower, Weight, read, read_stream
 from trimtab.anatomy.calls import arguments
 from trimtab.anatomy.structure import plain_module, plain_modules
 from trimtab.methods.prune.attention import batch_first, projecting_outside
@@ -109,6 +109,8 @@ class InputSums:
                 source = tower.mask_source or tower.mask
                 self._hold(read(self.model, source, partial(self.sources.__setitem__, tower.name)))
                 self._hold(read(self.model, tower.mask, partial(self.attention_masks.__setitem__, tower.name)))
+                if tower.mask.rest:
+                    self._hold(read_stream(self.model, tower.blocks[0], partial(self._widen, tower.name, tower.mask)))
             if tower.samples is not None:
                 self._hold(read(self.model, tower.samples, partial(self._count, tower.name)))
             for block in tower.blocks if tower.memory else ():
@@ -135,6 +137,12 @@ class InputSums:
 
     def _hold(self, handle: Any) -> None:
         self.stack.callback(handle.remove)
+
+    def _widen(self, tower: str, tap: Tap, stream: Tensor) -> None:
+        """Of a mask of some of a stream's tokens, (B, M), one of all, (B, L), from the first block on."""
+        mask = self.attention_masks.get(tower)
+        if isinstance(mask, Tensor):
+            self.attention_masks[tower] = tap.whole(mask, stream.shape[1])
 
     def _count(self, tower: str, value: Tensor) -> None:
         self.samples[tower] = len(value)
@@ -284,7 +292,8 @@ class InputSums:
     def _check_unmasked(self, tower: Tower, number: int, batch: Batch) -> None:
         """Where it is not known which tokens of a tower a mask hides, nothing may be hidden."""
         unknown = dict(tower.unknown).get("mask")
-        masks = {k: v for k, v in batch.items() if "mask" in k and isinstance(v, Tensor)}
+        named = [k for k in batch if "mask" in k] if tower.may_hide is None else tower.may_hide
+        masks = {k: v for k in named if isinstance(v := batch.get(k), Tensor)}
         if unknown and (holes := next((k for k, v in masks.items() if not v.all()), None)):
             raise ValueError(
                 f"calibration batch {number}: {holes!r} hides tokens, and which of tower {tower.name!r} these are is "

@@ -268,6 +268,8 @@ class Listener:
                 f"{self.method}: block '{last}' has run, but the mask of its tower {tower.name!r} was not seen: it is "
                 f"described at '{tower.mask.path}' ({tower.mask.side} {tower.mask.key!r}), which was not called"
             )
+        if mask is not None and tower.mask is not None:
+            mask = tower.mask.whole(mask, shape[1])
         if mask is not None and tuple(mask.shape) != shape:
             raise AnatomyError(
                 f"{self.method}: block '{last}' works on (B, L) = {shape}, but the mask of its tower {tower.name!r} is "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trimtab.anatomy import Anatomy, Tower
 from trimtab.anatomy.structure import is_wrapped, module_at, plain_modules, replace_module, under
 from trimtab.methods.base import METHODS, Method
-from trimtab.methods.tune.roles import is_linear, queries_and_values, silent_attentions
+from trimtab.methods.tune.roles import is_linear, queries_and_values, silent_attentions, wrappers
 from trimtab.registry import unknown
 
 
@@ -120,7 +120,7 @@ class LoRA(Method):
         """The layers of a tower's blocks that give queries and values; ValueError if it has none that is known."""
         blocks = [b.path for b in tower.blocks]
         inside = {path: m for path, m in linears.items() if under(path, blocks)}
-        known = queries_and_values(inside)
+        known = queries_and_values(inside, wrappers(model, inside))
         if found := [path for path in known if not under(path, anatomy.severed)]:
             return found
         names = sorted({path.rpartition(".")[2] for path in inside})

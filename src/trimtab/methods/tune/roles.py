@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from trimtab.anatomy.structure import plain_modules
+from trimtab.anatomy.structure import module_at, plain_modules
 
 
 class Attention(NamedTuple):
@@ -65,24 +65,44 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def queries_and_values(linears: Mapping[str, nn.Module]) -> list[str]:
+def queries_and_values(linears: Mapping[str, nn.Module], wrapped: Mapping[str, str] | None = None) -> list[str]:
     """The paths of those linear layers that give queries and values of an attention.
 
     Args:
         linears: linear layers by their plain paths.
+        wrapped: path of a layer that stands alone in a module (one that clips what goes in, say) -> path of that
+            module, whose name counts where the layer's own tells nothing.
 
     Returns:
         In the order given; none for layers that stand in no attention of the table.
     """
-    beside: dict[str, set[str]] = {}
-    for path in linears:
-        owner, _, name = path.rpartition(".")
-        beside.setdefault(owner, set()).add(name)
-    found = set()
-    for owner, names in beside.items():
-        if known := next((a for a in ATTENTIONS if a.layers <= names), None):
-            found |= {f"{owner}.{role}".lstrip(".") for role in known.roles}
+    found = _in_table({path: path for path in linears})
+    outer = {path: name for path, name in (wrapped or {}).items() if path in linears and path not in found}
+    found |= _in_table(outer)
     return [path for path in linears if path in found]
+
+
+def _in_table(names: Mapping[str, str]) -> set[str]:
+    """Of layers, each by the path that counts for it, those that give queries and values."""
+    beside: dict[str, dict[str, str]] = {}
+    for path, name in names.items():
+        owner, _, last = name.rpartition(".")
+        beside.setdefault(owner, {})[last] = path
+    found = set()
+    for layers in beside.values():
+        if known := next((a for a in ATTENTIONS if a.layers <= layers.keys()), None):
+            found |= {layers[role] for role in known.roles}
+    return found
+
+
+def wrappers(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Path of a linear layer -> path of the module around it, of those that are all that the module has of weights."""
+    found = {}
+    for path, layer in linears.items():
+        owner = path.rpartition(".")[0]
+        if owner and {id(p) for p in module_at(model, owner).parameters()} == {id(p) for p in layer.parameters()}:
+            found[path] = owner
+    return found
 
 
 def silent_attentions(model: nn.Module, within: str) -> list[str]:
