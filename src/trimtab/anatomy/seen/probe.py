@@ -139,9 +139,8 @@ def sight(model: nn.Module, block: Block, link: Link) -> Sight:
     return look(module, block, link, args, kwargs, again)
 
 
-def look(module: nn.Module, block: Block, link: Link, args: tuple, kwargs: dict, again: Tensor,
-         apart: bool = False) -> Sight:  # fmt: skip
-    """As `sight`, of a call of a block that made `again`, (B, L, D); `apart` if rows are known not to see each other."""
+def look(module: nn.Module, block: Block, link: Link, args: tuple, kwargs: dict, again: Tensor) -> Sight:
+    """As `sight`, of a call of a block that made `again`, (B, L, D)."""
     draw = torch.Generator(device="cpu").manual_seed(0)
     stream = block.stream_of(module, args, kwargs)
 

@@ -86,6 +86,8 @@ class Rows:
         if not bool(some.made.isfinite().all(-1).any()):  # there may be numbers in another row
             return sight(self.model, block, link)
         seen = look(module_at(self.model, block.path), block, link, *some)
+        if int(seen.moves.sum()) < 0.95 * int(seen.stirs.sum()):  # near `clear`, which other rows may decide
+            return sight(self.model, block, link)
         places = [rows.index(row) for row in like]
         moves, stirs = (_spread(m, places, len(rows)) for m in (seen.moves, seen.stirs))
         return seen._replace(moves=moves, stirs=stirs)
