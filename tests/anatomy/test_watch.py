@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -242,6 +244,33 @@ def test_the_first_batch_serves_as_the_example():
 def test_an_anatomy_as_json():
     found = Anatomy.of(TwoStacks(), BOTH)
     assert from_plain(Anatomy, to_plain(found)) == found
+
+
+DAMAGED = {
+    "towers[0].causal: expected bool, found 'no'": lambda seen: seen["towers"][0].update(causal="no"),
+    "towers[0].blocks[1].width: expected int, found None": lambda seen: seen["towers"][0]["blocks"][1].update(
+        width=None
+    ),
+    "towers[0].modality: expected 'vision' or 'text'": lambda seen: seen["towers"][0].update(modality="words"),
+    "towers[0].scope: expected list, found 'words'": lambda seen: seen["towers"][0].update(scope="words"),
+    "towers[0].output: expected an object of Tap's fields": lambda seen: seen["towers"][0].update(output=[1]),
+    "towers[0].color: Tower has no such field": lambda seen: seen["towers"][0].update(color=1),
+    "towers[0].scope is missing": lambda seen: seen["towers"][0].pop("scope"),
+}
+
+
+@pytest.mark.parametrize("why", list(DAMAGED))
+def test_a_damaged_anatomy_in_a_folder_names_its_field(why, tmp_path):
+    model = TwoStacks()
+    base = copy.deepcopy(model)
+    fit = trimtab.adapt(model, example=BOTH)
+    fit.tune("bitfit")
+    file = fit.save(tmp_path / "fit") / "fit.json"
+    written = json.loads(file.read_text())
+    DAMAGED[why](written["base"]["seen"])
+    file.write_text(json.dumps(written))
+    with pytest.raises(trimtab.FitError, match=rf"fit.json: base.seen is no anatomy \({re.escape(why)}"):
+        trimtab.adapt(base, file.parent)
 
 
 BAD = {

@@ -170,3 +170,67 @@ def test_what_cannot_be_merged_or_computed_is_refused():
     model.blocks[0]["q"].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="'blocks.0.q' is stored as int8 .*quantised.* PEFT knows"):
         trimtab.tune(model, "lora", anatomy=model.anatomy())
+
+
+class SharedQueries(nn.Module):
+    """Words and pictures, whose attentions share the layers of their queries."""
+
+    class Block(nn.Module):
+        def __init__(self, query: nn.Module | None = None):
+            super().__init__()
+            self.q_proj = query or nn.Linear(8, 8)
+            self.k_proj, self.v_proj, self.up = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            x = x + (self.q_proj(x) @ self.k_proj(x).mT).softmax(-1) @ self.v_proj(x)
+            return x + self.up(x).relu()
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.patches = nn.Embedding(12, 8), nn.Linear(12, 8)
+        self.texts = nn.ModuleList(self.Block() for _ in range(2))
+        self.pictures = nn.ModuleList(self.Block(block.q_proj) for block in self.texts)
+
+    def forward(self, words, pixels):
+        x, y = self.words(words), self.patches(pixels)
+        for text, picture in zip(self.texts, self.pictures, strict=True):
+            x, y = text(x), picture(y)
+        return x.mean(1) + y.mean(1)
+
+
+def shared_queries() -> tuple[nn.Module, Anatomy]:
+    torch.manual_seed(0)
+    towers = (("text", "words", "texts"), ("vision", "patches", "pictures"))
+    return SharedQueries().eval(), Anatomy(tuple(
+        Tower(name, name, tuple(Block(f"{at}.{i}", 8, stream="x") for i in range(2)), (enters, at), Tap(f"{at}.1"))
+        for name, enters, at in towers
+    ))  # fmt: skip
+
+
+def test_a_layer_that_towers_share_gets_one_update(tmp_path):
+    model, anatomy = shared_queries()
+    batch = {"words": torch.arange(6).view(2, 3), "pixels": torch.randn(2, 4, 12)}
+    fit = trimtab.adapt(model, anatomy=anatomy)
+    fit.tune("lora")
+    wrapped = {p for p, m in model.named_modules() if hasattr(m, "lora_A")}
+    apart = {f"{at}.{i}.v_proj" for at in ("texts", "pictures") for i in range(2)}
+    assert wrapped == {"texts.0.q_proj", "texts.1.q_proj"} | apart
+    assert all(model.pictures[i].q_proj is model.texts[i].q_proj for i in range(2))
+    for p in fit.parameters():
+        p.data.normal_()
+    fit.save(tmp_path / "fit")
+    again, _ = shared_queries()
+    trimtab.adapt(again, tmp_path / "fit", anatomy=anatomy)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**batch), model.eval()(**batch))
+        assert torch.allclose(fit.folded()(**batch), model(**batch), atol=1e-5)
+        assert not torch.allclose(shared_queries()[0](**batch), model(**batch), atol=1e-2)
+
+
+def test_a_shared_layer_is_not_tuned_for_one_tower_alone():
+    model, anatomy = shared_queries()
+    fit = trimtab.adapt(model, anatomy=anatomy)
+    with pytest.raises(ValueError, match=r"'texts.0.q_proj' is a layer of tower 'text' too.*towers \['vision', 'text'"):
+        fit.tune("lora", towers=("vision",))
+    fit.tune("lora", towers=("vision",), targets=("v_proj",))
+    assert {p for p, m in model.named_modules() if hasattr(m, "lora_A")} == {"pictures.0.v_proj", "pictures.1.v_proj"}

@@ -15,6 +15,8 @@ from tests.models.census import OverTime, limit
 from tests.models.inputs import inputs
 from tests.models.shrink import build, tiny_config
 from trimtab.anatomy import Anatomy
+from trimtab.methods.base import METHODS
+from trimtab.methods.session import BatchSession
 from trimtab.methods.stack import Stack
 
 
@@ -234,6 +236,15 @@ def test_a_plan_that_leaves_nothing_of_a_tower_in_the_output_is_refused() -> Non
     model, batch = pyramid(1, 1, 1, 2)
     fit = trimtab.adapt(model, example=batch).skip(plan=["pvt.encoder.block.3.0"])
     assert fit.plan is not None and fit.plan.skipped == ["pvt.encoder.block.3.0"]
+
+
+def test_a_plan_that_a_recipe_attaches_is_refused_too() -> None:
+    """Recipes pull methods in a session of theirs, without an example."""
+    model, batch = pyramid(1, 1, 1, 1)
+    fit = trimtab.adapt(model, anatomy=Anatomy.of(model, batch))
+    method = METHODS.make("das", plan=("pvt.encoder.block.3.0",), adapters="none")
+    with pytest.raises(ValueError, match=r"depends on tower 'pvt_encoder', and without pvt.encoder.block.3.0"):
+        fit.pull(method, BatchSession(model, fit.anatomy, [batch], None))
 
 
 # --- modes ------------------------------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ one walk over a description changes them all (`with_paths`); `every_tap` goes ov
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from types import UnionType
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -335,17 +336,44 @@ def to_plain(part: Any) -> Any:
     return {f.name: to_plain(getattr(part, f.name)) for f in fields(part) if getattr(part, f.name) != f.default}
 
 
-def from_plain(kind: type[T], plain: Any) -> T:
-    """The inverse of `to_plain`; TypeError, KeyError or ValueError if it is of another kind."""
-    hints = get_type_hints(kind)
-    return kind(**{key: _from(hints[key], value) for key, value in plain.items()})
+def from_plain(kind: type[T], plain: Any, at: str = "") -> T:
+    """The inverse of `to_plain`; a TypeError names the field that is of another kind, is missing or unknown.
+
+    Args:
+        kind: of the part.
+        plain: what `to_plain` gave.
+        at: the field in which it stands, for messages.
+    """
+    if not isinstance(plain, dict):
+        raise TypeError(f"{at or kind.__name__}: expected an object of {kind.__name__}'s fields, found {plain!r:.80}")
+    hints, own = get_type_hints(kind), {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    where = f"{at}." if at else ""
+    if strange := [key for key in plain if key not in own]:
+        raise TypeError(f"{where}{strange[0]}: {kind.__name__} has no such field")
+    if missing := [name for name, f in own.items() if f.default is MISSING and name not in plain]:
+        raise TypeError(f"{where}{missing[0]} is missing")
+    return kind(**{key: _from(hints[key], value, f"{where}{key}") for key, value in plain.items()})
 
 
-def _from(hint: Any, value: Any) -> Any:
-    if value is None or isinstance(value, (str, int, float, bool)):
-        return value
-    if isinstance(value, list):
-        inner = [a for a in get_args(hint) if a is not Ellipsis]
-        return tuple(_from(inner[0] if len(inner) == 1 else inner[i], v) for i, v in enumerate(value))
-    of = [a for a in (hint, *get_args(hint)) if is_dataclass(a)]
-    return from_plain(of[0], value)  # type: ignore[arg-type]
+def _from(hint: Any, value: Any, at: str) -> Any:
+    """A value of the kind that a hint tells; a TypeError that says where it stands if it is of another."""
+    kinds = [hint] if get_origin(hint) not in (Union, UnionType) else list(get_args(hint))
+    for kind in kinds:
+        if is_dataclass(kind) and (isinstance(value, dict) or len(kinds) == 1):
+            return from_plain(kind, value, at)  # type: ignore[arg-type]
+        if get_origin(kind) is tuple and isinstance(value, list):
+            inner = get_args(kind)
+            every = inner[-1] is Ellipsis
+            if every or len(inner) == len(value):
+                return tuple(_from(inner[0] if every else inner[i], v, f"{at}[{i}]") for i, v in enumerate(value))
+        if value in get_args(kind) if get_origin(kind) is Literal else kind is type(value):
+            return value
+    raise TypeError(f"{at}: expected {' or '.join(map(_kind, kinds))}, found {value!r:.80}")
+
+
+def _kind(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    return (
+        "null" if hint is type(None) else getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else "list"
+    )

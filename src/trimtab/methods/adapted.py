@@ -30,7 +30,6 @@ from trimtab.methods.prune.masks import Masks
 from trimtab.methods.saved import CONFIG, WEIGHTS, FitError, Saved, check_base, seen_before
 from trimtab.methods.session import Batch, BatchSession, path_in
 from trimtab.methods.skip.plan import Plan
-from trimtab.methods.skip.reach import Reach
 from trimtab.methods.stack import Stack, detached, differing
 from trimtab.registry import unknown
 
@@ -239,14 +238,7 @@ class Adapted(Stack):
             self.model, self.anatomy, train, validation, with_task=self.with_task, loss=loss, collate=collate,
             batch_size=batch_size, learning_rate=learning_rate, seed=seed, trainer=trainer, folder=folder,
         )  # fmt: skip
-        made.prepare(session)
-        batch = session.example() if self.example is None else self.example
-        reach = None
-        if batch is not None:  # a model may count on a block in a way nobody saw
-            reach = Reach(self.model, self.anatomy, set(made.plan.skipped), self.with_task, batch)
-        self.attach(made)
-        if reach is not None:
-            reach.check(made.name)
+        self.pull(made, session, self.example)
         return self
 
     def tune(self, method: str = "unipt", heads: bool | str | Sequence[str] = False, name: str = "default",

@@ -156,7 +156,7 @@ def seen_before(folder: Path, model: nn.Module) -> Anatomy | None:
         return None
     try:
         found = from_plain(Anatomy, kept)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except TypeError as error:
         raise FitError(f"{folder / CONFIG}: base.seen is no anatomy ({error}): copy the folder again") from error
     found.check(model)
     return found

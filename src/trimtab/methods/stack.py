@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from trimtab.methods.prune.masks import Masks
 from trimtab.methods.saved import Saved, identity, short
 from trimtab.methods.session import Session
 from trimtab.methods.skip.plan import Plan
+from trimtab.methods.skip.reach import Reach
 from trimtab.storage.learned import named_tensors
 
 if TYPE_CHECKING:
@@ -118,12 +119,35 @@ class Stack(Learned):
         if why := refusal(self.methods, method, self.anatomy):
             raise ValueError(why)
 
-    def pull(self, method: Method, session: Session) -> None:
-        """Let a method find what it needs in a session's data, and attach it."""
+    def pull(self, method: Method, session: Session, example: Mapping[str, Any] | None = None) -> None:
+        """Let a method find what it needs in a session's data, and attach it.
+
+        A plan is refused if without its blocks the model does not run on a batch, or what it returns no longer depends
+        on a tower: a model may count on a block in a way nobody saw.
+
+        Args:
+            method: neither prepared nor loaded.
+            session: with data or without.
+            example: that batch, keyword arguments of `with_task`; None: the session's.
+
+        Raises:
+            ValueError: if the method does not go with what is attached, does not find what it needs, or as above.
+        """
         self.check(method)
         session.anatomy = self.anatomy
         method.prepare(session)
+        if method.lever != "skip":
+            self.attach(method)
+            return
+        with torch.random.fork_rng(devices=[]):  # a task draws wordings
+            batch = session.example() if example is None else example
+        if batch is None:
+            self.attach(method)
+            return
+        skipped = set(Plan.from_dict(method.state).skipped)
+        reach = Reach(self.model, self.anatomy, skipped, self.with_task, batch)
         self.attach(method)
+        reach.check(method.name)
 
     def attach(self, method: Method, restored: bool = False) -> None:
         """Attach a method that has found what it needs; see `adapt` and `refusal` for the rules.

@@ -147,12 +147,9 @@ def _hide(key: str, hidden: dict[str, Any], example: Example, where: Place) -> d
     patches = [k for k, v in example.items() if isinstance(v, Tensor) and v.is_floating_point()
                and v.ndim > 2 and v.shape[:2] == mask.shape]  # fmt: skip
     changed = {k: example[k].clone() for k in (patches if words is None else [words])}
-    for row in range(len(mask)):
-        places = list(range(mask.shape[1])) if empty else mask[row].nonzero().flatten().tolist()
-        if len(places) < 3:
-            continue
-        chosen = {"middle": places[1:-1], "first": places[:1], "last": places[-1:]}[where]
-        place = _middle(chosen, spelt, row)
+    seen = [list(range(mask.shape[1])) if empty else own.nonzero().flatten().tolist() for own in mask]
+    for row, place in _chosen(seen, spelt, where).items():
+        places = seen[row]
         mask[row, place] = int(empty)
         for name, new in changed.items():
             if name != words:  # another patch: what stands in one may also say where it is
@@ -166,13 +163,30 @@ def _hide(key: str, hidden: dict[str, Any], example: Example, where: Place) -> d
     return changed
 
 
+def _chosen(seen: list[list[int]], words: Tensor | None, where: Place) -> dict[int, int]:
+    """Of each row with three places or more the one to hide; the same in every second row where that can be, so that
+    there are rows that are alike."""
+    ends = {"middle": slice(1, -1), "first": slice(1), "last": slice(-1, None)}[where]
+    rare = {row: _rare(places[ends], words, row) for row, places in enumerate(seen) if len(places) > 2}
+    chosen: dict[int, int] = {}
+    for start in (0, 1) if words is not None else ():
+        rows = [row for row in rare if row % 2 == start]
+        shared = sorted(set.intersection(*(set(rare[row]) for row in rows))) if rows else []
+        chosen |= {row: shared[len(shared) // 2] for row in rows if shared}
+    return {row: chosen.get(row, places[len(places) // 2]) for row, places in rare.items()}
+
+
 def _middle(places: list[int], words: Tensor | None, row: int) -> int:
-    """The place nearest the middle among those whose word is rarest: placeholders of pictures stand in crowds."""
-    if words is None:
-        return places[len(places) // 2]
-    counts = {p: int((words == words[row, p]).sum()) for p in places}
-    rare = [p for p in places if counts[p] == min(counts.values())]
+    rare = _rare(places, words, row)
     return rare[len(rare) // 2]
+
+
+def _rare(places: list[int], words: Tensor | None, row: int) -> list[int]:
+    """The places whose word is rarest: placeholders of pictures stand in crowds."""
+    if words is None:
+        return places
+    counts = {p: int((words == words[row, p]).sum()) for p in places}
+    return [p for p in places if counts[p] == min(counts.values())]
 
 
 @contextmanager

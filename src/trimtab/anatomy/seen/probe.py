@@ -137,7 +137,13 @@ def sight(model: nn.Module, block: Block, link: Link) -> Sight:
         return Sight(problem="what it makes of the example is no number (NaN or infinite); give an example of numbers")
     if bool(moved(again, link.call.result).any()):
         return Sight(problem="it computes differently when it is run again")
+    return look(module, block, link, args, kwargs, again)
+
+
+def look(module: nn.Module, block: Block, link: Link, args: tuple, kwargs: dict, again: Tensor) -> Sight:
+    """As `sight`, of a call of a block that made `again`, (B, L, D)."""
     draw = torch.Generator(device="cpu").manual_seed(0)
+    stream = block.stream_of(module, args, kwargs)
 
     def noise(like: Tensor) -> Tensor:
         return torch.randn(like.shape[-1], generator=draw).to(like) * like.float().std().clamp_min(1e-3).to(like)

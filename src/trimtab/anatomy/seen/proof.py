@@ -93,13 +93,13 @@ class Proof:
         if total not in before:
             raise Unknown("the block takes another way each time it runs")
         delta = torch.randn(plain.shape, device=plain.device, dtype=plain.dtype) * size(before[total])
-        _, _, out = self._run(add=(part.write, delta))
+        arriving = delta
         for factor in part.factors:
-            delta = delta * factor
-        if not bool(delta.any()):
+            arriving = arriving * factor
+        if not bool(arriving.any()):
             raise Unknown("it is multiplied by 0 before it is added")
-        _, _, direct = self._run(at=total, by=delta)
-        for (key, one), (_, two) in zip(elements(out), elements(direct), strict=True):
+        _, _, out = self._run(add=(part.write, delta), at=total, by=-arriving)  # what arrives is taken away again
+        for (key, one), (_, two) in zip(elements(out), elements(self.trace.output), strict=True):
             if isinstance(one, Tensor) and one.is_floating_point() and not _alike(one, two):
                 raise Unknown(f"output {key} of the block is another one when something is added there than when it is "
                               "added to the sum: it goes elsewhere too")  # fmt: skip
@@ -133,8 +133,9 @@ class Proof:
         eps = torch.finfo(plain.dtype).eps
         least = (plain.nan_to_num().abs().amax(-1) * eps**0.5).clamp_min(size(plain) * eps).cpu()
         moves = False
-        for some in _halves(shape[:-1], generator):
-            for chosen in (some, ~some):
+        for i, some in enumerate(_halves(shape[:-1], generator)):
+            # Of every second token along each axis, the next row has the others.
+            for chosen in (some,) if not i and len(shape) > 2 and len(some) > 1 else (some, ~some):
                 # One step for all tokens, that a mean over tokens shows, and one for each, that differences show.
                 by = torch.randn(shape, generator=generator) + torch.randn(shape[-1:], generator=generator)
                 by = by * chosen[..., None] * size(start.value)

@@ -19,15 +19,14 @@ from trimtab.anatomy.seen.chains import Link, candidates, chains
 from trimtab.anatomy.seen.inputs import Hidden, kind_of, ready, watched
 from trimtab.anatomy.seen.masks import mask_of, untold
 from trimtab.anatomy.seen.order import order
-from trimtab.anatomy.seen.probe import Ends, Sight, leaks, rows_apart, sight
+from trimtab.anatomy.seen.probe import Ends, Sight, rows_apart
 from trimtab.anatomy.seen.record import Call, Example, Recording, record, shapes
-from trimtab.anatomy.seen.sublayers import see_sublayers
+from trimtab.anatomy.seen.rows import Rows, leaks_of
 from trimtab.anatomy.seen.towers import (
     SeenTower,
     block_of,
     closed,
     compress,
-    copied,
     heard,
     held_stream,
     layout_of,
@@ -82,6 +81,7 @@ class _Watch:
         self.kinds: dict[Hashable, Block] = {}  # of blocks that are alike, the first, with its parts
         self.layouts: dict[Hashable, Layout | None] = {}  # of their streams, as their channels tell
         self.sights: dict[Hashable, Sight] = {}
+        self.rows = Rows(model)
         self.towers = [self._begin(links) for links in found]
         self._name()
         for tower in self.towers:
@@ -92,14 +92,7 @@ class _Watch:
                     "what the model returns depends on it by indices or truth values alone, to which none goes back"
                 )
         first, links = self._ends(), {t.name: t.links for t in self.towers}
-        self.leaks = [self._leaks(changed, first, links) for changed in hidden.changed]
-
-    def _leaks(self, changed: Example, first: dict[str, Ends], links: dict[str, list[Link]]) -> dict[str, bool]:
-        """As `leaks`; of a model that refuses the change (another number of placeholders, say) nothing."""
-        try:
-            return leaks(self.model, changed, first, links)
-        except AnatomyError:
-            return {}
+        self.leaks = [leaks_of(model, hidden, changed, first, links) for changed in hidden.changed]
 
     def _begin(self, links: list[Link]) -> SeenTower:
         paths = {link.path for link in links}
@@ -256,9 +249,8 @@ class _Watch:
     def _seen_parts(self, tower: SeenTower, block: Block, link: Link) -> Block:
         if link.call.held is None or (block.unknown and block.unknown[0][0] == "blocks"):
             return block
-        memory = {name for name, _ in tower.beside}
         try:
-            seen = see_sublayers(self.model, block, *copied(link.call.held), memory=memory)
+            seen = self.rows.parts(block, link, {name for name, _ in tower.beside})
         except AnatomyError as error:
             return replace(block, unknown=(*block.unknown, ("sublayers", str(error))))
         self.layouts[likeness(link)] = seen.layout
@@ -278,7 +270,7 @@ class _Watch:
         for block, link in zip(blocks, links, strict=True):
             kind = likeness(link)
             if kind not in self.sights:
-                self.sights[kind] = sight(self.model, block, link)
+                self.sights[kind] = self.rows.sight(block, link, {name for name, _ in tower.beside})
             seen = self.sights[kind]
             if seen.problem and layout == "tokens":
                 tower.unknown["causal"] = f"'{block.path}': {seen.problem}"

@@ -96,10 +96,10 @@ class LoRA(Method):
         """
         s = self.settings
         towers = [anatomy.tower(name) for name in s.towers or [t.name for t in anatomy.towers]]
-        linears: dict[str, dict[str, nn.Module]] = {t.name: {} for t in towers}
-        for path, module in plain_modules(model):
-            owner = anatomy.owner(path)
-            if is_linear(module) and owner is not None and owner.name in linears:
+        linears: dict[str, dict[str, nn.Module]] = {t.name: {} for t in anatomy.towers}
+        first = {id(m): path for path, m in plain_modules(model) if is_linear(m)}
+        for path, module in _every_name(model, first):
+            if (owner := anatomy.owner(path)) is not None:
                 linears[owner.name][path] = module
         chosen: dict[str, nn.Module] = {}
         for tower in towers:
@@ -108,10 +108,17 @@ class LoRA(Method):
                 paths = self._by_role(model, anatomy, tower, own, [t.name for t in towers])
             else:
                 paths = [p for p in own if any(p == t or p.endswith("." + t) for t in s.targets)]
-            chosen |= {path: own[path] for path in paths}
+            chosen |= {first[id(own[path])]: own[path] for path in paths}
         if not chosen:
-            valid = sorted({p.rsplit(".", 1)[-1] for own in linears.values() for p in own})
+            valid = sorted({p.rsplit(".", 1)[-1] for t in towers for p in linears[t.name]})
             raise ValueError(f"lora found none of its targets: {unknown('target', (s.targets or ('',))[0], valid)}")
+        for other in [t for t in anatomy.towers if t not in towers]:
+            ids = {id(m) for m in linears[other.name].values()}
+            if shared := [path for path, m in chosen.items() if id(m) in ids]:
+                raise ValueError(
+                    f"lora: '{shared[0]}' is a layer of tower {other.name!r} too, where an update would act as well: "
+                    f"name it too, towers {[*(t.name for t in towers), other.name]}, or name other layers in `targets`"
+                )
         self._check(model, chosen)
         return chosen
 
@@ -187,6 +194,17 @@ class LoRA(Method):
                 module.merge()
                 done[id(module)] = base
             replace_module(model, path, done[id(module)])
+
+
+def _every_name(model: nn.Module, first: Mapping[int, str]) -> Iterator[tuple[str, nn.Module]]:
+    """(path, layer) of layers, known by their id with their plain path, under this and every other of their names."""
+    own = set(first.values())
+    for path, module in plain_modules(model):
+        if id(module) in first:
+            yield path, module
+    for path, module in model.named_modules(remove_duplicate=False):
+        if id(module) in first and path not in own:
+            yield path, module
 
 
 def _places(model: nn.Module, chosen: dict[str, nn.Module]) -> dict[str, list[str]]:
