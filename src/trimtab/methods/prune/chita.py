@@ -158,7 +158,7 @@ class ChitaSettings(PruneSettings):
     ridge: float = 1e-5
     """Pull towards the weights as they were, per calibration batch (the authors' default; their cases differ)."""
     block_size: int = 10_000
-    """Weights that are refitted together at most; larger tensors are cut."""
+    """Weights that are refitted together at least; a tensor of n is cut into n // block_size equal pieces."""
     faithful: bool = False
     """Set a block to zero when the first trial of its line search fails, as the authors' code does by mistake."""
 
@@ -254,10 +254,14 @@ class ChitaPP(Chita):
         return self.settings.levels(sparsity)
 
 
-def _blocks(sizes: Sequence[int], largest_block: int) -> Iterator[slice]:
-    """The tensors as slices of their concatenation, the large ones in pieces."""
+def _blocks(sizes: Sequence[int], block_size: int) -> Iterator[slice]:
+    """The tensors as slices of their concatenation, a large one in as many equal pieces as hold at least `block_size`.
+
+    Rounding leaves the last piece of a tensor a little longer than its others, as in the published code.
+    """
     start = 0
     for size in sizes:
-        for first in range(0, size, largest_block):
-            yield slice(start + first, start + min(first + largest_block, size))
+        pieces = max(1, size // block_size)
+        for i in range(pieces):
+            yield slice(start + i * (size // pieces), start + (size if i == pieces - 1 else (i + 1) * (size // pieces)))
         start += size
