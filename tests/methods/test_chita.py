@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def published(sizes: list[int], block: int) -> list[tuple[int, int]]:
         if n >= block:
             ends = list(range(start, start + n + 1, n // (n // block)))
             ends[-1] = start + n
-        found += list(zip(ends, ends[1:], strict=False))
+        found += list(itertools.pairwise(ends))
         start += n
     return found
 
