@@ -31,7 +31,7 @@ def kth_smallest(scores: Sequence[Tensor], count: int) -> Tensor:
     Raises:
         ValueError: if `count` lies outside that range.
     """
-    total = sum(s.numel() for s in scores)
+    total = sum(_numbers(scores))
     if not 1 <= count <= total:
         raise ValueError(f"the {count}-th smallest of {total} scores was asked for: expected 1 to {total}")
     if total <= _SMALL:
@@ -57,6 +57,12 @@ def kth_smallest(scores: Sequence[Tensor], count: int) -> Tensor:
     floating, integer = (torch.float64, torch.int64) if bits == 64 else (torch.float32, torch.int32)
     key = torch.tensor([found], dtype=integer, device=scores[0].device)
     return _ordered(key).view(floating)[0].to(scores[0].dtype)
+
+
+def _numbers(scores: Sequence[Tensor]) -> list[int]:
+    """How many elements each tensor has; those that are made when they are looked at (`made.Listed`) know it."""
+    known: list[int] | None = getattr(scores, "sizes", None)
+    return [s.numel() for s in scores] if known is None else known
 
 
 def _keys(scores: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -87,8 +93,8 @@ def below(scores: Sequence[Tensor], count: int, weights: Sequence[Tensor] | None
     if count < 1:
         return [0] * len(scores)
     threshold = kth_smallest(scores, count)
-    given = [int((s < threshold).sum()) for s in scores]
-    equal = [int((s == threshold).sum()) for s in scores]
+    found = [(int((s < threshold).sum()), int((s == threshold).sum())) for s in scores]  # one look at each
+    given, equal = (list(column) for column in zip(*found, strict=True))
     wanted = count - sum(given)
     if weights is not None and wanted < sum(equal):
         more = below([w[s == threshold].abs() for w, s in zip(weights, scores, strict=True)], wanted)

@@ -25,7 +25,7 @@ from trimtab.methods.prune.settings import StepSettings
 @score("sensitivity", "gradient")
 def sensitivity(weight: Tensor, evidence: Evidence) -> Tensor:
     """|w g|. SNIP divides by the sum over the model, a constant that changes no order."""
-    return (weight * evidence.gradient).abs()
+    return (weight * evidence.gradient).abs_()
 
 
 @METHODS.register("snip")
@@ -52,7 +52,7 @@ class IterSNIP(Pruner):
     def find(self, calibration: Calibration, sparsities: Sequence[float]) -> Iterator[Masks]:
         for sparsity in sparsities:
             *_, (_, last) = self.trace(calibration, sparsity)
-            yield found_masks(last)
+            yield found_masks(last.items())
 
     def trace(
         self, calibration: Calibration, sparsity: float
@@ -65,7 +65,7 @@ class IterSNIP(Pruner):
             for level, batches in zip(levels, calibration.rounds(len(levels)), strict=True):
                 evidence = collect(calibration, weights, score.needs, batches)
                 scores = {w: score(t, evidence.pop(w)) for w, t in current.items()}
-                masks = self.cut(scores, current, level)
+                masks = dict(self.cut(scores, current, level))
                 for weight, tensor in current.items():
                     tensor.mul_(masks[weight])
                 yield scores, masks

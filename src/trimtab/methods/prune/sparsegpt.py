@@ -13,7 +13,7 @@ on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ from trimtab.methods.prune.base import Pruner, found_masks
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import Evidence, collect
 from trimtab.methods.prune.masks import Masks
-from trimtab.methods.prune.scores import SCORES, borrowed, score
+from trimtab.methods.prune.scores import SCORES, Scores, borrowed, score
 from trimtab.methods.prune.selection import largest, largest_of_each
 from trimtab.methods.prune.settings import PruneSettings
 
@@ -41,7 +41,7 @@ def inverse_factor(gram: Tensor, damping: float = _DAMPING) -> Tensor:
     return torch.linalg.cholesky(inverse, upper=True)
 
 
-@score("saliency", "gram")
+@score("saliency", "gram", held=True)  # an inverse for each tensor
 def saliency(weight: Tensor, evidence: Evidence) -> Tensor:
     """w_ij^2 / [H^-1]_jj, optimal brain surgeon's for one weight at a time."""
     factor = inverse_factor(evidence.gram)
@@ -140,12 +140,12 @@ class SparseGPT(Pruner):
                 for group in groups:
                     evidence = collect(calibration, group, SCORES[self.score].needs, next(calibration.rounds()))
                     if not counts:
-                        scores = {w: SCORES[self.score](current[w], evidence[w]) for w in group}
+                        scores = Scores(SCORES[self.score], current, evidence)
                         counts = self.counts(scores, weights, sparsity)
                     for weight in group:
                         masks[weight] = self.prune(current[weight], evidence.pop(weight), counts[weight])
                 changed = {w: t.clone() for w, t in current.items()}
-            yield found_masks({w: masks[w] for w in weights}, changed)
+            yield found_masks(((w, masks.pop(w)) for w in weights), changed)
 
     def prune(self, weight: Tensor, evidence: list[Evidence], count: int) -> Tensor:
         """Prune one matrix in place, each part of its rows on its own inputs; returns the mask."""
@@ -162,7 +162,7 @@ class SparseGPT(Pruner):
         return torch.cat(masks)
 
 
-def by_block(anatomy: Anatomy, weights: Sequence[Weight] | dict[Weight, Tensor]) -> list[list[Weight]]:
+def by_block(anatomy: Anatomy, weights: Iterable[Weight]) -> list[list[Weight]]:
     """The weights of one block after another, in the order of computation; those outside any block come first."""
     paths = [b.path for b in anatomy.blocks()]
     groups: dict[str, list[Weight]] = {path: [] for path in ("", *paths)}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trimtab.anatomy import Weight
 from trimtab.methods.base import METHODS
+from trimtab.methods.prune.allocations import Matrices
 from trimtab.methods.prune.base import Pruner, found_masks
 from trimtab.methods.prune.calibration import Batch, Calibration, gradients
 from trimtab.methods.prune.evidence import warn_without
@@ -70,7 +71,7 @@ class TAMT(Pruner):
             values = {w: v.abs() for w, v in last.items()}
             yield found_masks(self.cut(values, self.prunable(calibration), sparsity))
 
-    def counts(self, scores: Values, weights: Values, sparsity: float) -> dict[Weight, int]:
+    def counts(self, scores: Matrices, weights: Matrices, sparsity: float) -> dict[Weight, int]:
         """As every pruner; as the authors count if `faithful`: all that equals the threshold goes."""
         found = super().counts(scores, weights, sparsity)
         count = sum(found.values())
