@@ -26,15 +26,17 @@ Allocation = Callable[[Matrices, Matrices, float], dict[Weight, int]]
 ALLOCATIONS: Registry[Allocation] = Registry("allocation")
 
 
-def threshold(scores: Matrices, weights: Matrices, sparsity: float, members: Sequence[Weight]) -> dict[Weight, int]:
-    """What one threshold takes from each of some tensors."""
+def threshold(
+    scores: Matrices, weights: Matrices | None, sparsity: float, members: Sequence[Weight]
+) -> dict[Weight, int]:
+    """What one threshold takes from each of some tensors; `weights` tell equal scores apart."""
     known = sizes(scores)
     count = int(sum(known[w] for w in members) * sparsity)
-    given = below(Listed(scores, members), count, Listed(weights, members))
+    given = below(Listed(scores, members), count, None if weights is None else Listed(weights, members))
     return dict(zip(members, given, strict=True))
 
 
-def by_modality(scores: Matrices, weights: Matrices, sparsity: float) -> dict[Weight, int]:
+def by_modality(scores: Matrices, weights: Matrices | None, sparsity: float) -> dict[Weight, int]:
     """What one threshold per modality takes from each tensor."""
     groups: dict[str, list[Weight]] = defaultdict(list)
     for weight in scores:
@@ -71,7 +73,7 @@ def multimodal(scores: Matrices, weights: Matrices, sparsity: float) -> dict[Wei
     The share is a quotient and its product with the size is cut to an integer, as the published code does: where that
     is not exact, a tensor keeps one weight more than the threshold would leave.
     """
-    counts = by_modality(absolute(weights), weights, sparsity)
+    counts = by_modality(absolute(weights), None, sparsity)  # weights tell no equal magnitudes apart
     known = sizes(weights)
     return {w: int((1 - (n - count) / n) * n) for w, count in counts.items() for n in [known[w]]}
 

@@ -145,7 +145,7 @@ class Pruner(Method):
             evidence = collect(calibration, weights, score.needs, next(calibration.rounds()))
         scores = Scores(score, weights, evidence)
         for sparsity in sparsities:
-            yield found_masks(self.cut(scores, weights, sparsity))
+            yield found_masks(self.cut(scores, weights, sparsity), weights.sizes)
 
     def prunable(self, calibration: Calibration) -> Made:
         """The prunable matrices (out, in) of the calibrated model, convolutions among them if the settings say so, and
@@ -172,10 +172,10 @@ class Pruner(Method):
         if self.settings.n_of_m:
             _, group = self.settings.n_of_m
             kept = math.ceil(group * (1 - sparsity) - 1e-6)
-            yield from ((w, largest_of_each(s, group, kept, weights[w])) for w, s in scores.items())
+            yield from ((w, largest_of_each(scores[w], group, kept, weights[w])) for w in scores)
             return
         counts = self.counts(scores, weights, sparsity)
-        yield from ((w, self.remove(s, counts[w], weights[w])) for w, s in scores.items())
+        yield from ((w, self.remove(scores[w], counts[w], weights[w])) for w in scores)
 
     def remove(self, scores: Tensor, count: int, weight: Tensor) -> Tensor:
         """The mask (out, in) of one tensor that gives exactly `count` weights: those of the smallest scores, of equal
@@ -313,9 +313,21 @@ def summary(masks: Masks, anatomy: Anatomy) -> dict[str, Any]:
     return {"prunable": masks.prunable, "kept": masks.kept, "sparsity": masks.sparsity, "towers": towers}
 
 
-def found_masks(masks: Iterable[tuple[Weight, Tensor]], weights: Mapping[Weight, Tensor] | None = None) -> Masks:
-    """Masks, and changed weights, from matrices (out, in); the masks are taken and kept as bits one after another."""
-    bits = {path: Bits.of(mask) for path, mask in _stored(masks)}
+def found_masks(masks: Iterable[tuple[Weight, Tensor]], numbers: Mapping[Weight, int],
+                weights: Mapping[Weight, Tensor] | None = None) -> Masks:  # fmt: skip
+    """Masks, and changed weights, from matrices (out, in); the masks are taken and kept as bits one after another.
+
+    Args:
+        masks: each weight's, in their order.
+        numbers: of elements of each weight. The room of all bits is taken before the first mask is asked for: small
+            tensors that stay, among large ones that come and go, would keep an allocator from using their room again.
+        weights: new values.
+    """
+    totals: dict[str, int] = {}
+    for weight, number in numbers.items():
+        totals[weight.path] = totals.get(weight.path, 0) + number
+    room = {path: torch.empty(-(-number // 8), dtype=torch.uint8) for path, number in totals.items()}
+    bits = {path: Bits(room[path].copy_(pack(mask)), mask.shape) for path, mask in _stored(masks)}
     return Masks(bits, dict(_stored((weights or {}).items())))
 
 

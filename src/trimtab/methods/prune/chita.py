@@ -219,7 +219,7 @@ class Chita(Pruner):
                     for (weight, tensor), part in zip(current.items(), new.split(sizes), strict=True):
                         tensor.copy_(part.view(shapes[weight]))
                 changed = {w: t.clone() for w, t in current.items()}
-            yield found_masks(((w, t != 0) for w, t in changed.items()), changed)
+            yield found_masks(((w, t != 0) for w, t in changed.items()), weights.sizes, changed)
 
     def quadratic(self, calibration: Calibration, weights: dict[Weight, Tensor], batches: Iterator[Batch],
                   alive: Tensor) -> Quadratic:  # fmt: skip

@@ -40,6 +40,8 @@ class Score:
 
     def __call__(self, weight: Tensor, evidence: list[Evidence]) -> Tensor:
         """Scores of a matrix (out, in), whose rows are divided among the evidence of its parts."""
+        if len(evidence) == 1:
+            return self.function(weight, evidence[0])
         parts = weight.split([e.rows for e in evidence])
         return torch.cat([self.function(part, e) for part, e in zip(parts, evidence, strict=True)])
 

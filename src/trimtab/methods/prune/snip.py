@@ -17,6 +17,7 @@ from trimtab.methods.base import METHODS
 from trimtab.methods.prune.base import Pruner, found_masks
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import Evidence, collect
+from trimtab.methods.prune.made import sizes
 from trimtab.methods.prune.masks import Masks
 from trimtab.methods.prune.scores import SCORES, borrowed, score
 from trimtab.methods.prune.settings import StepSettings
@@ -52,7 +53,7 @@ class IterSNIP(Pruner):
     def find(self, calibration: Calibration, sparsities: Sequence[float]) -> Iterator[Masks]:
         for sparsity in sparsities:
             *_, (_, last) = self.trace(calibration, sparsity)
-            yield found_masks(last.items())
+            yield found_masks(last.items(), sizes(last))
 
     def trace(
         self, calibration: Calibration, sparsity: float

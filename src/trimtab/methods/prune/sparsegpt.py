@@ -145,7 +145,7 @@ class SparseGPT(Pruner):
                     for weight in group:
                         masks[weight] = self.prune(current[weight], evidence.pop(weight), counts[weight])
                 changed = {w: t.clone() for w, t in current.items()}
-            yield found_masks(((w, masks.pop(w)) for w in weights), changed)
+            yield found_masks(((w, masks.pop(w)) for w in weights), weights.sizes, changed)
 
     def prune(self, weight: Tensor, evidence: list[Evidence], count: int) -> Tensor:
         """Prune one matrix in place, each part of its rows on its own inputs; returns the mask."""

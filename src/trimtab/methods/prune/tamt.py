@@ -69,7 +69,8 @@ class TAMT(Pruner):
         for sparsity in sparsities:
             *_, (_, last) = self.trace(calibration, sparsity)
             values = {w: v.abs() for w, v in last.items()}
-            yield found_masks(self.cut(values, self.prunable(calibration), sparsity))
+            weights = self.prunable(calibration)
+            yield found_masks(self.cut(values, weights, sparsity), weights.sizes)
 
     def counts(self, scores: Matrices, weights: Matrices, sparsity: float) -> dict[Weight, int]:
         """As every pruner; as the authors count if `faithful`: all that equals the threshold goes."""
