@@ -59,6 +59,10 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
     parts.model.to("cuda" if torch.cuda.is_available() else "cpu")
     label = f"{recipe.name} {recipe.variant}"
     parts.pull(training.TrainingSession(parts.model, train, validation, recipe.training, recipe.seed, label, folder))
+    for method in parts.methods:
+        if found := method.state.get("calibration"):
+            print(f"{label}: {method.name} was calibrated on {found['batches']} batches, masks of two halves differ by "
+                  f"{found['distance']:.2%} of the kept weights (until {found['until']:.2%})")  # fmt: skip
     history = _train(parts, train, recipe, label, folder / "checkpoints")
     waited = [entry.pop("waiting") for entry in history]
     waiting = sum(waited) / len(waited) if waited else None
@@ -81,7 +85,9 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True) -> Path:
     files.write_gallery(parts.task, records, test, folder / "samples")
     for scratch in (folder / "checkpoints", folder / "search"):
         shutil.rmtree(scratch, ignore_errors=True)
-    write_json(folder / "run.json", {**_info(recipe, parts, started), "waiting": waiting})
+    settled = {m.name: m.state["calibration"] for m in parts.methods if "calibration" in m.state}
+    told = {"calibration": settled} if settled else {}
+    write_json(folder / "run.json", {**_info(recipe, parts, started), "waiting": waiting, **told})
     return folder
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,13 +29,14 @@ from trimtab.anatomy.weights import SHARED, left_whole
 from trimtab.methods.base import Method
 from trimtab.methods.prune.allocations import ALLOCATIONS, Matrices
 from trimtab.methods.prune.calibration import Calibration
-from trimtab.methods.prune.evidence import Evidence, collect
+from trimtab.methods.prune.evidence import Evidence, Found, collect
 from trimtab.methods.prune.made import Made
 from trimtab.methods.prune.masks import VALUES, Masks, keep_zeros
 from trimtab.methods.prune.prunable import check_stored, left_out, matrices, prunable
 from trimtab.methods.prune.scores import SCORES, Scores
 from trimtab.methods.prune.selection import largest_of_each, smallest
 from trimtab.methods.prune.settings import DEFAULT_SPARSITY, PruneSettings
+from trimtab.methods.prune.settle import Settling, apart, told
 from trimtab.methods.prune.sums import rows_and_columns
 from trimtab.methods.session import Session
 from trimtab.storage.bits import Bits, pack
@@ -65,6 +66,7 @@ class Pruner(Method):
     changes_weights: ClassVar[bool] = False
     shares: ClassVar[bool] = True
 
+    settled: Sequence[Settling[Any]] = ()  # rounds of the calibration of the masks that were found last
     assumed = False  # whether the masks stand for those that data would give
 
     @property
@@ -81,6 +83,8 @@ class Pruner(Method):
                 processes of a group cannot work together: models differ, or the pruner does not share its data.
         """
         plain, anatomy = calibration.plain, calibration.anatomy
+        if self.settings.until is not None and not self.rounds:
+            raise ValueError(f"until: {self.name} needs no calibration data; leave it out")
         _, group = self.settings.n_of_m or (1, 1)
         weights = list(self.prunable(calibration))
         self._warn(calibration, weights)
@@ -109,6 +113,7 @@ class Pruner(Method):
         for found in self.find(calibration, sparsities):
             self.check(found, anatomy)
             found.found_by = self.name
+            found.calibration = told(self.settled)
             yield found.from_first_process()
 
     def _warn(self, calibration: Calibration, weights: list[Weight]) -> None:
@@ -142,10 +147,29 @@ class Pruner(Method):
         score = SCORES[self.score]
         evidence = {w: [Evidence(rows_and_columns(calibration.plain, w)[0])] for w in weights}
         if score.needs:
-            evidence = collect(calibration, weights, score.needs, next(calibration.rounds()))
+            settling = self.settling(lambda halves: max(self.apart(weights, halves, s) for s in sparsities), first=True)
+            evidence = collect(calibration, weights, score.needs, next(calibration.rounds()), settling)
         scores = Scores(score, weights, evidence)
         for sparsity in sparsities:
             yield found_masks(self.cut(scores, weights, sparsity), weights.sizes)
+
+    def settling(self, distance: Callable[[Any], float], first: bool = False) -> Settling[Any] | None:
+        """What ends a round of calibration; None if it goes over all batches.
+
+        Args:
+            distance: of the masks of two halves, from what these are.
+            first: the first round of calibration for the masks that are looked for.
+        """
+        if self.settings.until is None:
+            return None
+        own = Settling(self.name, self.settings.until, distance)
+        self.settled = [own] if first else [*self.settled, own]
+        return own
+
+    def apart(self, weights: Matrices, halves: tuple[Found, Found], sparsity: float) -> float:
+        """How far the masks of two halves' evidence are at a sparsity."""
+        one, other = (self.cut(Scores(SCORES[self.score], weights, found), weights, sparsity) for found in halves)
+        return apart(one, other)
 
     def prunable(self, calibration: Calibration) -> Made:
         """The prunable matrices (out, in) of the calibrated model, convolutions among them if the settings say so, and
@@ -201,7 +225,8 @@ class Pruner(Method):
             self.state["from"] = self.settings.masks
             return
         s = self.settings
-        self.calibrate(Calibration.of(session, s.batches, s.batch_size, s.precision))
+        once = 0 if s.until is None else getattr(s, "steps", 1)
+        self.calibrate(Calibration.of(session, s.batches, s.batch_size, s.precision, once))
 
     def calibrate(self, calibration: Calibration) -> None:
         """Find the masks on a model and its data."""
@@ -243,6 +268,8 @@ class Pruner(Method):
         self.tensors = masks.packed()
         shapes = {path: list(shape) for path, shape in masks.shapes.items()}
         self.state = {"pruner": masks.found_by, **summary(masks, anatomy), "shapes": shapes}
+        if masks.calibration:
+            self.state["calibration"] = masks.calibration
 
     def assume(self, model: nn.Module, anatomy: Anatomy, session: Session | None = None) -> None:
         """Masks that keep everything, of the size of real ones: zeros change no cost but the number of non-zeros.
@@ -272,6 +299,7 @@ class Pruner(Method):
             ValueError: if they are for another model, or a block of theirs was taken out before.
         """
         self.attached = Masks.unpacked(self.tensors, self.state["shapes"], self.state["pruner"])
+        self.attached.calibration = self.state.get("calibration", {})
         self.attached.apply(model)
         return anatomy
 

@@ -43,12 +43,14 @@ class Masks(Mapping[str, Tensor]):
         bits: path of a parameter -> mask of its shape, True = kept, as bits; `masks[path]` makes the mask.
         weights: path of a parameter -> its new values, zero where pruned; only of pruners that change what they keep.
         found_by: name of the pruner that found them; empty if that is not known.
+        calibration: where it was ended by the setting `until`: that, how many `batches` it took, the `distance` of two
+            halves' masks, and whether they were `settled`.
     """
 
     def __init__(self, masks: Mapping[str, Tensor | Bits], weights: dict[str, Tensor] | None = None,
-                 found_by: str = ""):  # fmt: skip
+                 found_by: str = "", calibration: dict[str, Any] | None = None):  # fmt: skip
         self.bits = {path: mask if isinstance(mask, Bits) else Bits.of(mask) for path, mask in masks.items()}
-        self.weights, self.found_by = weights or {}, found_by
+        self.weights, self.found_by, self.calibration = weights or {}, found_by, calibration or {}
         self._mark = uuid.uuid4().hex  # tells these masks' notes on a model from those of others
         self._gone: dict[str, Tensor] = {}  # where weights of a model that is trained are pruned, on their device
 
@@ -94,7 +96,7 @@ class Masks(Mapping[str, Tensor]):
             return self
         masks = {path: Bits(processes.from_first(b.packed), b.shape) for path, b in self.bits.items()}
         weights = {path: processes.from_first(weight) for path, weight in self.weights.items()}
-        return Masks(masks, weights, self.found_by)
+        return Masks(masks, weights, self.found_by, self.calibration)
 
     # --- of a part ---
 
@@ -135,7 +137,7 @@ class Masks(Mapping[str, Tensor]):
         names = {path: names[path] for path in self if path in names}
         masks = {new: self.bits[old] for old, new in names.items()}
         weights = {new: self.weights[old] for old, new in names.items() if old in self.weights}
-        return Masks(masks, weights, self.found_by)
+        return Masks(masks, weights, self.found_by, self.calibration)
 
     # --- on a model ---
 
@@ -274,6 +276,8 @@ class Masks(Mapping[str, Tensor]):
         """Write the masks as a safetensors file: a bit a weight, with the names and shapes that they belong to."""
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
         info = {"format": _FORMAT, "shapes": json.dumps(shapes), "pruner": self.found_by}
+        if self.calibration:
+            info["calibration"] = json.dumps(self.calibration)
         with replace_file(Path(path)) as partial:
             save_file(self.packed(), partial, info)
 
@@ -294,9 +298,10 @@ class Masks(Mapping[str, Tensor]):
                 f"masks: nothing is at '{path}' (seen from {Path.cwd()}): give a file of masks, or the folder of a run "
                 "or adapted model that was pruned; or carry out the recipe that makes it first"
             )
-        tensors, shapes, found_by = _folder(path) if path.is_dir() else _file(path)
+        tensors, shapes, found_by, calibration = _folder(path) if path.is_dir() else _file(path)
         try:
             masks = cls.unpacked(tensors, shapes, found_by)
+            masks.calibration = calibration
             if model is not None:
                 masks._places(model)
         except ValueError as error:
@@ -311,7 +316,8 @@ def _spread(values: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=values.dtype).masked_scatter_(mask, values)
 
 
-Stored = tuple[dict[str, Tensor], dict[str, list[int]], str]  # packed masks, shapes, name of the pruner
+# packed masks, shapes, name of the pruner, and what its calibration tells
+Stored = tuple[dict[str, Tensor], dict[str, list[int]], str, dict[str, Any]]
 
 
 def _file(path: Path) -> Stored:
@@ -320,7 +326,7 @@ def _file(path: Path) -> Stored:
         if info.get("format") != _FORMAT:
             raise ValueError(f"{path}: expected a file of masks ('{_FORMAT}'), found {info.get('format')!r}")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    return tensors, json.loads(info["shapes"]), info["pruner"]
+    return tensors, json.loads(info["shapes"]), info["pruner"], json.loads(info.get("calibration", "{}"))
 
 
 def _folder(folder: Path) -> Stored:
@@ -339,7 +345,7 @@ def _folder(folder: Path) -> Stored:
     with open_safetensors(folder / "weights.safetensors") as file:
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a mapping)
         tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-    return tensors, state["shapes"], state["pruner"]
+    return tensors, state["shapes"], state["pruner"], state.get("calibration", {})
 
 
 def keep_zeros(masks: Masks) -> Any:

@@ -23,8 +23,8 @@ from trimtab.methods.prune.scores import score
 def flow(weight: Tensor, evidence: Evidence) -> Tensor:
     """Scores (out, in) from a weight (out, in) and the mean squares of its inputs (in,)."""
     edges = weight.abs().mul_(evidence.squares.sqrt())
-    scores = edges.mean(dim=1, keepdim=True) * edges.mean(dim=0, keepdim=True)
-    return scores.mul_(torch.abs(weight, out=edges))  # in place of the edges: two tensors of this size, not four
+    flows = edges.mean(dim=1, keepdim=True), edges.mean(dim=0, keepdim=True)
+    return torch.mul(*flows, out=edges).mul_(weight).abs_()  # in place of the edges: one tensor of this size beside w
 
 
 @METHODS.register("multiflow")

@@ -9,6 +9,7 @@ on batches of its own, where the weights that have gone are zero.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -64,7 +65,8 @@ class IterSNIP(Pruner):
         with borrowed(calibration.plain, weights) as current:
             levels = self.settings.levels(sparsity)
             for level, batches in zip(levels, calibration.rounds(len(levels)), strict=True):
-                evidence = collect(calibration, weights, score.needs, batches)
+                settling = self.settling(partial(self.apart, current, sparsity=level), first=level == levels[0])
+                evidence = collect(calibration, weights, score.needs, batches, settling)
                 scores = {w: score(t, evidence.pop(w)) for w, t in current.items()}
                 masks = dict(self.cut(scores, current, level))
                 for weight, tensor in current.items():

@@ -47,6 +47,11 @@ class TAMTSettings(PruneSettings):
             raise ValueError(f"pattern: TAMT learns which weights go, found {self.pattern!r}; leave it out")
         if self.allocation not in (None, "global"):
             raise ValueError(f"allocation: TAMT learns it with one threshold, found {self.allocation!r}; leave it out")
+        if self.until is not None:
+            raise ValueError(
+                "until: each batch is a step of TAMT's optimiser, whose learning rate falls over all of them, so that "
+                "they cannot be halved; leave it out and set `batches`"
+            )
         if self.learning_rate <= 0 or self.alpha <= 0:
             raise ValueError(f"learning_rate and alpha must be above 0, found {self.learning_rate} and {self.alpha}")
 
