@@ -30,7 +30,7 @@ from trimtab.methods.base import Method
 from trimtab.methods.prune.allocations import ALLOCATIONS, Matrices
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import Evidence, Found, collect
-from trimtab.methods.prune.made import Made
+from trimtab.methods.prune.made import Made, as_stored
 from trimtab.methods.prune.masks import VALUES, Masks, keep_zeros
 from trimtab.methods.prune.prunable import check_stored, left_out, matrices, prunable
 from trimtab.methods.prune.scores import SCORES, Scores
@@ -196,10 +196,10 @@ class Pruner(Method):
         if self.settings.n_of_m:
             _, group = self.settings.n_of_m
             kept = math.ceil(group * (1 - sparsity) - 1e-6)
-            yield from ((w, largest_of_each(scores[w], group, kept, weights[w])) for w in scores)
+            yield from ((w, largest_of_each(scores[w], group, kept, as_stored(weights, w))) for w in scores)
             return
         counts = self.counts(scores, weights, sparsity)
-        yield from ((w, self.remove(scores[w], counts[w], weights[w])) for w in scores)
+        yield from ((w, self.remove(scores[w], counts[w], as_stored(weights, w))) for w in scores)
 
     def remove(self, scores: Tensor, count: int, weight: Tensor) -> Tensor:
         """The mask (out, in) of one tensor that gives exactly `count` weights: those of the smallest scores, of equal

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from torch import Tensor
 
 from trimtab.anatomy import Weight
+from trimtab.methods.prune.rows import single
 
 
 class Made(Mapping[Weight, Tensor]):
@@ -15,10 +16,12 @@ class Made(Mapping[Weight, Tensor]):
     Args:
         sizes: how many elements each has.
         make: from a weight to its matrix, the same at every call.
+        stored: to the same numbers as they are stored, where `make` copies them to a higher precision.
     """
 
-    def __init__(self, sizes: Mapping[Weight, int], make: Callable[[Weight], Tensor]):
-        self.sizes, self.make = dict(sizes), make
+    def __init__(self, sizes: Mapping[Weight, int], make: Callable[[Weight], Tensor],
+                 stored: Callable[[Weight], Tensor] | None = None):  # fmt: skip
+        self.sizes, self.make, self.stored = dict(sizes), make, stored or make
 
     def __getitem__(self, weight: Weight) -> Tensor:
         self.sizes[weight]  # a KeyError for what is not there
@@ -52,5 +55,10 @@ def sizes(matrices: Mapping[Weight, Tensor]) -> dict[Weight, int]:
 
 
 def absolute(matrices: Mapping[Weight, Tensor]) -> Made:
-    """The magnitudes of matrices."""
-    return Made(sizes(matrices), lambda weight: matrices[weight].abs())
+    """The magnitudes of matrices, in single precision or better."""
+    return Made(sizes(matrices), lambda weight: single(as_stored(matrices, weight).abs()))
+
+
+def as_stored(matrices: Mapping[Weight, Tensor], weight: Weight) -> Tensor:
+    """A matrix in the precision in which it is stored: what only compares its numbers needs no copy in a higher one."""
+    return matrices.stored(weight) if isinstance(matrices, Made) else matrices[weight]

@@ -53,7 +53,7 @@ def prunable(model: nn.Module, anatomy: Anatomy, convolutions: bool = False, see
             raise ValueError(f"the weight '{weight.path}' is not finite (NaN or infinite): check the checkpoint")
         looked_at.add(weight.path)
         sizes[weight] = parameter.numel() // (1 if weight.expert is None else len(parameter))
-    return Made(sizes, partial(matrix, model))
+    return Made(sizes, partial(matrix, model), lambda weight: weight.matrix(weight.of(model).detach()))
 
 
 def matrices(
