@@ -5,8 +5,8 @@
 Distances are those that the setting `until` looks at: after 2, 4, 8 ... batches, the share of the kept weights on which
 the masks of the two halves of these batches disagree. Each is measured up to the end of the data, not up to 0.5 %.
 
-    tiny-blip   32 scenes of its pretraining a batch, 4,000 scenes
-    minilm      all-MiniLM-L6-v2 as published, 32 captions of Flickr8k a batch, 4,096 captions, one of a picture
+    tiny-blip   32 scenes of its pretraining a batch, `--rows` scenes
+    minilm      all-MiniLM-L6-v2 as published, 32 captions of Flickr8k a batch, `--rows` captions, one of a picture
     vit-b       ViT-B/16 with random weights, 4 photographs of Flickr8k a batch, 32 photographs; MULTIFLOW alone
     tuned       tiny-blip's masks at 63 % from 2 batches, from as many as 0.5 % takes, and from all, each fine-tuned on
                 retrieval of OpenMoji scenes: 30 steps of 16, seeds 0 and 1, 100 test scenes
@@ -65,11 +65,11 @@ def watched(find: Any) -> dict[str, Any]:
             "processor_seconds": round(time.process_time() - began, 1)}  # fmt: skip
 
 
-def blip(batches: int | None, pruner: str, until: float | None) -> Masks:
-    """Masks of tiny-blip from scenes and the objective of its pretraining; `batches` None: all 4,000 scenes."""
+def blip(rows: int, pruner: str, until: float | None, batches: int | None = None) -> Masks:
+    """Masks of tiny-blip from scenes and the objective of its pretraining; `batches` None: all scenes."""
     raw = {
         "backbone": "tiny-blip", "task": {"name": "matching", "pool": 25, "words": "next"},
-        "data": {"name": "pictograms", "style": "twemoji-varied", "train": 4000, "test": 50, "validation": 32,
+        "data": {"name": "pictograms", "style": "twemoji-varied", "train": rows, "test": 50, "validation": 32,
                  "per_scene": 1},
         "training": {"steps": 0, "batch_size": 32}, "methods": [{"name": pruner, "sparsity": SPARSITY, "until": until}],
     }  # fmt: skip
@@ -77,13 +77,13 @@ def blip(batches: int | None, pruner: str, until: float | None) -> Masks:
     parts = assembly.assemble(r)
     train, validation, _ = assembly.tables(r, parts)
     session = training.TrainingSession(parts.model, train, validation, r.training, 0, "settle")
-    calibration = Calibration.of(session, batches or 4000 // 32, 32, once=1)
+    calibration = Calibration.of(session, batches or rows // 32, 32, once=1)
     (masks,) = parts.methods[0].masks(calibration, [SPARSITY])
     return masks
 
 
 def tiny_blip(options: argparse.Namespace) -> dict[str, Any]:
-    return {p: watched(lambda p=p: blip(None, p, 1e-9)) for p in PRUNERS}
+    return {p: watched(lambda p=p: blip(options.rows, p, 1e-9)) for p in PRUNERS}
 
 
 def given(model: torch.nn.Module, batches: Iterable[dict[str, Any]], pruners: tuple[str, ...]) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def minilm(options: argparse.Namespace) -> dict[str, Any]:
     lines = (options.flickr8k / "Flickr8k_text" / "Flickr8k.token.txt").read_text().splitlines()
     captions = [line.split("\t")[1] for line in lines if "#0\t" in line]
     random.Random(0).shuffle(captions)
-    captions = captions[:4096]
+    captions = captions[: options.rows // 32 * 32]
     return given(
         AutoModel.from_pretrained(folder).eval(),
         (dict(tokens(captions[i : i + 32], padding=True, return_tensors="pt"))
@@ -127,14 +127,14 @@ def tuned(options: argparse.Namespace) -> dict[str, Any]:
     """Recall of tiny-blip fine-tuned from masks of calibrations of different lengths."""
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        settled = blip(None, "multiflow", LEVEL)
-        every = {"2 batches": blip(2, "multiflow", None), "until 0.005": settled,
-                 "125 batches": blip(None, "multiflow", None)}  # fmt: skip
+        settled = blip(options.rows, "multiflow", LEVEL)
+        every = {"2 batches": blip(options.rows, "multiflow", None, 2), "until 0.005": settled,
+                 "all batches": blip(options.rows, "multiflow", None)}  # fmt: skip
         for name, masks in every.items():
             file = Path(folder) / f"{name}.safetensors"
             masks.save(file)
-            lost = sum(int((m & ~every["125 batches"][path]).sum()) for path, m in masks.items())
-            rows[name] = {"calibration": masks.calibration, "differs_from_125_batches": round(lost / masks.kept, 5)}
+            lost = sum(int((m & ~every["all batches"][path]).sum()) for path, m in masks.items())
+            rows[name] = {"calibration": masks.calibration, "differs_from_all_batches": round(lost / masks.kept, 5)}
             for seed in (0, 1):
                 raw = {
                     "backbone": "tiny-blip", "task": {"name": "matching", "pool": 25, "words": "next"},
@@ -154,12 +154,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     works = {"tiny-blip": tiny_blip, "minilm": minilm, "vit-b": vit_b, "tuned": tuned}
     parser.add_argument("what", nargs="*", help=f"of {', '.join(works)}; all")
+    parser.add_argument("--rows", type=int, default=4000, help="scenes or captions")
     parser.add_argument("--flickr8k", type=Path, default=Path("flickr8k"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "settle.json")
     options = parser.parse_args()
     result = json.loads(options.out.read_text()) if options.out.exists() else {}
     for name in options.what or works:
-        result[name] = works[name](options)
+        result[name] = {"rows": options.rows, **works[name](options)}
         print(name, json.dumps(result[name]), flush=True)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
