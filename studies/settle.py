@@ -120,7 +120,7 @@ def vit_b(options: argparse.Namespace) -> dict[str, Any]:
             yield {"pixel_values": torch.stack(pixels).movedim(-1, 1).float() / 127.5 - 1}
 
     torch.manual_seed(0)
-    return given(ViTModel(ViTConfig(), add_pooling_layer=False).eval(), batches(), PRUNERS[:1])
+    return {"rows": 32, **given(ViTModel(ViTConfig(), add_pooling_layer=False).eval(), batches(), PRUNERS[:1])}
 
 
 def tuned(options: argparse.Namespace) -> dict[str, Any]:
