@@ -132,8 +132,10 @@ def from_first(tensor: Tensor) -> Tensor:
     if world()[1] == 1:
         return tensor
     sent = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.clone()
+    if dist.get_backend() == "nccl":  # which sends nothing that lies on the CPU, as masks do
+        sent = sent.cuda()
     dist.broadcast(sent, 0)
-    return sent.to(tensor.dtype)
+    return sent.to(tensor.device, tensor.dtype)
 
 
 def divided_like(whole: Tensor, other: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ SCENARIOS: list[tuple[str, int, dict[str, Any]]] = [
     ("wanda", 5, {"pattern": "2:4"}),
     ("chita", 3, {}),  # each process goes over all
     ("tamt", 3, {}),
+    ("multiflow", 6, {"until": 0.02}),
+    ("snip", 6, {"until": 0.2}),
 ]
 
 
@@ -112,8 +114,10 @@ def same(a: Masks, b: Masks) -> bool:
 def test_two_processes_find_the_masks_of_one(number, done):
     alone = Masks.read(done / f"{number}.alone")
     assert 0 < alone.kept < alone.prunable
+    assert bool(alone.calibration) == ("until" in SCENARIOS[number][2])
     for rank in range(2):
-        assert same(Masks.read(done / f"{number}.{rank}"), alone), rank
+        found = Masks.read(done / f"{number}.{rank}")
+        assert same(found, alone) and found.calibration == alone.calibration, rank
 
 
 def test_both_processes_hold_the_same_masks_even_of_chance(done):

@@ -73,6 +73,9 @@ def _run(recipe: Recipe, folder: Path, measure_costs: bool, watch: Watch | None)
         parts.model.to("cuda" if torch.cuda.is_available() else "cpu")
         session = training.TrainingSession(parts.model, train, validation, recipe.training, recipe.seed, label, folder)
         parts.pull(session)
+        for method, found in _settled(parts).items():
+            print(f"{label}: {method} was calibrated on {found['batches']} batches, masks of two halves differ by "
+                  f"{found['distance']:.2%} of the kept weights (until {found['until']:.2%})")  # fmt: skip
         callbacks = [] if watch is None else [watch(parts.model, validation)]
         history = _train(parts, train, recipe, label, folder, callbacks)
     waited = [entry.pop("waiting") for entry in history]
@@ -89,9 +92,15 @@ def _run(recipe: Recipe, folder: Path, measure_costs: bool, watch: Watch | None)
         files.write_gallery(parts.task, records, test, folder / "samples")
         for scratch in (folder / "checkpoints", folder / "search"):
             shutil.rmtree(scratch, ignore_errors=True)
-        write_json(folder / "run.json", {**_info(recipe, parts, started), "waiting": waiting})
+        settled = {"calibration": found} if (found := _settled(parts)) else {}
+        write_json(folder / "run.json", {**_info(recipe, parts, started), "waiting": waiting, **settled})
     many.wait()
     return folder
+
+
+def _settled(parts: Assembly) -> dict[str, Any]:
+    """Of pruners with `until`: how many batches they took, and how far from settled they are."""
+    return {m.name: m.state["calibration"] for m in parts.methods if "calibration" in m.state}
 
 
 def _write(recipe: Recipe, parts: Assembly, folder: Path, result: dict[str, Any], measure_costs: bool) -> None:

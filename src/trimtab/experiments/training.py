@@ -320,6 +320,10 @@ class TrainingSession:
         device = next(self.with_task.parameters()).device
         return {k: v.to(device) for k, v in self.with_task.example(self.with_task.task.least).items()}
 
+    def rows(self, split: Literal["train", "validation"]) -> int:
+        """How many rows a split has: endless batches begin again after them."""
+        return len(self._tables[split])
+
     def loss(self, with_task: TaskModel, batch: dict[str, Tensor]) -> Tensor:
         return with_task(**batch)["loss"]
 

@@ -2,10 +2,43 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+
+class Bits(NamedTuple):
+    """A mask in memory, a bit a number.
+
+    Attributes:
+        packed: as `pack` makes it, on the CPU.
+        shape: of the mask.
+    """
+
+    packed: Tensor
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Bits:
+        return cls(pack(mask), mask.shape)
+
+    @property
+    def mask(self) -> Tensor:
+        """The mask itself, made anew."""
+        return unpack(self.packed, self.shape)
+
+    @property
+    def kept(self) -> int:
+        """How many are True; all, where costs are estimated and the mask has no values."""
+        if isinstance(self.packed, FakeTensor):
+            return self.shape.numel()
+        return int(_ONES[self.packed.numpy()].sum())
+
+
+_ONES = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
 
 
 def pack(mask: Tensor) -> Tensor:

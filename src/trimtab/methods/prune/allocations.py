@@ -2,56 +2,61 @@
 
     allocate(scores, weights, sparsity) -> number of weights that each tensor gives, by weight
 
-Both arguments are dictionaries over the same prunable matrices (out, in) in the order of the anatomy. A threshold over
-several tensors is the k-th smallest score of them all, k = int(sparsity * their number), and exactly k weights go: of
-those that equal it the smaller ones (`selection.below`). The published pruners let all of these go.
+Both arguments are mappings over the same prunable matrices (out, in) in the order of the anatomy. Their matrices may be
+made anew by every look at them (`made.Made`), so that one is in memory at a time: `sizes` tells their numbers without.
+A threshold over several tensors is the k-th smallest score of them all, k = int(sparsity * their number), and exactly k
+weights go: of those that equal it the smaller ones (`selection.below`). The published pruners let all of these go.
 Adding an allocation is one function with `@ALLOCATIONS.register(name)`.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
 from trimtab.anatomy import Weight
+from trimtab.methods.prune.made import Listed, absolute, sizes
 from trimtab.methods.prune.selection import below
 from trimtab.registry import Registry
 
-Matrices = dict[Weight, Tensor]
+Matrices = Mapping[Weight, Tensor]
 Allocation = Callable[[Matrices, Matrices, float], dict[Weight, int]]
 ALLOCATIONS: Registry[Allocation] = Registry("allocation")
 
 
-def threshold(scores: Sequence[Tensor], weights: Sequence[Tensor], sparsity: float) -> list[int]:
-    """What one threshold takes from each of several tensors."""
-    count = int(sum(s.numel() for s in scores) * sparsity)
-    return below(scores, count, weights)
+def threshold(
+    scores: Matrices, weights: Matrices | None, sparsity: float, members: Sequence[Weight]
+) -> dict[Weight, int]:
+    """What one threshold takes from each of some tensors; `weights` tell equal scores apart."""
+    known = sizes(scores)
+    count = int(sum(known[w] for w in members) * sparsity)
+    given = below(Listed(scores, members), count, None if weights is None else Listed(weights, members))
+    return dict(zip(members, given, strict=True))
 
 
-def by_modality(scores: Matrices, weights: Matrices, sparsity: float) -> dict[Weight, int]:
+def by_modality(scores: Matrices, weights: Matrices | None, sparsity: float) -> dict[Weight, int]:
     """What one threshold per modality takes from each tensor."""
     groups: dict[str, list[Weight]] = defaultdict(list)
     for weight in scores:
         groups[weight.modality].append(weight)
     counts: dict[Weight, int] = {}
     for members in groups.values():
-        given = threshold([scores[w] for w in members], [weights[w] for w in members], sparsity)
-        counts |= dict(zip(members, given, strict=True))
+        counts |= threshold(scores, weights, sparsity, members)
     return counts
 
 
 @ALLOCATIONS.register("uniform")
 def uniform(scores: Matrices, weights: Matrices, sparsity: float) -> dict[Weight, int]:
     """Every tensor gives the same share."""
-    return {w: int(s.numel() * sparsity) for w, s in scores.items()}
+    return {w: int(n * sparsity) for w, n in sizes(scores).items()}
 
 
 @ALLOCATIONS.register("global")
 def everywhere(scores: Matrices, weights: Matrices, sparsity: float) -> dict[Weight, int]:
     """One threshold on the scores of all tensors. It may empty a modality whose scores are smaller than another's."""
-    return dict(zip(scores, threshold(list(scores.values()), [weights[w] for w in scores], sparsity), strict=True))
+    return threshold(scores, weights, sparsity, list(scores))
 
 
 @ALLOCATIONS.register("modality")
@@ -68,8 +73,9 @@ def multimodal(scores: Matrices, weights: Matrices, sparsity: float) -> dict[Wei
     The share is a quotient and its product with the size is cut to an integer, as the published code does: where that
     is not exact, a tensor keeps one weight more than the threshold would leave.
     """
-    counts = by_modality({w: t.abs() for w, t in weights.items()}, weights, sparsity)
-    return {w: int((1 - (n - count) / n) * n) for w, count in counts.items() for n in [scores[w].numel()]}
+    counts = by_modality(absolute(weights), None, sparsity)  # weights tell no equal magnitudes apart
+    known = sizes(weights)
+    return {w: int((1 - (n - count) / n) * n) for w, count in counts.items() for n in [known[w]]}
 
 
 @ALLOCATIONS.register("ecoflap")
@@ -81,14 +87,14 @@ def ecoflap(scores: Matrices, weights: Matrices, sparsity: float, slack: float =
     estimates the importance by zeroth-order gradients of the loss, here it is the sum of the very scores that choose
     the weights.
     """
-    sizes = {w: s.numel() for w, s in scores.items()}
+    known = sizes(scores)
     importance = {w: float(s.double().sum()) for w, s in scores.items()}
-    kept = {w: n * max(0.0, 1 - sparsity - slack) for w, n in sizes.items()}
-    budget = sum(n - int(n * sparsity) for n in sizes.values())
+    kept = {w: n * max(0.0, 1 - sparsity - slack) for w, n in known.items()}
+    budget = sum(n - int(n * sparsity) for n in known.values())
     while (rest := budget - sum(kept.values())) > 0.5:  # once, and again for each time that tensors are full
-        open_ = [w for w in sizes if kept[w] < sizes[w]]
-        claims = importance if any(importance[w] > 0 for w in open_) else sizes
+        open_ = [w for w in known if kept[w] < known[w]]
+        claims = importance if any(importance[w] > 0 for w in open_) else known
         total = sum(claims[w] for w in open_)
         for w in open_:
-            kept[w] = min(sizes[w], kept[w] + rest * claims[w] / total)
-    return {w: n - min(n, round(kept[w])) for w, n in sizes.items()}
+            kept[w] = min(known[w], kept[w] + rest * claims[w] / total)
+    return {w: n - min(n, round(kept[w])) for w, n in known.items()}

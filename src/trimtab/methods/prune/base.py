@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,17 +27,19 @@ from trimtab.anatomy import Anatomy, Weight
 from trimtab.anatomy.structure import under
 from trimtab.anatomy.weights import SHARED, left_whole
 from trimtab.methods.base import Method
-from trimtab.methods.prune.allocations import ALLOCATIONS
+from trimtab.methods.prune.allocations import ALLOCATIONS, Matrices
 from trimtab.methods.prune.calibration import Calibration
-from trimtab.methods.prune.evidence import Evidence, collect
+from trimtab.methods.prune.evidence import Evidence, Found, collect
+from trimtab.methods.prune.made import Made, as_stored
 from trimtab.methods.prune.masks import VALUES, Masks, keep_zeros
 from trimtab.methods.prune.prunable import check_stored, left_out, matrices, prunable
-from trimtab.methods.prune.scores import SCORES
+from trimtab.methods.prune.scores import SCORES, Scores
 from trimtab.methods.prune.selection import largest_of_each, smallest
 from trimtab.methods.prune.settings import DEFAULT_SPARSITY, PruneSettings
+from trimtab.methods.prune.settle import Settling, apart, told
 from trimtab.methods.prune.sums import rows_and_columns
 from trimtab.methods.session import Session
-from trimtab.storage.bits import pack
+from trimtab.storage.bits import Bits, pack
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -63,6 +66,7 @@ class Pruner(Method):
     changes_weights: ClassVar[bool] = False
     shares: ClassVar[bool] = True
 
+    settled: Sequence[Settling[Any]] = ()  # rounds of the calibration of the masks that were found last
     assumed = False  # whether the masks stand for those that data would give
 
     @property
@@ -79,6 +83,8 @@ class Pruner(Method):
                 processes of a group cannot work together: models or batches differ.
         """
         plain, anatomy = calibration.plain, calibration.anatomy
+        if self.settings.until is not None and not self.rounds:
+            raise ValueError(f"until: {self.name} needs no calibration data; leave it out")
         _, group = self.settings.n_of_m or (1, 1)
         weights = list(self.prunable(calibration))
         self._warn(calibration, weights)
@@ -103,6 +109,7 @@ class Pruner(Method):
         for found in self.find(calibration, sparsities):
             self.check(found, anatomy)
             found.found_by = self.name
+            found.calibration = told(self.settled)
             yield found.from_first_process()
 
     def _warn(self, calibration: Calibration, weights: list[Weight]) -> None:
@@ -129,20 +136,38 @@ class Pruner(Method):
     def find(self, calibration: Calibration, sparsities: Sequence[float]) -> Iterator[Masks]:
         """Masks for one sparsity after another; the model is afterwards as before.
 
-        Here: one calibration, one score for each weight, and an allocation for each sparsity.
+        Here: one calibration, one score for each weight, and an allocation for each sparsity. One tensor's scores and
+        mask are in memory at a time.
         """
         weights = self.prunable(calibration)
         score = SCORES[self.score]
-        evidence = {w: [Evidence(len(t))] for w, t in weights.items()}
+        evidence = {w: [Evidence(rows_and_columns(calibration.plain, w)[0])] for w in weights}
         if score.needs:
-            evidence = collect(calibration, weights, score.needs, next(calibration.rounds()))
-        scores = {}
-        for weight, tensor in weights.items():
-            scores[weight] = score(tensor, evidence.pop(weight))
+            settling = self.settling(lambda halves: max(self.apart(weights, halves, s) for s in sparsities), first=True)
+            evidence = collect(calibration, weights, score.needs, next(calibration.rounds()), settling)
+        scores = Scores(score, weights, evidence)
         for sparsity in sparsities:
-            yield found_masks(self.cut(scores, weights, sparsity))
+            yield found_masks(self.cut(scores, weights, sparsity), weights.sizes)
 
-    def prunable(self, calibration: Calibration) -> dict[Weight, Tensor]:
+    def settling(self, distance: Callable[[Any], float], first: bool = False) -> Settling[Any] | None:
+        """What ends a round of calibration; None if it goes over all batches.
+
+        Args:
+            distance: of the masks of two halves, from what these are.
+            first: the first round of calibration for the masks that are looked for.
+        """
+        if self.settings.until is None:
+            return None
+        own = Settling(self.name, self.settings.until, distance)
+        self.settled = [own] if first else [*self.settled, own]
+        return own
+
+    def apart(self, weights: Matrices, halves: tuple[Found, Found], sparsity: float) -> float:
+        """How far the masks of two halves' evidence are at a sparsity."""
+        one, other = (self.cut(Scores(SCORES[self.score], weights, found), weights, sparsity) for found in halves)
+        return apart(one, other)
+
+    def prunable(self, calibration: Calibration) -> Made:
         """The prunable matrices (out, in) of the calibrated model, convolutions among them if the settings say so, and
         those that its first batch shows."""
         plain, anatomy, convolutions = calibration.plain, calibration.anatomy, self.settings.convolutions
@@ -154,12 +179,12 @@ class Pruner(Method):
         """What `prunable` finds without data, and without the values."""
         return matrices(model, anatomy, self.settings.convolutions)
 
-    def counts(self, scores: dict[Weight, Tensor], weights: dict[Weight, Tensor], sparsity: float) -> dict[Weight, int]:
+    def counts(self, scores: Matrices, weights: Matrices, sparsity: float) -> dict[Weight, int]:
         """How many weights each tensor gives, by the allocation that was set or the pruner's own."""
         return ALLOCATIONS[self.settings.allocation or self.allocation](scores, weights, sparsity)
 
-    def cut(self, scores: dict[Weight, Tensor], weights: dict[Weight, Tensor], sparsity: float) -> dict[Weight, Tensor]:
-        """Masks (out, in), True = kept, from scores of every weight.
+    def cut(self, scores: Matrices, weights: Matrices, sparsity: float) -> Iterator[tuple[Weight, Tensor]]:
+        """The mask (out, in) of one weight after another, True = kept, from scores of all.
 
         With a pattern n:m every group keeps as many as the sparsity asks for, rounded up: n at the pattern's own, more
         in the first steps of a pruner that works in steps.
@@ -167,9 +192,10 @@ class Pruner(Method):
         if self.settings.n_of_m:
             _, group = self.settings.n_of_m
             kept = math.ceil(group * (1 - sparsity) - 1e-6)
-            return {w: largest_of_each(s, group, kept, weights[w]) for w, s in scores.items()}
+            yield from ((w, largest_of_each(scores[w], group, kept, as_stored(weights, w))) for w in scores)
+            return
         counts = self.counts(scores, weights, sparsity)
-        return {w: self.remove(s, counts[w], weights[w]) for w, s in scores.items()}
+        yield from ((w, self.remove(scores[w], counts[w], as_stored(weights, w))) for w in scores)
 
     def remove(self, scores: Tensor, count: int, weight: Tensor) -> Tensor:
         """The mask (out, in) of one tensor that gives exactly `count` weights: those of the smallest scores, of equal
@@ -195,7 +221,8 @@ class Pruner(Method):
             self.state["from"] = self.settings.masks
             return
         s = self.settings
-        self.calibrate(Calibration.of(session, s.batches, s.batch_size, s.precision))
+        once = 0 if s.until is None else getattr(s, "steps", 1)
+        self.calibrate(Calibration.of(session, s.batches, s.batch_size, s.precision, once))
 
     def calibrate(self, calibration: Calibration) -> None:
         """Find the masks on a model and its data."""
@@ -237,6 +264,8 @@ class Pruner(Method):
         self.tensors = masks.packed()
         shapes = {path: list(shape) for path, shape in masks.shapes.items()}
         self.state = {"pruner": masks.found_by, **summary(masks, anatomy), "shapes": shapes}
+        if masks.calibration:
+            self.state["calibration"] = masks.calibration
 
     def assume(self, model: nn.Module, anatomy: Anatomy, session: Session | None = None) -> None:
         """Masks that keep everything, of the size of real ones: zeros change no cost but the number of non-zeros.
@@ -266,6 +295,7 @@ class Pruner(Method):
             ValueError: if they are for another model, or a block of theirs was taken out before.
         """
         self.attached = Masks.unpacked(self.tensors, self.state["shapes"], self.state["pruner"])
+        self.attached.calibration = self.state.get("calibration", {})
         self.attached.apply(model)
         return anatomy
 
@@ -299,23 +329,35 @@ class Pruner(Method):
 def summary(masks: Masks, anatomy: Anatomy) -> dict[str, Any]:
     """How many weights there are and stay, in all and in each tower, as a run keeps it."""
     towers: dict[str, dict[str, int]] = {}
-    for path, mask in masks.items():
+    for path, bits in masks.bits.items():
         owner = anatomy.owner(path)
         counts = towers.setdefault(owner.name if owner else "rest", {"prunable": 0, "kept": 0})
-        counts["prunable"] += mask.numel()
-        counts["kept"] += int(mask.sum())
+        counts["prunable"] += bits.shape.numel()
+        counts["kept"] += bits.kept
     return {"prunable": masks.prunable, "kept": masks.kept, "sparsity": masks.sparsity, "towers": towers}
 
 
-def found_masks(masks: dict[Weight, Tensor], weights: dict[Weight, Tensor] | None = None) -> Masks:
-    """Masks, and changed weights, from matrices (out, in)."""
-    return Masks(_stored(masks), _stored(weights or {}))
+def found_masks(masks: Iterable[tuple[Weight, Tensor]], numbers: Mapping[Weight, int],
+                weights: Mapping[Weight, Tensor] | None = None) -> Masks:  # fmt: skip
+    """Masks, and changed weights, from matrices (out, in); the masks are taken and kept as bits one after another.
+
+    Args:
+        masks: each weight's, in their order.
+        numbers: of elements of each weight. The room of all bits is taken before the first mask is asked for: small
+            tensors that stay, among large ones that come and go, would keep an allocator from using their room again.
+        weights: new values.
+    """
+    totals: dict[str, int] = {}
+    for weight, number in numbers.items():
+        totals[weight.path] = totals.get(weight.path, 0) + number
+    room = {path: torch.empty(-(-number // 8), dtype=torch.uint8) for path, number in totals.items()}
+    bits = {path: Bits(room[path].copy_(pack(mask)), mask.shape) for path, mask in _stored(masks)}
+    return Masks(bits, dict(_stored((weights or {}).items())))
 
 
-def _stored(matrices: dict[Weight, Tensor]) -> dict[str, Tensor]:
-    """Matrices (out, in) as their parameters store them, all experts of a parameter together."""
-    pieces: dict[str, list[Tensor]] = {}
-    stacks = {w.path for w in matrices if w.expert is not None}
-    for weight, matrix in matrices.items():
-        pieces.setdefault(weight.path, []).append(weight.stored(matrix))
-    return {path: torch.stack(several) if path in stacks else several[0] for path, several in pieces.items()}
+def _stored(matrices: Iterable[tuple[Weight, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Matrices (out, in) as their parameters store them, all experts of a parameter, which follow each other,
+    together."""
+    for path, members in groupby(matrices, lambda pair: pair[0].path):
+        several = [(weight.expert, weight.stored(matrix)) for weight, matrix in members]
+        yield path, several[0][1] if several[0][0] is None else torch.stack([piece for _, piece in several])

@@ -27,7 +27,7 @@ def magnitude(weight: Tensor, evidence: Evidence) -> Tensor:
     return weight.abs()
 
 
-@score("chance")
+@score("chance", drawn=True)
 def chance(weight: Tensor, evidence: Evidence) -> Tensor:
     """Uniform random scores, from torch's global generator."""
     return torch.rand(weight.shape).to(weight.device)
@@ -39,7 +39,7 @@ def l2(weight: Tensor, evidence: Evidence) -> Tensor:
     return weight.abs() / weight.norm().clamp_min(torch.finfo(weight.dtype).tiny)
 
 
-@score("lamp")
+@score("lamp", held=True)  # a sort of each tensor
 def lamp(weight: Tensor, evidence: Evidence) -> Tensor:
     """LAMP (Lee et al., ICLR 2021): w^2 over the sum of all squares in its matrix that are at least as large.
 

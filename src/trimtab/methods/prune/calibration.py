@@ -50,8 +50,34 @@ class Calibration:
     blind: bool = field(default=False, init=False)  # whether there was something to look at, and no data to see it on
 
     @classmethod
-    def of(cls, session: Session, batches: int, batch_size: int, precision: str = "fp32") -> Calibration:
-        """On the training data of a recipe's session."""
+    def of(cls, session: Session, batches: int, batch_size: int, precision: str = "fp32",
+           once: int = 0) -> Calibration:  # fmt: skip
+        """On the training data of a recipe's session.
+
+        Args:
+            session: gives endless batches: after the last row the first comes again.
+            batches: how many a round takes.
+            batch_size: rows a batch.
+            precision: of the passes.
+            once: if not 0: so many rounds together go at most once over the data, and take fewer batches for that, so
+                that halves of a round have no rows in common.
+
+        Raises:
+            ValueError: if the data have no two batches a round, or it is not known how many they have.
+        """
+        if once:
+            rows = session.rows("train") if hasattr(session, "rows") else None
+            if rows is None:
+                raise ValueError(
+                    f"until: how many rows a {type(session).__name__} has before they begin again is not known, and "
+                    "halves of the data must not share any: give `fit.prune` batches that end"
+                )
+            batches = min(batches, rows // batch_size // once)
+            if batches < 2:
+                raise ValueError(
+                    f"until: {rows} rows have no 2 batches of {batch_size} for each of {once} rounds of calibration: "
+                    "lower batch_size (or `steps`), or leave `until` out"
+                )
         source = partial(session.batches, "train", batch_size)
         return cls(session.with_task, session.plain, session.anatomy, source, batches, precision=precision)
 

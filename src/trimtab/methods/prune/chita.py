@@ -14,15 +14,16 @@ All n gradients are held at once: n * P numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from trimtab.anatomy import Weight
 from trimtab.methods.base import METHODS
+from trimtab.methods.prune.allocations import Matrices
 from trimtab.methods.prune.base import Pruner, found_masks
 from trimtab.methods.prune.calibration import Batch, Calibration, gradients
 from trimtab.methods.prune.evidence import warn_without
@@ -30,6 +31,7 @@ from trimtab.methods.prune.masks import Masks
 from trimtab.methods.prune.scores import borrowed
 from trimtab.methods.prune.selection import largest
 from trimtab.methods.prune.settings import PruneSettings, StepSettings
+from trimtab.methods.prune.settle import Settling
 
 _HALVINGS, _DOUBLINGS, _EVEN = 100, 10, 1e-10
 
@@ -158,7 +160,7 @@ class ChitaSettings(PruneSettings):
     ridge: float = 1e-5
     """Pull towards the weights as they were, per calibration batch (the authors' default; their cases differ)."""
     block_size: int = 10_000
-    """Weights that are refitted together at most; larger tensors are cut."""
+    """Weights that are refitted together at least; a tensor of n is cut into n // block_size equal pieces."""
     faithful: bool = False
     """Set a block to zero when the first trial of its line search fails, as the authors' code does by mistake."""
 
@@ -208,21 +210,27 @@ class Chita(Pruner):
                 levels = self.levels(sparsity)
                 alive = torch.ones(sum(sizes), dtype=torch.bool, device=next(iter(current.values())).device)
                 for level, batches in zip(levels, calibration.rounds(len(levels)), strict=True):
-                    quadratic = self.quadratic(calibration, current, batches, alive)
+                    count = int((1 - level) * sum(sizes))
+                    settling = self.settling(partial(self.differ, blocks=blocks, count=count), level == levels[0])
+                    quadratic = self.quadratic(calibration, current, batches, alive, settling)
                     if level == levels[0]:
                         found = quadratic.rows.any(dim=0).split(sizes)
                         idle = [str(w) for w, part in zip(weights, found, strict=True) if not part.any()]
                         warn_without(idle, len(weights), "gradient")
-                    count = int((1 - level) * sum(sizes))
                     new = prune_round(quadratic, blocks, count, self.settings.faithful)
                     alive = new != 0
                     for (weight, tensor), part in zip(current.items(), new.split(sizes), strict=True):
                         tensor.copy_(part.view(shapes[weight]))
                 changed = {w: t.clone() for w, t in current.items()}
-            yield found_masks({w: t != 0 for w, t in changed.items()}, changed)
+            yield found_masks(((w, t != 0) for w, t in changed.items()), weights.sizes, changed)
 
-    def quadratic(self, calibration: Calibration, weights: dict[Weight, Tensor], batches: Iterator[Batch],
-                  alive: Tensor) -> Quadratic:  # fmt: skip
+    def differ(self, halves: Sequence[Quadratic], blocks: Sequence[slice], count: int) -> float:
+        """How far the masks are that models of the loss on two halves of the batches give."""
+        one, other = (prune_round(f, blocks, count, self.settings.faithful) != 0 for f in halves)
+        return max(int((one & ~other).sum()), int((other & ~one).sum())) / max(int(one.sum()), 1)
+
+    def quadratic(self, calibration: Calibration, weights: Matrices, batches: Iterator[Batch], alive: Tensor,
+                  settling: Settling[Sequence[Quadratic]] | None = None) -> Quadratic:  # fmt: skip
         """The model of the loss around the current weights, from a round's batches; only `alive` ones (P,) can move."""
         samples: list[int] = []
 
@@ -232,11 +240,18 @@ class Chita(Pruner):
                 yield batch
 
         flat = torch.cat([t.flatten() for t in weights.values()]).float()
-        rows = torch.stack([
-            torch.cat([g[w].flatten() for w in weights]).float() * alive
-            for g in gradients(calibration, weights, counted())
-        ])  # fmt: skip
-        return Quadratic(rows, flat, rows.sum(dim=0) / samples[0], len(rows) * self.settings.ridge / 2)
+        rows: list[Tensor] = []
+
+        def model(own: Sequence[Tensor]) -> Quadratic:
+            stacked = torch.stack(list(own))
+            return Quadratic(stacked, flat, stacked.sum(dim=0) / samples[0], len(own) * self.settings.ridge / 2)
+
+        source: Iterable[Batch | None] = counted()
+        if settling is not None:
+            source = settling.over(source, lambda: [model(rows[::2]), model(rows[1::2])])
+        for g in gradients(calibration, weights, source):
+            rows.append(torch.cat([g[w].flatten() for w in weights]).float() * alive)
+        return model(rows)
 
 
 @METHODS.register("chita++")
@@ -254,10 +269,14 @@ class ChitaPP(Chita):
         return self.settings.levels(sparsity)
 
 
-def _blocks(sizes: Sequence[int], largest_block: int) -> Iterator[slice]:
-    """The tensors as slices of their concatenation, the large ones in pieces."""
+def _blocks(sizes: Sequence[int], block_size: int) -> Iterator[slice]:
+    """The tensors as slices of their concatenation, a large one in as many equal pieces as hold at least `block_size`.
+
+    Rounding leaves the last piece of a tensor a little longer than its others, as in the published code.
+    """
     start = 0
     for size in sizes:
-        for first in range(0, size, largest_block):
-            yield slice(start + first, start + min(first + largest_block, size))
+        pieces = max(1, size // block_size)
+        for i in range(pieces):
+            yield slice(start + i * (size // pieces), start + (size if i == pieces - 1 else (i + 1) * (size // pieces)))
         start += size

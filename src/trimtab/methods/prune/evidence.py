@@ -13,7 +13,8 @@ whichever process computed them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,7 +25,9 @@ from torch import Tensor, nn
 from trimtab import processes
 from trimtab.anatomy import Weight
 from trimtab.methods.prune.calibration import Batch, Calibration, evaluating, gradients
-from trimtab.methods.prune.sums import InputSums, rows_and_columns
+from trimtab.methods.prune.made import Made
+from trimtab.methods.prune.settle import Settling
+from trimtab.methods.prune.sums import InputSums, Means, rows_and_columns
 
 Need = Literal["squares", "gram", "gradient"]
 
@@ -47,11 +50,22 @@ class Evidence:
     gradient: Any = None
 
 
-def collect(calibration: Calibration, weights: Iterable[Weight], needs: frozenset[Need] | set[Need],
-            batches: Iterable[Batch]) -> dict[Weight, list[Evidence]]:  # fmt: skip
+Found = dict[Weight, list[Evidence]]  # about the parts of each weight
+Needs = AbstractSet[Need]
+
+
+def collect(calibration: Calibration, weights: Iterable[Weight], needs: Needs, batches: Iterable[Batch],
+            settling: Settling[tuple[Found, Found]] | None = None) -> Found:  # fmt: skip
     """Go over batches and collect what is needed about each weight.
 
     Of several processes each goes over its share of the batches, and all return the same.
+
+    Args:
+        calibration: the model.
+        weights: about which something is wanted.
+        needs: what.
+        batches: of one round.
+        settling: ends the round before the batches do; from the evidence of its two halves it tells how far they are.
 
     Returns:
         For each weight the evidence of its parts, from the first row down: one part, but for fused projections of an
@@ -66,29 +80,48 @@ def collect(calibration: Calibration, weights: Iterable[Weight], needs: frozense
     model = calibration.plain
     shapes = {w: rows_and_columns(model, w) for w in weights}
     inputs = needs & {"squares", "gram"}
-    batches = processes.share(batches)
-    with InputSums(model, calibration.anatomy, weights, "gram" in needs) if inputs else nullcontext() as sums:
-        watched = sums.checked(batches) if sums else batches
-        mean: dict[Weight, Tensor] = {}
+    mean = Mean(settling is not None)
+    halved = settling is not None
+    with InputSums(model, calibration.anatomy, weights, "gram" in needs, halved) if inputs else nullcontext() as sums:
+        shared: Iterable[Batch | None] = processes.share(batches)
+        if settling:
+            shared = settling.over(shared, lambda: _halves(shapes, needs, sums, mean))
+        watched = sums.checked(shared) if sums else shared
         if "gradient" in needs:
-            mean = _mean(model, weights, gradients(calibration, weights, watched))
+            mean.take(model, weights, gradients(calibration, weights, watched))
         else:
             with evaluating(calibration.with_task), torch.no_grad():
                 for batch in watched:
                     if batch is not None:
                         calibration.output(batch)
         found = sums.result() if sums else {}
-    evidence = {w: [Evidence(shapes[w][0])] for w in weights}
+    evidence = _evidence(shapes, needs, found, mean.result())
+    for need in needs:
+        named = [str(w) for w in weights if not any(getattr(e, need).any() for e in evidence[w])]
+        warn_without(named, len(weights), "gradient" if need == "gradient" else "input")
+    return evidence
+
+
+def _evidence(
+    shapes: dict[Weight, tuple[int, int]], needs: Needs, found: Means, mean: Mapping[Weight, Tensor]
+) -> Found:
+    """What is known about each weight, from means of its inputs and its mean gradient."""
+    evidence = {w: [Evidence(rows)] for w, (rows, _) in shapes.items()}
     for weight, parts in found.items():
         gram = "gram" in needs
         evidence[weight] = [Evidence(n, m.diagonal() if gram else m, m if gram else None) for n, m in parts]
     for weight, gradient in mean.items():
         for part, g in zip(evidence[weight], gradient.split([e.rows for e in evidence[weight]]), strict=True):
             part.gradient = g
-    for need in needs:
-        named = [str(w) for w in weights if not any(getattr(e, need).any() for e in evidence[w])]
-        warn_without(named, len(weights), "gradient" if need == "gradient" else "input")
     return evidence
+
+
+def _halves(shapes: dict[Weight, tuple[int, int]], needs: Needs, sums: InputSums | None, mean: Mean
+            ) -> tuple[Found, Found]:  # fmt: skip
+    """What each half of the batches says so far."""
+    found: Sequence[Means] = sums.halves() if sums else ({}, {})
+    one, other = (_evidence(shapes, needs, f, m) for f, m in zip(found, mean.halves(), strict=True))
+    return one, other
 
 
 def warn_without(names: list[str], total: int, what: str) -> None:
@@ -102,20 +135,40 @@ def warn_without(names: list[str], total: int, what: str) -> None:
         )
 
 
-def _mean(
-    model: nn.Module, weights: list[Weight], found: Iterable[dict[Weight, Tensor] | None]
-) -> dict[Weight, Tensor]:
-    """The mean of batches' gradients, added in the order of the batches; None: this process has none of a group."""
-    total: dict[Weight, Tensor] = {}
-    count = 0
-    for own in found:
-        members = sum(processes.everywhere(own is not None))  # the first so many processes have a batch
-        count += members
-        for weight in weights:
-            gradient = _nothing(model, weight) if own is None else own[weight]
-            for one in processes.in_order(gradient)[:members]:
-                total[weight] = total[weight].add_(one) if weight in total else one
-    return {w: t.div_(count) for w, t in total.items()}
+class Mean:
+    """The mean of batches' gradients, added in the order of the batches.
+
+    Args:
+        halved: sum the batches 1, 3, 5 ... by themselves, too.
+    """
+
+    def __init__(self, halved: bool = False):
+        self.total: dict[Weight, Tensor] = {}
+        self.first: dict[Weight, Tensor] | None = {} if halved else None
+        self.count = 0
+
+    def take(self, model: nn.Module, weights: list[Weight], found: Iterable[dict[Weight, Tensor] | None]) -> None:
+        """Add gradients; None: this process has no batch of a group."""
+        for own in found:
+            members = sum(processes.everywhere(own is not None))  # the first so many processes have a batch
+            for weight in weights:
+                gradient = _nothing(model, weight) if own is None else own[weight]
+                for i, one in enumerate(processes.in_order(gradient)[:members]):
+                    if self.first is not None and (self.count + i) % 2 == 0:
+                        self.first[weight] = self.first[weight].add_(one) if weight in self.first else one.clone()
+                    self.total[weight] = self.total[weight].add_(one) if weight in self.total else one
+            self.count += members
+
+    def result(self) -> dict[Weight, Tensor]:
+        """The mean, in place of the sum: to be asked for once, at the end."""
+        return {w: t.div_(self.count) for w, t in self.total.items()}
+
+    def halves(self) -> tuple[Made, Made]:
+        """Means of the two halves so far, made when they are looked at."""
+        first, odd = self.first or {}, (self.count + 1) // 2
+        numbers = {w: t.numel() for w, t in self.total.items()}
+        one = Made(numbers, lambda w: first[w] / odd)
+        return one, Made(numbers, lambda w: (self.total[w] - first[w]) / max(self.count - odd, 1))
 
 
 def _nothing(model: nn.Module, weight: Weight) -> Tensor:

@@ -1,6 +1,7 @@
 """Masks: which weights stay. Keeping them on a model while it is trained, and in files.
 
-A mask is boolean, of its weight's shape, True = kept.
+A mask is boolean, of its weight's shape, True = kept. It is held as bits, and made when it is looked at; while a model
+is trained, its masks are kept as booleans beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from trimtab import processes
 from trimtab.anatomy.structure import under
 from trimtab.files import replace_file
 from trimtab.methods.prune.places import Places, check_complete, check_numbers, current_paths, find, note
-from trimtab.storage.bits import pack, unpack
+from trimtab.storage.bits import Bits
 from trimtab.storage.shards import open_safetensors
 
 _FORMAT = "trimtab masks 1"
@@ -39,24 +40,31 @@ class Masks(Mapping[str, Tensor]):
     in a row, under `PATH.values`.
 
     Attributes:
-        masks: path of a parameter -> mask of its shape, True = kept.
+        bits: path of a parameter -> mask of its shape, True = kept, as bits; `masks[path]` makes the mask.
         weights: path of a parameter -> its new values, zero where pruned; only of pruners that change what they keep.
         found_by: name of the pruner that found them; empty if that is not known.
+        calibration: where it was ended by the setting `until`: that, how many `batches` it took, the `distance` of two
+            halves' masks, and whether they were `settled`.
     """
 
-    def __init__(self, masks: dict[str, Tensor], weights: dict[str, Tensor] | None = None, found_by: str = ""):
-        self.masks, self.weights, self.found_by = masks, weights or {}, found_by
+    def __init__(self, masks: Mapping[str, Tensor | Bits], weights: dict[str, Tensor] | None = None,
+                 found_by: str = "", calibration: dict[str, Any] | None = None):  # fmt: skip
+        self.bits = {path: mask if isinstance(mask, Bits) else Bits.of(mask) for path, mask in masks.items()}
+        self.weights, self.found_by, self.calibration = weights or {}, found_by, calibration or {}
         self._mark = uuid.uuid4().hex  # tells these masks' notes on a model from those of others
-        self._moved: dict[str, Tensor] = {}  # masks on the device of the weights, where they come from another
+        self._gone: dict[str, Tensor] = {}  # where weights of a model that is trained are pruned, on their device
 
     def __getitem__(self, path: str) -> Tensor:
-        return self.masks[path]
+        return self.bits[path].mask
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.masks)
+        return iter(self.bits)
 
     def __len__(self) -> int:
-        return len(self.masks)
+        return len(self.bits)
+
+    def __contains__(self, path: object) -> bool:
+        return path in self.bits
 
     def __repr__(self) -> str:
         by = f", {self.found_by}" if self.found_by else ""
@@ -65,12 +73,12 @@ class Masks(Mapping[str, Tensor]):
     @property
     def prunable(self) -> int:
         """How many weights the masks cover."""
-        return sum(m.numel() for m in self.masks.values())
+        return sum(shape.numel() for shape in self.shapes.values())
 
     @property
     def kept(self) -> int:
         """How many of them stay."""
-        return sum(int(m.sum()) for m in self.masks.values())
+        return sum(bits.kept for bits in self.bits.values())
 
     @property
     def sparsity(self) -> float:
@@ -80,15 +88,15 @@ class Masks(Mapping[str, Tensor]):
     @property
     def shapes(self) -> dict[str, torch.Size]:
         """Path -> shape of its weight."""
-        return {path: mask.shape for path, mask in self.masks.items()}
+        return {path: bits.shape for path, bits in self.bits.items()}
 
     def from_first_process(self) -> Masks:
         """What process 0 of a group holds, in every process; without a group, these."""
         if processes.world()[1] == 1:
             return self
-        masks = {path: processes.from_first(mask) for path, mask in self.masks.items()}
+        masks = {path: Bits(processes.from_first(b.packed), b.shape) for path, b in self.bits.items()}
         weights = {path: processes.from_first(weight) for path, weight in self.weights.items()}
-        return Masks(masks, weights, self.found_by)
+        return Masks(masks, weights, self.found_by, self.calibration)
 
     # --- of a part ---
 
@@ -100,11 +108,11 @@ class Masks(Mapping[str, Tensor]):
         """
         prefixes = [prefixes] if isinstance(prefixes, str) else list(prefixes)
         for prefix in prefixes:
-            if not any(under(path, [prefix]) for path in self.masks):
+            if not any(under(path, [prefix]) for path in self):
                 raise ValueError(
                     f"no mask stands at or below '{prefix}'; the first is that of '{next(iter(self), '')}'"
                 )
-        left = self._renamed({path: path for path in self.masks if not under(path, prefixes)})
+        left = self._renamed({path: path for path in self if not under(path, prefixes)})
         left._mark = self._mark  # what `apply` noted on a model is true of them
         return left
 
@@ -126,10 +134,10 @@ class Masks(Mapping[str, Tensor]):
 
     def _renamed(self, names: dict[str, str]) -> Masks:
         """The masks of some paths, in the same order, under other paths."""
-        names = {path: names[path] for path in self.masks if path in names}
-        masks = {new: self.masks[old] for old, new in names.items()}
+        names = {path: names[path] for path in self if path in names}
+        masks = {new: self.bits[old] for old, new in names.items()}
         weights = {new: self.weights[old] for old, new in names.items() if old in self.weights}
-        return Masks(masks, weights, self.found_by)
+        return Masks(masks, weights, self.found_by, self.calibration)
 
     # --- on a model ---
 
@@ -154,7 +162,7 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             ValueError: if the masks are for another model.
         """
-        for parameter, gone in self._pruned(model):
+        for _, parameter, gone in self._pruned(model):
             parameter.masked_fill_(gone, 0)  # a product with the mask would leave -0.0
 
     @torch.no_grad()
@@ -164,9 +172,8 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             ValueError: if the masks are for another model.
         """
-        found = self._places(model).found
-        pruned = {path: [m.get_parameter(n) for m, n in found.get(path, ())] for path in self.masks}
-        return [path for path, several in pruned.items() if any(p[self._gone(path, p)].any() for p in several)]
+        revived = (path for path, p, gone in self._pruned(model) if p.masked_fill(~gone, 0).any())
+        return list(dict.fromkeys(revived))
 
     def keep(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[RemovableHandle]:
         """Keep the zeros through every step of an optimiser: nothing is multiplied in the forward pass.
@@ -201,14 +208,14 @@ class Masks(Mapping[str, Tensor]):
     @torch.no_grad()
     def before_step(self, model: nn.Module) -> None:
         """Zero the gradients of pruned weights."""
-        for parameter, gone in self._pruned(model, trained=True):
+        for _, parameter, gone in self._pruned(model, trained=True):
             if parameter.grad is not None:
                 parameter.grad.masked_fill_(gone, 0)
 
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:
         """Zero the pruned weights that the optimiser may have changed."""
-        for parameter, gone in self._pruned(model, trained=True):
+        for _, parameter, gone in self._pruned(model, trained=True):
             parameter.masked_fill_(gone, 0)
 
     def _places(self, model: nn.Module) -> Places:
@@ -216,28 +223,30 @@ class Masks(Mapping[str, Tensor]):
         check_complete(model, places)
         return places
 
-    def _pruned(self, model: nn.Module, trained: bool = False) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Parameters, and where they are pruned; only what an optimiser may change, if `trained`."""
+    def _pruned(self, model: nn.Module, trained: bool = False) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        """Paths of masks, parameters, and where they are pruned; only what an optimiser may change, if `trained`."""
         for path, several in self._places(model).found.items():
             for module, name in several:
                 parameter = module.get_parameter(name)
                 if not trained or parameter.requires_grad or parameter.grad is not None:
-                    yield parameter, self._gone(path, parameter)
+                    yield path, parameter, self._where_gone(path, parameter, trained)
 
-    def _gone(self, path: str, parameter: nn.Parameter) -> Tensor:
-        """Where a weight is pruned, on its device."""
-        mask = self._moved.get(path, self.masks[path])
-        if mask.device != parameter.device:
-            mask = self._moved[path] = mask.to(parameter.device)
-        return processes.divided_like(~mask, parameter)
+    def _where_gone(self, path: str, parameter: nn.Parameter, trained: bool) -> Tensor:
+        """Where a weight is pruned, on its device. It is kept for a weight that is trained: every step asks for it."""
+        gone = self._gone.get(path)
+        if gone is None or gone.device != parameter.device:
+            gone = ~self[path].to(parameter.device)
+            if trained:
+                self._gone[path] = gone
+        return processes.divided_like(gone, parameter)
 
     # --- in files ---
 
     def packed(self) -> dict[str, Tensor]:
         """Masks as bits, and the kept values of changed weights, by the names that a file holds."""
-        out = {path: pack(mask) for path, mask in self.masks.items()}
+        out = {path: bits.packed for path, bits in self.bits.items()}
         for path, weight in self.weights.items():
-            out[path + VALUES] = weight[self.masks[path]].contiguous().cpu()
+            out[path + VALUES] = weight[self[path].to(weight.device)].contiguous().cpu()
         return out
 
     @classmethod
@@ -252,12 +261,11 @@ class Masks(Mapping[str, Tensor]):
         for path, sizes in shapes.items():
             if path not in tensors:
                 raise ValueError(f"the mask of '{path}' is missing")
-            shape = torch.Size(sizes)
-            mask = masks[path] = unpack(tensors[path], shape)
-            values = tensors.get(path + VALUES)
+            bits = masks[path] = Bits(tensors[path], torch.Size(sizes))
+            mask, values = bits.mask, tensors.get(path + VALUES)
             if values is not None:
-                if not isinstance(mask, FakeTensor) and len(values) != int(mask.sum()):
-                    raise ValueError(f"the mask of '{path}' keeps {int(mask.sum())} weights, found {len(values)}")
+                if not isinstance(mask, FakeTensor) and len(values) != bits.kept:
+                    raise ValueError(f"the mask of '{path}' keeps {bits.kept} weights, found {len(values)}")
                 weights[path] = _spread(values, mask)
         known = {*shapes, *(path + VALUES for path in shapes)}
         if extra := next((name for name in tensors if name not in known), None):
@@ -268,6 +276,8 @@ class Masks(Mapping[str, Tensor]):
         """Write the masks as a safetensors file: a bit a weight, with the names and shapes that they belong to."""
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
         info = {"format": _FORMAT, "shapes": json.dumps(shapes), "pruner": self.found_by}
+        if self.calibration:
+            info["calibration"] = json.dumps(self.calibration)
         with replace_file(Path(path)) as partial:
             save_file(self.packed(), partial, info)
 
@@ -288,9 +298,10 @@ class Masks(Mapping[str, Tensor]):
                 f"masks: nothing is at '{path}' (seen from {Path.cwd()}): give a file of masks, or the folder of a run "
                 "or adapted model that was pruned; or carry out the recipe that makes it first"
             )
-        tensors, shapes, found_by = _folder(path) if path.is_dir() else _file(path)
+        tensors, shapes, found_by, calibration = _folder(path) if path.is_dir() else _file(path)
         try:
             masks = cls.unpacked(tensors, shapes, found_by)
+            masks.calibration = calibration
             if model is not None:
                 masks._places(model)
         except ValueError as error:
@@ -305,7 +316,8 @@ def _spread(values: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=values.dtype).masked_scatter_(mask, values)
 
 
-Stored = tuple[dict[str, Tensor], dict[str, list[int]], str]  # packed masks, shapes, name of the pruner
+# packed masks, shapes, name of the pruner, and what its calibration tells
+Stored = tuple[dict[str, Tensor], dict[str, list[int]], str, dict[str, Any]]
 
 
 def _file(path: Path) -> Stored:
@@ -314,7 +326,7 @@ def _file(path: Path) -> Stored:
         if info.get("format") != _FORMAT:
             raise ValueError(f"{path}: expected a file of masks ('{_FORMAT}'), found {info.get('format')!r}")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    return tensors, json.loads(info["shapes"]), info["pruner"]
+    return tensors, json.loads(info["shapes"]), info["pruner"], json.loads(info.get("calibration", "{}"))
 
 
 def _folder(folder: Path) -> Stored:
@@ -333,7 +345,7 @@ def _folder(folder: Path) -> Stored:
     with open_safetensors(folder / "weights.safetensors") as file:
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a mapping)
         tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-    return tensors, state["shapes"], state["pruner"]
+    return tensors, state["shapes"], state["pruner"], state.get("calibration", {})
 
 
 def keep_zeros(masks: Masks) -> Any:

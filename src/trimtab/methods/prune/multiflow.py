@@ -10,6 +10,7 @@ No gradients, and nothing of the task: one mask serves every later one. Sections
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from trimtab.methods.base import METHODS
@@ -21,8 +22,9 @@ from trimtab.methods.prune.scores import score
 @score("flow", "squares")
 def flow(weight: Tensor, evidence: Evidence) -> Tensor:
     """Scores (out, in) from a weight (out, in) and the mean squares of its inputs (in,)."""
-    edges = weight.abs() * evidence.squares.sqrt()
-    return edges.mean(dim=1, keepdim=True) * edges.mean(dim=0, keepdim=True) * weight.abs()
+    edges = weight.abs().mul_(evidence.squares.sqrt())
+    flows = edges.mean(dim=1, keepdim=True), edges.mean(dim=0, keepdim=True)
+    return torch.mul(*flows, out=edges).mul_(weight).abs_()  # in place of the edges: one tensor of this size beside w
 
 
 @METHODS.register("multiflow")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from trimtab.anatomy import Anatomy, Weight
 from trimtab.anatomy.structure import is_wrapped, plain_modules, under
+from trimtab.methods.prune.made import Made
 from trimtab.methods.prune.scores import matrix
 
 # What computes a layer's weight anew before each pass, and how to make it a plain parameter again.
@@ -22,10 +24,9 @@ _COMPUTED = {
 _PACKED = (torch.uint8, torch.int8, torch.int16, torch.int32)  # of quantised weights; tables of indices are int64
 
 
-def prunable(
-    model: nn.Module, anatomy: Anatomy, convolutions: bool = False, seen: Sequence[Weight] = ()
-) -> dict[Weight, Tensor]:
-    """The prunable matrices (out, in) of a model.
+def prunable(model: nn.Module, anatomy: Anatomy, convolutions: bool = False, seen: Sequence[Weight] = ()) -> Made:
+    """The prunable matrices (out, in) of a model, in single precision or better: views of the parameters, or copies
+    that are made when they are looked at.
 
     Args:
         model: the plain model.
@@ -44,15 +45,15 @@ def prunable(
                 "pruned: call `unmerge_adapter()`, or merge for good (`merge_and_unload()`) before pruning"
             )
     check_stored(model, anatomy, convolutions)
-    weights: dict[Weight, Tensor] = {}
+    sizes: dict[Weight, int] = {}
     looked_at = set()
     for weight in matrices(model, anatomy, convolutions, seen):
         parameter = weight.of(model)
         if weight.path not in looked_at and not torch.isfinite(parameter).all():
             raise ValueError(f"the weight '{weight.path}' is not finite (NaN or infinite): check the checkpoint")
         looked_at.add(weight.path)
-        weights[weight] = matrix(model, weight)
-    return weights
+        sizes[weight] = parameter.numel() // (1 if weight.expert is None else len(parameter))
+    return Made(sizes, partial(matrix, model), lambda weight: weight.matrix(weight.of(model).detach()))
 
 
 def matrices(

@@ -3,11 +3,13 @@
     score(weight, evidence) -> (out, in)     from a matrix (out, in) and its `Evidence`; the smallest scores go
 
 A score says which evidence it needs, and calibration collects only that. Adding one is a function with `@score(...)`.
+Scores are made tensor by tensor whenever they are looked at (`Scores`): a model's scores are never held together, but
+for those that are dear to make.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from trimtab.anatomy import Weight
 from trimtab.methods.prune.evidence import Evidence, Need
+from trimtab.methods.prune.made import Made, sizes
 from trimtab.registry import Registry
 
 
@@ -26,13 +29,19 @@ class Score:
     Attributes:
         function: (weight (out, in), evidence) -> scores (out, in).
         needs: fields of `Evidence` that it reads.
+        held: whether the scores of all tensors are kept once they are made, since making them again costs too much.
+        drawn: whether it draws from torch's global generator of the CPU.
     """
 
     function: Callable[[Tensor, Evidence], Tensor]
     needs: frozenset[Need]
+    held: bool = False
+    drawn: bool = False
 
     def __call__(self, weight: Tensor, evidence: list[Evidence]) -> Tensor:
         """Scores of a matrix (out, in), whose rows are divided among the evidence of its parts."""
+        if len(evidence) == 1:
+            return self.function(weight, evidence[0])
         parts = weight.split([e.rows for e in evidence])
         return torch.cat([self.function(part, e) for part, e in zip(parts, evidence, strict=True)])
 
@@ -40,14 +49,37 @@ class Score:
 SCORES: Registry[Score] = Registry("score")
 
 
-def score(name: str, *needs: Need) -> Callable[[Callable], Callable]:
-    """Register a score function under a name, with the evidence that it needs."""
+def score(name: str, *needs: Need, held: bool = False, drawn: bool = False) -> Callable[[Callable], Callable]:
+    """Register a score function under a name, with the evidence that it needs; `held` and `drawn` as of `Score`."""
 
     def add(function: Callable[[Tensor, Evidence], Tensor]) -> Callable[[Tensor, Evidence], Tensor]:
-        SCORES.register(name)(Score(function, frozenset(needs)))
+        SCORES.register(name)(Score(function, frozenset(needs), held, drawn))
         return function
 
     return add
+
+
+class Scores(Made):
+    """Scores (out, in) of all weights, made when they are looked at; the same at every look."""
+
+    def __init__(self, score: Score, weights: Mapping[Weight, Tensor], evidence: Mapping[Weight, list[Evidence]]):
+        super().__init__(sizes(weights), lambda weight: score(weights[weight], evidence[weight]))
+        self.kept: dict[Weight, Tensor] | None = {} if score.held else None
+        self.draws: dict[Weight, Tensor] = {}  # state of the generator before each weight's draw
+        for weight in weights if score.drawn else ():
+            self.draws[weight] = torch.get_rng_state()
+            self.make(weight)
+
+    def __getitem__(self, weight: Weight) -> Tensor:
+        if self.kept is not None:
+            if weight not in self.kept:
+                self.kept[weight] = super().__getitem__(weight)
+            return self.kept[weight]
+        if weight not in self.draws:
+            return super().__getitem__(weight)
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.draws[weight])
+            return super().__getitem__(weight)
 
 
 def matrix(model: nn.Module, weight: Weight) -> Tensor:

@@ -31,7 +31,7 @@ def kth_smallest(scores: Sequence[Tensor], count: int) -> Tensor:
     Raises:
         ValueError: if `count` lies outside that range.
     """
-    total = sum(s.numel() for s in scores)
+    total = sum(_numbers(scores))
     if not 1 <= count <= total:
         raise ValueError(f"the {count}-th smallest of {total} scores was asked for: expected 1 to {total}")
     if total <= _SMALL:
@@ -59,12 +59,22 @@ def kth_smallest(scores: Sequence[Tensor], count: int) -> Tensor:
     return _ordered(key).view(floating)[0].to(scores[0].dtype)
 
 
+def _numbers(scores: Sequence[Tensor]) -> list[int]:
+    """How many elements each tensor has; those that are made when they are looked at (`made.Listed`) know it."""
+    known: list[int] | None = getattr(scores, "sizes", None)
+    return [s.numel() for s in scores] if known is None else known
+
+
 def _keys(scores: Sequence[Tensor]) -> Iterator[Tensor]:
     """Chunks of the tensors as integers in the same order; halves become single precision, which changes no order."""
-    for tensor in scores:
-        for chunk in tensor.flatten().split(_CHUNK):
-            wide = chunk if chunk.dtype == torch.float64 else chunk.float()
-            yield _ordered(wide.view(torch.int64 if wide.dtype == torch.float64 else torch.int32))
+    for i in range(len(scores)):
+        yield from _chunks(scores[i])  # let go before the next is looked at, which may make it
+
+
+def _chunks(tensor: Tensor) -> Iterator[Tensor]:
+    for chunk in tensor.flatten().split(_CHUNK):
+        wide = chunk if chunk.dtype == torch.float64 else chunk.float()
+        yield _ordered(wide.view(torch.int64 if wide.dtype == torch.float64 else torch.int32))
 
 
 def _ordered(bits: Tensor) -> Tensor:
@@ -87,17 +97,40 @@ def below(scores: Sequence[Tensor], count: int, weights: Sequence[Tensor] | None
     if count < 1:
         return [0] * len(scores)
     threshold = kth_smallest(scores, count)
-    given = [int((s < threshold).sum()) for s in scores]
-    equal = [int((s == threshold).sum()) for s in scores]
+    found = [_sides(scores[i], threshold) for i in range(len(scores))]  # one look at each
+    given, equal = (list(column) for column in zip(*found, strict=True))
     wanted = count - sum(given)
     if weights is not None and wanted < sum(equal):
-        more = below([w[s == threshold].abs() for w, s in zip(weights, scores, strict=True)], wanted)
+        more = below(_where(scores, threshold, weights, equal), wanted)
     else:
         more, before = [], 0
         for number in equal:
             more.append(wanted * (before + number) // sum(equal) - wanted * before // sum(equal))
             before += number
     return [a + b for a, b in zip(given, more, strict=True)]
+
+
+def _sides(scores: Tensor, threshold: Tensor) -> tuple[int, int]:
+    """How many lie below a threshold, and how many equal it."""
+    return int((scores < threshold).sum()), int((scores == threshold).sum())
+
+
+def _where(scores: Sequence[Tensor], value: Tensor, weights: Sequence[Tensor], equal: list[int]) -> Sequence[Tensor]:
+    """Magnitudes of the weights whose score has a value, of each tensor as many as `equal` says.
+
+    They are written into one tensor that is there before: small ones, left among large ones that come and go, would
+    keep an allocator from using the room of these again.
+    """
+    found: Tensor | None = None
+    for i, number in enumerate(equal):
+        if not number:
+            continue
+        weight = weights[i]
+        found = torch.empty(sum(equal), dtype=weight.dtype, device=weight.device) if found is None else found
+        found[sum(equal[:i]) :][:number] = weight[scores[i] == value].abs()
+        del weight
+    assert found is not None
+    return found.split(equal)
 
 
 def going(scores: Tensor, sizes: Tensor | None = None) -> Tensor:

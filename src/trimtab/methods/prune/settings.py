@@ -27,6 +27,9 @@ class PruneSettings:
     """Rows a calibration batch."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """Of passes over calibration data; `auto`: bf16 where the device multiplies it natively. Sums are in fp32."""
+    until: float | None = None
+    """End calibration when masks of two halves of the batches differ by at most this share of the kept weights, looked
+    at after 2, 4, 8 ... batches; `batches` is then the most that are taken. None: take all. A start: 0.005."""
     convolutions: bool = False
     """Whether convolutions are pruned too, as matrices (out, in * kh * kw / groups) over the patches they read."""
     allow_empty_tower: bool = False
@@ -48,6 +51,10 @@ class PruneSettings:
             raise ValueError(f"sparsity must lie in [0, 1), found {self.sparsity}")
         if self.batches < 1 or self.batch_size < 1:
             raise ValueError(f"batches and batch_size must be at least 1, found {self.batches} and {self.batch_size}")
+        if self.until is not None and not 0 < self.until < 1:
+            raise ValueError(f"until must lie between 0 and 1, such as 0.005, found {self.until}")
+        if self.until is not None and self.masks is not None:
+            raise ValueError("until: masks that were found before are not calibrated; leave out `until` or `masks`")
         if self.precision not in ("fp32", "bf16", "auto"):
             raise ValueError(f"precision must be one of fp32, bf16, auto, found {self.precision!r}")
         if self.allocation is not None:

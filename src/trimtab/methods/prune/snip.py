@@ -9,6 +9,7 @@ on batches of its own, where the weights that have gone are zero.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from trimtab.methods.base import METHODS
 from trimtab.methods.prune.base import Pruner, found_masks
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import Evidence, collect
+from trimtab.methods.prune.made import sizes
 from trimtab.methods.prune.masks import Masks
 from trimtab.methods.prune.scores import SCORES, borrowed, score
 from trimtab.methods.prune.settings import StepSettings
@@ -25,7 +27,7 @@ from trimtab.methods.prune.settings import StepSettings
 @score("sensitivity", "gradient")
 def sensitivity(weight: Tensor, evidence: Evidence) -> Tensor:
     """|w g|. SNIP divides by the sum over the model, a constant that changes no order."""
-    return (weight * evidence.gradient).abs()
+    return (weight * evidence.gradient).abs_()
 
 
 @METHODS.register("snip")
@@ -52,7 +54,7 @@ class IterSNIP(Pruner):
     def find(self, calibration: Calibration, sparsities: Sequence[float]) -> Iterator[Masks]:
         for sparsity in sparsities:
             *_, (_, last) = self.trace(calibration, sparsity)
-            yield found_masks(last)
+            yield found_masks(last.items(), sizes(last))
 
     def trace(
         self, calibration: Calibration, sparsity: float
@@ -63,9 +65,10 @@ class IterSNIP(Pruner):
         with borrowed(calibration.plain, weights) as current:
             levels = self.settings.levels(sparsity)
             for level, batches in zip(levels, calibration.rounds(len(levels)), strict=True):
-                evidence = collect(calibration, weights, score.needs, batches)
+                settling = self.settling(partial(self.apart, current, sparsity=level), first=level == levels[0])
+                evidence = collect(calibration, weights, score.needs, batches, settling)
                 scores = {w: score(t, evidence.pop(w)) for w, t in current.items()}
-                masks = self.cut(scores, current, level)
+                masks = dict(self.cut(scores, current, level))
                 for weight, tensor in current.items():
                     tensor.mul_(masks[weight])
                 yield scores, masks

@@ -13,21 +13,24 @@ on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from trimtab.anatomy import Anatomy, Weight
 from trimtab.methods.base import METHODS
+from trimtab.methods.prune.allocations import Matrices
 from trimtab.methods.prune.base import Pruner, found_masks
 from trimtab.methods.prune.calibration import Calibration
-from trimtab.methods.prune.evidence import Evidence, collect
+from trimtab.methods.prune.evidence import Evidence, Found, collect
 from trimtab.methods.prune.masks import Masks
-from trimtab.methods.prune.scores import SCORES, borrowed, score
+from trimtab.methods.prune.scores import SCORES, Scores, borrowed, score
 from trimtab.methods.prune.selection import largest, largest_of_each
 from trimtab.methods.prune.settings import PruneSettings
+from trimtab.methods.prune.settle import apart
 
 _DAMPING = 0.01
 
@@ -41,7 +44,7 @@ def inverse_factor(gram: Tensor, damping: float = _DAMPING) -> Tensor:
     return torch.linalg.cholesky(inverse, upper=True)
 
 
-@score("saliency", "gram")
+@score("saliency", "gram", held=True)  # an inverse for each tensor
 def saliency(weight: Tensor, evidence: Evidence) -> Tensor:
     """w_ij^2 / [H^-1]_jj, optimal brain surgeon's for one weight at a time."""
     factor = inverse_factor(evidence.gram)
@@ -138,14 +141,33 @@ class SparseGPT(Pruner):
             masks: dict[Weight, Tensor] = {}
             with borrowed(calibration.plain, weights) as current:
                 for group in groups:
-                    evidence = collect(calibration, group, SCORES[self.score].needs, next(calibration.rounds()))
-                    if not counts:
-                        scores = {w: SCORES[self.score](current[w], evidence[w]) for w in group}
-                        counts = self.counts(scores, weights, sparsity)
+                    settling = self.settling(
+                        partial(self.between, group, current, counts, sparsity), first=group is groups[0]
+                    )
+                    evidence = collect(
+                        calibration, group, SCORES[self.score].needs, next(calibration.rounds()), settling
+                    )
+                    counts = counts or self.counted(current, evidence, sparsity)
                     for weight in group:
                         masks[weight] = self.prune(current[weight], evidence.pop(weight), counts[weight])
                 changed = {w: t.clone() for w, t in current.items()}
-            yield found_masks({w: masks[w] for w in weights}, changed)
+            yield found_masks(((w, masks.pop(w)) for w in weights), weights.sizes, changed)
+
+    def counted(self, weights: Matrices, evidence: Found, sparsity: float) -> dict[Weight, int]:
+        """How many weights each tensor gives by the scores of all, which are calibrated together."""
+        return self.counts(Scores(SCORES[self.score], weights, evidence), weights, sparsity)
+
+    def between(self, group: Sequence[Weight], weights: Matrices, counts: dict[Weight, int], sparsity: float,
+                halves: tuple[Found, Found]) -> float:  # fmt: skip
+        """How far the masks of a group are that two halves' evidence gives."""
+        return apart(*(self.tried(group, weights, found, counts, sparsity) for found in halves))
+
+    def tried(self, group: Sequence[Weight], weights: Matrices, evidence: Found, counts: dict[Weight, int],
+              sparsity: float) -> Iterator[tuple[Weight, Tensor]]:  # fmt: skip
+        """The masks that evidence would give the weights of a group, which stay as they are."""
+        counts = counts or self.counted(weights, evidence, sparsity)
+        for weight in group:
+            yield weight, self.prune(weights[weight].clone(), evidence[weight], counts[weight])
 
     def prune(self, weight: Tensor, evidence: list[Evidence], count: int) -> Tensor:
         """Prune one matrix in place, each part of its rows on its own inputs; returns the mask."""
@@ -162,7 +184,7 @@ class SparseGPT(Pruner):
         return torch.cat(masks)
 
 
-def by_block(anatomy: Anatomy, weights: Sequence[Weight] | dict[Weight, Tensor]) -> list[list[Weight]]:
+def by_block(anatomy: Anatomy, weights: Iterable[Weight]) -> list[list[Weight]]:
     """The weights of one block after another, in the order of computation; those outside any block come first."""
     paths = [b.path for b in anatomy.blocks()]
     groups: dict[str, list[Weight]] = {path: [] for path in ("", *paths)}

@@ -27,8 +27,9 @@ from trimtab.methods.prune.attention import batch_first, projecting_outside
 from trimtab.methods.prune.calibration import Batch
 from trimtab.methods.prune.convolutions import Convolutions, patch_sums
 from trimtab.methods.prune.products import Product, Products, one_by_one
+from trimtab.methods.prune.rows import gram, single, squares
 
-_PIECE = 1 << 17  # numbers squared together on a CPU: half a megabyte in single precision
+Means = dict[Weight, list[tuple[int, Tensor]]]  # of each part of a weight its rows, and the mean of what was summed
 
 
 def rows_and_columns(model: nn.Module, weight: Weight) -> tuple[int, int]:
@@ -74,13 +75,16 @@ class InputSums:
         anatomy: its description.
         weights: the matrices to watch.
         gram: sum x x^T, not only x^2.
+        halved: sum the batches 1, 3, 5 ... by themselves, too.
     """
 
     model: nn.Module
     anatomy: Anatomy
     weights: list[Weight]
     gram: bool = False
+    halved: bool = False
     sums: dict[Weight, list[_Sum]] = field(default_factory=dict)
+    first: dict[Weight, list[_Sum]] = field(default_factory=dict)  # of the batches 1, 3, 5 ...
 
     def __enter__(self) -> InputSums:
         self.attention_masks: dict[str, Tensor | None] = {}
@@ -89,6 +93,7 @@ class InputSums:
         self.memories: dict[str, dict[tuple[int, torch.Size], str]] = {}
         self.valid: dict[str, bool] = {}  # whether a masked tower was given a valid token in any batch
         self.last: _Reduced | None = None
+        self.number = 1  # of the batch that the model is given
         self.stack = ExitStack()
         self.holders: dict[int, list[nn.Module]] = {}
         for _, module in plain_modules(self.model):
@@ -211,13 +216,13 @@ class InputSums:
         if mask is not None and x.ndim == 3 and mask.shape == x.shape[:2] and not mask.all():
             x = x[mask.bool()]
         x = x.reshape(-1, x.shape[-1])
-        total = _gram(x) if self.gram else _squares(x)
+        total = gram(x) if self.gram else squares(x)
         self.last = _Reduced(weakref.ref(given), version, mask, samples, total)
         return self.last
 
     def _convolve(self, weight: Weight, call: dict[str, Any]) -> None:
         """Add the patches that a convolution is about to read; of a padded text (B, C, L) those of padding are zero."""
-        x = _single(call["input"].detach())
+        x = single(call["input"].detach())
         x = x if x.ndim == call["weight"].ndim else x[None]
         mask = self._mask(weight, x)
         if mask is not None and x.ndim == 3 and mask.shape == (x.shape[0], x.shape[2]):
@@ -234,8 +239,13 @@ class InputSums:
 
     def _sum(self, weight: Weight, totals: list[Tensor], samples: int) -> None:
         """Add the sums of a weight's parts, among which its rows are divided evenly."""
+        self._add_to(self.sums, weight, totals, samples)
+        if self.halved and self.number % 2:
+            self._add_to(self.first, weight, totals, samples)
+
+    def _add_to(self, held: dict[Weight, list[_Sum]], weight: Weight, totals: list[Tensor], samples: int) -> None:
         rows = self.rows[weight] // len(totals)
-        sums = self.sums.setdefault(weight, [_Sum(rows, torch.zeros(())) for _ in totals])
+        sums = held.setdefault(weight, [_Sum(rows, torch.zeros(())) for _ in totals])
         if len(sums) != len(totals):
             raise ValueError(f"'{weight.module}' attends to its own input in one call and to another in the next; "
                              f"leave it out of the towers' scopes: one weight cannot be scored for both")  # fmt: skip
@@ -246,7 +256,7 @@ class InputSums:
             wide = torch.float32 if total.is_mps else torch.float64  # Apple's GPUs have no double precision
             part.total = part.total.to(total.device, wide) + total.to(wide)
 
-    def checked(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def checked(self, batches: Iterable[Batch | None]) -> Iterator[Any]:
         """The same batches; what the model was given and what it computed is checked after each.
 
         Raises:
@@ -256,10 +266,10 @@ class InputSums:
             self.attention_masks.clear()
             self.sources.clear()
             self.samples.clear()
+            self.number = number = processes.number(own)
             yield batch
             if batch is None:
                 continue
-            number = processes.number(own)
             for tower in self.watched:
                 self._check_mask(tower, number, batch)
             for weight, parts in self.sums.items():
@@ -300,14 +310,16 @@ class InputSums:
                 f"unknown: {unknown}; give batches without padding, or describe the tower's mask"
             )
 
-    def _gather(self) -> None:
-        """Sum over processes. One that had no batch, or whose batches missed a module, has nothing to add to it."""
+    def _gathered(self, sums: dict[Weight, list[_Sum]]) -> dict[Weight, list[_Sum]]:
+        """Sums over processes, in each the same; those given stay as they are. One process that had no batch, or whose
+        batches missed a module, has nothing to add to it."""
         if processes.world()[1] == 1:
-            return
-        own = {str(w): [(p.rows, p.samples, p.dtype, p.total.shape) for p in parts] for w, parts in self.sums.items()}
+            return dict(sums)
+        own = {str(w): [(p.rows, p.samples, p.dtype, p.total.shape) for p in parts] for w, parts in sums.items()}
         every = processes.everywhere(own)
         seen = processes.everywhere(self.valid)
         self.valid = {tower: any(one.get(tower) for one in seen) for one in seen for tower in one}
+        found: dict[Weight, list[_Sum]] = {}
         for weight in self.weights:
             described = [parts for one in every if (parts := one.get(str(weight)))]
             if not described:
@@ -318,77 +330,66 @@ class InputSums:
                     "out of the towers' scopes: one weight cannot be scored for both"
                 )
             device = weight.of(self.model).device
-            parts = self.sums.get(weight, [])
-            self.sums[weight] = []
+            parts = sums.get(weight, [])
+            found[weight] = []
             for i, (rows, _, _, shape) in enumerate(described[0]):
-                total = parts[i].total if parts else torch.zeros(shape, dtype=torch.float64, device=device)
+                total = parts[i].total.clone() if parts else torch.zeros(shape, dtype=torch.float64, device=device)
                 dtype = max((p[i][2] for p in described), key=lambda d: d.itemsize)
                 samples = sum(p[i][1] for p in described)
-                self.sums[weight].append(_Sum(rows, processes.summed(total), samples, dtype))
+                found[weight].append(_Sum(rows, processes.summed(total), samples, dtype))
+        return found
 
-    def result(self) -> dict[Weight, list[tuple[int, Tensor]]]:
+    def halves(self) -> tuple[Means, Means]:
+        """As `result`, of the batches 1, 3, 5 ... and of the others; 0 where a half has no sample."""
+        whole, first = self._complete(self._gathered(self.sums)), self._gathered(self.first)
+        second: dict[Weight, list[_Sum]] = {}
+        for weight, parts in whole.items():
+            own = first.setdefault(weight, [_Sum(p.rows, torch.zeros_like(p.total), 0, p.dtype) for p in parts])
+            second[weight] = [_Sum(p.rows, p.total - o.total, p.samples - o.samples, p.dtype)
+                              for p, o in zip(parts, own, strict=True)]  # fmt: skip
+        return self._means(first), self._means(second)
+
+    def result(self) -> Means:
         """For each part of a weight its rows and what was summed, over all processes, divided by the samples' number.
 
         Raises:
             ValueError: if a module was never called during calibration. An expert to which no token was routed, of a
                 module that was called, has sums of 0, and so has one that was called with no token.
         """
-        self._gather()
+        return self._means(self._complete(self._gathered(self.sums)))
+
+    def _means(self, sums: dict[Weight, list[_Sum]]) -> Means:
+        return {w: [(p.rows, (p.total / max(p.samples, 1)).to(p.dtype)) for p in sums[w]] for w in self.weights}
+
+    def _complete(self, sums: dict[Weight, list[_Sum]]) -> dict[Weight, list[_Sum]]:
+        """The sums with those of experts without a token; errors as of `result`."""
         if self.stacked and self.products.other:
             path, function = next(iter(self.products.other.items()))
             raise ValueError(
                 f"'{path}' is not only multiplied by, it is also given to `{function}`: what its inputs are cannot be "
                 "told; leave its module out of the towers' scopes"
             )
-        reached = {path for (path, _), weight in self.stacked.items() if weight in self.sums}
+        reached = {path for (path, _), weight in self.stacked.items() if weight in sums}
         for (path, _), weight in self.stacked.items():
-            if path in reached and weight not in self.sums:
+            if path in reached and weight not in sums:
                 rows, columns = rows_and_columns(self.model, weight)
                 size = (columns, columns) if self.gram else (columns,)
-                self.sums[weight] = [_Sum(rows, torch.zeros(size, device=weight.of(self.model).device), 1)]
+                sums[weight] = [_Sum(rows, torch.zeros(size, device=weight.of(self.model).device), 1)]
         for tower, valid in self.valid.items():
             if not valid:
                 raise ValueError(
                     f"calibration, tower {tower!r}: no batch's mask marks a token as valid; expected non-zero where a "
                     "token counts"
                 )
-        silent = sorted(str(w) for w in self.weights if w not in self.sums)
+        silent = sorted(str(w) for w in self.weights if w not in sums)
         if silent:
             raise ValueError(
                 f"calibration never reached {len(silent)} layers, first '{silent[0]}': give batches that use "
                 "them, or leave them out of the anatomy's towers"
             )
-        return {
-            weight: [(p.rows, (p.total / max(p.samples, 1)).to(p.dtype)) for p in self.sums[weight]]
-            for weight in self.weights
-        }
+        return sums
 
 
 def _called(module: nn.Module) -> bool:
     """Whether a module's inputs are what it is called with, or torch's attention, which is read around."""
     return isinstance(module, (nn.Linear, nn.MultiheadAttention)) or type(module).__name__ == "Conv1D"
-
-
-def _single(x: Tensor) -> Tensor:
-    """In at least single precision."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _squares(x: Tensor) -> Tensor:
-    """Sum of x_j^2 over the rows of (n, in), in single precision or better.
-
-    On a CPU in pieces that stay in a core's cache, so that no copy of the input goes to memory.
-    """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if x.device.type != "cpu":
-        return x.to(wide).square().sum(dim=0)
-    total = torch.zeros(x.shape[1], dtype=torch.float64)
-    for piece in x.split(max(1, _PIECE // max(x.shape[1], 1))):
-        total += piece.to(wide).square().sum(dim=0)
-    return total.to(wide)
-
-
-def _gram(x: Tensor) -> Tensor:
-    """Sum of x x^T over the rows of (n, in)."""
-    x = _single(x)
-    return x.t() @ x

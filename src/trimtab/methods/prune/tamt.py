@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trimtab.anatomy import Weight
 from trimtab.methods.base import METHODS
+from trimtab.methods.prune.allocations import Matrices
 from trimtab.methods.prune.base import Pruner, found_masks
 from trimtab.methods.prune.calibration import Batch, Calibration, gradients
 from trimtab.methods.prune.evidence import warn_without
@@ -46,6 +47,11 @@ class TAMTSettings(PruneSettings):
             raise ValueError(f"pattern: TAMT learns which weights go, found {self.pattern!r}; leave it out")
         if self.allocation not in (None, "global"):
             raise ValueError(f"allocation: TAMT learns it with one threshold, found {self.allocation!r}; leave it out")
+        if self.until is not None:
+            raise ValueError(
+                "until: each batch is a step of TAMT's optimiser, whose learning rate falls over all of them, so that "
+                "they cannot be halved; leave it out and set `batches`"
+            )
         if self.learning_rate <= 0 or self.alpha <= 0:
             raise ValueError(f"learning_rate and alpha must be above 0, found {self.learning_rate} and {self.alpha}")
 
@@ -68,9 +74,10 @@ class TAMT(Pruner):
         for sparsity in sparsities:
             *_, (_, last) = self.trace(calibration, sparsity)
             values = {w: v.abs() for w, v in last.items()}
-            yield found_masks(self.cut(values, self.prunable(calibration), sparsity))
+            weights = self.prunable(calibration)
+            yield found_masks(self.cut(values, weights, sparsity), weights.sizes)
 
-    def counts(self, scores: Values, weights: Values, sparsity: float) -> dict[Weight, int]:
+    def counts(self, scores: Matrices, weights: Matrices, sparsity: float) -> dict[Weight, int]:
         """As every pruner; as the authors count if `faithful`: all that equals the threshold goes."""
         found = super().counts(scores, weights, sparsity)
         count = sum(found.values())

@@ -25,7 +25,7 @@ from trimtab.methods.prune.settings import PruneSettings
 @score("wanda", "squares")
 def wanda(weight: Tensor, evidence: Evidence) -> Tensor:
     """|w_ij| ||x_j||: the size of the term that a weight adds to its output."""
-    return weight.abs() * evidence.squares.sqrt()
+    return weight.abs().mul_(evidence.squares.sqrt())
 
 
 @score("ria", "squares")
@@ -33,8 +33,9 @@ def ria(weight: Tensor, evidence: Evidence) -> Tensor:
     """A weight's share of what its input gives and of what its output gets, times the root of the input's norm."""
     size = weight.abs()
     tiny = torch.finfo(weight.dtype).tiny
-    shares = size / size.sum(dim=0, keepdim=True).clamp_min(tiny) + size / size.sum(dim=1, keepdim=True).clamp_min(tiny)
-    return shares * evidence.squares.sqrt().sqrt()
+    shares = size / size.sum(dim=0, keepdim=True).clamp_min(tiny)
+    shares += size.div_(size.sum(dim=1, keepdim=True).clamp_min(tiny))
+    return shares.mul_(evidence.squares.sqrt().sqrt())
 
 
 @dataclass(frozen=True)
