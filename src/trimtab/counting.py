@@ -16,11 +16,9 @@ import json
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -227,23 +225,3 @@ def _status(field: str) -> int:
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-@contextmanager
-def sizes_only() -> Iterator[None]:
-    """Tensors have shapes and types, but no memory and no values: models of any size are built and run at once."""
-    import logging
-
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers.initialization import no_init_weights
-
-    # Modules stay where they are made; PEFT moves its own all the same, which fake tensors refuse.
-    stay = mock.patch.object(nn.Module, "to", lambda self, *_, **__: self)
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # an operation that fails is raised and need not be told
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights(), stay:
-            yield
-    finally:
-        log.setLevel(level)

@@ -23,10 +23,11 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy
-from trimtab.counting import count_macs, latency, peak_memory, safetensors_size, saved_bytes, sizes_only, training_peak
+from trimtab.counting import count_macs, latency, peak_memory, safetensors_size, saved_bytes, training_peak
 from trimtab.experiments.assembly import Assembly, assemble
 from trimtab.experiments.schema import Recipe
 from trimtab.methods import Session
+from trimtab.sizes import sizes_only
 from trimtab.tasks.base import TaskModel
 
 
