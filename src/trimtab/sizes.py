@@ -20,14 +20,15 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-LARGEST = 2**27
-"""Numbers that a tensor may have whose values are computed too: the pictures of a batch, not a large model's weights."""
-LARGEST_MADE = 2**16
-"""The same for floats that come from nothing: small random draws, but not the weights of a layer that is being built."""
+LARGEST = {"bytes": 2**29, "floats": 2**24}
+"""What a tensor may take whose values are computed too: pictures are looked at (which are zero?), not changed."""
+MADE = {"bytes": 2**22, "floats": 2**16}
+"""The same for tensors that come from nothing: masks and small random draws, not weights of a layer that is built."""
 
 _aten = torch.ops.aten
 _EMPTY = {_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default,
@@ -49,7 +50,7 @@ def sizes_only() -> Iterator[None]:
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake, _Values(fake), no_init_weights(), stay:
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake, _Values(fake), _Numbers(), no_init_weights(), stay:
             yield
     finally:
         log.setLevel(level)
@@ -77,7 +78,7 @@ class _Values(TorchDispatchMode):
             found = self._really(function, args, kwargs)
             return tree_map(lambda x: self._sized(x) if isinstance(x, Tensor) else x, found)
         out = function(*args, **kwargs)
-        if any(t.numel() > self._most(t, tensors) for t in tree_leaves(out) if isinstance(t, Tensor)):
+        if any(_large(t, bool(tensors), function) for t in tree_leaves(out) if isinstance(t, Tensor)):
             self._forget(function, args, kwargs)
             return out
         found = self._really(function, args, kwargs)
@@ -106,10 +107,6 @@ class _Values(TorchDispatchMode):
         setattr(sized, _VALUE, values)
         return sized
 
-    @staticmethod
-    def _most(out: Tensor, tensors: list[Tensor]) -> int:
-        return LARGEST if tensors or not out.is_floating_point() else LARGEST_MADE
-
     def _forget(self, function: Any, args: Any, kwargs: Any) -> None:
         """Something unknown is written into a tensor: its values, and those of all that share its memory, are gone."""
         if not function._schema.is_mutable:
@@ -135,3 +132,27 @@ class _Values(TorchDispatchMode):
         """Tensor and mask of `masked_select` in one shape."""
         shape = torch.broadcast_shapes(tensor.shape, mask.shape)
         return tensor.expand(shape), [mask.expand(shape)]
+
+
+def _large(out: Tensor, given: bool, function: Any) -> bool:
+    """Whether the values of an output would take too much memory; those of a view take none."""
+    if given and function.is_view:
+        return False
+    most = LARGEST if given else MADE
+    return out.numel() > most["floats"] if out.is_floating_point() else out.nbytes > most["bytes"]
+
+
+class _Numbers(TorchFunctionMode):
+    """`torch.tensor` of a list of tensors reads their memory, which fake ones do not have: it is given their values."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.tensor, torch.as_tensor) and args and isinstance(args[0], (list, tuple)):
+            args = (tree_map(lambda x: x.tolist() if isinstance(x, FakeTensor) else x, args[0]), *args[1:])
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def as_usual() -> Iterator[None]:
+    """Within `sizes_only`, tensors as everywhere: for what computes with numpy, such as a processor of pictures."""
+    with _disable_current_modes():
+        yield
