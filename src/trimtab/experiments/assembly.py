@@ -13,6 +13,7 @@ from transformers import set_seed
 
 from trimtab import backbones
 from trimtab.anatomy import Anatomy
+from trimtab.data.assumed import Assumed
 from trimtab.data.images import readable
 from trimtab.data.sources import SOURCES
 from trimtab.experiments.policy import Resolved, Rule, apply
@@ -40,6 +41,7 @@ class Assembly:
         trains: whether the recipe trains anything at all.
         policy: rules for what is trained.
         resolved: what the rules came to.
+        assumes: what is assumed of data that are not there, a sentence each.
         fit: the handle on the plain model.
     """
 
@@ -50,6 +52,7 @@ class Assembly:
     trains: bool = True
     policy: tuple[Rule, ...] = ()
     resolved: Resolved | None = None
+    assumes: list[str] = field(default_factory=list)
     fit: Adapted = field(init=False)
 
     def __post_init__(self) -> None:
@@ -141,8 +144,12 @@ class Assembly:
             self.resolved = self.resolved.without(idle, own)
 
 
-def assemble(recipe: Recipe) -> Assembly:
+def assemble(recipe: Recipe, blind: bool = False) -> Assembly:
     """Build what a recipe names, seeded by it.
+
+    Args:
+        recipe: what to build.
+        blind: for sizes alone: where the data are not there, numbers that are known stand for what they would tell.
 
     Raises:
         RecipeError: if a name or setting is wrong, or parts do not fit each other.
@@ -151,7 +158,8 @@ def assemble(recipe: Recipe) -> Assembly:
     where = f"recipe {recipe.name}"
     try:
         source = _named(SOURCES, recipe.data, f"{where}: data")
-        task = _task(recipe.task, source, f"{where}: task")
+        told = Assumed(source)
+        task = _task(recipe.task, told if blind else source, f"{where}: task")
         methods = [method_of(entry, f"{where}: methods.{i}") for i, entry in enumerate(recipe.methods)]
         spec = recipe.backbone
         kind = task.kinds[0] if len(task.kinds) == 1 else None
@@ -170,7 +178,9 @@ def assemble(recipe: Recipe) -> Assembly:
     if spec.start_from:
         backbone.start_from(backbones.load(spec.start_from))
     rules = tuple(build(Rule, rule, f"{where}: policy.{i}") for i, rule in enumerate(recipe.policy))
-    return Assembly(TaskModel(backbone, task), source, task, methods, recipe.training.steps > 0, rules)
+    parts = Assembly(TaskModel(backbone, task), source, task, methods, recipe.training.steps > 0, rules)
+    parts.assumes = told.notes
+    return parts
 
 
 def check(recipe: Recipe) -> None:

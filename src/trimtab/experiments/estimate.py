@@ -83,12 +83,13 @@ def _counts(parts: Assembly, one: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def dense(recipe: Recipe) -> dict[str, int]:
-    """Multiply-adds (`dense_macs`) and parameters (`dense_params`) of a recipe's model before any method changes it."""
+def dense(recipe: Recipe, blind: bool = False) -> dict[str, int]:
+    """Multiply-adds (`dense_macs`) and parameters (`dense_params`) of a recipe's model before any method changes it;
+    `blind` as in `assemble`."""
     bare = replace(recipe, methods=(), backbone=replace(recipe.backbone, pretrained=False, start_from=None))
     key = json.dumps([asdict(bare.backbone), bare.task, bare.data])
     if key not in _DENSE:  # every variant of a recipe asks for the same figure
-        parts = assemble(bare)
+        parts = assemble(bare, blind)
         parts.model.eval()
         one = parts.model.example(parts.task.least)
         macs = count_macs(lambda: parts.model(**one)) // parts.task.least
@@ -103,11 +104,17 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
     """The costs that need no data and no weights: random weights, and fake tensors where the model allows them.
 
     Plans and masks that only data could give are assumed: DAS skips the last k blocks, or as many of the last as its
-    budget takes; a pruner keeps its share.
+    budget takes; a pruner keeps its share. Where a head's size depends on data that are not there, the published number
+    of answers or classes is taken, or the one that `data.count` states.
 
     Returns:
         `params`, `nonzero_params`, `dense_params`, `trainable_params`, `macs`, `dense_macs`, `checkpoint_bytes`, and
-        for the recipe's batch size, which is in `batch_size`, `saved_activation_bytes` and `training_peak_bytes`.
+        for the recipe's batch size, which is in `batch_size`, `saved_activation_bytes` and `training_peak_bytes`;
+        `assumes`, what was assumed of data that are not there, a sentence each.
+
+    Raises:
+        RecipeError: if a name or setting is wrong, parts do not fit, nothing says how many answers or classes there
+            are, or a model's weights would have to be made for real and are too large for that.
     """
     blind = replace(recipe, backbone=replace(recipe.backbone, pretrained=False, start_from=None))
     try:
@@ -123,7 +130,7 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
 def _refuse_large(recipe: Recipe, error: RuntimeError) -> None:
     """Raise a RecipeError if random weights of a recipe's model would take more than `MOST_REAL` bytes."""
     with sizes_only():
-        parts = assemble(replace(recipe, methods=(), policy=()))
+        parts = assemble(replace(recipe, methods=(), policy=()), blind=True)
         size = sum(p.nbytes for p in parts.model.parameters())
     if size > MOST_REAL:
         raise RecipeError(
@@ -171,8 +178,8 @@ _COUNTED: dict[str, tuple[dict[str, Any], list[int]]] = {}
 
 def _counted(recipe: Recipe) -> tuple[dict[str, Any], list[int]]:
     """The costs of a recipe, and how many weights each of its pruners may prune."""
-    whole = dense(recipe)
-    parts = assemble(recipe)
+    whole = dense(recipe, blind=True)
+    parts = assemble(recipe, blind=True)
     parts.model.backbone.requires_grad_(False)
     session = cast("Session", _Blind(parts.model, parts.fit.anatomy, recipe.seed))
     for method in parts.methods:
@@ -195,5 +202,6 @@ def _counted(recipe: Recipe) -> tuple[dict[str, Any], list[int]]:
         "training_peak_bytes": step.peak,
         **whole,
         "checkpoint_bytes": safetensors_size(parts.fit.stored()),
+        "assumes": parts.assumes,
     }
     return costs, [m.state["prunable"] for m in parts.fit.levers("prune")]
