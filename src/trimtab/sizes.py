@@ -66,8 +66,9 @@ class _Values(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function is _aten.masked_select.default:
-            function, args = _aten.index.Tensor, self._wide(*args)
+        if function is _aten.masked_select.default and self.value(args[1]) is not None:
+            shape = torch.broadcast_shapes(args[0].shape, args[1].shape)
+            function, args = _aten.index.Tensor, (args[0].expand(shape), self._numbers(args[1], shape))
         if function is _aten.index.Tensor:
             args = (args[0], [number for index in args[1] for number in self._numbers(index)])
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -119,19 +120,13 @@ class _Values(TorchDispatchMode):
 
     # --- rows that a mask chooses: the mask is known, what it chooses from is not -------------------------------------
 
-    def _numbers(self, index: Tensor | None) -> list[Tensor | None]:
-        """Of a mask the numbers that it chooses, one tensor an axis; any other index as it is."""
+    def _numbers(self, index: Tensor | None, shape: torch.Size | None = None) -> list[Tensor | None]:
+        """Of a mask, spread to a shape, the numbers that it chooses, a tensor an axis; any other index as it is."""
         if index is None or index.dtype not in (torch.bool, torch.uint8) or (mask := self.value(index)) is None:
             return [index]
         with unset_fake_temporarily():
-            chosen = mask.nonzero().unbind(dim=1)
+            chosen = mask.expand(mask.shape if shape is None else shape).nonzero().unbind(dim=1)
         return [self._sized(numbers) for numbers in chosen]
-
-    @staticmethod
-    def _wide(tensor: Tensor, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Tensor and mask of `masked_select` in one shape."""
-        shape = torch.broadcast_shapes(tensor.shape, mask.shape)
-        return tensor.expand(shape), [mask.expand(shape)]
 
 
 def _large(out: Tensor, given: bool, function: Any) -> bool:
