@@ -3,8 +3,8 @@
     python benchmarks/cost.py [PATTERN ...] [--seconds 60] [--gigabytes 2] [--json FILE]
 
 Each recipe is counted by a process of its own on one thread, started as a person starts it, and killed when it takes
-twice the time or the memory. Seconds are the processor's, so that a busy machine changes them little; those of the clock
-stand beside. A recipe whose backbone is a folder gets one of the published size: a config, a processor and a small
+twice the time or the memory. Seconds are the processor's, so that a busy machine changes them little; beside them stand
+those of the clock. A recipe whose backbone is a folder gets one of the published size: a config, a processor and a small
 tokenizer, no weights. The exit status is 1 if a recipe fails, or needs more than it may.
 """
 
@@ -205,7 +205,8 @@ def main() -> int:
             bad += not good
             found.append({"recipe": name, "backbone": title, **row})
             print(f"{name:36} {title:14} {row['variants']:3} variants {row['seconds']:6.1f} s ({row['clock']:.0f}) "
-                  f"{row['peak'] / 1e9:5.2f} GB  {'' if good else row['failed'] or 'too much'}", flush=True)  # fmt: skip
+                  f"{row['peak'] / 1e9:5.2f} GB  {'' if good else row['failed'] or 'too much'}",
+                  flush=True)  # fmt: skip
     print(
         f"{len(found)} counted, {bad} of them fail, or need {options.seconds:g} s or {options.gigabytes:g} GB or more"
     )

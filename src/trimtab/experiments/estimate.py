@@ -162,7 +162,7 @@ class _Blind:
 
 def _estimate(recipe: Recipe) -> dict[str, Any]:
     """See `estimate`; methods that cost the same are counted once (`Method.costs_as`)."""
-    methods = [method_of(entry, f"methods.{i}") for i, entry in enumerate(recipe.methods)]
+    methods: list[Any] = [method_of(entry, f"methods.{i}") for i, entry in enumerate(recipe.methods)]
     alike = [m.costs_as() for m in methods] if all(m.lever != "skip" for m in methods) else recipe.methods
     key = json.dumps([asdict(recipe.backbone), recipe.task, recipe.data, alike, recipe.policy, recipe.seed,
                       recipe.training.batch_size, recipe.training.steps > 0], default=str)  # fmt: skip

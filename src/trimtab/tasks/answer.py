@@ -159,8 +159,9 @@ class Answer(Task):
             if size <= 2:
                 return self.collate(backbone, [row] * size, True)
             one, two = (self.collate(backbone, [row] * n, True) for n in (1, 2))
-            axes = {name: _axis_of_rows(one[name], two[name]) for name in two}
-            if None in axes.values():  # rows do not just follow each other
+            found = {name: _axis_of_rows(one[name], two[name]) for name in two}
+            axes = {name: axis for name, axis in found.items() if axis is not None}
+            if len(axes) < len(found):  # rows do not just follow each other
                 return self.collate(backbone, [row] * size, True)
             return {name: torch.cat([one[name]] * size, dim=axis) for name, axis in axes.items()}
 

@@ -26,8 +26,8 @@ class _Mapped:
     drop_bad_images: bool = False
     """Leave out images that cannot be decoded instead of stopping."""
     count: int | None = None
-    """How many answers or classes the training rows have: for `trimtab cost`, before the data are there. What is trained
-    or evaluated takes them from the rows."""
+    """How many answers or classes the training rows have: for `trimtab cost`, before the data are there. Training and
+    evaluation take them from the rows."""
 
     def __post_init__(self) -> None:
         if self.count is not None and self.count < 1:
