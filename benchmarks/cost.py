@@ -4,7 +4,7 @@
 
 Each recipe is counted by a process of its own on one thread, started as a person starts it, and killed when it takes
 twice the time or the memory. Seconds are the processor's, so that a busy machine changes them little; beside them stand
-those of the clock. A recipe whose backbone is a folder gets one of the published size: a config, a processor and a small
+those of the clock. A recipe whose backbone is a folder gets one of the published size: config, processor and a small
 tokenizer, no weights. The exit status is 1 if a recipe fails, or needs more than it may.
 """
 
