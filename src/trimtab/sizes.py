@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
 LARGEST = {"bytes": 2**29, "floats": 2**24}
 """What a tensor may take whose values are computed too: pictures are looked at (which are zero?), not changed."""
@@ -33,7 +34,6 @@ MADE = {"bytes": 2**22, "floats": 2**16}
 _aten = torch.ops.aten
 _EMPTY = {_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default,
           _aten.new_empty_strided.default}  # fmt: skip
-_VALUE = "_trimtab_value"  # attribute of a fake tensor: the real tensor with its values
 
 
 @contextmanager
@@ -62,6 +62,8 @@ class _Values(TorchDispatchMode):
     def __init__(self, fake: FakeTensorMode):
         super().__init__()
         self.fake = fake
+        # Fake tensor -> the real one. Not an attribute of it, which `deepcopy` would copy as well.
+        self.real: Any = WeakTensorKeyDictionary()
         self.lost: list[Tensor] = []  # something unknown was written into them; held, so that their memory stays theirs
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -85,14 +87,14 @@ class _Values(TorchDispatchMode):
         found = self._really(function, args, kwargs)
         for sized, values in zip(tree_leaves(out), tree_leaves(found), strict=True):
             if isinstance(sized, FakeTensor):
-                setattr(sized, _VALUE, values)
+                self.real[sized] = values
         return out
 
     def value(self, tensor: Tensor) -> Tensor | None:
         """The real tensor with the values of a tensor, if they are known."""
         if not isinstance(tensor, FakeTensor):
             return tensor if type(tensor) is Tensor and tensor.device.type != "meta" else None
-        real = getattr(tensor, _VALUE, None)
+        real = self.real.get(tensor)
         memory = None if real is None or not self.lost else real.untyped_storage()._cdata
         return None if any(memory == gone.untyped_storage()._cdata for gone in self.lost) else real
 
@@ -105,7 +107,7 @@ class _Values(TorchDispatchMode):
     def _sized(self, values: Tensor) -> Tensor:
         """A fake tensor with these values."""
         sized = self.fake.from_tensor(values)
-        setattr(sized, _VALUE, values)
+        self.real[sized] = values
         return sized
 
     def _forget(self, function: Any, args: Any, kwargs: Any) -> None:
@@ -115,7 +117,7 @@ class _Values(TorchDispatchMode):
         for i, argument in enumerate(function._schema.arguments):
             given = args[i] if i < len(args) else kwargs.get(argument.name)
             for tensor in tree_leaves(given) if argument.is_write else ():
-                if (real := getattr(tensor, _VALUE, None)) is not None:
+                if isinstance(tensor, FakeTensor) and (real := self.real.get(tensor)) is not None:
                     self.lost.append(real)
 
     # --- rows that a mask chooses: the mask is known, what it chooses from is not -------------------------------------
