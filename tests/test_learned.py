@@ -10,8 +10,8 @@ from torch import nn
 
 from tests.methods.small import Stack
 from trimtab.anatomy.structure import mark_added
-from trimtab.counting import sizes_only
 from trimtab.methods.tune.lora import LoRA
+from trimtab.sizes import sizes_only
 from trimtab.storage.learned import fingerprint, learned_part, precision
 
 

@@ -93,7 +93,7 @@ def test_a_recipe_resolves_and_says_how_it_is_run(name):
     taken = set()
     for r in recipe.read(name):
         for i, method in enumerate(r.methods):
-            assembly._method(method, f"methods.{i}")
+            assembly.method_of(method, f"methods.{i}")
         if r.methods and (masks := r.methods[0].get("masks")):
             taken.add(masks)
     assert taken <= {m for find in {Path(masks).parent.name for masks in taken} for m in found_by(find)}

@@ -260,6 +260,8 @@ def cost(options: Namespace) -> None:
         table.add_row(row["variant"], *(amount(row[key], units) for key, (_, units) in columns.items()))
     Console().print(table)
     print(f"MACs: one sample, one multiply-add = 1; saved and peak: bytes of a training batch of {first['batch_size']}")
+    for note in dict.fromkeys(note for row in found for note in row["assumes"]):
+        print(f"assumes {note}")
 
 
 def anatomy(options: Namespace) -> None:

@@ -16,11 +16,10 @@ import json
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -157,6 +156,47 @@ class _Alive(TorchDispatchMode):
         return out
 
 
+@dataclass(frozen=True)
+class TrainingStep:
+    """What one training step keeps and needs.
+
+    Attributes:
+        saved: bytes that autograd keeps for the backward pass, see `saved_bytes`.
+        peak: bytes at the worst moment, see `training_peak`.
+        idle: names of parameters that are called trained but get no gradient.
+    """
+
+    saved: int
+    peak: int
+    idle: tuple[str, ...]
+
+
+def training_step(function: Callable[[], Tensor], model: nn.Module) -> TrainingStep:
+    """One training step, looked at from all sides.
+
+    Args:
+        function: forward pass, returns the loss; on fake tensors nothing is computed.
+        model: in the mode in which it trains; its gradients are gone afterwards.
+    """
+    model.zero_grad(set_to_none=True)
+    found: list[Tensor] = []
+    with torch.enable_grad(), _Alive(model) as alive:
+        saved = saved_bytes(lambda: _kept(found, function()), model)
+        loss = found.pop()
+        if loss.requires_grad:
+            loss.backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    idle = tuple(n for n, p in trained.items() if p.grad is None)
+    model.zero_grad(set_to_none=True)
+    moments = 2 * sum(p.nbytes for p in trained.values())
+    return TrainingStep(saved, alive.peak + moments, idle)
+
+
+def _kept(found: list[Tensor], loss: Tensor) -> Tensor:
+    found.append(loss)
+    return loss
+
+
 def training_peak(function: Callable[[], Tensor], model: nn.Module) -> int:
     """Bytes that one training step needs at its worst moment, AdamW's two moments included.
 
@@ -167,14 +207,7 @@ def training_peak(function: Callable[[], Tensor], model: nn.Module) -> int:
         function: forward pass, returns the loss; on fake tensors nothing is computed.
         model: in the mode in which it trains; its gradients are gone afterwards.
     """
-    model.zero_grad(set_to_none=True)
-    with torch.enable_grad(), _Alive(model) as alive:
-        loss = function()
-        if loss.requires_grad:
-            loss.backward()
-    model.zero_grad(set_to_none=True)
-    moments = 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    return alive.peak + moments
+    return training_step(function, model).peak
 
 
 _SAFETENSORS = {
@@ -239,23 +272,3 @@ def _status(field: str) -> int:
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-@contextmanager
-def sizes_only() -> Iterator[None]:
-    """Tensors have shapes and types, but no memory and no values: models of any size are built and run at once."""
-    import logging
-
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers.initialization import no_init_weights
-
-    # Modules stay where they are made; PEFT moves its own all the same, which fake tensors refuse.
-    stay = mock.patch.object(nn.Module, "to", lambda self, *_, **__: self)
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # an operation that fails is raised and need not be told
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights(), stay:
-            yield
-    finally:
-        log.setLevel(level)

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 import trimtab
 from tests.methods.small import Stack
-from trimtab.counting import sizes_only
 from trimtab.methods import METHODS
 from trimtab.methods.prune.masks import Masks
+from trimtab.sizes import sizes_only
 
 
 @pytest.fixture

@@ -102,6 +102,9 @@ class Published(ABC):
     # By which names of files a form is known, {form: patterns}; of a set with one form, under an empty name.
     marks: ClassVar[dict[str, tuple[str, ...]]] = {}
     drop_bad_images: ClassVar[bool] = False  # `on_error: skip` has left them out already
+    # How many `answers` or `classes` there are, as published: on it a head's size depends. Read where the data are not
+    # there and only costs are asked for (`trimtab.data.assumed`); training takes the names from the files.
+    sizes: ClassVar[dict[str, int]] = {}
 
     def __post_init__(self) -> None:
         for split in ("train", "validation", "test"):
@@ -119,6 +122,16 @@ class Published(ABC):
     def files(self) -> Path:
         """Folder below which the files with the rows are looked for."""
         return Path(self.annotations or self.root)
+
+    @property
+    def needs(self) -> Path:
+        """The folder without which nothing can be read."""
+        return self.files
+
+    def known_count(self, what: str) -> tuple[int | None, str]:
+        """How many `answers` or `classes` there are by what is published, and who says so; or None, and what to do."""
+        count = self.sizes.get(what)
+        return count, "give data.root" if count is None else f"the published number of {self}"
 
     def find_pictures(self, *folders: str) -> Pictures:
         """The picture files: in the folder that is given, or else in `root` or one of these folders below it."""

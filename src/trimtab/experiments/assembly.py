@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import set_seed
 
 from trimtab import backbones
 from trimtab.anatomy import Anatomy
+from trimtab.data.assumed import Assumed
 from trimtab.data.images import readable
 from trimtab.data.sources import SOURCES
 from trimtab.experiments.policy import Resolved, Rule, apply
@@ -40,6 +42,7 @@ class Assembly:
         trains: whether the recipe trains anything at all.
         policy: rules for what is trained.
         resolved: what the rules came to.
+        assumes: what is assumed of data that are not there, a sentence each.
         fit: the handle on the plain model.
     """
 
@@ -50,6 +53,7 @@ class Assembly:
     trains: bool = True
     policy: tuple[Rule, ...] = ()
     resolved: Resolved | None = None
+    assumes: list[str] = field(default_factory=list)
     fit: Adapted = field(init=False)
 
     def __post_init__(self) -> None:
@@ -96,6 +100,19 @@ class Assembly:
         Args:
             batch: on which it is seen what the loss reaches; None: one of random inputs.
         """
+        self.decide()
+        if not self.trains:
+            return
+        was, place = self.model.training, next(self.model.parameters()).device
+        self.model.train()
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            inputs = self.model.example(4) if batch is None else batch
+            loss = self.model(**{k: v.to(place) for k, v in inputs.items()})["loss"]
+        self.leave(without_gradient(self.model, loss))
+        self.model.train(was)
+
+    def decide(self) -> None:
+        """Let the policy decide what is trained; nothing is, if the recipe trains nothing."""
         if self.policy:
             try:
                 self.resolved = apply(self.policy, self.model, self.model.backbone.anatomy, "backbone.model")
@@ -103,13 +120,16 @@ class Assembly:
                 raise RecipeError(str(error)) from error
         if not self.trains:
             self.model.requires_grad_(False)
-            return
-        was, place = self.model.training, next(self.model.parameters()).device
-        self.model.train()
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            inputs = self.model.example(4) if batch is None else batch
-            loss = self.model(**{k: v.to(place) for k, v in inputs.items()})["loss"]
-        idle = without_gradient(self.model, loss)
+
+    def leave(self, idle: Sequence[str]) -> None:
+        """Freeze what no loss reaches.
+
+        Args:
+            idle: names of parameters that are called trained but get no gradient.
+
+        Raises:
+            RecipeError: if nothing else is trained.
+        """
         if all(n in idle for n, p in self.model.named_parameters() if p.requires_grad):
             named = ", ".join(m.name for m in self.methods) or "none"
             raise RecipeError(
@@ -121,13 +141,16 @@ class Assembly:
         for name in idle:
             own[name].requires_grad_(False)
         note_idle(self.fit.model, [own[name] for name in idle])
-        self.model.train(was)
         if self.resolved is not None:
             self.resolved = self.resolved.without(idle, own)
 
 
-def assemble(recipe: Recipe) -> Assembly:
+def assemble(recipe: Recipe, blind: bool = False) -> Assembly:
     """Build what a recipe names, seeded by it.
+
+    Args:
+        recipe: what to build.
+        blind: for sizes alone: where the data are not there, numbers that are known stand for what they would tell.
 
     Raises:
         RecipeError: if a name or setting is wrong, or parts do not fit each other.
@@ -136,8 +159,9 @@ def assemble(recipe: Recipe) -> Assembly:
     where = f"recipe {recipe.name}"
     try:
         source = _named(SOURCES, recipe.data, f"{where}: data")
-        task = _task(recipe.task, source, f"{where}: task")
-        methods = [_method(entry, f"{where}: methods.{i}") for i, entry in enumerate(recipe.methods)]
+        told = Assumed(source)
+        task = _task(recipe.task, told if blind else source, f"{where}: task")
+        methods = [method_of(entry, f"{where}: methods.{i}") for i, entry in enumerate(recipe.methods)]
         spec = recipe.backbone
         kind = task.kinds[0] if len(task.kinds) == 1 else None
         backbone = backbones.load(spec.name, spec.pretrained, spec.tokenizer, spec.pictures, kind, **spec.settings)
@@ -155,7 +179,9 @@ def assemble(recipe: Recipe) -> Assembly:
     if spec.start_from:
         backbone.start_from(backbones.load(spec.start_from))
     rules = tuple(build(Rule, rule, f"{where}: policy.{i}") for i, rule in enumerate(recipe.policy))
-    return Assembly(TaskModel(backbone, task), source, task, methods, recipe.training.steps > 0, rules)
+    parts = Assembly(TaskModel(backbone, task), source, task, methods, recipe.training.steps > 0, rules)
+    parts.assumes = told.notes
+    return parts
 
 
 def check(recipe: Recipe) -> None:
@@ -167,7 +193,7 @@ def check(recipe: Recipe) -> None:
         source = _named(SOURCES, recipe.data, f"{where}: data")
         _task(recipe.task, source, f"{where}: task")
         for i, entry in enumerate(recipe.methods):
-            _method(entry, f"{where}: methods.{i}")
+            method_of(entry, f"{where}: methods.{i}")
         for name in filter(None, (recipe.backbone.name, recipe.backbone.start_from)):
             known = [*backbones.BACKBONES, *backbones.ARCHITECTURES]
             if name not in known and not Path(name).exists():
@@ -177,7 +203,7 @@ def check(recipe: Recipe) -> None:
         raise error if isinstance(error, RecipeError) else RecipeError(f"{where}: {error}") from error
 
 
-def _method(entry: dict[str, Any], where: str) -> Method:
+def method_of(entry: dict[str, Any], where: str) -> Method:
     try:
         return METHODS.make(entry["name"], **{k: v for k, v in entry.items() if k != "name"})
     except ValueError as error:

@@ -23,11 +23,15 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy
-from trimtab.counting import count_macs, latency, peak_memory, safetensors_size, saved_bytes, sizes_only, training_peak
-from trimtab.experiments.assembly import Assembly, assemble
-from trimtab.experiments.schema import Recipe
+from trimtab.counting import count_macs, latency, peak_memory, safetensors_size, saved_bytes, training_step
+from trimtab.experiments.assembly import Assembly, assemble, method_of
+from trimtab.experiments.schema import Recipe, RecipeError
 from trimtab.methods import Session
+from trimtab.sizes import sizes_only
 from trimtab.tasks.base import TaskModel
+
+MOST_REAL = 2 * 10**9
+"""Bytes of random weights on which costs are counted where sizes do not tell them."""
 
 
 def measure(parts: Assembly, whole: dict[str, int], batch_size: int, weights: Path) -> dict[str, Any]:
@@ -50,8 +54,11 @@ def measure(parts: Assembly, whole: dict[str, int], batch_size: int, weights: Pa
             loss.backward()
         model.zero_grad(set_to_none=True)
 
-    costs = _counts(parts, one, batch)
-    costs |= {
+    saved = saved_bytes(lambda: model(**batch)["loss"], model)
+    costs = {
+        **_counts(parts, one),
+        "saved_activation_bytes": saved,
+        "batch_size": batch_size,
         **whole,
         "checkpoint_bytes": weights.stat().st_size,
         "peak_memory_bytes": peak_memory(step),
@@ -61,7 +68,7 @@ def measure(parts: Assembly, whole: dict[str, int], batch_size: int, weights: Pa
     return costs
 
 
-def _counts(parts: Assembly, one: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Any]:
+def _counts(parts: Assembly, one: dict[str, Tensor]) -> dict[str, Any]:
     model = parts.model
     model.eval()
     macs = count_macs(lambda: model(**one)) // parts.task.least
@@ -73,17 +80,16 @@ def _counts(parts: Assembly, one: dict[str, Tensor], batch: dict[str, Tensor]) -
         "nonzero_params": total - sum(m.state["prunable"] - m.state["kept"] for m in parts.fit.levers("prune")),
         "trainable_params": sum(p.numel() for p in parameters if p.requires_grad),
         "macs": macs,
-        "saved_activation_bytes": saved_bytes(lambda: model(**batch)["loss"], model),
-        "batch_size": len(next(iter(batch.values()))),
     }
 
 
-def dense(recipe: Recipe) -> dict[str, int]:
-    """Multiply-adds (`dense_macs`) and parameters (`dense_params`) of a recipe's model before any method changes it."""
+def dense(recipe: Recipe, blind: bool = False) -> dict[str, int]:
+    """Multiply-adds (`dense_macs`) and parameters (`dense_params`) of a recipe's model before any method changes it;
+    `blind` as in `assemble`."""
     bare = replace(recipe, methods=(), backbone=replace(recipe.backbone, pretrained=False, start_from=None))
     key = json.dumps([asdict(bare.backbone), bare.task, bare.data])
     if key not in _DENSE:  # every variant of a recipe asks for the same figure
-        parts = assemble(bare)
+        parts = assemble(bare, blind)
         parts.model.eval()
         one = parts.model.example(parts.task.least)
         macs = count_macs(lambda: parts.model(**one)) // parts.task.least
@@ -98,20 +104,40 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
     """The costs that need no data and no weights: random weights, and fake tensors where the model allows them.
 
     Plans and masks that only data could give are assumed: DAS skips the last k blocks, or as many of the last as its
-    budget takes; a pruner keeps its share.
+    budget takes; a pruner keeps its share. Where a head's size depends on data that are not there, the published number
+    of answers or classes is taken, or the one that `data.count` states.
 
     Returns:
         `params`, `nonzero_params`, `dense_params`, `trainable_params`, `macs`, `dense_macs`, `checkpoint_bytes`, and
-        for the recipe's batch size, which is in `batch_size`, `saved_activation_bytes` and `training_peak_bytes`.
+        for the recipe's batch size, which is in `batch_size`, `saved_activation_bytes` and `training_peak_bytes`;
+        `assumes`, what was assumed of data that are not there, a sentence each.
+
+    Raises:
+        RecipeError: if a name or setting is wrong, parts do not fit, nothing says how many answers or classes there
+            are, or a model's weights would have to be made for real and are too large for that.
     """
     blind = replace(recipe, backbone=replace(recipe.backbone, pretrained=False, start_from=None))
     try:
         with sizes_only():
             return _estimate(blind)
-    except RuntimeError:
-        # A model that looks at values while it runs, or a budget of latency, cannot work on fake tensors: count on real
-        # random weights. An error of another cause comes again there.
+    except RuntimeError as error:
+        # A model that looks at its weights while it runs, or a budget of latency, cannot work on fake tensors: count on
+        # real random weights, if they are few. An error of another cause comes again there.
+        _refuse_large(blind, error)
         return _estimate(blind)
+
+
+def _refuse_large(recipe: Recipe, error: RuntimeError) -> None:
+    """Raise a RecipeError if random weights of a recipe's model would take more than `MOST_REAL` bytes."""
+    with sizes_only():
+        parts = assemble(replace(recipe, methods=(), policy=()), blind=True)
+        size = sum(p.nbytes for p in parts.model.parameters())
+    if size > MOST_REAL:
+        raise RecipeError(
+            f"recipe {recipe.name}: its costs cannot be counted from sizes alone ({error}), and its weights would take "
+            f"{size / 1e9:.1f} GB: leave out what needs values (a budget of latency; write it in macs or params), or "
+            "count an adapted model of yours with `fit.cost(batch)`"
+        ) from error
 
 
 class _Blind:
@@ -135,16 +161,47 @@ class _Blind:
 
 
 def _estimate(recipe: Recipe) -> dict[str, Any]:
-    whole = dense(recipe)
-    parts = assemble(recipe)
+    """See `estimate`; methods that cost the same are counted once (`Method.costs_as`)."""
+    methods: list[Any] = [method_of(entry, f"methods.{i}") for i, entry in enumerate(recipe.methods)]
+    alike = [m.costs_as() for m in methods] if all(m.lever != "skip" for m in methods) else recipe.methods
+    key = json.dumps([asdict(recipe.backbone), recipe.task, recipe.data, alike, recipe.policy, recipe.seed,
+                      recipe.training.batch_size, recipe.training.steps > 0], default=str)  # fmt: skip
+    if key not in _COUNTED:
+        _COUNTED[key] = _counted(recipe)
+    costs, prunable = _COUNTED[key]
+    zeros = sum(m.zeros(n) for m, n in zip((m for m in methods if m.lever == "prune"), prunable, strict=True))
+    return costs if alike is recipe.methods else {**costs, "nonzero_params": costs["params"] - zeros}
+
+
+_COUNTED: dict[str, tuple[dict[str, Any], list[int]]] = {}
+
+
+def _counted(recipe: Recipe) -> tuple[dict[str, Any], list[int]]:
+    """The costs of a recipe, and how many weights each of its pruners may prune."""
+    whole = dense(recipe, blind=True)
+    parts = assemble(recipe, blind=True)
     parts.model.backbone.requires_grad_(False)
     session = cast("Session", _Blind(parts.model, parts.fit.anatomy, recipe.seed))
     for method in parts.methods:
         session.anatomy = parts.fit.anatomy
         method.assume(parts.plain, session.anatomy, session)
         parts.fit.attach(method, restored=True)
-    parts.settle()
+    parts.decide()
     batch = parts.model.example(recipe.training.batch_size)
-    costs = _counts(parts, parts.model.example(parts.task.least), batch)
-    costs["training_peak_bytes"] = training_peak(lambda: parts.model(**batch)["loss"], parts.model)
-    return {**costs, **whole, "checkpoint_bytes": safetensors_size(parts.fit.stored())}
+    parts.model.train()
+    step = training_step(lambda: parts.model(**batch)["loss"], parts.model)
+    if parts.trains:
+        parts.leave(step.idle)
+    if parts.trains and step.idle:
+        parts.model.train()
+        step = training_step(lambda: parts.model(**batch)["loss"], parts.model)
+    costs = {
+        **_counts(parts, parts.model.example(parts.task.least)),
+        "saved_activation_bytes": step.saved,
+        "batch_size": recipe.training.batch_size,
+        "training_peak_bytes": step.peak,
+        **whole,
+        "checkpoint_bytes": safetensors_size(parts.fit.stored()),
+        "assumes": parts.assumes,
+    }
+    return costs, [m.state["prunable"] for m in parts.fit.levers("prune")]

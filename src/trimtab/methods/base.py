@@ -115,6 +115,10 @@ class Method(ABC):
         `session` has the model with its task and no data, for methods that must run it to know (a budget of MACs, say).
         """
 
+    def costs_as(self) -> dict[str, Any]:
+        """What its costs depend on: methods that say the same cost the same on the same model."""
+        return self.describe()
+
     def callbacks(self) -> list[TrainerCallback]:
         return []
 

@@ -11,12 +11,14 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab import divided
 from trimtab.data.images import decode, encoded
 from trimtab.metrics import captions, vqa
+from trimtab.sizes import as_usual
 from trimtab.tasks.base import TASKS, Batch, Task
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -155,7 +157,15 @@ class Answer(Task):
     def example(self, backbone: Any, size: int) -> Batch:
         """Rows of one picture, a question of as many words as costs are counted with, and an answer of one."""
         row = {"images": [backbone.picture()], "question": " ".join(["a"] * backbone.counted_text), "answer": "a"}
-        return self.collate(backbone, [row] * size, True)
+        with as_usual():  # a processor of pictures computes with numpy
+            if size <= 2:
+                return self.collate(backbone, [row] * size, True)
+            one, two = (self.collate(backbone, [row] * n, True) for n in (1, 2))
+            found = {name: _axis_of_rows(one[name], two[name]) for name in two}
+            axes = {name: axis for name, axis in found.items() if axis is not None}
+            if len(axes) < len(found):  # rows do not just follow each other
+                return self.collate(backbone, [row] * size, True)
+            return {name: torch.cat([one[name]] * size, dim=axis) for name, axis in axes.items()}
 
     # --- measuring ----------------------------------------------------------------------------------------------------
 
@@ -240,6 +250,15 @@ def _filled(what: str, template: str, **fields: str) -> str:
     if wrong := [name for name in names if name not in fields]:
         raise ValueError(f"{what}: unknown field {{{wrong[0]}}}; there are {', '.join(f'{{{f}}}' for f in fields)}")
     return re.sub(r"\{(\w+)\}", lambda found: fields[found[1]], template)
+
+
+def _axis_of_rows(one: Tensor, two: Tensor) -> int | None:
+    """The axis along which the tensor of two equal rows is that of one, twice; None if there is none."""
+    for axis in range(one.ndim):
+        sizes = [*one.shape[:axis], 2 * one.shape[axis], *one.shape[axis + 1 :]]
+        if list(two.shape) == sizes and torch.equal(two, torch.cat([one, one], dim=axis)):
+            return axis
+    return None
 
 
 def _pictures(row: Mapping[str, Any], number: int) -> list[Any]:

@@ -19,6 +19,7 @@ from trimtab.backbones.chat.batches import Batches
 from trimtab.backbones.chat.processor import FILES, load_processor
 from trimtab.backbones.chat.words import IGNORED, Conversation, ConversationError, Words
 from trimtab.files import replace_folder
+from trimtab.sizes import as_usual
 from trimtab.storage.checkpoints import write_pretrained
 
 COUNTED_PICTURE = 384  # side of the one picture with which costs are counted
@@ -190,7 +191,8 @@ def _seen(batches: Batches) -> dict[str, Tensor] | None:
         asked = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": str(words)}]}]
                  for words in asked]  # fmt: skip
     try:
-        batch = batches.teach(asked, [[_picture()], [_picture()]], ["a picture", "here"])
+        with as_usual():  # a processor of pictures computes with numpy
+            batch = batches.teach(asked, [[_picture()], [_picture()]], ["a picture", "here"])
     except ConversationError:
         return None
     return {name: value for name, value in batch.items() if name != "labels" or batches.apart}

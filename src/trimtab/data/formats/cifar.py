@@ -108,6 +108,7 @@ class CIFAR10(_Cifar):
     """CIFAR-10: 50,000 + 10,000 pictures of ten classes (the Python version)."""
 
     marks: ClassVar[dict[str, tuple[str, ...]]] = {"": ("batches.meta",)}
+    sizes: ClassVar[dict[str, int]] = {"classes": 10}
 
     batches: ClassVar[dict[str, tuple[str, ...]]] = {
         "train": tuple(f"data_batch_{i}" for i in range(1, 6)),
@@ -125,6 +126,9 @@ class CIFAR100(_Cifar):
 
     labels: Literal["fine", "coarse"] = "fine"
     """The hundred classes, or their twenty groups."""
+
+    def known_count(self, what: str) -> tuple[int | None, str]:
+        return (100 if self.labels == "fine" else 20) if what == "classes" else None, f"the published number of {self}"
 
     def _columns(self) -> tuple[str, str]:
         return f"{self.labels}_labels", f"{self.labels}_label_names"

@@ -217,6 +217,7 @@ class Flowers102(Published):
     tasks = ("classification",)
     splits = ("train", "val", "test")
     marks: ClassVar[dict[str, tuple[str, ...]]] = {"mat": ("setid.mat",), "csv": ("split.csv",)}
+    sizes: ClassVar[dict[str, int]] = {"classes": len(NAMES)}
 
     def classes(self) -> Sequence[str]:
         """The names of all classes, in the order of their numbers."""

@@ -47,6 +47,7 @@ class GQA(Published):
     marks: ClassVar[dict[str, tuple[str, ...]]] = {
         "official": ("*_balanced_questions.json", "*_all_questions*.json"), "mdetr": ("finetune_gqa_*.json",),
     }  # fmt: skip
+    sizes: ClassVar[dict[str, int]] = {"answers": 1842}  # LXMERT's list, of which CLIP-ViL and UniPT make classes
 
     def read(self, task: str, name: str, kept: Kept) -> None:
         for path in self._files(name):

@@ -25,6 +25,22 @@ class _Mapped:
     """`stop` at the first row that cannot be read, or `skip`: leave it out, count and list what was left out."""
     drop_bad_images: bool = False
     """Leave out images that cannot be decoded instead of stopping."""
+    count: int | None = None
+    """How many answers or classes the training rows have: for `trimtab cost`, before the data are there. Training and
+    evaluation take them from the rows."""
+
+    def __post_init__(self) -> None:
+        if self.count is not None and self.count < 1:
+            raise ValueError(f"{self._name}: count: expected at least 1, found {self.count}")
+
+    @property
+    def needs(self) -> Path:
+        """The file or folder without which nothing can be read."""
+        return Path(getattr(self, "root", None) or self.train)  # type: ignore[attr-defined]
+
+    def known_count(self, what: str) -> tuple[int | None, str]:
+        """How many `answers` or `classes` the settings say there are, and who says so; or None, and what to do."""
+        return self.count, "say so with data.count=NUMBER" if self.count is None else "as data.count says"
 
     def _read(self, path: Path, task: str) -> Dataset:
         typed = read_by(task) or {task}  # a column's own name, where its values alone are asked for

@@ -70,6 +70,7 @@ class VQAv2(Published):
     marks: ClassVar[dict[str, tuple[str, ...]]] = {
         "official": ("v2_OpenEnded_mscoco_*.json",), "xvlm": ("vqa_train.json", "vqa_val.json"),
     }  # fmt: skip
+    sizes: ClassVar[dict[str, int]] = {"answers": 3129}  # Teney et al., CVPR 2018, section 3.2; ViLT, METER, LXMERT
 
     def load(self, task: str, split: Split) -> Dataset:
         keeps = split != "train" and self.outside != "keep"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor
 
 from trimtab import processes
 from trimtab.anatomy import Anatomy, Weight
@@ -39,6 +39,7 @@ from trimtab.methods.prune.settings import DEFAULT_SPARSITY, PruneSettings
 from trimtab.methods.prune.settle import Settling, apart, told
 from trimtab.methods.prune.sums import rows_and_columns
 from trimtab.methods.session import Session
+from trimtab.sizes import as_usual
 from trimtab.storage.bits import Bits, pack
 
 if TYPE_CHECKING:
@@ -273,20 +274,35 @@ class Pruner(Method):
         Changed values are as many as will be kept; of a model of real tensors all, since masks that are applied must
         fit them.
         """
-        share = self.asked
-        given = self.settings.masks
-        if given is not None and Path(given).exists():
-            with unset_fake_temporarily():  # what is in a file is real
-                share = Masks.read(given).sparsity
+        share = self._assumed_share()
         found = {w.path: w.of(model) for w in self.matrices(model, anatomy)}
-        self.tensors = {path: pack(torch.ones(p.shape, dtype=torch.bool)) for path, p in found.items()}
+        made = torch.empty if isinstance(next(iter(found.values()), None), FakeTensor) else torch.ones
+        self.tensors = {path: pack(made(p.shape, dtype=torch.bool)) for path, p in found.items()}
         for path, p in found.items() if self.changes_weights else ():
             kept = p.numel() - int(p.numel() * share) if isinstance(p, FakeTensor) else p.numel()
             self.tensors[path + VALUES] = p.detach().flatten()[:kept].clone()
         shapes = {path: list(p.shape) for path, p in found.items()}
         self.assumed = True
         total = sum(p.numel() for p in found.values())
-        self.state = {"pruner": self.name, "prunable": total, "kept": total - int(total * share), "shapes": shapes}
+        self.state = {"pruner": self.name, "prunable": total, "kept": total - self.zeros(total), "shapes": shapes}
+
+    def _assumed_share(self) -> float:
+        """The sparsity of the masks that the settings name, if they are there, else the one that is asked for."""
+        given = self.settings.masks
+        if given is None or not Path(given).exists():
+            return self.asked
+        with as_usual():  # what is in a file has values
+            return Masks.read(given).sparsity
+
+    def zeros(self, prunable: int) -> int:
+        """How many of so many prunable weights are assumed to be zero."""
+        return int(prunable * self._assumed_share())
+
+    def costs_as(self) -> dict[str, Any]:
+        """Pruners that prune the same matrices cost the same, but for the number of zeros; those that change weights
+        store as many as they keep."""
+        share = self._assumed_share() if self.changes_weights else None
+        return {"lever": self.lever, "convolutions": self.settings.convolutions, "stores": share}
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
         """Apply the masks.
@@ -314,9 +330,11 @@ class Pruner(Method):
         self.attached = self.attached.without(held)
         self.tensors = self.attached.packed()
         shapes = {path: list(shape) for path, shape in self.attached.shapes.items()}
-        self.state |= {**summary(self.attached, anatomy), "shapes": shapes}
         if self.assumed:  # the masks keep everything, see `assume`
-            self.state["kept"] = round(share * self.state["prunable"])
+            total = self.attached.prunable
+            self.state |= {"prunable": total, "kept": round(share * total), "shapes": shapes}
+        else:
+            self.state |= {**summary(self.attached, anatomy), "shapes": shapes}
 
     def told(self) -> str:
         share = 1 - self.state["kept"] / max(1, self.state["prunable"])
