@@ -211,7 +211,8 @@ class Search:
         tune = self.space.tunes[candidate.tune]
         plans, masks = self.shared.plans, self.shared.masks if shared else None
         t = self.recipe.training
-        spec = replace(t, learning_rate=tune.rate * candidate.multiple, head_multiplier=tune.head)
+        spec = replace(t, learning_rate=tune.rate * candidate.multiple, head_multiplier=tune.head,
+                       cache=t.cache if tune.cached else None)  # fmt: skip
         methods = tuple(self.space.methods(candidate, plans, masks))
         return replace(self.recipe, methods=methods, training=spec, variant=str(candidate))
 

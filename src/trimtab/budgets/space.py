@@ -25,7 +25,7 @@ class Tune:
         method: its entry in a recipe; None for the adapters that skipping sets.
         rate: learning rate at which it usually does well, of which the search tries multiples.
         head: the head's rate as a multiple.
-        cached: whether it may train from the activation cache.
+        cached: whether it trains from the activation cache, if the recipe asks for one (`training.cache`).
     """
 
     method: dict[str, Any] | None
@@ -44,10 +44,10 @@ TUNES: dict[str, Tune] = {
     "lora-32": Tune({"name": "lora", "rank": 32}, 3e-3, 0.7),
     "adapter-8": Tune({"name": "adapter", "bottleneck": 8}, 2e-3),
     "adapter-32": Tune({"name": "adapter", "bottleneck": 32}, 2e-3),
-    "lst-8": Tune({"name": "lst", "reduction": 8}, 2e-3),
+    "lst-8": Tune({"name": "lst", "reduction": 8}, 2e-3, cached=True),
     "unipt-4": Tune({"name": "unipt", "reduction": 4}, 2e-3, cached=True),
     "unipt-2": Tune({"name": "unipt", "reduction": 2}, 2e-3, cached=True),
-    "partial": Tune({"name": "partial"}, 1e-3),
+    "partial": Tune({"name": "partial"}, 1e-3, cached=True),
     ADAPTERS: Tune(None, 2e-3),
     "full": Tune({"name": "full"}, 5e-4, 3.0),
 }

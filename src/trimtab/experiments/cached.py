@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from trimtab.data import draws
 from trimtab.data.augment import Augmentation
@@ -271,6 +272,23 @@ class CachedModel(nn.Module):
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         return self._playing[0].run(batch, len(next(iter(batch.values()))))
+
+
+class OfWhole(TrainerCallback):
+    """Methods' callbacks in training from a cache: they are given the whole model, to which the methods belong."""
+
+    def __init__(self, callbacks: Sequence[TrainerCallback], whole: nn.Module):
+        self.callbacks, self.whole = callbacks, whole
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("on_"):
+            return super().__getattribute__(name)
+
+        def event(*args: Any, **kwargs: Any) -> None:
+            for callback in self.callbacks:  # they change the trainer's control in place
+                getattr(callback, name)(*args, **{**kwargs, "model": self.whole})
+
+        return event
 
 
 def _share(into: nn.Module, of: nn.Module) -> None:

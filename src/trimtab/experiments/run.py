@@ -126,8 +126,10 @@ def _train(parts: Assembly, train: Any, recipe: Recipe, label: str, folder: Path
         rates = parts.resolved.rates
         print(f"{label}: what is trained\n{parts.resolved.table()}")
     spec = recipe.training
-    learner, cache = _from_cache(parts, train, spec, label) if spec.cache else (parts.model, None)
-    callbacks = [*parts.fit.callbacks(), *callbacks]
+    learner, cache, own = parts.model, None, parts.fit.callbacks()
+    if spec.cache:
+        learner, cache, own = _from_cache(parts, train, spec, label)
+    callbacks = [*own, *callbacks]
     return training.fit(learner, train, spec, recipe.seed, callbacks, label, checkpoints=folder / "checkpoints",
                         rates=rates, cache=cache, reports=folder)  # fmt: skip
 
@@ -145,8 +147,9 @@ def _info(recipe: Recipe, parts: Assembly, started: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _from_cache(parts: Assembly, train: Any, spec: TrainingSpec, label: str) -> tuple[Any, Any]:
-    """A model that trains from the activation cache, which is filled; RecipeError if the recipe does not allow it."""
+def _from_cache(parts: Assembly, train: Any, spec: TrainingSpec, label: str) -> tuple[Any, Any, list[TrainerCallback]]:
+    """A model that trains from the activation cache, which is filled, and the methods' callbacks for it; RecipeError if
+    the recipe does not allow it."""
     from trimtab.experiments import cached
 
     assert spec.cache is not None
@@ -161,4 +164,4 @@ def _from_cache(parts: Assembly, train: Any, spec: TrainingSpec, label: str) -> 
     print(f"{label}: cache: {held} of {blocks} blocks need not run; {cache.told()}")
     cache.fill()  # several processes divide it
     many.wait()
-    return cached.CachedModel(cache), cache
+    return cached.CachedModel(cache), cache, [cached.OfWhole(parts.fit.callbacks(), parts.model)]
