@@ -41,7 +41,7 @@ class Beginnings:
     ):
         self.handles: list[RemovableHandle] = []
         self.still: list[nn.Module] = []
-        for tower in anatomy.towers:
+        for tower in (t for t in anatomy.towers if t.blocks):  # all blocks of one may be skipped
             blocks = [module_at(model, block.path) for block in tower.blocks]
             begin = Begin(tower.blocks[0], blocks, tower.name in cut, around)
             self.handles.append(pre_hook(model, tower.blocks[0].path, begin))
@@ -81,9 +81,9 @@ class Begin:
         return None
 
     def _in_vain(self, stream: Tensor) -> bool:
-        """Whether nothing needs the stream's gradient."""
+        """Whether nothing needs the stream's gradient; a trained head may stand before the tower."""
         if self.cut:
-            return True
+            return not leads_to_parameters(stream)
         asked = any(getattr(m, "_require_grads_hooks", None) for m in self.around.modules())
         return asked and not leads_to_parameters(stream) and not (self._trained() and self._reentrant())
 
