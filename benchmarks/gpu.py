@@ -37,7 +37,7 @@ from torch import Tensor, nn
 import trimtab
 from trimtab.backbones.examples import tensors
 from trimtab.counting import latency, peak_memory, training_peak
-from trimtab.methods.tune import cache
+from trimtab.methods.tune.listener import Seen
 from trimtab.speed import speed_up
 
 # Name of a row -> method, its settings, whether blocks are checkpointed.
@@ -191,20 +191,47 @@ def from_cache(bench: Bench, name: str) -> dict[str, Any]:
     listeners = dict(fit.methods[-1].listeners)
     if reading := [key for key, listener in listeners.items() if listener.memory is not None]:
         raise ValueError(f"the side network of {reading[0]!r} reads another's result, which a cache does not hold")
-    with torch.no_grad(), torch.autocast(bench.device.type, torch.bfloat16), cache.record(listeners) as seen:
+    shown: dict[str, Seen] = {}
+    hooks = []
+    for key, listener in listeners.items():
+
+        def keep(_: nn.Module, args: tuple, key: str = key) -> None:
+            shown[key] = replace(args[0], maps=list(args[0].maps))  # the side network empties its list
+
+        hooks.append(listener.side.register_forward_pre_hook(keep))
+    with torch.no_grad(), torch.autocast(bench.device.type, torch.bfloat16):
         fit.model(**batch)
-    held = {k: v.half() if ".map" in k else v for k, v in seen.items()}
-    if bench.device.type == "cuda":
-        held = {k: v.pin_memory() for k, v in held.items()}
+    for hook in hooks:
+        hook.remove()
+    pinned = bench.device.type == "cuda"
+    held = {key: on_host(seen, pinned) for key, seen in shown.items()}
     sides = nn.ModuleList(listener.side for listener in listeners.values())
-    del fit, seen
+    shown.clear()
+    del fit
     gc.collect()  # the frozen model is gone: nothing of it is needed
 
     def loss() -> Tensor:
-        moved = {k: v.to(bench.device, non_blocking=True) for k, v in held.items()}
-        return loss_of([cache.replay(key, listener, moved) for key, listener in listeners.items()])
+        return loss_of([listener.side(on_card(held[key], bench.device)) for key, listener in listeners.items()])
 
-    return {"samples": samples, **timed(bench, sides, loss), "cached_bytes": sum(v.nbytes for v in held.values())}
+    size = sum(x.nbytes for seen in held.values() for x in (*seen.maps, seen.mask, seen.value) if x is not None)
+    return {"samples": samples, **timed(bench, sides, loss), "cached_bytes": size}
+
+
+def on_host(seen: Seen, pinned: bool) -> Seen:
+    """What a side network was shown, in half precision, in memory from which a card reads fast."""
+
+    def there(x: Tensor | None) -> Tensor | None:
+        x = None if x is None else x.half().cpu() if x.is_floating_point() else x.cpu()
+        return x.pin_memory() if pinned and x is not None else x
+
+    return Seen([there(x) for x in seen.maps], there(seen.mask), there(seen.value), seen.position)  # type: ignore[misc,arg-type]
+
+
+def on_card(held: Seen, device: torch.device) -> Seen:
+    """The same on the card, for one step."""
+    maps = [x.to(device, non_blocking=True) for x in held.maps]
+    mask, value = (None if x is None else x.to(device, non_blocking=True) for x in (held.mask, held.value))
+    return Seen(maps, mask, value, held.position)  # type: ignore[arg-type]
 
 
 def compiled(bench: Bench, name: str, way: str, backend: str) -> dict[str, Any]:

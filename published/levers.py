@@ -1,6 +1,6 @@
 """What the papers' methods cost on the papers' backbones: DAS's multiply-adds and adapters, UniPT's trained parameters,
 and the memory that training takes with UniPT, LST and in full. Nothing needs weights: see
-`trimtab.counting.sizes_only`.
+`trimtab.sizes.sizes_only`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from trimtab import Anatomy
 from trimtab.backbones import build
 from trimtab.backbones.clip4clip.model import symmetric_loss
 from trimtab.backbones.vse.model import hinge_loss
-from trimtab.counting import count_macs, saved_bytes, sizes_only, training_peak
+from trimtab.counting import count_macs, saved_bytes, training_peak
 from trimtab.methods import METHODS
 from trimtab.methods.tune.unipt import PUBLISHED, DecoderUniPT, PyramidUniPT, TokenUniPT, VectorUniPT
+from trimtab.sizes import sizes_only
 
 FUSION = ("fusion_text", "fusion_image")
 

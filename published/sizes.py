@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.backbones import build
-from trimtab.counting import count_macs, sizes_only
+from trimtab.counting import count_macs
+from trimtab.sizes import sizes_only
 
 PUBLISHED: list[dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text())["rows"]
 

@@ -97,7 +97,7 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_rows_that_see_each_other_are_said(way):
     torch.manual_seed(0)
     found = Anatomy.of(Base(lambda: Across(WAYS[way])), {"input_ids": IDS})
-    assert "moves when another one is changed" in dict(found.towers[0].unknown).get("samples", "")
+    assert "moves when one of another sample is changed" in dict(found.towers[0].unknown).get("samples", "")
 
 
 def test_watching_costs_at_most_three_passes():

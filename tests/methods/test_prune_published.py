@@ -101,7 +101,7 @@ def test_pruned_at_the_three_sparsities_from_one_calibration(subject, method):
     if method == "multiflow":  # each modality gives the same share, so that none collapses
         weights = Anatomy.of(subject.model).weights(subject.model)
         for modality in subject.modalities:
-            masks = [found[1].masks[w.path] for w in weights if w.modality == modality]
+            masks = [found[1][w.path] for w in weights if w.modality == modality]
             assert sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks) == pytest.approx(0.25, abs=0.01)
 
 

@@ -85,6 +85,7 @@ class Files(_Mapped):
     """Share of the training rows, evenly spread over the file, that are kept for validation and not trained on."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.held_out < 1 or (self.held_out and self.validation is not None):
             raise DataError(
                 f"{self._name}: held_out: expected a share from 0 to below 1, and none beside `validation`, found "
