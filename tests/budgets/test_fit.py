@@ -41,7 +41,7 @@ def test_what_is_found_keeps_the_budget_and_computes_what_was_scored(found):
     parts = load_assembly(found.model)
     assert found.best.candidate.skip == 1 and found.best.candidate.sparsity == 0.5  # nothing else saves so much here
     assert found.budget.over(found.best.costs) == {}
-    counted = estimate._counts(parts, parts.model.example(parts.task.least), parts.model.example(8))
+    counted = estimate._counts(parts, parts.model.example(parts.task.least))
     for key in ("macs", "trainable_params", "nonzero_params"):
         assert counted[key] == found.best.costs[key]
     assert counted["macs"] <= 0.97 * estimate.dense(read(found.folder / "found.yaml")[0])["dense_macs"]

@@ -141,7 +141,7 @@ class Feed:
             )
         self.model, self.augmentation, self.cache = model, spec.augmentation, cache
         self.side: int | None = None  # what drafts of pictures have at least
-        if spec.draft and cache is None:
+        if spec.draft and cache is None and hasattr(model.backbone.pictures, "shape"):
             self.side = math.ceil(max(model.backbone.pictures.shape) / math.sqrt(spec.crop))
         self.table: Any = encoded(table) if cache is None else None
         self.rows = len(table) if cache is None else len(cache) * cache.views
@@ -199,10 +199,14 @@ class Feed:
         """About how many bytes a row's tensors have."""
         if self.cache is not None:
             return math.ceil(4 * self.cache.bytes_a_sample)
-        high, wide = self.model.backbone.pictures.shape
-        task = self.model.task
-        pictures = {"images": 2, "video": getattr(task, "frames", 1)}.get(task.sees, 1)
-        return 4 * 3 * high * wide * pictures
+        task, pictures = self.model.task, self.model.backbone.pictures
+        if not hasattr(pictures, "shape"):  # a chat model's processor, which makes of each picture what it likes
+            rows = [self.table[i % self.rows] for i in range(task.least)]
+            batch = task.collate(self.model.backbone, rows, True)
+            return sum(v.nbytes for v in batch.values() if isinstance(v, Tensor)) // len(rows)
+        high, wide = pictures.shape
+        count = {"images": 2, "video": getattr(task, "frames", 1)}.get(task.sees, 1)
+        return 4 * 3 * high * wide * count
 
 
 def workers_for(asked: int | None, steps: int, batch_bytes: int) -> int:
