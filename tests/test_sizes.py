@@ -164,8 +164,6 @@ def test_a_large_model_that_looks_at_its_weights_is_refused(tiny_raw, monkeypatc
 SHIPPED = [
     ("pretrain/tiny-vilt", "default"), ("prune/tune_tiny-blip_captioning", "multiflow-0.75"),
     ("published/unipt_clip4clip_msvd", "unipt"),
-    *(pytest.param(*both, marks=pytest.mark.slow) for both in (
-        ("published/das_vilt_vqav2", "das-1"), ("published/multiflow_blip_vqav2", "multiflow-0.63"))),
 ]  # fmt: skip
 
 
