@@ -10,6 +10,7 @@ one tower of two. A method, task or backbone of which no block stays the same is
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from trimtab.data import draws
 from trimtab.data.augment import Augmentation
@@ -271,6 +273,19 @@ class CachedModel(nn.Module):
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         return self._playing[0].run(batch, len(next(iter(batch.values()))))
+
+
+def on_whole(callback: TrainerCallback, whole: nn.Module) -> TrainerCallback:
+    """A callback that is given the whole model, where the trainer has a `CachedModel`: of masks and plans that a method
+    looks up in the model, that one holds only what is trained."""
+
+    def with_whole(event: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: event(*args, **{**kwargs, "model": whole})
+
+    around = copy.copy(callback)
+    for name in (n for n in dir(TrainerCallback) if n.startswith("on_")):
+        setattr(around, name, with_whole(getattr(callback, name)))
+    return around
 
 
 def _share(into: nn.Module, of: nn.Module) -> None:

@@ -16,7 +16,7 @@ import yaml
 from transformers import TrainerCallback, set_seed
 
 from trimtab import progress
-from trimtab.experiments import estimate, failures, many, sharded, training
+from trimtab.experiments import cached, estimate, failures, many, sharded, training
 from trimtab.experiments import folder as files
 from trimtab.experiments.assembly import Assembly, assemble, tables
 from trimtab.experiments.folder import write, write_json
@@ -128,6 +128,8 @@ def _train(parts: Assembly, train: Any, recipe: Recipe, label: str, folder: Path
     spec = recipe.training
     learner, cache = _from_cache(parts, train, spec, label) if spec.cache else (parts.model, None)
     callbacks = [*parts.fit.callbacks(), *callbacks]
+    if cache is not None:
+        callbacks = [cached.on_whole(callback, parts.model) for callback in callbacks]
     return training.fit(learner, train, spec, recipe.seed, callbacks, label, checkpoints=folder / "checkpoints",
                         rates=rates, cache=cache, reports=folder)  # fmt: skip
 
@@ -147,8 +149,6 @@ def _info(recipe: Recipe, parts: Assembly, started: float) -> dict[str, Any]:
 
 def _from_cache(parts: Assembly, train: Any, spec: TrainingSpec, label: str) -> tuple[Any, Any]:
     """A model that trains from the activation cache, which is filled; RecipeError if the recipe does not allow it."""
-    from trimtab.experiments import cached
-
     assert spec.cache is not None
     half = {"bf16": torch.bfloat16, "fp16": torch.float16, "auto": torch.bfloat16 if native_bf16() else None}
     try:
