@@ -224,6 +224,16 @@ def test_what_cannot_be_trained_from_a_cache_says_why(tiny_raw, tmp_path, clip, 
         TableCache(clip[0].model, clip[0].methods, table, tmp_path / "cache")
 
 
+def test_a_cache_goes_with_masks_of_weights_that_are_not_trained(tiny_raw, tmp_path):
+    losses = []
+    for cache in (None, "fp32"):
+        pruned = {"name": "multiflow", "sparsity": 0.5, "batches": 1}
+        raw = tiny_raw("tiny-vilt", "vqa", [pruned, "linear-probe"], cache=cache)
+        folder = run.run(recipe.expand(raw, "test")[0], tmp_path / f"run-{cache}", measure_costs=False)
+        losses.append([h["loss"] for h in json.loads((folder / "metrics.json").read_text())["history"]])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5) and losses[0]
+
+
 def test_a_recipe_augments_with_and_without_a_cache(tiny_raw, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(Augmentation, "__call__", lambda self, rows, generator=None: seen.append(self) or rows)

@@ -40,7 +40,7 @@ RECIPES: dict[str, tuple[str, Any, list[Any], dict[str, Any]]] = {
     "skip": ("vilt", "vqa", [DAS], {}),
     "composed": ("vilt", "vqa", [PRUNE, DAS, "unipt"], {"save_every": 2}),
     "cached": ("clip", "retrieval", ["linear-probe"], {"cache": "fp32"}),
-    "collated together": ("vilt", RANK, ["lora"], {}),
+    "collated together": ("vilt", RANK, ["lora"], {"workers": 1}),
 }
 
 

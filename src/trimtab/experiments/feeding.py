@@ -153,6 +153,8 @@ class Feed:
         worker = get_worker_info()
         if worker is None:
             return self.batch(places, 0)
+        if self.together and many.started() > 1:
+            return self.batch(places, worker.id)  # Accelerate cuts it into the processes' parts, so it is no parcel
         try:
             return Packed.of(self.batch(places, worker.id))
         except Exception as error:  # torch would wrap it into another one, with its traceback as its message

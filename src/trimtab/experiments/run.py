@@ -16,7 +16,7 @@ import yaml
 from transformers import TrainerCallback, set_seed
 
 from trimtab import progress
-from trimtab.experiments import estimate, failures, many, sharded, training
+from trimtab.experiments import cached, estimate, failures, many, sharded, training
 from trimtab.experiments import folder as files
 from trimtab.experiments.assembly import Assembly, assemble, tables
 from trimtab.experiments.folder import write, write_json
@@ -150,7 +150,6 @@ def _info(recipe: Recipe, parts: Assembly, started: float) -> dict[str, Any]:
 def _from_cache(parts: Assembly, train: Any, spec: TrainingSpec, label: str) -> tuple[Any, Any, list[TrainerCallback]]:
     """A model that trains from the activation cache, which is filled, and the methods' callbacks for it; RecipeError if
     the recipe does not allow it."""
-    from trimtab.experiments import cached
 
     assert spec.cache is not None
     half = {"bf16": torch.bfloat16, "fp16": torch.float16, "auto": torch.bfloat16 if native_bf16() else None}

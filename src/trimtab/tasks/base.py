@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from trimtab.anatomy.structure import HANDLE
 from trimtab.registry import Registry
 
 Batch = dict[str, Tensor]
@@ -125,7 +126,10 @@ class TaskModel(nn.Module):
     def train(self, mode: bool = True) -> TaskModel:
         """As in torch, but modules without trainable parameters stay in evaluation mode (dropout, statistics)."""
         super().train(mode)
-        for module in self.modules() if mode else ():
+        # An adapted model has set its own modules; layers with gradient checkpointing are to stay in training mode.
+        fit = getattr(self.backbone.model, HANDLE, None)
+        own = {id(m) for m in self.backbone.model.modules()} if getattr(fit, "tuned", False) else set()
+        for module in (m for m in self.modules() if id(m) not in own) if mode else ():
             parameters = list(module.parameters())
             if parameters and not any(p.requires_grad for p in parameters):
                 module.eval()
