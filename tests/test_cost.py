@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -245,7 +246,7 @@ def test_a_graph_that_is_gone_is_not_counted():
         return x.sum()
 
     assert counting.saved_bytes(lambda: function(True), nn.Module()) == 0
-    left, nothing = (counting.training_step(lambda: function(g), nn.Module()) for g in (True, False))
+    left, nothing = (counting.training_step(partial(function, gone), nn.Module()) for gone in (True, False))
     assert left.saved == nothing.saved == 0
     with counting._Alive(nn.Module()) as alive:
         for _ in range(3):
