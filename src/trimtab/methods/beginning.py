@@ -42,6 +42,8 @@ class Beginnings:
         self.handles: list[RemovableHandle] = []
         self.still: list[nn.Module] = []
         for tower in anatomy.towers:
+            if not tower.blocks:  # all of them are skipped
+                continue
             blocks = [module_at(model, block.path) for block in tower.blocks]
             begin = Begin(tower.blocks[0], blocks, tower.name in cut, around)
             self.handles.append(pre_hook(model, tower.blocks[0].path, begin))
