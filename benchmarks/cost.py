@@ -187,12 +187,18 @@ def resident(pid: int) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
 
 
+def noted(file: Path, found: list[dict[str, Any]]) -> None:
+    """Write rows into a file, in the place of older rows of the same recipe and backbone; other rows stay."""
+    rows = {(r["recipe"], r["backbone"]): r for r in [*(json.loads(file.read_text()) if file.exists() else []), *found]}
+    file.write_text(json.dumps([rows[key] for key in sorted(rows)], indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("patterns", nargs="*", default=["*"], help="names of recipes")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--gigabytes", type=float, default=2)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="rows are written into it one by one, others in it stay")
     options = parser.parse_args()
     found, bad = [], 0
     with tempfile.TemporaryDirectory() as place:
@@ -207,11 +213,11 @@ def main() -> int:
             print(f"{name:36} {title:14} {row['variants']:3} variants {row['seconds']:6.1f} s ({row['clock']:.0f}) "
                   f"{row['peak'] / 1e9:5.2f} GB  {'' if good else row['failed'] or 'too much'}",
                   flush=True)  # fmt: skip
+            if options.json:
+                noted(options.json, found)
     print(
         f"{len(found)} counted, {bad} of them fail, or need {options.seconds:g} s or {options.gigabytes:g} GB or more"
     )
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
     return int(bad > 0)
 
 

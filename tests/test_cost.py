@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -234,6 +235,23 @@ def test_the_peak_is_of_what_lives_at_one_time():
     model.requires_grad_(False)
     assert 4000 <= counting.training_peak(lambda: model(x).sum(), model) < 4300
     assert model.weight.grad is None
+
+
+def test_a_graph_that_is_gone_is_not_counted():
+    x = torch.ones(1000, requires_grad=True)
+
+    def function(gone: bool) -> torch.Tensor:
+        if gone:
+            torch.tanh(x * 2)  # keeps its own output
+        return x.sum()
+
+    assert counting.saved_bytes(lambda: function(True), nn.Module()) == 0
+    left, nothing = (counting.training_step(partial(function, gone), nn.Module()) for gone in (True, False))
+    assert left.saved == nothing.saved == 0
+    with counting._Alive(nn.Module()) as alive:
+        for _ in range(3):
+            counting.saved_bytes(lambda: function(True), nn.Module())
+    assert alive.now == 0
 
 
 def test_an_architecture_has_a_price_and_no_weights(tiny_raw):

@@ -105,7 +105,7 @@ def saved_bytes(function: Callable[[], Tensor], model: nn.Module) -> int:
     kept: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor)
+        saved = _Saved(tensor.detach())  # an output as it is would keep its own graph, for ever
         kept.add(saved)
         return saved
 

@@ -26,14 +26,17 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-LARGEST = {"bytes": 2**29, "floats": 2**24}
-"""What a tensor may take whose values are computed too: pictures are looked at (which are zero?), not changed."""
+LARGEST = {"bytes": 2**29, "floats": 2**22}
+"""What a tensor may take whose values are computed too: pictures are looked at (which are zero?), not changed. A mask
+of floats lives in each layer's graph."""
 MADE = {"bytes": 2**22, "floats": 2**16}
 """The same for tensors that come from nothing: masks and small random draws, not weights of a layer that is built."""
 
 _aten = torch.ops.aten
 _EMPTY = {_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default,
           _aten.new_empty_strided.default}  # fmt: skip
+
+_DEPENDENT = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 
 @contextmanager
@@ -50,8 +53,12 @@ def sizes_only() -> Iterator[None]:
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake, _Values(fake), _Numbers(), no_init_weights(), stay:
-            yield
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake, _Values(fake) as values, _Numbers(), \
+                no_init_weights(), stay:  # fmt: skip
+            try:
+                yield
+            finally:
+                values.drop()
     finally:
         log.setLevel(level)
 
@@ -77,7 +84,8 @@ class _Values(TorchDispatchMode):
         if function in _EMPTY or any(self.value(t) is None for t in tensors):
             self._forget(function, args, kwargs)
             return function(*args, **kwargs)
-        if {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(function.tags):
+        # An index of numbers has a shape that is known: masks are numbers by now.
+        if function is not _aten.index.Tensor and _DEPENDENT & set(function.tags):
             found = self._really(function, args, kwargs)
             return tree_map(lambda x: self._sized(x) if isinstance(x, Tensor) else x, found)
         out = function(*args, **kwargs)
@@ -102,7 +110,13 @@ class _Values(TorchDispatchMode):
         """What an operation gives for real."""
         args, kwargs = tree_map(lambda x: self.value(x) if isinstance(x, Tensor) else x, (args, kwargs))
         with unset_fake_temporarily(), torch.no_grad():
+            if function is _aten.sum.dim_IntList and args[0].dtype is torch.bool and args[0].nbytes > MADE["bytes"]:
+                return _counted(*args, **kwargs)
             return function(*args, **kwargs)
+
+    def drop(self) -> None:
+        """Let all values go: models have cycles, in which tensors outlive the last use of them."""
+        self.real, self.lost = WeakTensorKeyDictionary(), []
 
     def _sized(self, values: Tensor) -> Tensor:
         """A fake tensor with these values."""
@@ -129,6 +143,12 @@ class _Values(TorchDispatchMode):
         with unset_fake_temporarily():
             chosen = mask.expand(mask.shape if shape is None else shape).nonzero().unbind(dim=1)
         return [self._sized(numbers) for numbers in chosen]
+
+
+def _counted(mask: Tensor, dims: list[int] | None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+    """How many are true over some axes, by numpy: torch first copies a mask into 8 bytes a number."""
+    found = mask.numpy().sum(axis=tuple(dims) if dims else None, dtype="int64", keepdims=keepdim)
+    return torch.as_tensor(found, dtype=dtype or torch.int64)
 
 
 def _large(out: Tensor, given: bool, function: Any) -> bool:
