@@ -12,6 +12,8 @@ import trimtab
 from tests.methods.test_tune_copies import PIXELS, WORDS, bart, llama, t5, vit
 from tests.models.four import DECODER
 from trimtab.counting import saved_bytes
+from trimtab.experiments.assembly import assemble
+from trimtab.experiments.recipe import expand
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -165,3 +167,16 @@ def test_a_tower_that_is_trained_behind_a_frozen_one_gets_the_same_gradient(towe
         assert len(found[2]) == sum(p.requires_grad for p in model.parameters()) > 4
         plain = plain or found
     check_same(found, plain)
+
+
+def test_frozen_blocks_of_a_tasks_model_are_checkpointed_too(tiny_raw):
+    """Of deep prompts nothing is trained inside the blocks, which transformers checkpoints in training mode alone."""
+    kept = []
+    for switch in (False, True):
+        parts = assemble(expand(tiny_raw("tiny-clip", "retrieval", ["deep-prompt"], batch_size=4), "test")[0])
+        parts.attach()
+        if switch:
+            parts.plain.gradient_checkpointing_enable()
+        model, batch = parts.model.train(), parts.model.example(4)
+        kept.append(saved_bytes(lambda model=model, batch=batch: model(**batch)["loss"], model))
+    assert kept[1] < 0.3 * kept[0]

@@ -127,8 +127,8 @@ class TaskModel(nn.Module):
         """As in torch, but modules without trainable parameters stay in evaluation mode (dropout, statistics)."""
         super().train(mode)
         # An adapted model has set its own modules; layers with gradient checkpointing are to stay in training mode.
-        fit = getattr(self.backbone.model, HANDLE, None)
-        own = {id(m) for m in self.backbone.model.modules()} if getattr(fit, "tuned", False) else set()
+        tuned = [m for m in self.modules() if getattr(getattr(m, HANDLE, None), "tuned", False)]
+        own = {id(part) for m in tuned for part in m.modules()}
         for module in (m for m in self.modules() if id(m) not in own) if mode else ():
             parameters = list(module.parameters())
             if parameters and not any(p.requires_grad for p in parameters):
