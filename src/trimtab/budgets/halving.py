@@ -133,9 +133,12 @@ class Search:
         Raises:
             BudgetError: if all trials failed (with the commonest reason), or the time does not suffice for one.
         """
-        import optuna
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
+        try:
+            import optuna
+            from optuna.storages import JournalStorage
+            from optuna.storages.journal import JournalFileBackend
+        except ImportError as error:
+            raise ImportError("the search of `trimtab fit` needs optuna: pip install 'trimtab[fit]'") from error
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         portfolio = self.portfolio()
