@@ -108,6 +108,8 @@ def fit(model: str | Path, task: str | Mapping[str, Any], data: str | Path | Map
         ValueError: if a name or setting is wrong, `out` holds another search, or there are too few rows.
     """
     limits = parse(budget)
+    if measured := [x.axis.name for x in limits if x.axis.measured and x.value is None]:
+        raise BudgetError(f"budget: {measured[0]}: what is measured here has no base yet: give an absolute value")
     seconds = _seconds(time)
     folder = Path(out)
     recipe = _recipe(model, task, data, test, validation, overrides)
@@ -118,8 +120,6 @@ def fit(model: str | Path, task: str | Mapping[str, Any], data: str | Path | Map
     prices = Prices(recipe, space, folder / "prices.json")
     prices.count_all()
     bases = prices.bases
-    if measured := [x.axis.name for x in limits if x.axis.measured and x.value is None]:
-        raise BudgetError(f"budget: {measured[0]}: what is measured here has no base yet: give an absolute value")
     goal = Budget.of(limits, bases)
     shared = Shared(recipe, space, folder / "shared", _searched(space, recipe))
     search = Search(recipe, space, goal, prices, shared, folder, trials, seconds, tell)
