@@ -110,7 +110,7 @@ class LoRA(Method):
         for tower in towers:
             own = linears[tower.name]
             if s.targets is None:
-                paths = self._by_role(model, anatomy, tower, own, [t.name for t in towers])
+                paths = self._by_role(model, anatomy, tower, linears, towers)
             else:
                 paths = [p for p in own if any(p == t or p.endswith("." + t) for t in s.targets)]
             chosen |= {first[id(own[path])]: own[path] for path in paths}
@@ -127,29 +127,32 @@ class LoRA(Method):
         self._check(model, chosen)
         return chosen
 
-    def _by_role(self, model: nn.Module, anatomy: Anatomy, tower: Tower, linears: dict[str, nn.Module],
-                 towers: list[str]) -> list[str]:  # fmt: skip
+    def _by_role(self, model: nn.Module, anatomy: Anatomy, tower: Tower, linears: dict[str, dict[str, nn.Module]],
+                 towers: list[Tower]) -> list[str]:  # fmt: skip
         """The layers of a tower's blocks that give queries and values; ValueError if it has none that is known."""
+        found = {t.name: _queries_and_values(model, anatomy, t, linears[t.name]) for t in towers}
+        trained, severed = found[tower.name]
+        if trained:
+            return trained
         blocks = [b.path for b in tower.blocks]
-        inside = {path: m for path, m in linears.items() if under(path, blocks)}
-        layers = {path: m for path, m in inside.items() if is_linear(m)}
-        known = queries_and_values(layers, wrappers(model, layers))
-        known += [path for path in inside if path not in layers]  # torch's attentions
-        if found := [path for path in known if not under(path, anatomy.severed)]:
-            return found
-        names = sorted({path.rpartition(".")[2] for path in layers})
+        names = sorted(
+            {p.rpartition(".")[2] for p, m in linears[tower.name].items() if under(p, blocks) and is_linear(m)}
+        )
         have = f"its blocks have the linear layers {', '.join(names)}" if names else "its blocks have no linear layer"
-        if known:
-            have += f"; no gradient goes back to '{known[0]}' from what the model returns"
+        if idle := bool(severed) or "gradient" in dict(tower.unknown):
+            where = f"'{severed[0]}'" if severed else "it"
+            have += f"; no gradient goes back to {where} from what the model returns"
         if silent := [p for b in blocks for p in silent_attentions(model, b)]:
             have += (
                 f"; '{silent[0]}' is an nn.MultiheadAttention with weights of their own for keys and values of another "
                 "width, which it multiplies without calling a layer"
             )
-        others = [name for name in towers if name != tower.name]
+        others = [name for name, (layers, _) in found.items() if layers]
+        ways = [] if idle else ["name layers in `targets`"]  # which would not be trained either
+        ways.append(f"leave it out: towers {others}" if others else "tune it in another way")
         raise ValueError(
-            f"lora: tower {tower.name!r} has no layer that is known to give queries or values ({have}): name layers "
-            f"in `targets`, or {f'leave it out: towers {others}' if others else 'tune it in another way'}"
+            f"lora: tower {tower.name!r} has no layer that is known to give queries or values ({have}): "
+            f"{', or '.join(ways)}"
         )
 
     def _check(self, model: nn.Module, chosen: dict[str, nn.Module]) -> None:
@@ -212,6 +215,18 @@ class LoRA(Method):
                 module.merge()
                 done[id(module)] = base
             replace_module(model, path, done[id(module)])
+
+
+def _queries_and_values(model: nn.Module, anatomy: Anatomy, tower: Tower, linears: Mapping[str, nn.Module]
+                        ) -> tuple[list[str], list[str]]:  # fmt: skip
+    """The layers of a tower's blocks that give queries and values, and those to which no gradient goes back."""
+    blocks = [b.path for b in tower.blocks]
+    inside = {path: m for path, m in linears.items() if under(path, blocks)}
+    layers = {path: m for path, m in inside.items() if is_linear(m)}
+    known = queries_and_values(layers, wrappers(model, layers))
+    known += [path for path in inside if path not in layers]  # torch's attentions
+    severed = [path for path in known if under(path, anatomy.severed)]
+    return [path for path in known if path not in severed], severed
 
 
 def _every_name(model: nn.Module, first: Mapping[int, str]) -> Iterator[tuple[str, nn.Module]]:
