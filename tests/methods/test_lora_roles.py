@@ -194,6 +194,19 @@ def test_torchs_own_attention_gets_an_update_of_its_fused_weight(tmp_path):
         assert torch.equal(again.eval()(**batch), after)
 
 
+def test_an_attention_with_an_update_is_called_as_before():
+    torch.manual_seed(0)
+    model = Blocks(*[lambda: nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})] * 2)
+    plain, x = copy.deepcopy(model.blocks[0]["attn"]), torch.randn(5, 2, 8)
+    trimtab.tune(model, "lora", anatomy=model.anatomy())
+    wrapped = model.blocks[0]["attn"]
+    expected = plain(x, x, x)[0]
+    torch.testing.assert_close(wrapped(x, x, x, need_weights=False)[0], expected)
+    torch.testing.assert_close(wrapped(query=x, key=x, value=x)[0], expected)
+    with pytest.raises(TypeError, match="value"):
+        wrapped(x, x)
+
+
 def test_the_update_of_a_fused_weight_keeps_its_zeros():
     torch.manual_seed(0)
     model = Words().eval()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft.tuners.lora.layer import ParamWrapper
-from torch import Tensor, nn
+from torch import nn
 
 FUSED = "in_proj_weight"
 
@@ -29,12 +29,13 @@ class FusedUpdate(ParamWrapper):
                 raise
             return getattr(self.base_layer, name)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the attention; its parameters stay in their order, which PEFT changes."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the attention, by position or keyword; its parameters stay in their order, which PEFT changes."""
+        first = args[:1] or (kwargs.pop("query"),)
         own = self.get_base_layer()._parameters
         order = list(own)
         try:
-            return super().forward(x, *args, **kwargs)
+            return super().forward(*first, *args[1:], **kwargs)
         finally:
             for name in order:
                 own[name] = own.pop(name)

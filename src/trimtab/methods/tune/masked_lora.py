@@ -54,12 +54,12 @@ def follow(layer: Any, path: str, mask: Tensor) -> None:
     Raises:
         ValueError: if PEFT computes the layer in a way of its own (quantised, or a variant of LoRA).
     """
-    masked = {lora.Linear: MaskedLinear, FusedUpdate: MaskedFused}.get(type(layer), type(layer))
-    if masked not in (MaskedLinear, MaskedFused) or layer.lora_variant:
+    fused = type(layer) in (FusedUpdate, MaskedFused)
+    if not (fused or type(layer) in (lora.Linear, MaskedLinear)) or layer.lora_variant:
         raise ValueError(
             f"lora: '{path}' is pruned, and PEFT's {type(layer).__name__} computes its update in a way that keeps no "
             "zeros: leave the layer out of `targets`, or prune another model"
         )
-    layer.__class__ = masked
+    layer.__class__ = MaskedFused if fused else MaskedLinear
     weight = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
     layer.register_buffer("kept", mask.to(weight.device), persistent=False)
