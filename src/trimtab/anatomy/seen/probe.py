@@ -181,12 +181,14 @@ def look(module: nn.Module, block: Block, link: Link, args: tuple, kwargs: dict,
     before = early(stream)
     if before is not None and before.shape != stream.shape:
         before = None
-    moves, stirs = [], []
+    moves: list[Tensor] = []
+    stirs: list[Tensor] = []
     for place in places:
         new = stream.clone()
         new[..., place, :] += noise(stream)
-        seen = None if before is None else _which(before, early(new), length)
-        if not moves or seen is None:
+        now = None if before is None else early(new)
+        seen = None if before is None or now is None else _which(before, now, length)
+        if seen is None or not moves:
             whole = _which(again, changed(new), length)
             if seen is not None and not all(map(torch.equal, seen, whole)):  # what follows says something else
                 before = None
@@ -196,10 +198,8 @@ def look(module: nn.Module, block: Block, link: Link, args: tuple, kwargs: dict,
     return Sight(places, torch.stack(moves, -1).cpu(), torch.stack(stirs, -1).cpu(), last, why if length < 4 else "")
 
 
-def _which(before: Tensor, now: Tensor | None, length: int) -> tuple[Tensor, Tensor] | None:
-    """`moves` and `stirs` of one change, (B, L) each; None if nothing was seen."""
-    if now is None or now.shape != before.shape:
-        return None
+def _which(before: Tensor, now: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """`moves` and `stirs` of one change, (B, L) each."""
     return moved(before, now).reshape(-1, length), moved(before, now, 0.0).reshape(-1, length)
 
 

@@ -44,8 +44,9 @@ class MaskedFused(FusedUpdate):
 
     kept: Tensor
 
-    def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
-        return super().get_delta_weight(adapter, *args, **kwargs) * self.kept
+    def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
+        """The update of the fused weight, (3 D, D)."""
+        return super().get_delta_weight(adapter_name, *args, **kwargs) * self.kept
 
 
 def follow(layer: Any, path: str, mask: Tensor) -> None:
