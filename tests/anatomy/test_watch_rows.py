@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import transformers as hf
 from torch import Tensor, nn
 
 from tests.anatomy.test_watch_broken import LATER, Base, Block, Causal, Fixed, FromIds, Lengths, OtherSense, seen_by
@@ -98,13 +97,3 @@ def test_rows_that_see_each_other_are_said(way):
     torch.manual_seed(0)
     found = Anatomy.of(Base(lambda: Across(WAYS[way])), {"input_ids": IDS})
     assert "moves when one of another sample is changed" in dict(found.towers[0].unknown).get("samples", "")
-
-
-def test_watching_costs_at_most_three_passes():
-    """Counted in rows of blocks; on all four rows of the example it would be four."""
-    size = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 12}
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**size, num_key_value_heads=1, vocab_size=100)).eval()
-    words = torch.randint(5, 100, (4, 40), generator=torch.Generator().manual_seed(0))
-    found, rows = rows_run(model, model.model.layers, {"input_ids": words, "attention_mask": torch.ones_like(words)})
-    assert found.towers[0].causal and found.towers[0].mask is not None and not found.towers[0].unknown
-    assert rows <= 2.6 * 4 * 12

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers as hf
@@ -54,26 +56,15 @@ def test_every_attention_of_every_tower_gets_updates(name):
         assert {p.rpartition(".")[2] for p in wrapped if p.startswith(block + ".")} == layers, block
 
 
-# Towers whose attention multiplies by itself; they are named, and the rest is tuned by name.
-SILENT = {"bridgetower": ["vision"], "bridgetower mlm": ["vision"]}
-
-
 @pytest.mark.parametrize("name", ZOO)
 def test_no_tower_is_left_out_without_a_word(name):
     model = ZOO[name].build()
     anatomy = Anatomy.of(model)
-    silent = SILENT.get(name, [])
-    for tower in silent:
-        with pytest.raises(
-            ValueError, match=f"lora: tower '{tower}' has no layer that is known .*linear layers c_fc, "
-        ):
-            trimtab.tune(ZOO[name].build(), "lora")
-    rest = [t.name for t in anatomy.towers if t.name not in silent]
-    trimtab.tune(model, "lora", towers=rest)
+    trimtab.tune(model, "lora")
     wrapped = [p for p, m in model.named_modules() if hasattr(m, "lora_A")]
     for tower in anatomy.towers:
         within = [p for p in wrapped if anatomy.owner(p) == tower]
-        assert bool(within) == (tower.name in rest), tower.name
+        assert within, tower.name
         assert len({p for b in tower.blocks for p in within if p.startswith(b.path + ".")}) == len(within)
 
 
@@ -146,11 +137,99 @@ def test_layers_outside_of_the_blocks_are_no_attention_of_theirs():
     assert wrapped == ["blocks.0.q", "blocks.0.v", "blocks.1.qkv"]
 
 
-def test_torchs_own_attention_is_named():
-    model = Blocks(*[lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)] * 2)
-    with pytest.raises(
-        ValueError, match="linear1, linear2, out_proj; 'blocks.0.self_attn' is an nn.MultiheadAttention"
-    ):
+class Words(nn.Module):
+    """A tower of torch's own layers, which in evaluation compute all at once where no hook is set."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, input_ids, attention_mask):
+        out = self.encoder(self.embed(input_ids), src_key_padding_mask=attention_mask == 0)
+        return out * attention_mask[..., None]
+
+    def anatomy(self) -> Anatomy:
+        blocks = tuple(Block(f"encoder.layers.{i}", 8) for i in range(2))
+        return Anatomy((Tower("text", "text", blocks, ("embed", "encoder"), Tap("encoder.layers.1")),))
+
+
+def words(**settings):
+    """(model with LoRA, its handle, a batch, the plain model)."""
+    torch.manual_seed(0)
+    plain = Words().eval()
+    model = copy.deepcopy(plain)
+    mask = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
+    fit = trimtab.adapt(model, anatomy=model.anatomy())
+    fit.tune("lora", **settings)
+    return model.eval(), fit, {"input_ids": torch.randint(0, 20, (2, 5)), "attention_mask": mask}, plain
+
+
+def test_torchs_own_attention_gets_an_update_of_its_fused_weight(tmp_path):
+    model, fit, batch, plain = words()
+    assert {n.rpartition(".lora")[0] for n, p in model.named_parameters() if p.requires_grad} == {
+        f"encoder.layers.{i}.self_attn" for i in range(2)
+    }
+    with torch.no_grad():
+        before = plain(**batch)
+        torch.testing.assert_close(model(**batch), before)
+    model.train()(**batch).square().sum().backward()
+    assert all(p.grad is not None for p in fit.parameters()) and any(bool(p.grad.any()) for p in fit.parameters())
+    for p in fit.parameters():
+        p.data.normal_()
+    with torch.no_grad():
+        after = model.eval()(**batch)  # where torch's fused operation would read the plain weight
+        assert not torch.allclose(after, before, atol=1e-2)
+        folded = fit.folded()
+        torch.testing.assert_close(folded(**batch), after, atol=1e-4, rtol=1e-4)
+        assert list(folded.state_dict()) == list(plain.state_dict())
+    torch.testing.assert_close(
+        model(**batch).detach(), after, atol=1e-4, rtol=1e-4
+    )  # with gradients no fused operation is taken
+    fit.save(tmp_path / "fit")
+    again = copy.deepcopy(plain)
+    trimtab.adapt(again, tmp_path / "fit", anatomy=again.anatomy())
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**batch), after)
+
+
+def test_an_attention_with_an_update_is_called_as_before():
+    torch.manual_seed(0)
+    model = Blocks(*[lambda: nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})] * 2)
+    plain, x = copy.deepcopy(model.blocks[0]["attn"]), torch.randn(5, 2, 8)
+    trimtab.tune(model, "lora", anatomy=model.anatomy())
+    wrapped = model.blocks[0]["attn"]
+    expected = plain(x, x, x)[0]
+    torch.testing.assert_close(wrapped(x, x, x, need_weights=False)[0], expected)
+    torch.testing.assert_close(wrapped(query=x, key=x, value=x)[0], expected)
+    with pytest.raises(TypeError, match="value"):
+        wrapped(x, x)
+
+
+def test_the_update_of_a_fused_weight_keeps_its_zeros():
+    torch.manual_seed(0)
+    model = Words().eval()
+    fit = trimtab.adapt(model, anatomy=model.anatomy())
+    fit.prune("omp", sparsity=0.5)
+    zeros = [layer.self_attn.in_proj_weight == 0 for layer in model.encoder.layers]
+    assert all(bool(z.any()) for z in zeros)
+    fit.tune("lora")
+    for p in fit.parameters():
+        p.data.normal_()
+    batch = {"input_ids": torch.randint(0, 20, (2, 5)), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+    folded = fit.folded()
+    for layer, zero in zip(folded.encoder.layers, zeros, strict=True):
+        assert torch.equal(layer.self_attn.in_proj_weight == 0, zero)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(**batch), model(**batch), atol=1e-4, rtol=1e-4)
+
+
+def test_an_attention_that_cannot_have_an_update_is_named():
+    with pytest.raises(ValueError, match="self_attn' is an nn.MultiheadAttention.* set dropout to 0"):
+        words(dropout=0.1)
+    model = Blocks(*[lambda: nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, kdim=4, vdim=4)})] * 2)
+    with pytest.raises(ValueError, match="'blocks.0.attn' is an nn.MultiheadAttention with weights of their own for"):
         trimtab.tune(model, "lora", anatomy=model.anatomy())
 
 

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_map
 from trimtab.anatomy.calls import arguments, replaced
 from trimtab.anatomy.parts import Block
 from trimtab.anatomy.seen.chains import Link
+from trimtab.anatomy.seen.memo import Memo
+from trimtab.anatomy.seen.provenance import Node, until
 from trimtab.anatomy.seen.record import Example, hooked, run
 from trimtab.anatomy.structure import module_at
 from trimtab.anatomy.taps import pick
@@ -122,13 +124,22 @@ def others(sight: Sight) -> Tensor:
 MANY = 32  # tokens, up to which each is changed; of more some, in pairs of neighbours
 
 
-def sight(model: nn.Module, block: Block, link: Link) -> Sight:
-    """Run one block again by itself, with another token at one place, and see which tokens move."""
+def sight(model: nn.Module, block: Block, link: Link, memo: Memo, settled: Node | None = None) -> Sight:
+    """Run one block again by itself, with another token at one place, and see which tokens move.
+
+    Args:
+        model: of the block.
+        block: which.
+        link: the block as it ran.
+        memo: of the block, on all its rows.
+        settled: the value after which its tokens do not mix, if that is known.
+    """
     assert link.call.held is not None
     args, kwargs = link.call.held
     module = module_at(model, block.path)
     stream = block.stream_of(module, args, kwargs)
-    again = call(module, args, kwargs, link)
+    with memo:
+        again = call(module, args, kwargs, link)
     if again is not None and again.shape[:-1] != stream.shape[:-1]:
         return Sight()  # it makes another number of tokens
     if again is None:
@@ -137,10 +148,11 @@ def sight(model: nn.Module, block: Block, link: Link) -> Sight:
         return Sight(problem="what it makes of the example is no number (NaN or infinite); give an example of numbers")
     if bool(moved(again, link.call.result).any()):
         return Sight(problem="it computes differently when it is run again")
-    return look(module, block, link, args, kwargs, again)
+    return look(module, block, link, args, kwargs, again, memo, settled)
 
 
-def look(module: nn.Module, block: Block, link: Link, args: tuple, kwargs: dict, again: Tensor) -> Sight:
+def look(module: nn.Module, block: Block, link: Link, args: tuple, kwargs: dict, again: Tensor, memo: Memo,
+         settled: Node | None = None) -> Sight:  # fmt: skip
     """As `sight`, of a call of a block that made `again`, (B, L, D)."""
     draw = torch.Generator(device="cpu").manual_seed(0)
     stream = block.stream_of(module, args, kwargs)
@@ -149,8 +161,13 @@ def look(module: nn.Module, block: Block, link: Link, args: tuple, kwargs: dict,
         return torch.randn(like.shape[-1], generator=draw).to(like) * like.float().std().clamp_min(1e-3).to(like)
 
     def changed(new: Tensor) -> Tensor:
-        out = call(module, *block.with_stream(module, args, kwargs, new), link)
+        with memo:
+            out = call(module, *block.with_stream(module, args, kwargs, new), link)
         return again if out is None else out
+
+    def early(new: Tensor) -> Tensor | None:
+        with memo:
+            return None if settled is None else until(module, *block.with_stream(module, args, kwargs, new), settled)
 
     last, length = 0, stream.shape[-2]
     if stream.ndim > 2 and len(stream) > 1:
@@ -161,14 +178,29 @@ def look(module: nn.Module, block: Block, link: Link, args: tuple, kwargs: dict,
     why = f"its stream has {length} tokens, by which it cannot be told who sees whom; give 4 or more"
     some = (0, 1, 2, length // 3, length // 3 + 1, length // 2, length // 2 + 1, 3 * length // 4)
     places = tuple(range(length)) if length <= MANY else (*dict.fromkeys((*some, length - 3, length - 2, length - 1)),)
-    moves, stirs = [], []
+    before = early(stream)
+    if before is not None and before.shape != stream.shape:
+        before = None
+    moves: list[Tensor] = []
+    stirs: list[Tensor] = []
     for place in places:
         new = stream.clone()
         new[..., place, :] += noise(stream)
-        out = changed(new)
-        moves.append(moved(again, out).reshape(-1, length))
-        stirs.append(moved(again, out, 0.0).reshape(-1, length))
+        now = None if before is None else early(new)
+        seen = None if before is None or now is None else _which(before, now, length)
+        if seen is None or not moves:
+            whole = _which(again, changed(new), length)
+            if seen is not None and not all(map(torch.equal, seen, whole)):  # what follows says something else
+                before = None
+            seen = whole
+        moves.append(seen[0])
+        stirs.append(seen[1])
     return Sight(places, torch.stack(moves, -1).cpu(), torch.stack(stirs, -1).cpu(), last, why if length < 4 else "")
+
+
+def _which(before: Tensor, now: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """`moves` and `stirs` of one change, (B, L) each."""
+    return moved(before, now).reshape(-1, length), moved(before, now, 0.0).reshape(-1, length)
 
 
 def rows_apart(model: nn.Module, links: Sequence[Link], sights: Sequence[Sight]) -> bool:

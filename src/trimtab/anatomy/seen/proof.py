@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy.parts import Block, Sublayer, Tap
+from trimtab.anatomy.seen.memo import Memo
 from trimtab.anatomy.seen.provenance import Node, Trace, elements, rerun
 from trimtab.anatomy.seen.residual import Sum, ancestors
 
@@ -59,12 +60,14 @@ class Proof:
         trace: what was recorded of such a call, with the random numbers of `seed`.
         memory: names of arguments from other towers; empty if that is not known.
         note: called with a sentence for everything that is worth to know.
+        memo: of the block, on what it is called with.
     """
 
     SEED = 1
 
     def __init__(self, model: nn.Module, block: Block, args: tuple, kwargs: dict, trace: Trace,
-                 memory: set[str], note: Callable[[str], None]):  # fmt: skip
+                 memory: set[str], note: Callable[[str], None], memo: Memo):  # fmt: skip
+        self.memo = memo
         self.model, self.block, self.args, self.kwargs = model, block, args, kwargs
         self.trace, self.memory, self.note = trace, memory, note
 
@@ -85,7 +88,8 @@ class Proof:
 
     def _run(self, **options: Any) -> tuple[dict[Node, Tensor], dict[Tap, Tensor], Any]:
         torch.manual_seed(self.SEED)
-        return rerun(self.model, self.block.path, self.args, self.kwargs, **options)
+        with self.memo:
+            return rerun(self.model, self.block.path, self.args, self.kwargs, **options)
 
     def _arrives(self, part: Part, plain: Tensor, before: dict[Node, Tensor]) -> None:
         """Unknown unless adding something at a part's write is the same as adding it to the sum."""
@@ -144,7 +148,8 @@ class Proof:
                 # One step for all tokens, that a mean over tokens shows, and one for each, that differences show.
                 by = torch.randn(shape, generator=generator) + torch.randn(shape[-1:], generator=generator)
                 by = by * chosen[..., None] * size(start.value)
-                _, kept, _ = self._run(at=start, by=by.to(plain.device, start.value.dtype), taps=[part.write])
+                _, kept, _ = self._run(at=start, by=by.to(plain.device, start.value.dtype), taps=[part.write],
+                                       stop=True)  # fmt: skip
                 moved = (kept[part.write] - plain).nan_to_num().abs().amax(-1).cpu() > least
                 if bool(moved[~chosen.expand_as(moved)].any()):
                     return True

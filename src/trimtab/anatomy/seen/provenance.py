@@ -250,6 +250,52 @@ class _Changing(TorchDispatchMode):
         return out
 
 
+class _Enough(BaseException):
+    """Ends a run of which all that is wanted has been seen; no model catches it."""
+
+
+class _Until(TorchDispatchMode):
+    """Ends a run at one operation, counted as `_Recorder` does."""
+
+    def __init__(self, at: Node):
+        super().__init__()
+        self.at, self.count = at, 0
+        self.found: Tensor | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not _counts(func):
+            return out
+        if self.count == self.at.index:
+            made = list(_of_kind(out, Tensor))
+            if func._schema.name.rpartition("::")[2].removesuffix("_") == self.at.op and self.at.out < len(made):
+                self.found = made[self.at.out].clone()
+            raise _Enough
+        self.count += 1
+        return out
+
+
+def until(module: nn.Module, args: tuple, kwargs: dict, at: Node) -> Tensor | None:
+    """Run a module as far as one of its values, and give that; None if another run has taken another way.
+
+    Args:
+        module: on other rows than those of which the value was recorded, perhaps.
+        args: as in `record`.
+        kwargs: as in `record`.
+        at: the value, as recorded.
+    """
+    args, kwargs, _ = fresh(args, kwargs)
+    mode = _Until(at)
+    try:
+        with torch.no_grad(), mode:
+            module(*args, **kwargs)
+    except _Enough:
+        return mode.found
+    except Exception:
+        return None
+    return None
+
+
 def _same(node: Node, out: Any) -> Tensor | None:
     """The tensor of a node in another run; None if that run has taken another way."""
     made = list(_of_kind(out, Tensor))
@@ -258,7 +304,7 @@ def _same(node: Node, out: Any) -> Tensor | None:
 
 def rerun(
     model: nn.Module, path: str, args: tuple, kwargs: dict, *, at: Node | None = None, by: Tensor | None = None,
-    add: tuple[Tap, Tensor] | None = None, watch: Sequence[Node] = (), taps: Sequence[Tap] = (),
+    add: tuple[Tap, Tensor] | None = None, watch: Sequence[Node] = (), taps: Sequence[Tap] = (), stop: bool = False,
 ) -> tuple[dict[Node, Tensor], dict[Tap, Tensor], Any]:  # fmt: skip
     """Run a module as in `record`, with one value changed on the way.
 
@@ -272,6 +318,7 @@ def rerun(
         add: an output in the module, and what is added to it, as a method would do it.
         watch: values to be kept.
         taps: outputs to be kept.
+        stop: whether the run ends as soon as these are kept; nothing is returned then.
 
     Returns:
         The values of `watch` that were computed in this run too, the tapped outputs, and what the module returned.
@@ -289,6 +336,8 @@ def rerun(
             kept[tap] = value.clone()
             new = value + add[1].to(value.dtype) if add is not None and add[0] == tap else value
             mode.paused = False
+            if stop and len(kept) == len(taps):
+                raise _Enough
             return new
 
         return change
@@ -297,7 +346,10 @@ def rerun(
         for tap in [*taps, *([add[0]] if add is not None and add[0] not in taps else [])]:
             stack.callback(rewrite(model, tap, hook(tap)).remove)
         stack.enter_context(mode)
-        output = module(*args, **kwargs)
+        try:
+            output = module(*args, **kwargs)
+        except _Enough:
+            output = None
     return mode.seen, kept, output
 
 

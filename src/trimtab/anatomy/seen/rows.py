@@ -18,7 +18,9 @@ from trimtab.anatomy.calls import arguments
 from trimtab.anatomy.parts import Block
 from trimtab.anatomy.seen.chains import Link
 from trimtab.anatomy.seen.inputs import Hidden
+from trimtab.anatomy.seen.memo import Memo
 from trimtab.anatomy.seen.probe import Ends, Sight, call, leaks, look, moved, sight
+from trimtab.anatomy.seen.provenance import Node
 from trimtab.anatomy.seen.record import Example, rows_of
 from trimtab.anatomy.seen.sublayers import SeenBlock, see_sublayers
 from trimtab.anatomy.seen.towers import copied, held_stream
@@ -74,6 +76,8 @@ class Rows:
     def __init__(self, model: nn.Module):
         self.model = model
         self._known: dict[tuple, Few | None] = {}
+        self._memos: dict[tuple, Memo] = {}
+        self._settled: dict[str, Node | None] = {}
 
     def sight(self, block: Block, link: Link, contents: Collection[str]) -> Sight:
         """As `sight`, of rows that are given the same in one of them; `contents` as in `alike`."""
@@ -82,29 +86,46 @@ class Rows:
         some = self._few(block, link, rows) if like else None
         stream = held_stream(link)
         if some is None or stream is None or some.made.shape[:-1] != (len(rows), *stream.shape[1:-1]):
-            return sight(self.model, block, link)
+            return self._sight(block, link)
         if not bool(some.made.isfinite().all(-1).any()):  # there may be numbers in another row
-            return sight(self.model, block, link)
-        seen = look(module_at(self.model, block.path), block, link, *some)
+            return self._sight(block, link)
+        seen = look(module_at(self.model, block.path), block, link, *some, self._memo(block, rows),
+                    self._settled.get(block.path))  # fmt: skip
         near = int(seen.moves.sum()) < 0.95 * int(seen.stirs.sum())  # `clear`, which other rows may decide
         if near or seen.rows:  # or rows see each other: which do, all of them tell
-            return sight(self.model, block, link)
+            return self._sight(block, link)
         places = [rows.index(row) for row in like]
         moves, stirs = (_spread(m, places, len(rows)) for m in (seen.moves, seen.stirs))
         return seen._replace(moves=moves, stirs=stirs)
 
     def parts(self, block: Block, link: Link, memory: set[str]) -> SeenBlock:
         """As `see_sublayers`, of two rows; of all where those do not tell everything."""
+        seen = self._parts(block, link, memory)
+        self._settled[block.path] = seen.settled
+        return seen
+
+    def _parts(self, block: Block, link: Link, memory: set[str]) -> SeenBlock:
         assert link.call.held is not None
         stream = held_stream(link)
         if stream is not None and stream.ndim > 2 and len(stream) > 2:
-            some = self._few(block, link, (0, len(stream) - 1))
+            rows = (0, len(stream) - 1)
+            some = self._few(block, link, rows)
             if some is not None:
                 with suppress(AnatomyError):
-                    seen = see_sublayers(self.model, block, some.args, some.kwargs, memory=memory)
+                    seen = see_sublayers(self.model, block, some.args, some.kwargs, memory, self._memo(block, rows))
                     if seen.complete or seen.layout == "grid":
                         return seen
-        return see_sublayers(self.model, block, *copied(link.call.held), memory=memory)
+        return see_sublayers(self.model, block, *copied(link.call.held), memory, self._memo(block))
+
+    def _sight(self, block: Block, link: Link) -> Sight:
+        """Of all rows."""
+        return sight(self.model, block, link, self._memo(block), self._settled.get(block.path))
+
+    def _memo(self, block: Block, rows: tuple[int, ...] = ()) -> Memo:
+        """What a block has computed on some rows, or on all."""
+        if (block.path, rows) not in self._memos:
+            self._memos[block.path, rows] = Memo(module_at(self.model, block.path))
+        return self._memos[block.path, rows]
 
     def _few(self, block: Block, link: Link, rows: tuple[int, ...]) -> Few | None:
         """A block run on some of its rows; None if it does not make of them what it made of them among all.
@@ -124,7 +145,8 @@ class Rows:
             return None
         length, chosen = len(stream), list(rows)
         args, kwargs = tree_map(lambda v: v[chosen] if _by_row(v, length) else v, link.call.held)
-        made = call(module_at(self.model, block.path), args, kwargs, link)
+        with self._memo(block, rows):
+            made = call(module_at(self.model, block.path), args, kwargs, link)
         among: Any = link.call.result
         if made is None or len(among) != length or made.shape != among[chosen].shape:
             return None

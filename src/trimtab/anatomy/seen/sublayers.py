@@ -8,15 +8,16 @@ the stream are changed tells whether the part mixes tokens. Names of modules dec
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy.calls import parameter_names, passed, stream_name
 from trimtab.anatomy.parts import Block, Layout, Sublayer, Tap
+from trimtab.anatomy.seen.memo import Memo
 from trimtab.anatomy.seen.proof import Part, Proof, Unknown
 from trimtab.anatomy.seen.provenance import Node, elements, record, rerun
 from trimtab.anatomy.seen.residual import (
@@ -54,6 +55,7 @@ class SeenBlock:
             that it makes for all. `keeps_shape` is False with one; that nothing reads it cannot be seen from here.
         deterministic: whether it computes the same twice.
         notes: a sentence for everything that stayed unknown, and why; and for what is worth to know.
+        settled: the value of the stream after which no part mixes tokens any more; None if that was not seen.
     """
 
     path: str
@@ -67,11 +69,13 @@ class SeenBlock:
     made: tuple[int, ...]
     deterministic: bool
     notes: tuple[str, ...]
+    settled: Node | None = field(default=None, compare=False, repr=False)
 
 
 def see_sublayers(
-    model: nn.Module, block: Block, args: tuple, kwargs: dict, memory: Collection[str | int] = ()
-) -> SeenBlock:
+    model: nn.Module, block: Block, args: tuple, kwargs: dict, memory: Collection[str | int] = (),
+    memo: Memo | None = None,
+) -> SeenBlock:  # fmt: skip
     """Run a block alone, a few times, and tell its parts.
 
     Args:
@@ -82,6 +86,7 @@ def see_sublayers(
         memory: names, or positions, of all arguments that come from another tower. Empty if that is not known: then a
             float (B, M, C) that weights multiply before it meets the stream is taken for one, with a note, if it gives
             the values of an attention.
+        memo: of the block on these arguments, where it has run on them.
 
     Raises:
         AnatomyError: if a part of the block is in training mode, or if it was called without its stream.
@@ -94,7 +99,7 @@ def see_sublayers(
         )
     block.stream_of(module, args, kwargs)
     with torch.no_grad(), torch.random.fork_rng(devices=_devices()), _module_by_module():
-        return _Watch(model, block, args, kwargs, memory).see()
+        return _Watch(model, block, args, kwargs, memory, memo or Memo(module)).see()
 
 
 @contextmanager
@@ -124,7 +129,9 @@ class _Place:
 class _Watch:
     """The looks at one block; `notes` grow on the way."""
 
-    def __init__(self, model: nn.Module, block: Block, args: tuple, kwargs: dict, memory: Collection[str | int]):
+    def __init__(self, model: nn.Module, block: Block, args: tuple, kwargs: dict, memory: Collection[str | int],
+                 memo: Memo):  # fmt: skip
+        self.memo = memo
         self.model, self.block, self.args, self.kwargs = model, block, args, kwargs
         self.module = module_at(model, block.path)
         name = stream_name(block.path, block.stream, self.module, args, kwargs)
@@ -137,7 +144,8 @@ class _Watch:
     def see(self) -> SeenBlock:
         first = self._alone(seed=0)  # also fills what is made once
         torch.manual_seed(Proof.SEED)
-        self.trace = record(self.model, self.block.path, self.args, self.kwargs)
+        with self.memo:
+            self.trace = record(self.model, self.block.path, self.args, self.kwargs)
         same = _equal(first, self.trace.output)
         self.source = self.trace.given[self.stream_argument]
         also, made = self._returned()
@@ -149,12 +157,15 @@ class _Watch:
         if (found or complete or layout == "grid") and (why := self._unprovable(same, layout, axis)):
             self._note(why)
             found, complete = [], False
-        proof = Proof(self.model, self.block, self.args, self.kwargs, self.trace, self.memory, self._note)
+        proof = Proof(self.model, self.block, self.args, self.kwargs, self.trace, self.memory, self._note,
+                      self.memo)  # fmt: skip
         sublayers = proof.sublayers(found)
+        complete = complete and len(sublayers) == len(found)
         return SeenBlock(
-            self.block.path, tuple(sublayers), complete and len(sublayers) == len(found), keeps,
+            self.block.path, tuple(sublayers), complete, keeps,
             None if out is None or axis is None else out.shape[axis], layout,
             isinstance(self.trace.output, (tuple, list)), also or (), made, same, tuple(self.notes),
+            _settled(found, sublayers) if complete and same else None,
         )  # fmt: skip
 
     def _unprovable(self, same: bool, layout: str | None, axis: int | None) -> str:
@@ -170,7 +181,8 @@ class _Watch:
     def _alone(self, seed: int) -> object:
         torch.manual_seed(seed)
         try:
-            return rerun(self.model, self.block.path, self.args, self.kwargs)[2]
+            with self.memo:
+                return rerun(self.model, self.block.path, self.args, self.kwargs)[2]
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
             raise AnatomyError(
                 f"block '{self.block.path}' ({type(self.module).__name__}) cannot be run by itself with what it was "
@@ -373,6 +385,12 @@ class _Watch:
                 if root(value) is start and value.shape == place.shape and call.exit <= written:
                     return Tap(call.path, key=key) if self.trace.once(call) else None
         return None
+
+
+def _settled(parts: Sequence[Part], sublayers: Sequence[Sublayer]) -> Node | None:
+    """The sum with the last part that may mix tokens, of parts of one stream, all of which were proved."""
+    mixing = [part.total.node for part, seen in zip(parts, sublayers, strict=True) if seen.kind != "mlp"]
+    return max(mixing, key=lambda n: n.index) if mixing and not any(part.stream for part in parts) else None
 
 
 def _equal(a: object, b: object) -> bool:

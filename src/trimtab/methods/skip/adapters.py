@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trimtab.anatomy import AnatomyError, Block, Sublayer, Tap, arguments, called_like, read, rewrite
 from trimtab.anatomy.structure import added_by, mark_added, plain_module
@@ -238,6 +239,15 @@ class PartError(AnatomyError, AttributeError):
     """A part of a block that is not there any more; to `hasattr`, an attribute that is missing."""
 
 
+def _facts(block: nn.Module) -> dict[str, Any]:
+    """Plain facts of a block, its own and those that its class states for all of its kind (which mask they take)."""
+    found: dict[str, Any] = {}
+    for kind in (k for k in reversed(type(block).__mro__) if k not in GradientCheckpointingLayer.__mro__):
+        found |= vars(kind)
+    found |= vars(block)
+    return {k: v for k, v in found.items() if isinstance(v, (bool, int, float, str)) and k[0] != "_"}
+
+
 class Skipped(nn.Module):
     """What stands in place of a skipped block: its adapter on the stream that the block would have carried on.
 
@@ -274,11 +284,10 @@ class Skipped(nn.Module):
         others = [self._adapter(block, bottleneck, i + 1) for i in range(len(block.also))]
         self.others = nn.ModuleList(others)
         placed(self.others, place, place.dtype)
-        facts = {k: v for k, v in vars(original).items() if isinstance(v, (bool, int, float, str)) and k[0] != "_"}
         for hook in original._forward_hooks.values():  # by which transformers notes what each block puts out
             if getattr(hook, "__name__", "") == "output_capturing_hook":
                 self.register_forward_hook(hook)
-        self.like = {"class": type(original), "facts": facts, "parts": tuple(original._modules)}
+        self.like = {"class": type(original), "facts": _facts(original), "parts": tuple(original._modules)}
         mark_added(self, ADDED)
 
     @property  # type: ignore[misc]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trimtab.anatomy import Anatomy, Tower
 from trimtab.anatomy.structure import is_wrapped, module_at, plain_modules, replace_module, under
 from trimtab.methods.base import METHODS, Method
+from trimtab.methods.tune.fused import FUSED, is_fused, transparent
 from trimtab.methods.tune.roles import is_linear, queries_and_values, silent_attentions, wrappers
 from trimtab.registry import unknown
 
@@ -29,9 +30,9 @@ class LoRASettings:
     dropout: float = 0.0
     """Dropout of the input of A."""
     targets: tuple[str, ...] | None = None
-    """Last names, or longer ends of paths, of the linear layers inside the towers that get an update; those a model
-    lacks are passed over. None: the layers that give an attention's queries and values, in every tower. A fused layer
-    gets one update for all three."""
+    """Last names, or longer ends of paths, of the linear layers (and torch's attentions) inside the towers that get an
+    update; those a model lacks are passed over. None: the layers that give an attention's queries and values, in every
+    tower. A fused layer gets one update for all three, as does the fused weight of an nn.MultiheadAttention."""
     towers: tuple[str, ...] | None = None
     """Which towers; None for all."""
 
@@ -73,7 +74,11 @@ class LoRA(Method):
         places = _places(model, chosen)
         trainable = [n for n, p in model.named_parameters() if p.requires_grad]
         # Whole paths: PEFT takes a list entry as the end of a name, and a full path ends only itself.
-        config = LoraConfig(r=s.rank, lora_alpha=s.alpha, lora_dropout=s.dropout, target_modules=list(chosen))
+        config = LoraConfig(
+            r=s.rank, lora_alpha=s.alpha, lora_dropout=s.dropout,
+            target_modules=[path for path, m in chosen.items() if is_linear(m)],
+            target_parameters=[f"{path}.{FUSED}" for path, m in chosen.items() if not is_linear(m)] or None,
+        )  # fmt: skip
         with _naming_its_embeddings(model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # PEFT sets it by each layer's kind itself
             inject_adapter_in_model(config, model)
@@ -81,7 +86,7 @@ class LoRA(Method):
             if name in trainable:
                 parameter.requires_grad_(True)
         for path, others in places.items():
-            wrapped = model.get_submodule(path)
+            wrapped = transparent(model.get_submodule(path))
             for other in others:  # one layer under several names is still one
                 replace_module(model, other, wrapped)
             if any(isinstance(m, nn.TransformerEncoderLayer) for m in _around(model, path)):
@@ -97,7 +102,7 @@ class LoRA(Method):
         s = self.settings
         towers = [anatomy.tower(name) for name in s.towers or [t.name for t in anatomy.towers]]
         linears: dict[str, dict[str, nn.Module]] = {t.name: {} for t in anatomy.towers}
-        first = {id(m): path for path, m in plain_modules(model) if is_linear(m)}
+        first = {id(m): path for path, m in plain_modules(model) if is_linear(m) or is_fused(m)}
         for path, module in _every_name(model, first):
             if (owner := anatomy.owner(path)) is not None:
                 linears[owner.name][path] = module
@@ -105,7 +110,7 @@ class LoRA(Method):
         for tower in towers:
             own = linears[tower.name]
             if s.targets is None:
-                paths = self._by_role(model, anatomy, tower, own, [t.name for t in towers])
+                paths = self._by_role(model, anatomy, tower, linears, towers)
             else:
                 paths = [p for p in own if any(p == t or p.endswith("." + t) for t in s.targets)]
             chosen |= {first[id(own[path])]: own[path] for path in paths}
@@ -122,29 +127,37 @@ class LoRA(Method):
         self._check(model, chosen)
         return chosen
 
-    def _by_role(self, model: nn.Module, anatomy: Anatomy, tower: Tower, linears: dict[str, nn.Module],
-                 towers: list[str]) -> list[str]:  # fmt: skip
+    def _by_role(self, model: nn.Module, anatomy: Anatomy, tower: Tower, linears: dict[str, dict[str, nn.Module]],
+                 towers: list[Tower]) -> list[str]:  # fmt: skip
         """The layers of a tower's blocks that give queries and values; ValueError if it has none that is known."""
+        found = {t.name: _queries_and_values(model, anatomy, t, linears[t.name]) for t in towers}
+        trained, severed = found[tower.name]
+        if trained:
+            return trained
         blocks = [b.path for b in tower.blocks]
-        inside = {path: m for path, m in linears.items() if under(path, blocks)}
-        known = queries_and_values(inside, wrappers(model, inside))
-        if found := [path for path in known if not under(path, anatomy.severed)]:
-            return found
-        names = sorted({path.rpartition(".")[2] for path in inside})
+        names = sorted(
+            {p.rpartition(".")[2] for p, m in linears[tower.name].items() if under(p, blocks) and is_linear(m)}
+        )
         have = f"its blocks have the linear layers {', '.join(names)}" if names else "its blocks have no linear layer"
-        if known:
-            have += f"; no gradient goes back to '{known[0]}' from what the model returns"
+        if idle := bool(severed) or "gradient" in dict(tower.unknown):
+            where = f"'{severed[0]}'" if severed else "it"
+            have += f"; no gradient goes back to {where} from what the model returns"
         if silent := [p for b in blocks for p in silent_attentions(model, b)]:
-            have += f"; '{silent[0]}' is an nn.MultiheadAttention, which multiplies without calling a layer"
-        others = [name for name in towers if name != tower.name]
+            have += (
+                f"; '{silent[0]}' is an nn.MultiheadAttention with weights of their own for keys and values of another "
+                "width, which it multiplies without calling a layer"
+            )
+        others = [name for name, (layers, _) in found.items() if layers]
+        ways = [] if idle else ["name layers in `targets`"]  # which would not be trained either
+        ways.append(f"leave it out: towers {others}" if others else "tune it in another way")
         raise ValueError(
-            f"lora: tower {tower.name!r} has no layer that is known to give queries or values ({have}): name layers "
-            f"in `targets`, or {f'leave it out: towers {others}' if others else 'tune it in another way'}"
+            f"lora: tower {tower.name!r} has no layer that is known to give queries or values ({have}): "
+            f"{', or '.join(ways)}"
         )
 
     def _check(self, model: nn.Module, chosen: dict[str, nn.Module]) -> None:
         for path, module in chosen.items():
-            weight: Any = module._parameters.get("weight")
+            weight: Any = module._parameters.get("weight" if is_linear(module) else FUSED)
             if weight is None:
                 raise ValueError(
                     f"lora: the weight of '{path}' ({type(module).__name__}) is computed anew before each pass: "
@@ -156,6 +169,12 @@ class LoRA(Method):
                     f"lora: the weight of '{path}' is stored as {str(weight.dtype).removeprefix('torch.')} (quantised) "
                     "in a plain nn.Linear, which cannot compute with it: load the model in a quantised form that PEFT "
                     "knows (bitsandbytes, GPTQ, ...), or unquantised"
+                )
+            if is_fused(module) and self.settings.dropout:
+                raise ValueError(
+                    f"lora: '{path}' is an nn.MultiheadAttention, whose update is added to its weight, so that its "
+                    f"input cannot be dropped: set dropout to 0 (found {self.settings.dropout}), or name layers in "
+                    "`targets`"
                 )
             owner = model.get_submodule(path.rpartition(".")[0])
             if isinstance(owner, nn.MultiheadAttention):
@@ -175,7 +194,7 @@ class LoRA(Method):
 
         for path, mask in masks.items():
             layer, _, name = path.rpartition(".")
-            if layer in self.wrapped and name == "weight":
+            if layer in self.wrapped and name in ("weight", FUSED):
                 follow(module_at(model, layer), path, mask)
 
     def fold(self, model: nn.Module) -> None:
@@ -189,11 +208,25 @@ class LoRA(Method):
                 continue
             if id(module) not in done:
                 base: Any = module.get_base_layer()
-                if holders[id(base.weight)] > 1:  # what shares the weight has no update: it keeps the weight as it is
-                    base.weight = nn.Parameter(base.weight.detach().clone(), base.weight.requires_grad)
+                name = getattr(module, "parameter_name", "weight")
+                weight = getattr(base, name)
+                if holders[id(weight)] > 1:  # what shares the weight has no update: it keeps the weight as it is
+                    setattr(base, name, nn.Parameter(weight.detach().clone(), weight.requires_grad))
                 module.merge()
                 done[id(module)] = base
             replace_module(model, path, done[id(module)])
+
+
+def _queries_and_values(model: nn.Module, anatomy: Anatomy, tower: Tower, linears: Mapping[str, nn.Module]
+                        ) -> tuple[list[str], list[str]]:  # fmt: skip
+    """The layers of a tower's blocks that give queries and values, and those to which no gradient goes back."""
+    blocks = [b.path for b in tower.blocks]
+    inside = {path: m for path, m in linears.items() if under(path, blocks)}
+    layers = {path: m for path, m in inside.items() if is_linear(m)}
+    known = queries_and_values(layers, wrappers(model, layers))
+    known += [path for path in inside if path not in layers]  # torch's attentions
+    severed = [path for path in known if under(path, anatomy.severed)]
+    return [path for path in known if path not in severed], severed
 
 
 def _every_name(model: nn.Module, first: Mapping[int, str]) -> Iterator[tuple[str, nn.Module]]:

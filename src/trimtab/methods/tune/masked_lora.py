@@ -14,6 +14,8 @@ from peft.tuners import lora
 from torch import Tensor
 from torch.nn import functional as F
 
+from trimtab.methods.tune.fused import FusedUpdate
+
 
 class MaskedLinear(lora.Linear):
     """PEFT's layer with a buffer `kept`, the mask of its base weight, True = kept."""
@@ -37,16 +39,28 @@ class MaskedLinear(lora.Linear):
         return out
 
 
+class MaskedFused(FusedUpdate):
+    """The same for the fused weight of torch's attention."""
+
+    kept: Tensor
+
+    def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
+        """The update of the fused weight, (3 D, D)."""
+        return super().get_delta_weight(adapter_name, *args, **kwargs) * self.kept
+
+
 def follow(layer: Any, path: str, mask: Tensor) -> None:
     """Let the update of a layer keep the zeros of a mask.
 
     Raises:
         ValueError: if PEFT computes the layer in a way of its own (quantised, or a variant of LoRA).
     """
-    if type(layer) not in (lora.Linear, MaskedLinear) or layer.lora_variant:
+    fused = type(layer) in (FusedUpdate, MaskedFused)
+    if not (fused or type(layer) in (lora.Linear, MaskedLinear)) or layer.lora_variant:
         raise ValueError(
             f"lora: '{path}' is pruned, and PEFT's {type(layer).__name__} computes its update in a way that keeps no "
             "zeros: leave the layer out of `targets`, or prune another model"
         )
-    layer.__class__ = MaskedLinear
-    layer.register_buffer("kept", mask.to(layer.get_base_layer().weight.device), persistent=False)
+    layer.__class__ = MaskedFused if fused else MaskedLinear
+    weight = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+    layer.register_buffer("kept", mask.to(weight.device), persistent=False)

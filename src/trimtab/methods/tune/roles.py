@@ -17,6 +17,7 @@ from typing import NamedTuple
 from torch import nn
 
 from trimtab.anatomy.structure import module_at, plain_modules
+from trimtab.methods.tune.fused import is_fused
 
 
 class Attention(NamedTuple):
@@ -106,9 +107,11 @@ def wrappers(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, st
 
 
 def silent_attentions(model: nn.Module, within: str) -> list[str]:
-    """Paths of torch's attentions at or below a path: they multiply by weights without calling a layer."""
+    """Paths of torch's attentions at or below a path without a fused weight: they call no layer of their several."""
     return [
         path
         for path, m in plain_modules(model)
-        if isinstance(m, nn.MultiheadAttention) and f"{path}.".startswith(f"{within}." if within else "")
+        if isinstance(m, nn.MultiheadAttention)
+        and not is_fused(m)
+        and f"{path}.".startswith(f"{within}." if within else "")
     ]
