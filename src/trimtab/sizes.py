@@ -45,16 +45,19 @@ def sizes_only() -> Iterator[None]:
 
     What is computed from a batch alone has values besides, so that shapes which depend on them are right.
     """
+    from transformers import PreTrainedModel
     from transformers.initialization import no_init_weights
 
     # Modules stay where they are made; PEFT moves its own all the same, which fake tensors refuse.
     stay = mock.patch.object(nn.Module, "to", lambda self, *_, **__: self)
+    # `no_init_weights` leaves out, with the values, that some weights are one and the same, which would count twice.
+    tied = mock.patch.object(PreTrainedModel, "init_weights", lambda self: self.tie_weights(recompute_mapping=False))
     log = logging.getLogger("torch._subclasses.fake_tensor")  # an operation that fails is raised and need not be told
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake, _Values(fake) as values, _Numbers(), \
-                no_init_weights(), stay:  # fmt: skip
+                no_init_weights(), tied, stay:  # fmt: skip
             try:
                 yield
             finally:

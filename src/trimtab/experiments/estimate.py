@@ -110,7 +110,7 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
     Returns:
         `params`, `nonzero_params`, `dense_params`, `trainable_params`, `macs`, `dense_macs`, `checkpoint_bytes`, and
         for the recipe's batch size, which is in `batch_size`, `saved_activation_bytes` and `training_peak_bytes`;
-        `assumes`, what was assumed of data that are not there, a sentence each.
+        `assumes`, what was assumed of a backbone and of data that are not there, a sentence each.
 
     Raises:
         RecipeError: if a name or setting is wrong, parts do not fit, nothing says how many answers or classes there
