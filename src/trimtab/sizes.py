@@ -22,7 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -169,6 +173,11 @@ class _Numbers(TorchFunctionMode):
         if function in (torch.tensor, torch.as_tensor) and args and isinstance(args[0], (list, tuple)):
             args = (tree_map(lambda x: x.tolist() if isinstance(x, FakeTensor) else x, args[0]), *args[1:])
         return function(*args, **(kwargs or {}))
+
+
+def counting() -> bool:
+    """Whether `sizes_only` is in force."""
+    return any(isinstance(mode, _Values) for mode in _get_current_dispatch_mode_stack())
 
 
 @contextmanager
