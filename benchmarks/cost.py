@@ -1,6 +1,6 @@
 """What `trimtab cost` takes: seconds and peak resident memory of every shipped recipe, all variants, without data.
 
-    python benchmarks/cost.py [PATTERN ...] [--seconds 60] [--gigabytes 2] [--json FILE]
+    python benchmarks/cost.py [PATTERN ...] [--seconds 60] [--gigabytes 2] [--json FILE] [--missing]
 
 Each recipe is counted by a process of its own on one thread, started as a person starts it, and killed when it takes
 twice the time or the memory. Seconds are the processor's, so that a busy machine changes them little; beside them stand
@@ -92,12 +92,15 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--gigabytes", type=float, default=2)
     parser.add_argument("--json", type=Path, help="rows are written into it one by one, others in it stay")
+    parser.add_argument("--missing", action="store_true", help="only what the file does not have yet")
     options = parser.parse_args()
+    there = json.loads(options.json.read_text()) if options.missing and options.json.exists() else []
+    done = {(row["recipe"], row["backbone"]) for row in there if not row["failed"]}
     found, bad = [], 0
     with tempfile.TemporaryDirectory() as place:
         where = Path(place)
         names = [n for n in recipe.names() if any(fnmatch(n, p) for p in options.patterns)]
-        for name, title, more in runs(names):
+        for name, title, more in (run for run in runs(names) if run[:2] not in done):
             command = [sys.executable, "-W", "ignore", "-m", "trimtab", "cost", name, "--json", *more]
             row = watched(command, 2 * options.seconds, 2e9 * options.gigabytes, where)
             good = not row["failed"] and row["seconds"] < options.seconds and row["peak"] < 1e9 * options.gigabytes
