@@ -36,7 +36,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess:
 
 def test_help_is_quick():
     """Neither the parser nor `import trimtab` loads torch."""
-    code = "import sys, trimtab, trimtab.cli; trimtab.cli._parser(); print(*sys.modules)"
+    code = "import sys, trimtab.cli, trimtab.experiments.recipe; trimtab.cli._parser(); print(*sys.modules)"
     done = python("-c", code)
     assert "trimtab.cli" in done.stdout.split(), done.stderr
     assert not {"torch", "transformers", "datasets"} & set(done.stdout.split())

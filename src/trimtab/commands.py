@@ -253,7 +253,7 @@ def cost(options: Namespace) -> None:
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("variant", no_wrap=True)
+    table.add_column("variant", overflow="fold")  # where a line is too short for all, numbers stay whole
     for title, _ in columns.values():
         table.add_column(title, justify="right", no_wrap=True)
     for row in found:

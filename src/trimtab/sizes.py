@@ -21,8 +21,11 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -45,16 +48,20 @@ def sizes_only() -> Iterator[None]:
 
     What is computed from a batch alone has values besides, so that shapes which depend on them are right.
     """
+    from transformers import PreTrainedModel
     from transformers.initialization import no_init_weights
 
     # Modules stay where they are made; PEFT moves its own all the same, which fake tensors refuse.
     stay = mock.patch.object(nn.Module, "to", lambda self, *_, **__: self)
+    # `no_init_weights` leaves out, with the values, that some weights are one and the same, which would count twice.
+    tied = mock.patch.object(PreTrainedModel, "init_weights", lambda self: self.tie_weights(recompute_mapping=False))
+    made = [mock.patch.object(torch, name, _of_numbers(getattr(torch, name))) for name in ("tensor", "as_tensor")]
     log = logging.getLogger("torch._subclasses.fake_tensor")  # an operation that fails is raised and need not be told
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake, _Values(fake) as values, _Numbers(), \
-                no_init_weights(), stay:  # fmt: skip
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake, _Values(fake) as values, made[0], made[1], \
+                no_init_weights(), tied, stay:  # fmt: skip
             try:
                 yield
             finally:
@@ -159,13 +166,20 @@ def _large(out: Tensor, given: bool, function: Any) -> bool:
     return out.numel() > most["floats"] if out.is_floating_point() else out.nbytes > most["bytes"]
 
 
-class _Numbers(TorchFunctionMode):
+def _of_numbers(function: Any) -> Any:
     """`torch.tensor` of a list of tensors reads their memory, which fake ones do not have: it is given their values."""
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (torch.tensor, torch.as_tensor) and args and isinstance(args[0], (list, tuple)):
-            args = (tree_map(lambda x: x.tolist() if isinstance(x, FakeTensor) else x, args[0]), *args[1:])
-        return function(*args, **(kwargs or {}))
+    def make(data: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(data, (list, tuple)):
+            data = tree_map(lambda x: x.tolist() if isinstance(x, FakeTensor) else x, data)
+        return function(data, *args, **kwargs)
+
+    return make
+
+
+def counting() -> bool:
+    """Whether `sizes_only` is in force."""
+    return any(isinstance(mode, _Values) for mode in _get_current_dispatch_mode_stack())
 
 
 @contextmanager

@@ -12,19 +12,21 @@ from trimtab.backbones.family import FAMILIES, Family, add
 from trimtab.backbones.loading import (
     ARCHITECTURES,
     BACKBONES,
+    assumed,
     build,
     convert_official,
     from_pretrained,
     is_architecture,
     load,
     load_model,
+    only_counted,
 )
 from trimtab.backbones.official import FORMATS, LoadReport, load_official
 from trimtab.backbones.pretraining import PretrainingLoss
 
 __all__ = ["ARCHITECTURES", "BACKBONES", "FAMILIES", "FORMATS", "Backbone", "Encoded", "Family", "LoadReport",
-           "Pictures", "PretrainingLoss", "add", "build", "convert_official", "from_pretrained", "is_architecture",
-           "load", "load_model", "load_official"]  # fmt: skip
+           "Pictures", "PretrainingLoss", "add", "assumed", "build", "convert_official", "from_pretrained",
+           "is_architecture", "load", "load_model", "load_official", "only_counted"]  # fmt: skip
 
 for _name in (
     "meter",

@@ -107,13 +107,15 @@ class View(Mapping[str, T]):
     Args:
         kind: what the things are, for messages.
         entries: family -> its things by name.
+        beside: things of the kind that belong to no family.
     """
 
-    def __init__(self, kind: str, entries: Callable[[Family], Mapping[str, T]]):
-        self.kind, self.entries = kind, entries
+    def __init__(self, kind: str, entries: Callable[[Family], Mapping[str, T]], beside: Mapping[str, T] | None = None):
+        self.kind, self.entries, self.beside = kind, entries, beside or {}
 
     def _all(self) -> dict[str, T]:
-        return {name: item for family in FAMILIES.values() for name, item in self.entries(family).items()}
+        found = {name: item for family in FAMILIES.values() for name, item in self.entries(family).items()}
+        return {**found, **self.beside}
 
     def __getitem__(self, name: str) -> T:
         """The thing of that name; ValueError if there is none."""

@@ -5,7 +5,8 @@
 
 The name of an architecture is that of the format of its official files, and settings that files have too mean the same,
 so that a recipe whose costs are known is run by putting the file's path in the name's place. Its sizes are those that
-`tests/models/layouts.py` and the authors' configurations have.
+`tests/models/layouts.py` and the authors' configurations have. Models that are transformers folders have the names of
+those folders (`records.py`), and no settings.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from trimtab.anatomy import Anatomy
-from trimtab.backbones import chat
+from trimtab.backbones import chat, records
 from trimtab.backbones.base import Backbone
 from trimtab.backbones.family import FAMILIES, View, model_class
 from trimtab.backbones.official import LoadReport, load_official
@@ -31,8 +32,9 @@ BACKBONES: View[Any] = View("backbone", lambda family: family.pretrained)
 """Name of weights that come with trimtab or a package -> function that gives the `Backbone`."""
 
 ARCHITECTURES: View[Any] = View(
-    "architecture", lambda family: {family.name: family.architecture} if family.architecture else {}
-)
+    "architecture", lambda family: {family.name: family.architecture} if family.architecture else {},
+    {name: records.architecture(name) for name in records.FOLDERS},
+)  # fmt: skip
 """Name -> function of settings that gives the model's class and config."""
 
 _FOLDERS: View[Any] = View("model_type", lambda family: family.folders)
@@ -45,7 +47,8 @@ def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = Non
 
     Args:
         name_or_path: a name in `BACKBONES`, a folder with config.json and safetensors weights, a file whose format
-            is recognised from the names of its tensors (`FORMATS`), or a name in `ARCHITECTURES`, which has no weights.
+            is recognised from the names of its tensors (`FORMATS`), or a name in `ARCHITECTURES`, which has no weights;
+            where that is a folder's, its tokenizer only counts words.
         pretrained: False gives the same model with fresh random weights (not for files).
         tokenizer: a tokenizer, or the folder of one, in place of the backbone's own. Files hold none, nor do folders
             that were converted from them; without it texts must be given as ids there.
@@ -62,20 +65,20 @@ def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = Non
         FileNotFoundError: if the folder lacks a file.
     """
     name = str(name_or_path)
+    if is_architecture(name) and pretrained:
+        raise ValueError(
+            f"{name}: an architecture, which has no weights: give the path of a checkpoint file or of a folder in "
+            "its place, or take random weights (pretrained: false); `trimtab cost` needs none"
+        )
     if Path(name).is_file() and name not in BACKBONES:
         model, report = load_official(name, **settings)
         backbone = FAMILIES[report.format].backbone(name, model)
         backbone.load_report = report
-    elif is_architecture(name):
-        if pretrained:
-            raise ValueError(
-                f"{name}: an architecture, which has no weights: give the path of a checkpoint file or of a folder in "
-                "its place, or take random weights (pretrained: false); `trimtab cost` needs none"
-            )
+    elif is_architecture(name) and name not in records.FOLDERS:
         backbone = FAMILIES[name].backbone(name, build(name, **settings))
     elif settings:
-        raise ValueError(f"{name}: {', '.join(settings)}: only official checkpoint files and architectures have "
-                         "settings")  # fmt: skip
+        raise ValueError(f"{name}: {', '.join(settings)}: only official checkpoint files and architectures of such "
+                         "files have settings")  # fmt: skip
     elif name in BACKBONES:
         backbone = BACKBONES[name](pretrained)
     else:
@@ -98,6 +101,21 @@ def load(name_or_path: str | Path, pretrained: bool = True, tokenizer: Any = Non
 def is_architecture(name: str) -> bool:
     """Whether a name stands for an architecture: a backbone or a folder of that name comes first."""
     return name in ARCHITECTURES and name not in BACKBONES and not Path(name).exists()
+
+
+def assumed(name: str) -> str | None:
+    """What is assumed of a backbone that is not there, a sentence; None for one that is, or that has random weights."""
+    if not is_architecture(name):
+        return None
+    if name in records.FOLDERS:
+        return records.assumed(name)
+    title = (ARCHITECTURES[name].__doc__ or "").strip().split("\n")[0].rstrip(".")
+    return f"the published sizes of {title}, since no file or folder '{name}' is there"
+
+
+def only_counted(name: str) -> bool:
+    """Whether a name stands for a model whose tokenizer is not here, so that it can be counted and not trained."""
+    return is_architecture(name) and name in records.FOLDERS and "texts" in records.told(name)
 
 
 def build(name: str, **settings: Any) -> nn.Module:
@@ -202,7 +220,7 @@ def convert_official(
 
 def _read_folder(name: str) -> tuple[Path, str, str]:
     """A transformers folder that a name stands for, its model type and the class that it names."""
-    folder = Path(name)
+    folder = records.FOLDERS[name] if is_architecture(name) and name in records.FOLDERS else Path(name)
     if not folder.is_dir():
         raise ValueError(f"{unknown('backbone', name, [*BACKBONES, *ARCHITECTURES])}; nor is there a folder of that "
                          "name")  # fmt: skip

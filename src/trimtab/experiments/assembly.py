@@ -18,7 +18,7 @@ from trimtab.data.images import readable
 from trimtab.data.sources import SOURCES
 from trimtab.experiments.policy import Resolved, Rule, apply
 from trimtab.experiments.recipe import build
-from trimtab.experiments.schema import Recipe, RecipeError
+from trimtab.experiments.schema import BackboneSpec, Recipe, RecipeError
 from trimtab.experiments.watching import check_services
 from trimtab.methods import METHODS, Method, Session
 from trimtab.methods.adapted import Adapted, adapt
@@ -42,7 +42,7 @@ class Assembly:
         trains: whether the recipe trains anything at all.
         policy: rules for what is trained.
         resolved: what the rules came to.
-        assumes: what is assumed of data that are not there, a sentence each.
+        assumes: what is assumed of a backbone and of data that are not there, a sentence each.
         fit: the handle on the plain model.
     """
 
@@ -157,12 +157,14 @@ def assemble(recipe: Recipe, blind: bool = False) -> Assembly:
     """
     set_seed(recipe.seed)
     where = f"recipe {recipe.name}"
+    spec = recipe.backbone
+    if not blind:
+        _check_there(spec, where)
     try:
         source = _named(SOURCES, recipe.data, f"{where}: data")
         told = Assumed(source)
         task = _task(recipe.task, told if blind else source, f"{where}: task")
         methods = [method_of(entry, f"{where}: methods.{i}") for i, entry in enumerate(recipe.methods)]
-        spec = recipe.backbone
         kind = task.kinds[0] if len(task.kinds) == 1 else None
         backbone = backbones.load(spec.name, spec.pretrained, spec.tokenizer, spec.pictures, kind, **spec.settings)
         backbone.anatomy = task.reached(backbone.anatomy)
@@ -180,7 +182,7 @@ def assemble(recipe: Recipe, blind: bool = False) -> Assembly:
         backbone.start_from(backbones.load(spec.start_from))
     rules = tuple(build(Rule, rule, f"{where}: policy.{i}") for i, rule in enumerate(recipe.policy))
     parts = Assembly(TaskModel(backbone, task), source, task, methods, recipe.training.steps > 0, rules)
-    parts.assumes = told.notes
+    parts.assumes = [*filter(None, [backbones.assumed(spec.name)]), *told.notes]
     return parts
 
 
@@ -189,6 +191,7 @@ def check(recipe: Recipe) -> None:
     for a service of `training.report_to` that is not installed.
     """
     where = f"recipe {recipe.name}"
+    _check_there(recipe.backbone, where)
     try:
         source = _named(SOURCES, recipe.data, f"{where}: data")
         _task(recipe.task, source, f"{where}: task")
@@ -201,6 +204,19 @@ def check(recipe: Recipe) -> None:
         check_services(recipe.training.report_to)
     except ValueError as error:
         raise error if isinstance(error, RecipeError) else RecipeError(f"{where}: {error}") from error
+
+
+def _check_there(spec: BackboneSpec, where: str) -> None:
+    """Raise a RecipeError if a backbone is a name that is only counted, without weights or without its tokenizer."""
+    if not backbones.is_architecture(spec.name):
+        return
+    if spec.pretrained or backbones.only_counted(spec.name):
+        lacks = "weights" if spec.pretrained else "its own tokenizer"
+        raise RecipeError(
+            f"{where}: backbone.name: expected a checkpoint file or a folder, found the name of an architecture, "
+            f"{spec.name!r}, without {lacks}, which `trimtab cost` counts: give the path, backbone.name=PATH"
+            + (", or take random weights, backbone.pretrained=false" if not backbones.only_counted(spec.name) else "")
+        )
 
 
 def method_of(entry: dict[str, Any], where: str) -> Method:

@@ -68,10 +68,12 @@ def measure(parts: Assembly, whole: dict[str, int], batch_size: int, weights: Pa
     return costs
 
 
-def _counts(parts: Assembly, one: dict[str, Tensor]) -> dict[str, Any]:
+def _counts(parts: Assembly, one: dict[str, Tensor], macs: int | None = None) -> dict[str, Any]:
+    """Numbers and multiply-adds; `macs` where they are known."""
     model = parts.model
-    model.eval()
-    macs = count_macs(lambda: model(**one)) // parts.task.least
+    if macs is None:
+        model.eval()
+        macs = count_macs(lambda: model(**one)) // parts.task.least
     model.train()
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
@@ -110,7 +112,7 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
     Returns:
         `params`, `nonzero_params`, `dense_params`, `trainable_params`, `macs`, `dense_macs`, `checkpoint_bytes`, and
         for the recipe's batch size, which is in `batch_size`, `saved_activation_bytes` and `training_peak_bytes`;
-        `assumes`, what was assumed of data that are not there, a sentence each.
+        `assumes`, what was assumed of a backbone and of data that are not there, a sentence each.
 
     Raises:
         RecipeError: if a name or setting is wrong, parts do not fit, nothing says how many answers or classes there
@@ -196,7 +198,7 @@ def _counted(recipe: Recipe) -> tuple[dict[str, Any], list[int]]:
         parts.model.train()
         step = training_step(lambda: parts.model(**batch)["loss"], parts.model)
     costs = {
-        **_counts(parts, parts.model.example(parts.task.least)),
+        **_counts(parts, parts.model.example(parts.task.least), None if parts.methods else whole["dense_macs"]),
         "saved_activation_bytes": step.saved,
         "batch_size": recipe.training.batch_size,
         "training_peak_bytes": step.peak,

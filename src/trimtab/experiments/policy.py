@@ -15,12 +15,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from torch import nn
-
-from trimtab.anatomy import Anatomy
 from trimtab.registry import unknown
+
+if TYPE_CHECKING:  # recipes are read, and refused, before torch is there
+    from torch import nn
+
+    from trimtab.anatomy import Anatomy
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from trimtab.data.augment import Augmentation
+if TYPE_CHECKING:
+    from trimtab.data.augment import Augmentation
 
 
 class RecipeError(ValueError):
@@ -122,6 +123,8 @@ class TrainingSpec:
     @property
     def augmentation(self) -> Augmentation:
         """How training pictures are changed."""
+        from trimtab.data.augment import Augmentation  # which needs torch: a wrong name is told without
+
         return Augmentation(self.crop, self.light, self.randaugment)
 
 

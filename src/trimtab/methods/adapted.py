@@ -30,7 +30,7 @@ from trimtab.methods.prune.masks import Masks
 from trimtab.methods.saved import CONFIG, WEIGHTS, FitError, Saved, check_base, seen_before
 from trimtab.methods.session import Batch, BatchSession, path_in
 from trimtab.methods.skip.plan import Plan
-from trimtab.methods.stack import Stack, detached, differing
+from trimtab.methods.stack import Stack, detached, differing, is_fake
 from trimtab.registry import unknown
 
 
@@ -175,7 +175,9 @@ class Adapted(Stack):
         pruner = METHODS.make(method, lever="prune", sparsity=sparsity, **settings)
         self.check(pruner)
         batches = self.look(batches)
-        if isinstance(given, Masks):
+        if is_fake(self.model) and (sparsity is not None or given is not None or settings.get("pattern") is not None):
+            pruner.assume(self.model, self.anatomy)  # sizes alone: which weights go does not change what they cost
+        elif isinstance(given, Masks):
             pruner.take(given, self.anatomy, given=sparsity is not None)
         elif given is not None:
             pruner.take(Masks.read(given, self.model), self.anatomy)
@@ -233,6 +235,10 @@ class Adapted(Stack):
         self.check(made)
         if isinstance(plan, Plan):
             plan.check(made.candidates(self.anatomy), self.model, "plan")
+        if is_fake(self.model):
+            made.assume(self.model, self.anatomy)  # sizes alone: the last blocks go, and cost what others cost
+            self.attach(made)
+            return self
         train = self.look(train) if collate is None else train
         session = BatchSession(
             self.model, self.anatomy, train, validation, with_task=self.with_task, loss=loss, collate=collate,

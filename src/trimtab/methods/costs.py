@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from trimtab.anatomy import AnatomyError
@@ -100,7 +101,10 @@ def count(fit: Adapted, batch: dict[str, Any], loss: Callable[[Any], Tensor] | N
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
-    pruned = 0 if fit.masks is None else fit.masks.prunable - fit.masks.kept
+    if isinstance(parameters[0], FakeTensor):
+        pruned = sum(m.state["prunable"] - m.state["kept"] for m in fit.methods if m.lever == "prune")
+    else:
+        pruned = 0 if fit.masks is None else fit.masks.prunable - fit.masks.kept
     total = sum(p.numel() for p in parameters)
     trained = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and n not in idle)
     return Costs(total, total - pruned, trained, macs, kept, disk_bytes(fit), tuple(idle))

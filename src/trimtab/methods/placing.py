@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from trimtab.sizes import counting
 
 
 def check_in_one_place(model: nn.Module) -> None:
@@ -17,7 +20,13 @@ def check_in_one_place(model: nn.Module) -> None:
             raise ValueError(
                 f"'{name}' of this {kind} is on the meta device and has no values: load the weights first, without "
                 "offloading: `device_map={'': 0}` puts all on one GPU, where a large model has room in a quantised "
-                "form (docs/scale.md)"
+                "form (docs/scale.md); to count its costs without weights, make it, adapt it and call `fit.cost` "
+                "inside `with trimtab.sizes.sizes_only():`"
+            )
+        if isinstance(parameter, FakeTensor) and not counting():
+            raise ValueError(
+                f"'{name}' of this {kind} is a fake tensor without values, made elsewhere: make the model, adapt it "
+                "and call `fit.cost` inside `with trimtab.sizes.sizes_only():`"
             )
         if first is None:
             first = (name, parameter.device)

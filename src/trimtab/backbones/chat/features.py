@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Tap
+from trimtab.anatomy.lookup import described_by_hand
 from trimtab.backbones.base import Backbone, load_pretrained
 from trimtab.backbones.chat.batches import Batches
 from trimtab.backbones.chat.processor import FILES, load_processor
@@ -41,7 +42,8 @@ class ChatBackbone(Backbone):
         text = config.get_text_config(decoder=True)
         apart = bool(config.is_encoder_decoder or getattr(text, "is_encoder_decoder", False))
         batches = Batches(Words(name, processor, _ends(model)), apart, getattr(text, "max_position_embeddings", None))
-        anatomy = _at_work(model, Anatomy.of(model, _seen(batches)))
+        known = described_by_hand(model, {}) is not None  # then no example is prepared, of pictures in many tiles
+        anatomy = _at_work(model, Anatomy.of(model, None if known else _seen(batches)))
         super().__init__(name, model, processor.tokenizer, processor.image_processor, text.hidden_size,
                          anatomy=anatomy)  # fmt: skip
         self.batches, self.writes_apart, self.folder = batches, apart, folder
