@@ -46,6 +46,7 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True, watch: Watch |
 
     Raises:
         RecipeError: if the recipe's parts do not fit each other.
+        ValueError: if the task cannot train on the training rows, or cannot score the test rows.
         ImportError: if a service of `training.report_to` is not installed.
         RunError: if it is one of several processes that did not meet.
     """
@@ -67,6 +68,9 @@ def _run(recipe: Recipe, folder: Path, measure_costs: bool, watch: Watch | None)
         train, validation, test = tables(recipe, parts)
     for table in (train, test):
         parts.task.check(parts.model.backbone, table)
+    parts.task.check_scored(test)
+    if watch is not None:
+        parts.task.check_scored(validation)  # by whose score a search chooses
     progress.tell({"event": "start", "name": recipe.name, "variant": recipe.variant, "seed": recipe.seed})
     label = f"{recipe.name} {recipe.variant}"
     with failures.enough_memory(recipe):
