@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+import yaml
 from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import load_file
@@ -207,3 +209,34 @@ def test_too_little_memory_says_what_a_step_takes_and_what_lowers_it(place):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     with pytest.raises(RuntimeError, match="another thing"), failures.enough_memory(found):
         raise RuntimeError("another thing")
+
+
+def test_several_recipes_go_on_after_one_that_failed_in_all_processes_or_in_one(place, tmp_path):
+    todo, bad = tmp_path / "recipes", place / "bad.jsonl"
+    todo.mkdir()
+    lines = (place / "train.jsonl").read_text().splitlines()
+    (place / "broken.png").write_bytes(b"no picture")
+    bad.write_text("\n".join([lines[0].replace("train-0.png", "broken.png"), *lines[1:]]))
+    few = {"steps": 9, "batch_size": 8, "evaluation_batch": 8}
+    changes: dict[str, dict[str, Any]] = {"1-no-batch": {"training": {**few, "batch_size": 7}},
+                                          "2-broken": {"data": {"train": str(bad)}}, "3-good": {}}  # fmt: skip
+    for name, change in changes.items():
+        raw = recipe(place, "tune").to_dict() | {"methods": ["linear-probe"], "training": few}
+        raw |= {k: v for k, v in change.items() if k != "data"}
+        raw["data"] |= change.get("data", {})
+        for key in ("name", "variant"):
+            raw.pop(key)
+        (todo / f"{name}.yaml").write_text(yaml.safe_dump(raw))
+
+    def work() -> None:
+        status = cli.main(["run", str(todo), "--out", str(tmp_path / "runs")])
+        (tmp_path / f"status.{os.environ['RANK']}").write_text(str(status))
+
+    forked.together(work, tmp_path, seconds=200)
+    assert [(tmp_path / f"status.{rank}").read_text() for rank in range(2)] == ["1", "1"]
+    told = [(tmp_path / f"printed.{rank}").read_text() for rank in range(2)]
+    assert "2 of 3 runs failed" in told[0] and "runs failed" not in told[1]
+    assert "1-no-batch default seed 0: training.batch_size: a batch has 7 rows" in told[0]
+    assert re.search(r"2-broken default seed 0: process \d of 2: .*broken\.png: cannot be decoded", told[0])
+    done = json.loads((tmp_path / "runs" / "3-good" / "default-seed0" / "run.json").read_text())
+    assert done["processes"] == 2
