@@ -219,9 +219,11 @@ def test_several_recipes_go_on_after_one_that_failed_in_all_processes_or_in_one(
     bad.write_text("\n".join([lines[0].replace("train-0.png", "broken.png"), *lines[1:]]))
     few = {"steps": 9, "batch_size": 8, "evaluation_batch": 8}
     changes: dict[str, dict[str, Any]] = {"1-no-batch": {"training": {**few, "batch_size": 7}},
-                                          "2-broken": {"data": {"train": str(bad)}}, "3-good": {}}  # fmt: skip
+                                          "2-broken": {"data": {"train": str(bad)}}, "3-good": {},
+                                          "4-dealt": {"data": {"train": str(bad)}}}  # fmt: skip
     for name, change in changes.items():
-        raw = recipe(place, "tune").to_dict() | {"methods": ["linear-probe"], "training": few}
+        raw = recipe(place, "collated together" if name == "4-dealt" else "tune").to_dict()
+        raw |= {"methods": ["lora"], "training": {**few, "workers": int(name == "4-dealt")}}
         raw |= {k: v for k, v in change.items() if k != "data"}
         raw["data"] |= change.get("data", {})
         for key in ("name", "variant"):
@@ -235,8 +237,10 @@ def test_several_recipes_go_on_after_one_that_failed_in_all_processes_or_in_one(
     forked.together(work, tmp_path, seconds=200)
     assert [(tmp_path / f"status.{rank}").read_text() for rank in range(2)] == ["1", "1"]
     told = [(tmp_path / f"printed.{rank}").read_text() for rank in range(2)]
-    assert "2 of 3 runs failed" in told[0] and "runs failed" not in told[1]
+    assert "3 of 4 runs failed" in told[0] and "runs failed" not in told[1]
     assert "1-no-batch default seed 0: training.batch_size: a batch has 7 rows" in told[0]
     assert re.search(r"2-broken default seed 0: process \d of 2: .*broken\.png: cannot be decoded", told[0])
+    # A worker of the first process made the batch, and each process was told.
+    assert re.search(r"4-dealt default seed 0: /\S*broken\.png: cannot be decoded", told[0])
     done = json.loads((tmp_path / "runs" / "3-good" / "default-seed0" / "run.json").read_text())
     assert done["processes"] == 2

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import pickle
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -81,6 +82,19 @@ class Failed(NamedTuple):
     """An error on its way from a worker process to the training process, which raises it."""
 
     error: Exception
+
+
+FAILED = "__failed__"  # the key under which a batch that is cut carries an error
+
+
+def failed_rows(error: Exception, parts: int) -> Batch:
+    """An error as a batch of as many rows as there are parts: each process finds it in its own, (parts, bytes)."""
+    try:
+        content = pickle.dumps(error)
+        pickle.loads(content)
+    except Exception:  # some errors cannot be made again from what they hold
+        content = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+    return {FAILED: torch.frombuffer(bytearray(content), dtype=torch.uint8).repeat(parts, 1)}
 
 
 class Packed(NamedTuple):
@@ -153,12 +167,12 @@ class Feed:
         worker = get_worker_info()
         if worker is None:
             return self.batch(places, 0)
-        if self.together and many.started() > 1:
-            return self.batch(places, worker.id)  # Accelerate cuts it into the processes' parts, so it is no parcel
+        cut = self.together and many.started() > 1  # by Accelerate into the processes' parts, so it is no parcel
         try:
-            return Packed.of(self.batch(places, worker.id))
+            batch = self.batch(places, worker.id)
         except Exception as error:  # torch would wrap it into another one, with its traceback as its message
-            return Failed(error)
+            return failed_rows(error, many.started()) if cut else Failed(error)
+        return batch if cut else Packed.of(batch)
 
     def batch(self, places: Sequence[Place], worker: int) -> Batch:
         """The collated batch of some rows.
@@ -284,4 +298,6 @@ def _arrived(batches: Iterator[Any]) -> Iterator[Any]:
     for batch in batches:
         if isinstance(batch, Failed):
             raise batch.error
+        if isinstance(batch, dict) and FAILED in batch:
+            raise pickle.loads(batch[FAILED][0].cpu().numpy().tobytes())
         yield batch.batch() if isinstance(batch, Packed) else batch
