@@ -9,6 +9,7 @@ import random
 import re
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,8 @@ from tests import forked
 from tests.models.official import tokenizer
 from tests.tasks.tiny import BACKBONES, WORDS
 from trimtab import cli
-from trimtab.experiments import failures, many, sharded
+from trimtab.experiments import assembly, failures, many, sharded
+from trimtab.experiments.estimate import estimate
 from trimtab.experiments.folder import RunError
 from trimtab.experiments.recipe import expand
 from trimtab.experiments.run import run
@@ -154,7 +156,8 @@ def test_a_training_that_cannot_be_divided_is_refused(settings, message, place):
     ("environment", "message"),
     [({}, "RANK, MASTER_ADDR, MASTER_PORT is not set: start them with torchrun"),
      ({"RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "the processes meet at 127.0.0.1:.*port is in use.*--master-port N"),
-     ({"RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1", "ACCELERATE_USE_FSDP": "true"}, "`training.shard: true`")],
+     ({"RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1", "ACCELERATE_USE_FSDP": "true"}, "`training.shard: true`"),
+     ({"WORLD_SIZE": "1", "ACCELERATE_USE_DEEPSPEED": "true"}, "start it without --use_fsdp and --use_deepspeed")],
 )  # fmt: skip
 def test_processes_that_cannot_meet_say_why(environment, message, monkeypatch):
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
@@ -204,7 +207,8 @@ def test_a_loss_that_is_no_number_names_the_module_and_the_way_out():
 
 def test_too_little_memory_says_what_a_step_takes_and_what_lowers_it(place):
     found = recipe(place, "tune")
-    told = r"a training step on 8 rows takes [\d.]+ .B.*batch_size 4 with training.accumulate 2, .*precision bf16"
+    told = r"a training step on 8 rows takes [\d.]+ .B.*batch_size 4 \([\d.]+ .B\) with training.accumulate 2"
+    told += r" .*precision bf16.*gradient_checkpointing true \([\d.]+ .B\).*training.cache fp16"
     with pytest.raises(RunError, match=told), failures.enough_memory(found):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     with pytest.raises(RuntimeError, match="another thing"), failures.enough_memory(found):
@@ -244,3 +248,15 @@ def test_several_recipes_go_on_after_one_that_failed_in_all_processes_or_in_one(
     assert re.search(r"4-dealt default seed 0: /\S*broken\.png: cannot be decoded", told[0])
     done = json.loads((tmp_path / "runs" / "3-good" / "default-seed0" / "run.json").read_text())
     assert done["processes"] == 2
+
+
+def test_checkpointed_blocks_train_the_same_on_less_memory(place, tmp_path):
+    found = {}
+    for on in (False, True):
+        one = recipe(place, "tune", gradient_checkpointing=on)
+        losses = json.loads((run(one, tmp_path / str(on)) / "metrics.json").read_text())["history"]
+        found[on] = [entry["loss"] for entry in losses], estimate(one)["saved_activation_bytes"]
+    assert found[True][0] == pytest.approx(found[False][0], rel=1e-5) and len(set(found[True][0])) == 4
+    assert found[True][1] < 0.5 * found[False][1]
+    with pytest.raises(RecipeError, match="gradient_checkpointing: .*Linear of 'mine' has none: leave it out"):
+        assembly._checkpoint(SimpleNamespace(model=nn.Linear(1, 1), name="mine"), "recipe x")

@@ -42,21 +42,21 @@ def join() -> None:
     """Join the processes that were started together; nothing for one alone.
 
     Raises:
-        RunError: if the launcher told too little, or the port where they meet is taken.
+        RunError: if the launcher told too little or asks for FSDP or DeepSpeed, or the port where they meet is taken.
     """
-    if started() == 1 or dist.is_initialized():
-        return
-    if missing := [name for name in NEEDED if name not in os.environ]:
-        raise RunError(
-            f"WORLD_SIZE={started()} in the environment says that this is one of several processes, but "
-            f"{', '.join(missing)} is not set: start them with torchrun or `accelerate launch`, or unset WORLD_SIZE"
-        )
     told = [os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() for name in ("FSDP", "DEEPSPEED")]
     if "true" in told:
         raise RunError(
             "the launcher was told to divide the model (FSDP or DeepSpeed), which would leave it wrapped where masks, "
             "plans and folders need the plain one: set `training.shard: true` in the recipe, and start it without "
             "--use_fsdp and --use_deepspeed"
+        )
+    if started() == 1 or dist.is_initialized():
+        return
+    if missing := [name for name in NEEDED if name not in os.environ]:
+        raise RunError(
+            f"WORLD_SIZE={started()} in the environment says that this is one of several processes, but "
+            f"{', '.join(missing)} is not set: start them with torchrun or `accelerate launch`, or unset WORLD_SIZE"
         )
     from accelerate import PartialState
 
