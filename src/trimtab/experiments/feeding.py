@@ -15,7 +15,7 @@ import os
 import pickle
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,8 +24,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 from transformers import Trainer
 
-from trimtab.data.draws import Place, order, placed
+from trimtab.data import draws
+from trimtab.data.draws import Place, placed
 from trimtab.data.images import decode_rows, encoded
+from trimtab.data.streams import order_of
 from trimtab.experiments import many
 from trimtab.experiments.schema import TrainingSpec
 from trimtab.tasks.base import Batch, TaskModel
@@ -48,8 +50,8 @@ class WorkerDied(RuntimeError):
 class Order(Sampler[Place]):
     """The places of a table's rows, in an order of its own in every epoch."""
 
-    def __init__(self, rows: int, seed: int, buffer: int | None = None):
-        self.rows, self.seed, self.buffer, self.epoch = rows, seed, buffer, 0
+    def __init__(self, rows: int, seed: int, order: Callable[[int, int], list[int]]):
+        self.rows, self.seed, self.order, self.epoch = rows, seed, order, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -58,7 +60,7 @@ class Order(Sampler[Place]):
         return self.rows
 
     def __iter__(self) -> Iterator[Place]:
-        return (Place(self.seed, self.epoch, i) for i in order(self.rows, self.seed, self.epoch, self.buffer))
+        return (Place(self.seed, self.epoch, i) for i in self.order(self.seed, self.epoch))
 
 
 class Places(Dataset[Place]):
@@ -147,13 +149,7 @@ class Feed:
     """
 
     def __init__(self, model: TaskModel, table: Any, spec: TrainingSpec, cache: Any = None):
-        if cache is None and not hasattr(table, "__len__"):
-            raise ValueError(
-                f"training takes its rows by number, in an order of its own, and a {type(table).__name__} only gives "
-                "them one after the other: read shards with `stream: true`, or write the rows to disk once with "
-                "datasets.Dataset.from_generator"
-            )
-        self.model, self.augmentation, self.cache = model, spec.augmentation, cache
+        self.model, self.augmentation, self.cache, self.buffer = model, spec.augmentation, cache, spec.buffer
         self.side: int | None = None  # what drafts of pictures have at least
         if spec.draft and cache is None and hasattr(model.backbone.pictures, "shape"):
             self.side = math.ceil(max(model.backbone.pictures.shape) / math.sqrt(spec.crop))
@@ -209,6 +205,12 @@ class Feed:
         cells = [row.get("image") or row.get("video"), *(row.get("images") or ())]
         paths = [cell.get("path") if isinstance(cell, dict) else cell for cell in cells if cell]
         return f" ({', '.join(map(str, paths))})" if any(paths) else ""
+
+    def order(self, seed: int, epoch: int) -> list[int]:
+        """The numbers of the rows in the order of an epoch."""
+        if self.table is None:
+            return draws.order(self.rows, seed, epoch, self.buffer)
+        return order_of(self.table, seed, epoch, self.buffer)
 
     @property
     def bytes_a_row(self) -> int:

@@ -184,7 +184,8 @@ def agreed(number: int, why: str | None, alone: bool) -> str | None:
     divided.meet()
     own = {other: found for other, found in failed.items() if not told[other][1]} or failed
     first = next(iter(own))
-    return own[first] if len(set(own.values())) == 1 and len(own) == size else f"process {first} of {size}: {own[first]}"
+    alike = len(own) == size and len(set(own.values())) == 1
+    return own[first] if alike else f"process {first} of {size}: {own[first]}"
 
 
 def _close() -> None:

@@ -16,6 +16,7 @@ import yaml
 from transformers import TrainerCallback, set_seed
 
 from trimtab import progress
+from trimtab.data.streams import Streamed
 from trimtab.experiments import cached, estimate, failures, many, sharded, training
 from trimtab.experiments import folder as files
 from trimtab.experiments.assembly import Assembly, assemble, tables
@@ -156,6 +157,9 @@ def _from_cache(parts: Assembly, train: Any, spec: TrainingSpec, label: str) -> 
     the recipe does not allow it."""
 
     assert spec.cache is not None
+    if isinstance(train, Streamed):
+        raise RecipeError("training.cache: a cache reads its table often and in any order, a stream cannot: leave out "
+                          "data.stream, or the cache")  # fmt: skip
     half = {"bf16": torch.bfloat16, "fp16": torch.float16, "auto": torch.bfloat16 if native_bf16() else None}
     try:
         # Drawn alike whatever the recipe's seed: its seeds share a cache; their order and what starts random differ.
