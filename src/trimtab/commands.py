@@ -84,7 +84,7 @@ def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) 
                 raise
             alone = many.left_alone(error)
             why = "another process has ended the run" if alone else _reason(error)
-        if why := many.agreed(number, why, alone):
+        if len(todo) > 1 and (why := many.agreed(number, why, alone)):
             failed[label] = why
             if many.is_first():
                 print(f"{label}: failed: {why}", file=sys.stderr, flush=True)
