@@ -4,11 +4,12 @@
 
 A step is collation or reading from the cache, forward, backward and AdamW. Seconds are of the processor on one thread,
 not of the clock; the cache's files come from the page cache. Each ratio is the median over rounds of steps that follow
-each other: one of LoRA, one of the same method without a cache, and those from the cache. `tiny-clip` is the built-in backbone at 64 px; `vit-b-32` is a CLIP of
-ViT-B/32's sizes at 224 px with random weights; `lite0-minilm` has real weights at 96 px, and photographs (a folder of
-Flickr8k) or built-in pictures. Its LoRA is in the text tower: the other has no attention. `parts` are milliseconds of
-a cached step: reading, forward, backward, optimiser. Accuracy: the same short recipe on pretrained tiny-clip, without a
-cache and from each kind; the cached runs see the captions of as many views as they have.
+each other: one of LoRA, one of the same method without a cache, and those from the cache. `tiny-clip` is the built-in
+backbone at 64 px; `vit-b-32` is a CLIP of ViT-B/32's sizes at 224 px with random weights; `lite0-minilm` has real
+weights at 96 px, and photographs (a folder of Flickr8k) or built-in pictures. Its LoRA is in the text tower: the other
+has no attention. `parts` are milliseconds of a cached step: reading, forward, backward, optimiser. Accuracy: the same
+short recipe on pretrained tiny-clip, without a cache and from each kind; the cached runs see the captions of as many
+views as they have.
 """
 
 from __future__ import annotations

@@ -24,8 +24,9 @@ from torch import nn
 from tests import forked
 from tests.models.official import tokenizer
 from tests.tasks.tiny import BACKBONES, WORDS
-from trimtab import cli
+from trimtab import cli, commands
 from trimtab.experiments import assembly, failures, many, sharded
+from trimtab.experiments import run as carry
 from trimtab.experiments.estimate import estimate
 from trimtab.experiments.folder import RunError
 from trimtab.experiments.recipe import expand
@@ -260,3 +261,18 @@ def test_checkpointed_blocks_train_the_same_on_less_memory(place, tmp_path):
     assert found[True][1] < 0.5 * found[False][1]
     with pytest.raises(RecipeError, match="gradient_checkpointing: .*Linear of 'mine' has none: leave it out"):
         assembly._checkpoint(SimpleNamespace(model=nn.Linear(1, 1), name="mine"), "recipe x")
+
+
+def test_divided_weights_that_fail_end_all_processes(place, tmp_path, monkeypatch):
+    """In several processes its connections cannot be left, so that the next recipe is not begun."""
+    monkeypatch.setattr(many, "join", lambda: None)
+    monkeypatch.setattr(many, "started", lambda: 2)
+    monkeypatch.setattr(carry, "run", lambda r, folder: (_ for _ in ()).throw(RuntimeError("broken")))
+    raw = recipe(place, "divided").to_dict()
+    for key in ("name", "variant", "seed"):
+        raw.pop(key)
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({**raw, "seeds": [0, 1]}))
+    with pytest.raises(RuntimeError, match="broken"):
+        commands._carry_out([str(tmp_path / "two.yaml")], [], tmp_path / "runs", False)
+    _, failed = commands._carry_out([str(tmp_path / "two.yaml")], ["training.shard=false"], tmp_path / "runs", False)
+    assert failed

@@ -48,7 +48,8 @@ def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) 
     """Run everything that recipes stand for; prints a line a run and the table of each recipe.
 
     One of several runs that fails does not keep the others from running, in one process or in many; those that failed
-    are listed at the end. A run by itself raises what it fails with.
+    are listed at the end. A run by itself raises what it fails with, and so does one with divided weights in several
+    processes, which then end.
 
     Returns:
         The folders of the finished runs, and whether one failed.
@@ -80,7 +81,9 @@ def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) 
             if fresh:
                 carry_out(r, folder)
         except Exception as error:
-            if len(todo) == 1 or os.environ.get("TRIMTAB_DEBUG"):
+            # What divides a model keeps the connections open on which others would wait: all end together.
+            whole = not r.training.shard or many.started() == 1
+            if len(todo) == 1 or not whole or os.environ.get("TRIMTAB_DEBUG"):
                 raise
             alone = many.left_alone(error)
             why = "another process has ended the run" if alone else _reason(error)

@@ -159,7 +159,8 @@ def agreed(number: int, why: str | None, alone: bool) -> str | None:
         None if it went well everywhere; else why it failed, with the process that failed by itself.
 
     Raises:
-        RunError: if the others do not come: connections of NCCL cannot be left so, and a launcher ends all processes.
+        RunError: if the others do not come in ten minutes, or over NCCL, whose connections cannot be left so, in one:
+            when this process ends, the launcher ends all.
     """
     rank, size = world()
     if size == 1:
@@ -170,7 +171,7 @@ def agreed(number: int, why: str | None, alone: bool) -> str | None:
     keys = [f"trimtab run {number} {other}" for other in range(size)]
     store.set(keys[rank], json.dumps([why, alone]))
     try:
-        store.wait(keys, PATIENCE if backend == "gloo" else timedelta(seconds=60))
+        store.wait(keys, timedelta(minutes=10 if backend == "gloo" else 1))
     except (RuntimeError, ValueError) as error:
         raise RunError(f"{why or 'the run is done here'}; not all other processes answer") from error
     told = [json.loads(store.get(key)) for key in keys]
