@@ -1,6 +1,6 @@
 """What calibration costs on a two-tower model of ViT-B's size, and how the selection of a threshold scales.
 
-    python benchmarks/prune.py [calibration|agreement|sparsities|selection] [--repeats 3] [--batches 8] [--size 32]
+    python benchmarks/prune.py [calibration|overhead|agreement|sparsities|selection] [--repeats 3] [--batches 8]
 
 Calibration: CLIP with a ViT-B/32 image tower (224 px) and its text tower (77 tokens, the last ones padding), random
 weights. Three works on the same batches, each in a process of its own, by turns, so that a noisy machine is noisy for
@@ -16,6 +16,9 @@ The seconds of the statistics are those of a work less those of the forward pass
 memory is a process's peak resident set less that of the forward passes. Seconds of the processor are what the process
 and its threads ran for; they suffer less from other programs than the clock does. `sums agree` is the largest relative
 difference between the two sums of a channel.
+
+Overhead: forward passes with the sums over forward passes alone, batch by batch in one process, so that what else the
+machine does falls on both; seconds of the processor.
 
 Agreement: masks of the built-in models, calibrated on the scenes of their pretraining in single precision, against
 those of calibration in half precision (`bf16`) and of calibration on as many other rows (`other rows`): the share of
@@ -64,6 +67,33 @@ def model_and_batches(batches: int, size: int) -> tuple[nn.Module, list[dict[str
         }
         for _ in range(batches)
     ]
+
+
+def overhead(repeats: int, batches: int, size: int) -> dict:
+    """Calibration over forward passes alone, batch by batch in turn."""
+    model, data = model_and_batches(batches, size)
+    anatomy = Anatomy.of(model)
+    calibration = Calibration(model, model, anatomy, lambda: data)
+    weights = anatomy.weights(model)
+
+    def forward(batch: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            model(**batch)
+
+    works = (forward, lambda batch: collect(calibration, weights, {"squares"}, [batch]))
+    pairs = []
+    for batch in [data[0], *(batch for _ in range(repeats) for batch in data)]:
+        seconds = []
+        for work in works:
+            start = time.process_time()
+            work(batch)
+            seconds.append(time.process_time() - start)
+        pairs.append(seconds)
+        print(json.dumps(seconds), file=sys.stderr, flush=True)
+    alone, ours = zip(*pairs[1:], strict=True)  # the first pair makes what is made once
+    return {"batches": batches, "size": size, "forward_processor_seconds": spread(alone),
+            "ours_over_forward": spread([b / a for a, b in pairs[1:]]),
+            "ours_over_forward_in_all": round(sum(ours) / sum(alone), 3)}  # fmt: skip
 
 
 def stored(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -250,7 +280,7 @@ def main() -> None:
         print(json.dumps(select(sys.argv[2], int(sys.argv[3]))))
         return
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", nargs="?", choices=["calibration", "agreement", "sparsities", "selection"])
+    parser.add_argument("what", nargs="?", choices=["calibration", "overhead", "agreement", "sparsities", "selection"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--size", type=int, default=32, help="rows a batch")
@@ -259,6 +289,7 @@ def main() -> None:
     options = parser.parse_args()
     works = {
         "calibration": lambda: calibration(options.repeats, options.batches, options.size),
+        "overhead": lambda: overhead(options.repeats, options.batches, options.size),
         "agreement": lambda: agreement(options.batches, options.size),
         "sparsities": lambda: sparsities(options.batches, options.size),
         "selection": lambda: selection(options.repeats, options.weights),

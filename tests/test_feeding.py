@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from datasets import Dataset, Image
 from transformers import TrainerCallback
 
 from tests.tasks import tiny
+from trimtab import files
 from trimtab.data.images import ImageError
 from trimtab.experiments import feeding, resuming, training
 from trimtab.experiments.schema import TrainingSpec
@@ -130,6 +132,58 @@ def test_of_a_half_written_checkpoint_the_one_before_is_taken(table, whole, tmp_
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
 
 
+def slow_file(kill):
+    """`torch.save` that is killed with half of the optimizer's file on disk."""
+
+    def save(value, path, original=torch.save):
+        content = io.BytesIO()
+        original(value, content)
+        with Path(path).open("wb", buffering=0) as file:
+            file.write(content.getvalue()[: len(content.getvalue()) // 2])
+            kill(path)
+            file.write(content.getvalue()[len(content.getvalue()) // 2 :])
+
+    return torch, "save", save
+
+
+def last_file(kill):
+    """The mark of a whole checkpoint is written beside its place, and not yet put there."""
+
+    def replaced(partial, path, original=os.replace):
+        kill(path)
+        original(partial, path)
+
+    return files.os, "replace", replaced
+
+
+def removal(kill):
+    """The older checkpoint is deleted in part, when the newer one is whole."""
+
+    def remove(checkpoint):
+        (checkpoint / "model.safetensors").unlink()
+        kill(str(checkpoint).replace("checkpoint-2", "checkpoint-4"))
+
+    return resuming, "remove", remove
+
+
+@pytest.mark.parametrize(("place", "first"), [(slow_file, 3), (last_file, 3), (removal, 5)])
+def test_a_process_that_is_killed_in_the_writing_goes_on_from_the_last_whole_checkpoint(
+    table, whole, tmp_path, place, first
+):
+    if not (child := os.fork()):
+        try:
+            ours, name, slow = place(lambda path: "checkpoint-4" in str(path) and os.kill(os.getpid(), signal.SIGKILL))
+            setattr(ours, name, slow)
+            fitted(table, tmp_path, save_every=2)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert {p.name for p in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    steps = Steps()
+    assert same(fitted(table, tmp_path, [steps], save_every=2), whole) and steps.first == first
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
+
+
 def test_a_truncated_checkpoint_is_not_whole_and_one_of_another_training_is_not_taken(table, tmp_path, caplog):
     fitted(table, tmp_path, steps=2, save_every=2)
     key = resuming.content(tmp_path / "checkpoint-2")["training"]
@@ -203,11 +257,6 @@ def test_a_batch_goes_through_one_tensor_and_comes_out_the_same():
     assert found.pop("words") == batch.pop("words") and found.keys() == batch.keys()
     for name, tensor in batch.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
-
-
-def test_rows_that_only_come_one_after_the_other_are_refused(table):
-    with pytest.raises(ValueError, match="takes its rows by number.*IterableDataset only gives them one after"):
-        fitted(table.to_iterable_dataset())
 
 
 def test_drafts_are_for_rows_without_a_box(table):

@@ -6,13 +6,16 @@ import contextlib
 import json
 import os
 import random
+import re
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
+import yaml
 from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import load_file
@@ -21,8 +24,10 @@ from torch import nn
 from tests import forked
 from tests.models.official import tokenizer
 from tests.tasks.tiny import BACKBONES, WORDS
-from trimtab import cli
-from trimtab.experiments import failures, many, sharded
+from trimtab import cli, commands
+from trimtab.experiments import assembly, failures, many, sharded
+from trimtab.experiments import run as carry
+from trimtab.experiments.estimate import estimate
 from trimtab.experiments.folder import RunError
 from trimtab.experiments.recipe import expand
 from trimtab.experiments.run import run
@@ -152,7 +157,8 @@ def test_a_training_that_cannot_be_divided_is_refused(settings, message, place):
     ("environment", "message"),
     [({}, "RANK, MASTER_ADDR, MASTER_PORT is not set: start them with torchrun"),
      ({"RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "the processes meet at 127.0.0.1:.*port is in use.*--master-port N"),
-     ({"RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1", "ACCELERATE_USE_FSDP": "true"}, "`training.shard: true`")],
+     ({"RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1", "ACCELERATE_USE_FSDP": "true"}, "`training.shard: true`"),
+     ({"WORLD_SIZE": "1", "ACCELERATE_USE_DEEPSPEED": "true"}, "start it without --use_fsdp and --use_deepspeed")],
 )  # fmt: skip
 def test_processes_that_cannot_meet_say_why(environment, message, monkeypatch):
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
@@ -202,8 +208,71 @@ def test_a_loss_that_is_no_number_names_the_module_and_the_way_out():
 
 def test_too_little_memory_says_what_a_step_takes_and_what_lowers_it(place):
     found = recipe(place, "tune")
-    told = r"a training step on 8 rows takes [\d.]+ .B.*batch_size 4 with training.accumulate 2, .*precision bf16"
+    told = r"a training step on 8 rows takes [\d.]+ .B.*batch_size 4 \([\d.]+ .B\) with training.accumulate 2"
+    told += r" .*precision bf16.*gradient_checkpointing true \([\d.]+ .B\).*training.cache fp16"
     with pytest.raises(RunError, match=told), failures.enough_memory(found):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     with pytest.raises(RuntimeError, match="another thing"), failures.enough_memory(found):
         raise RuntimeError("another thing")
+
+
+def test_several_recipes_go_on_after_one_that_failed_in_all_processes_or_in_one(place, tmp_path):
+    todo, bad = tmp_path / "recipes", place / "bad.jsonl"
+    todo.mkdir()
+    lines = (place / "train.jsonl").read_text().splitlines()
+    (place / "broken.png").write_bytes(b"no picture")
+    bad.write_text("\n".join([lines[0].replace("train-0.png", "broken.png"), *lines[1:]]))
+    few = {"steps": 9, "batch_size": 8, "evaluation_batch": 8}
+    changes: dict[str, dict[str, Any]] = {"1-no-batch": {"training": {**few, "batch_size": 7}},
+                                          "2-broken": {"data": {"train": str(bad)}}, "3-good": {},
+                                          "4-dealt": {"data": {"train": str(bad)}}}  # fmt: skip
+    for name, change in changes.items():
+        raw = recipe(place, "collated together" if name == "4-dealt" else "tune").to_dict()
+        raw |= {"methods": ["lora"], "training": {**few, "workers": int(name == "4-dealt")}}
+        raw |= {k: v for k, v in change.items() if k != "data"}
+        raw["data"] |= change.get("data", {})
+        for key in ("name", "variant"):
+            raw.pop(key)
+        (todo / f"{name}.yaml").write_text(yaml.safe_dump(raw))
+
+    def work() -> None:
+        status = cli.main(["run", str(todo), "--out", str(tmp_path / "runs")])
+        (tmp_path / f"status.{os.environ['RANK']}").write_text(str(status))
+
+    forked.together(work, tmp_path, seconds=200)
+    assert [(tmp_path / f"status.{rank}").read_text() for rank in range(2)] == ["1", "1"]
+    told = [(tmp_path / f"printed.{rank}").read_text() for rank in range(2)]
+    assert "3 of 4 runs failed" in told[0] and "runs failed" not in told[1]
+    assert "1-no-batch default seed 0: training.batch_size: a batch has 7 rows" in told[0]
+    assert re.search(r"2-broken default seed 0: process \d of 2: .*broken\.png: cannot be decoded", told[0])
+    # A worker of the first process made the batch, and each process was told.
+    assert re.search(r"4-dealt default seed 0: /\S*broken\.png: cannot be decoded", told[0])
+    done = json.loads((tmp_path / "runs" / "3-good" / "default-seed0" / "run.json").read_text())
+    assert done["processes"] == 2
+
+
+def test_checkpointed_blocks_train_the_same_on_less_memory(place, tmp_path):
+    found = {}
+    for on in (False, True):
+        one = recipe(place, "tune", gradient_checkpointing=on)
+        losses = json.loads((run(one, tmp_path / str(on)) / "metrics.json").read_text())["history"]
+        found[on] = [entry["loss"] for entry in losses], estimate(one)["saved_activation_bytes"]
+    assert found[True][0] == pytest.approx(found[False][0], rel=1e-5) and len(set(found[True][0])) == 4
+    assert found[True][1] < 0.5 * found[False][1]
+    with pytest.raises(RecipeError, match="gradient_checkpointing: .*Linear of 'mine' has none: leave it out"):
+        assembly._checkpoint(SimpleNamespace(model=nn.Linear(1, 1), name="mine"), "recipe x")
+
+
+def test_divided_weights_that_fail_end_all_processes(place, tmp_path, monkeypatch):
+    """In several processes its connections cannot be left, so that the next recipe is not begun."""
+    monkeypatch.setattr(many, "join", lambda: None)
+    monkeypatch.setattr(many, "started", lambda: 2)
+    monkeypatch.setattr(carry, "run", lambda r, folder: (_ for _ in ()).throw(RuntimeError("broken")))
+    raw = recipe(place, "divided").to_dict()
+    for key in ("name", "variant", "seed"):
+        raw.pop(key)
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({**raw, "seeds": [0, 1]}))
+    with pytest.raises(RuntimeError, match="broken"):
+        commands._carry_out([str(tmp_path / "two.yaml")], [], tmp_path / "runs", False)
+    _, failed = commands._carry_out([str(tmp_path / "two.yaml")], ["training.shard=false"], tmp_path / "runs", False)
+    assert failed

@@ -244,3 +244,10 @@ def test_a_run_trains_at_the_rates_of_its_drops(tiny_raw, tmp_path):
     folder = run.run(r, tmp_path / "run", measure_costs=False)
     history = json.loads((folder / "metrics.json").read_text())["history"]
     assert [h["learning_rate"] for h in history] == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3])
+
+
+def test_test_rows_that_cannot_be_scored_end_a_run_before_it_trains(tiny_raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_train", lambda *args: pytest.fail("it trained"))
+    raw = tiny_raw("tiny-vilt", {"name": "matching", "pool": 25})
+    with pytest.raises(ValueError, match="blocks of 25 pictures, the table to evaluate on has 24 rows"):
+        run.run(recipe.expand(raw, "test")[0], tmp_path / "run")

@@ -47,8 +47,9 @@ def demo(options: Namespace) -> int:
 def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) -> tuple[list[Path], bool]:
     """Run everything that recipes stand for; prints a line a run and the table of each recipe.
 
-    One of several runs that fails does not keep the others from running; those that failed are listed at the end. A run
-    by itself raises what it fails with.
+    One of several runs that fails does not keep the others from running, in one process or in many; those that failed
+    are listed at the end. A run by itself raises what it fails with, and so does one with divided weights in several
+    processes, which then end.
 
     Returns:
         The folders of the finished runs, and whether one failed.
@@ -75,15 +76,21 @@ def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) 
         folder = out / r.name / f"{r.variant}-seed{r.seed}"
         label = f"[{number}/{len(todo)}] {r.name} {r.variant} seed {r.seed}"
         fresh = many.first_says(redo or not runs.is_finished(folder, r))
+        why, alone = None, False
         try:
             if fresh:
                 carry_out(r, folder)
         except Exception as error:
-            # Of several processes the others would wait for this one: they end together, with the reason.
-            if len(todo) == 1 or many.started() > 1 or os.environ.get("TRIMTAB_DEBUG"):
+            # What divides a model keeps the connections open on which others would wait: all end together.
+            whole = not r.training.shard or many.started() == 1
+            if len(todo) == 1 or not whole or os.environ.get("TRIMTAB_DEBUG"):
                 raise
-            failed[label] = _reason(error)
-            print(f"{label}: failed: {failed[label]}", file=sys.stderr, flush=True)
+            alone = many.left_alone(error)
+            why = "another process has ended the run" if alone else _reason(error)
+        if len(todo) > 1 and (why := many.agreed(number, why, alone)):
+            failed[label] = why
+            if many.is_first():
+                print(f"{label}: failed: {why}", file=sys.stderr, flush=True)
             continue
         done[folder] = r.name
         result, info = (json.loads((folder / f).read_text()) for f in ("metrics.json", "run.json"))
@@ -91,7 +98,7 @@ def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) 
         console.print(f"{label}: {score}" + (f", {info['seconds']:.0f} s" if fresh else ", kept"), highlight=False)
     for name in dict.fromkeys(done.values()):
         console.print(summary_table(load_runs(p for p, other in done.items() if other == name)))
-    if failed:
+    if failed and many.is_first():
         print(f"{len(failed)} of {len(todo)} runs failed:", file=sys.stderr)
         for label, why in failed.items():
             print(f"  {label}: {why}", file=sys.stderr)

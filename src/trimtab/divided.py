@@ -171,11 +171,22 @@ def _total(part: Tensor) -> Tensor:
 # --- with gradients ---------------------------------------------------------------------------------------------------
 
 
+def meet() -> None:
+    """Make the group in which parts are gathered, when processes have met or have met anew. Made at its first use,
+    a process would wait in its making for one that has failed, whose closed connections do not reach there."""
+    _groups[:] = [dist.new_group()]
+
+
+def forget() -> None:
+    """Forget that group."""
+    _groups.clear()
+
+
 def _group() -> Any:
     """A group of its own: DistributedDataParallel sends gradients in the default one at the same time, and messages of
     one group must come in the same order everywhere."""
     if not _groups:
-        _groups.append(dist.new_group())
+        meet()
     return _groups[0]
 
 

@@ -100,5 +100,5 @@ def test_matching_ranks_within_blocks():
     ]
     assert Matching(pool=3).score(Comparing(), None, swapped, table)["recall@1"] == pytest.approx((1 / 3 + 1) / 2)
     assert Matching(pool=3).chance(table) == pytest.approx(1 / 3)
-    with pytest.raises(ValueError, match="blocks of 7 pictures, the table has 6 rows"):
+    with pytest.raises(ValueError, match="blocks of 7 pictures, the table to evaluate on has 6 rows"):
         Matching(pool=7).score(Comparing(), None, records, table)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 
 from tests.tasks.parts import PARTS, rows_of, stub, table_of
@@ -144,3 +145,29 @@ def test_training_draws_among_a_rows_captions_and_evaluation_takes_the_first(tas
         assert drawn[i] == captions if i < own else not drawn[i] & captions
     task.collate(backbone, rows, train=False)
     assert backbone.heard == [row["captions"][0] for row in rows]
+
+
+ASKED = {"question": ["a", "b"], "answer": ["a", "b"], "question_id": ["1", "2"], "balanced": [False, False],
+         "structural": ["x"] * 2, "semantic": ["x"] * 2, "detailed": ["x"] * 2, "group": [""] * 2,
+         "entailed": [[], []], "steps": [1, 1]}  # fmt: skip
+TOLD = {"captions": [["a"]] * 7}
+
+
+@pytest.mark.parametrize(("name", "settings", "columns", "message", "mended"), [
+    ("matching", {"pool": 8}, TOLD, "blocks of 8 pictures, .* has 7 rows: set task.pool to 7 or", {"pool": 7}),
+    ("retrieval", {"folds": 5}, TOLD, "the 7 pictures to score do not fall into 5 equal", {"folds": 7}),
+    ("reranking", {"folds": 2}, TOLD, "the 7 pictures to score do not fall into 2 equal", {"folds": 1}),
+    ("classification", {"classes": ["a", "b"]}, {"label": ["", ""]}, "no row of the table has a label",
+     {"label": ["a", ""]}),
+    ("pairs", {}, {"label": ["true"] * 2, "identifier": ["a-1-2-3"] * 2}, "each identifier once, found 'a-1-2-3'",
+     {"identifier": ["a-1-2-3", "a-1-2-4"]}),
+    ("vqa", {"answers": ["a"]}, {"answer": ["a", "b"], "answers": [["a"], []]}, "row 1: no answers of people, which",
+     {"answers": [["a"], ["b"]]}),
+    ("gqa", {"answers": ["a"]}, ASKED, "none of 2 questions is balanced", {"balanced": [False, True]}),
+])  # fmt: skip
+def test_a_table_that_cannot_be_scored_is_told_before_training(name, settings, columns, message, mended):
+    with pytest.raises(ValueError, match=message):
+        TASKS[name](**settings).check_scored(Dataset.from_dict(columns))
+    settings = settings | {k: v for k, v in mended.items() if k not in columns}
+    columns = columns | {k: v for k, v in mended.items() if k in columns}
+    TASKS[name](**settings).check_scored(Dataset.from_dict(columns))

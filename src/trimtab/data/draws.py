@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -92,6 +93,26 @@ def order(rows: int, seed: int, epoch: int, buffer: int | None = None) -> list[i
     turn = torch.randperm(len(blocks), generator=drawn).tolist()
     mixed = [torch.cat([blocks[i] for i in turn[start : start + 16]]) for start in range(0, len(turn), 16)]
     return torch.cat([some[torch.randperm(len(some), generator=drawn)] for some in mixed]).tolist()
+
+
+def windowed(parts: Sequence[int], window: int, seed: int, epoch: int) -> list[int]:
+    """The numbers of all rows of streams in the order of an epoch: the streams in a drawn order, in each one window
+    after another, and each window mixed.
+
+    Args:
+        parts: rows of each stream.
+        window: rows that are mixed at a time.
+        seed: of the training.
+        epoch: how often all rows were seen before.
+    """
+    drawn = _made(seed, epoch, "order")
+    firsts = [0, *accumulate(parts)]
+    found = []
+    for part in torch.randperm(len(parts), generator=drawn).tolist():
+        for start in range(0, parts[part], window):
+            count = min(window, parts[part] - start)
+            found.append(torch.randperm(count, generator=drawn) + firsts[part] + start)
+    return torch.cat(found).tolist()
 
 
 def described(row: Mapping[str, Any]) -> str:

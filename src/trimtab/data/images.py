@@ -10,6 +10,7 @@ from typing import Any
 
 from trimtab.data.draws import PLACE, described
 from trimtab.data.shards import opened
+from trimtab.data.streams import Streamed
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ def encoded(table: Any) -> Any:
     """The table with pictures of its columns `image` and `images` as bytes and path, not decoded on access."""
     from datasets import Dataset, Image, List
 
+    if isinstance(table, Streamed):
+        return table  # it decodes none
     if "image" in table.column_names:
         table = table.cast_column("image", Image(decode=False))
     found = table.features.get("images")

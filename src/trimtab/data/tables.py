@@ -60,6 +60,18 @@ def look(path: Path, columns: Mapping[str, str] | None, pictures: Path | None, t
     return table, [] if reader is None else reader.kept.left_out
 
 
+def one(entry: Entry, columns: Mapping[str, str], folder: Path, typed: Collection[str]) -> dict[str, Any]:
+    """A row by itself as a task's columns, with pictures that are paths or embedded; nobody looks whether they are
+    there.
+
+    Raises:
+        RowError: as for the rows of a file.
+    """
+    reader = _Reader(folder, columns, "stop", False, {*SEEN, *IDS, *columns, *typed}, decode=False)
+    reader.add(entry)
+    return reader.rows[0]
+
+
 def _read(path: Path, columns: Mapping[str, str] | None, pictures: Path | None, on_error: OnError, find: bool,
           typed: Collection[str], decode: bool = True) -> tuple[Dataset, _Reader | None]:  # fmt: skip
     columns = dict(columns or {})
@@ -204,6 +216,10 @@ class _Reader:
         true = isinstance(value, bool)
         if kind == "image" and isinstance(value, str) and value:
             return self._picture(entry, value)
+        if kind == "image" and isinstance(value, dict) and value.get("bytes"):
+            return {"path": value.get("path"), "bytes": value["bytes"]}  # embedded, as in Parquet files
+        if kind == "image" and isinstance(value, dict) and isinstance(value.get("path"), str):
+            return self._picture(entry, value["path"])
         if kind == "string" and isinstance(value, (str, int)) and not true:
             return str(value)  # an answer 2 is the word "2"
         if kind == "float32" and isinstance(value, (int, float)) and not true:

@@ -180,10 +180,24 @@ def assemble(recipe: Recipe, blind: bool = False) -> Assembly:
         backbone.limit_text(spec.max_text)
     if spec.start_from:
         backbone.start_from(backbones.load(spec.start_from))
+    if recipe.training.gradient_checkpointing:
+        _checkpoint(backbone, where)
     rules = tuple(build(Rule, rule, f"{where}: policy.{i}") for i, rule in enumerate(recipe.policy))
     parts = Assembly(TaskModel(backbone, task), source, task, methods, recipe.training.steps > 0, rules)
     parts.assumes = [*filter(None, [backbones.assumed(spec.name)]), *told.notes]
     return parts
+
+
+def _checkpoint(backbone: backbones.Backbone, where: str) -> None:
+    """Switch gradient checkpointing on; RecipeError if the model has none."""
+    model: Any = backbone.model
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise RecipeError(
+            f"{where}: training.gradient_checkpointing: expected a model of transformers that has it, "
+            f"{type(model).__name__} of {backbone.name!r} has none: leave it out, and lower training.batch_size with "
+            "training.accumulate instead"
+        )
+    model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def check(recipe: Recipe) -> None:

@@ -167,7 +167,8 @@ def _estimate(recipe: Recipe) -> dict[str, Any]:
     methods: list[Any] = [method_of(entry, f"methods.{i}") for i, entry in enumerate(recipe.methods)]
     alike = [m.costs_as() for m in methods] if all(m.lever != "skip" for m in methods) else recipe.methods
     key = json.dumps([asdict(recipe.backbone), recipe.task, recipe.data, alike, recipe.policy, recipe.seed,
-                      recipe.training.batch_size, recipe.training.steps > 0], default=str)  # fmt: skip
+                      recipe.training.batch_size, recipe.training.gradient_checkpointing, recipe.training.steps > 0],
+                     default=str)  # fmt: skip
     if key not in _COUNTED:
         _COUNTED[key] = _counted(recipe)
     costs, prunable = _COUNTED[key]

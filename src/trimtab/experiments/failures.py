@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.experiments.folder import RunError
-from trimtab.experiments.schema import Recipe, TrainingSpec
+from trimtab.experiments.schema import Recipe
 from trimtab.processes import world
+from trimtab.report.runs import BYTES
+from trimtab.report.tables import amount
 
 
 def check_finite(logs: Mapping[str, float], step: int, model: nn.Module, batch: Mapping[str, Tensor],
@@ -90,7 +93,7 @@ def enough_memory(recipe: Recipe) -> Iterator[None]:
         said = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise RunError(
             f"{recipe.name} {recipe.variant}: out of memory ({said}). {_numbers(recipe)} Lower it by: "
-            f"{'; '.join(_ways(recipe.training))}"
+            f"{'; '.join(_ways(recipe))}"
         ) from error
 
 
@@ -101,35 +104,53 @@ def _of_memory(error: BaseException) -> bool:
 
 def _numbers(recipe: Recipe) -> str:
     """What `trimtab cost` says, computed without memory for values."""
-    from trimtab.experiments.estimate import estimate
-    from trimtab.report.runs import BYTES
-    from trimtab.report.tables import amount
-
-    try:
-        cost = estimate(recipe)
-    except Exception as error:  # the advice must come whatever the estimate meets
-        return f"`trimtab cost` does not know what it takes ({error})."
+    cost = _cost(recipe)
+    if isinstance(cost, Exception):
+        return f"`trimtab cost` does not know what it takes ({cost})."
     size = world()[1]
     shared = f", of which each of {size} processes has its part" if size > 1 else ""
     return (
-        f"By `trimtab cost`, a training step on {recipe.training.batch_size} rows takes "
-        f"{amount(cost['training_peak_bytes'], BYTES)}, {amount(cost['saved_activation_bytes'], BYTES)} of them saved "
-        f"for the backward pass{shared}."
+        f"By `trimtab cost`, a training step on {recipe.training.batch_size} rows takes {_peak(cost)}, "
+        f"{amount(cost['saved_activation_bytes'], BYTES)} of them saved for the backward pass{shared}."
     )
 
 
-def _ways(spec: TrainingSpec) -> list[str]:
+def _cost(recipe: Recipe) -> dict[str, Any] | Exception:
+    from trimtab.experiments.estimate import estimate
+
+    try:
+        return estimate(recipe)
+    except Exception as error:  # the advice must come whatever the estimate meets
+        return error
+
+
+def _peak(cost: dict[str, Any]) -> str:
+    return amount(cost["training_peak_bytes"], BYTES)
+
+
+def _ways(recipe: Recipe) -> list[str]:
+    """What lowers it, with what a step then takes where `trimtab cost` knows it."""
+    spec = recipe.training
+
+    now = _cost(recipe)
+
+    def then(**changes: Any) -> str:
+        cost = _cost(replace(recipe, training=replace(spec, **changes)))
+        if isinstance(now, Exception) or isinstance(cost, Exception):
+            return ""
+        return f" ({_peak(cost)})" if cost["training_peak_bytes"] < now["training_peak_bytes"] else ""
+
     half = max(1, spec.batch_size // 2)
     ways = []
     if spec.batch_size > 1:
         ways.append(
-            f"training.batch_size {half} with training.accumulate {2 * spec.accumulate}, which saves half for the "
-            "backward pass (losses that compare rows then see fewer)"
+            f"training.batch_size {half}{then(batch_size=half)} with training.accumulate {2 * spec.accumulate} (losses "
+            "that compare rows then see fewer)"
         )
     if spec.precision == "fp32":
         ways.append("training.precision bf16, in which most of what is saved takes half")
-    if not getattr(spec, "gradient_checkpointing", True):
-        ways.append("training.gradient_checkpointing true")
+    if not spec.gradient_checkpointing and (told := then(gradient_checkpointing=True)):
+        ways.append(f"training.gradient_checkpointing true{told}")
     if spec.cache is None:
         ways.append("training.cache fp16 with `methods: [unipt]` or [linear-probe], which then never run the backbone "
                     "in training")  # fmt: skip

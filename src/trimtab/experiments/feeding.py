@@ -12,9 +12,10 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import pickle
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,8 +24,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 from transformers import Trainer
 
-from trimtab.data.draws import Place, order, placed
+from trimtab.data import draws
+from trimtab.data.draws import Place, placed
 from trimtab.data.images import decode_rows, encoded
+from trimtab.data.streams import order_of
 from trimtab.experiments import many
 from trimtab.experiments.schema import TrainingSpec
 from trimtab.tasks.base import Batch, TaskModel
@@ -47,8 +50,8 @@ class WorkerDied(RuntimeError):
 class Order(Sampler[Place]):
     """The places of a table's rows, in an order of its own in every epoch."""
 
-    def __init__(self, rows: int, seed: int, buffer: int | None = None):
-        self.rows, self.seed, self.buffer, self.epoch = rows, seed, buffer, 0
+    def __init__(self, rows: int, seed: int, order: Callable[[int, int], list[int]]):
+        self.rows, self.seed, self.order, self.epoch = rows, seed, order, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -57,7 +60,7 @@ class Order(Sampler[Place]):
         return self.rows
 
     def __iter__(self) -> Iterator[Place]:
-        return (Place(self.seed, self.epoch, i) for i in order(self.rows, self.seed, self.epoch, self.buffer))
+        return (Place(self.seed, self.epoch, i) for i in self.order(self.seed, self.epoch))
 
 
 class Places(Dataset[Place]):
@@ -81,6 +84,19 @@ class Failed(NamedTuple):
     """An error on its way from a worker process to the training process, which raises it."""
 
     error: Exception
+
+
+FAILED = "__failed__"  # the key under which a batch that is cut carries an error
+
+
+def failed_rows(error: Exception, parts: int) -> Batch:
+    """An error as a batch of as many rows as there are parts: each process finds it in its own, (parts, bytes)."""
+    try:
+        content = pickle.dumps(error)
+        pickle.loads(content)
+    except Exception:  # some errors cannot be made again from what they hold
+        content = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+    return {FAILED: torch.frombuffer(bytearray(content), dtype=torch.uint8).repeat(parts, 1)}
 
 
 class Packed(NamedTuple):
@@ -133,13 +149,7 @@ class Feed:
     """
 
     def __init__(self, model: TaskModel, table: Any, spec: TrainingSpec, cache: Any = None):
-        if cache is None and not hasattr(table, "__len__"):
-            raise ValueError(
-                f"training takes its rows by number, in an order of its own, and a {type(table).__name__} only gives "
-                "them one after the other: read shards with `stream: true`, or write the rows to disk once with "
-                "datasets.Dataset.from_generator"
-            )
-        self.model, self.augmentation, self.cache = model, spec.augmentation, cache
+        self.model, self.augmentation, self.cache, self.buffer = model, spec.augmentation, cache, spec.buffer
         self.side: int | None = None  # what drafts of pictures have at least
         if spec.draft and cache is None and hasattr(model.backbone.pictures, "shape"):
             self.side = math.ceil(max(model.backbone.pictures.shape) / math.sqrt(spec.crop))
@@ -153,12 +163,12 @@ class Feed:
         worker = get_worker_info()
         if worker is None:
             return self.batch(places, 0)
-        if self.together and many.started() > 1:
-            return self.batch(places, worker.id)  # Accelerate cuts it into the processes' parts, so it is no parcel
+        cut = self.together and many.started() > 1  # by Accelerate into the processes' parts, so it is no parcel
         try:
-            return Packed.of(self.batch(places, worker.id))
+            batch = self.batch(places, worker.id)
         except Exception as error:  # torch would wrap it into another one, with its traceback as its message
-            return Failed(error)
+            return failed_rows(error, many.started()) if cut else Failed(error)
+        return batch if cut else Packed.of(batch)
 
     def batch(self, places: Sequence[Place], worker: int) -> Batch:
         """The collated batch of some rows.
@@ -195,6 +205,12 @@ class Feed:
         cells = [row.get("image") or row.get("video"), *(row.get("images") or ())]
         paths = [cell.get("path") if isinstance(cell, dict) else cell for cell in cells if cell]
         return f" ({', '.join(map(str, paths))})" if any(paths) else ""
+
+    def order(self, seed: int, epoch: int) -> list[int]:
+        """The numbers of the rows in the order of an epoch."""
+        if self.table is None:
+            return draws.order(self.rows, seed, epoch, self.buffer)
+        return order_of(self.table, seed, epoch, self.buffer)
 
     @property
     def bytes_a_row(self) -> int:
@@ -284,4 +300,6 @@ def _arrived(batches: Iterator[Any]) -> Iterator[Any]:
     for batch in batches:
         if isinstance(batch, Failed):
             raise batch.error
+        if isinstance(batch, dict) and FAILED in batch:
+            raise pickle.loads(batch[FAILED][0].cpu().numpy().tobytes())
         yield batch.batch() if isinstance(batch, Packed) else batch

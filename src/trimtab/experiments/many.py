@@ -8,6 +8,8 @@ What is equal and why stands in `trimtab/divided.py`; the pages are docs/scale.m
 
 from __future__ import annotations
 
+import gc
+import json
 import os
 import sys
 import time
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from trimtab import divided
 from trimtab.experiments.folder import RunError
 from trimtab.experiments.schema import RecipeError
 from trimtab.processes import everywhere, world
@@ -39,21 +42,21 @@ def join() -> None:
     """Join the processes that were started together; nothing for one alone.
 
     Raises:
-        RunError: if the launcher told too little, or the port where they meet is taken.
+        RunError: if the launcher told too little or asks for FSDP or DeepSpeed, or the port where they meet is taken.
     """
-    if started() == 1 or dist.is_initialized():
-        return
-    if missing := [name for name in NEEDED if name not in os.environ]:
-        raise RunError(
-            f"WORLD_SIZE={started()} in the environment says that this is one of several processes, but "
-            f"{', '.join(missing)} is not set: start them with torchrun or `accelerate launch`, or unset WORLD_SIZE"
-        )
     told = [os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() for name in ("FSDP", "DEEPSPEED")]
     if "true" in told:
         raise RunError(
             "the launcher was told to divide the model (FSDP or DeepSpeed), which would leave it wrapped where masks, "
             "plans and folders need the plain one: set `training.shard: true` in the recipe, and start it without "
             "--use_fsdp and --use_deepspeed"
+        )
+    if started() == 1 or dist.is_initialized():
+        return
+    if missing := [name for name in NEEDED if name not in os.environ]:
+        raise RunError(
+            f"WORLD_SIZE={started()} in the environment says that this is one of several processes, but "
+            f"{', '.join(missing)} is not set: start them with torchrun or `accelerate launch`, or unset WORLD_SIZE"
         )
     from accelerate import PartialState
 
@@ -68,6 +71,7 @@ def join() -> None:
                 "with `--standalone`"
             ) from error
         raise RunError(f"the {started()} processes did not meet at {place}: {str(error).splitlines()[0]}") from error
+    divided.meet()
 
 
 def leave() -> None:
@@ -138,6 +142,59 @@ def dealt(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch
     order = torch.arange(len(next(iter(batch.values())))).view(-1, size).T.flatten()
     return {name: values[order] for name, values in batch.items()}
+
+
+def agreed(number: int, why: str | None, alone: bool) -> str | None:
+    """What a run came to in all processes; they can begin the next one together afterwards.
+
+    One that failed closes its connections first: the others, which may wait for what it will not send, then fail too,
+    and come here. Outcomes go through the store in which the processes met, which does not depend on the connections.
+
+    Args:
+        number: of the run, the same in all.
+        why: it failed in this process; None if it did not.
+        alone: whether it failed only because another process did (`left_alone`).
+
+    Returns:
+        None if it went well everywhere; else why it failed, with the process that failed by itself.
+
+    Raises:
+        RunError: if the others do not come in ten minutes, or over NCCL, whose connections cannot be left so, in one:
+            when this process ends, the launcher ends all.
+    """
+    rank, size = world()
+    if size == 1:
+        return why
+    backend, store = dist.get_backend(), dist.distributed_c10d._get_default_store()
+    if why is not None:
+        _close()
+    keys = [f"trimtab run {number} {other}" for other in range(size)]
+    store.set(keys[rank], json.dumps([why, alone]))
+    try:
+        store.wait(keys, timedelta(minutes=10 if backend == "gloo" else 1))
+    except (RuntimeError, ValueError) as error:
+        raise RunError(f"{why or 'the run is done here'}; not all other processes answer") from error
+    told = [json.loads(store.get(key)) for key in keys]
+    failed = {other: found for other, (found, _) in enumerate(told) if found is not None}
+    if not failed:
+        return None
+    if why is None:
+        _close()
+    again = dist.PrefixStore(f"trimtab after run {number}", store)
+    dist.init_process_group(backend, store=again, rank=rank, world_size=size, timeout=PATIENCE)
+    divided.meet()
+    own = {other: found for other, found in failed.items() if not told[other][1]} or failed
+    first = next(iter(own))
+    alike = len(own) == size and len(set(own.values())) == 1
+    return own[first] if alike else f"process {first} of {size}: {own[first]}"
+
+
+def _close() -> None:
+    """Leave all groups for good: a model of the run, wrapped for them, would keep their connections open."""
+    divided.forget()
+    gc.collect()
+    dist.destroy_process_group()
+    gc.collect()
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

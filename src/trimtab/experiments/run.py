@@ -16,6 +16,7 @@ import yaml
 from transformers import TrainerCallback, set_seed
 
 from trimtab import progress
+from trimtab.data.streams import Streamed
 from trimtab.experiments import cached, estimate, failures, many, sharded, training
 from trimtab.experiments import folder as files
 from trimtab.experiments.assembly import Assembly, assemble, tables
@@ -46,6 +47,7 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True, watch: Watch |
 
     Raises:
         RecipeError: if the recipe's parts do not fit each other.
+        ValueError: if the task cannot train on the training rows, or cannot score the test rows.
         ImportError: if a service of `training.report_to` is not installed.
         RunError: if it is one of several processes that did not meet.
     """
@@ -67,6 +69,9 @@ def _run(recipe: Recipe, folder: Path, measure_costs: bool, watch: Watch | None)
         train, validation, test = tables(recipe, parts)
     for table in (train, test):
         parts.task.check(parts.model.backbone, table)
+    parts.task.check_scored(test)
+    if watch is not None:
+        parts.task.check_scored(validation)  # by whose score a search chooses
     progress.tell({"event": "start", "name": recipe.name, "variant": recipe.variant, "seed": recipe.seed})
     label = f"{recipe.name} {recipe.variant}"
     with failures.enough_memory(recipe):
@@ -152,6 +157,9 @@ def _from_cache(parts: Assembly, train: Any, spec: TrainingSpec, label: str) -> 
     the recipe does not allow it."""
 
     assert spec.cache is not None
+    if isinstance(train, Streamed):
+        raise RecipeError("training.cache: a cache reads its table often and in any order, a stream cannot: leave out "
+                          "data.stream, or the cache")  # fmt: skip
     half = {"bf16": torch.bfloat16, "fp16": torch.float16, "auto": torch.bfloat16 if native_bf16() else None}
     try:
         # Drawn alike whatever the recipe's seed: its seeds share a cache; their order and what starts random differ.

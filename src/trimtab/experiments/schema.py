@@ -69,6 +69,9 @@ class TrainingSpec:
     """Largest norm of the gradient; 0 for none."""
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     """Mixed precision of the forward pass; `auto` takes bf16 where the device multiplies it natively, else fp32."""
+    gradient_checkpointing: bool = False
+    """Keep only what enters the backbone's blocks for the backward pass, and compute the rest again there: less memory,
+    about a third more time. For backbones of transformers' classes; beside a frozen tower it saves nothing."""
     log_every: int = 20
     """Steps between two points of the training curve."""
     save_every: int | None = None

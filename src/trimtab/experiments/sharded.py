@@ -67,10 +67,8 @@ def sharded(model: Any, spec: TrainingSpec) -> Iterator[None]:
         raise RecipeError(
             f"training.shard: this model cannot be divided by blocks ({error}): set it to false"
         ) from error
-    try:
-        yield
-    finally:
-        _whole_again(units, before, places, shapes)
+    yield  # after an error parts stay parts: processes that fail at different places could not gather them
+    _whole_again(units, before, places, shapes)
 
 
 def _blocks(model: Any) -> list[nn.Module]:

@@ -28,6 +28,7 @@ from trimtab import processes, progress
 from trimtab.anatomy import Anatomy
 from trimtab.data import draws
 from trimtab.data.images import encoded
+from trimtab.data.streams import numbered, order_of
 from trimtab.divided import divided, norms
 from trimtab.experiments import many, sharded
 from trimtab.experiments.failures import check_finite
@@ -174,6 +175,7 @@ def fit(
     if steps == 0:
         return []
     sharded.check(spec)
+    table = numbered(table, spec.buffer)
     told = Told(title)
     with tempfile.TemporaryDirectory() as scratch, tensorboard_in(reports), contextlib.closing(told):
         saving = bool(spec.save_every and checkpoints)
@@ -189,7 +191,7 @@ def fit(
             spec=spec,
             rates=rates or {},
             feed=feed,
-            train_dataset=Places(Order(feed.rows, seed, spec.buffer)),
+            train_dataset=Places(Order(feed.rows, seed, feed.order)),
             data_collator=feed,
             callbacks=[*(callbacks or []), told],
         )
@@ -263,7 +265,7 @@ def batches(
     table = encoded(table)
     device = next(model.parameters()).device
     for epoch in itertools.count():
-        order = range(len(table)) if seed is None else draws.order(len(table), seed, epoch)
+        order = range(len(table)) if seed is None else order_of(table, seed, epoch)
         for start in range(0, len(table), size):
             numbers = order[start : start + size]
             if seed is not None and len(numbers) < min(size, len(table)):

@@ -113,6 +113,10 @@ class Task(ABC):
         if missing:
             raise ValueError(f"task {self.name!r} needs the columns {missing}, the table has {table.column_names}")
 
+    def check_scored(self, table: Any) -> None:  # noqa: B027 (most tasks score any rows)
+        """Raise a ValueError if a table to evaluate on cannot be scored, whatever is predicted. It is asked before
+        training, so that nobody learns it hours later; `check` has passed, and pictures are not read."""
+
 
 class TaskModel(nn.Module):
     """A backbone with a task's head: what the trainer trains. `forward(**batch)` returns `{"loss": scalar}`."""

@@ -26,6 +26,10 @@ class GQA(VQA):
         "steps",
     )  # fmt: skip
 
+    def check_scored(self, table: Any) -> None:
+        if not any(q["isBalanced"] for q in self._questions(table).values()):
+            raise ValueError(f"task 'gqa': none of {len(table)} questions is balanced: there is nothing to score")
+
     def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
         questions = self._questions(rows)
         told = {name for name, q in questions.items() for name in q["entailed"] if q["isBalanced"]}

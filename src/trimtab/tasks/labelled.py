@@ -86,12 +86,14 @@ class Labelled(Task):
         return [{"label": self.names[i], "shares": dict(zip(self.names, row.tolist(), strict=True))}
                 for i, row in zip(best, shares, strict=True)]  # fmt: skip
 
+    def check_scored(self, table: Any) -> None:
+        if not any(table["label"]):
+            raise ValueError(f"task {self.name!r}: no row of the table has a label, so that nothing can be scored")
+
     def known(self, records: list[dict[str, Any]], rows: Any) -> list[tuple[str, str]]:
         """Predicted and right label of every row whose label is known; ValueError if none is."""
-        found = [(r["label"], label) for r, label in zip(records, rows["label"], strict=True) if label]
-        if not found:
-            raise ValueError(f"task {self.name!r}: no row of the table has a label, so that nothing can be scored")
-        return found
+        Labelled.check_scored(self, rows)
+        return [(r["label"], label) for r, label in zip(records, rows["label"], strict=True) if label]
 
     def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
         found = self.known(records, rows)

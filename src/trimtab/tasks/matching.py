@@ -38,6 +38,8 @@ class Matching(Task):
     together = True
 
     def __init__(self, mask_share: float = 0.3, pool: int = 50, words: Literal["masked", "next"] = "masked"):
+        if pool < 1:
+            raise ValueError(f"pool: expected at least 1 picture a block, found {pool}")
         if words not in ("masked", "next"):
             raise ValueError(f"words must be 'masked' or 'next', found {words!r}")
         self.mask_share = mask_share
@@ -113,12 +115,19 @@ class Matching(Task):
             for p, i, m in zip(batch["pixel_values"], batch["input_ids"], batch["attention_mask"], strict=True)
         ]
 
+    def check_scored(self, table: Any) -> None:
+        if len(table) < self.pool:
+            raise ValueError(
+                f"task 'matching' ranks blocks of {self.pool} pictures, the table to evaluate on has {len(table)} "
+                f"rows: set task.pool to {len(table)} or fewer, or give more rows"
+            )
+
     def score(self, backbone: Any, head: Any, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
         """Adds to each record `best`, the row whose caption its picture finds within its block."""
         captions = [c[0] for c in rows["captions"]]
         blocks = [records[i : i + self.pool] for i in range(0, len(records) - self.pool + 1, self.pool)]
         if not blocks:
-            raise ValueError(f"matching ranks blocks of {self.pool} pictures, the table has {len(records)} rows")
+            self.check_scored(records)
         found = []
         mine = [self._similarity(backbone, blocks[i]) for i in shared(len(blocks))]  # processes divide the blocks
         for i, (block, similarity) in enumerate(zip(blocks, in_turn(mine, len(blocks)), strict=True)):

@@ -45,6 +45,11 @@ class Pairs(Labelled):
         fresh = classifier(backbone.pair_width, 2 * backbone.token_width, len(self.names))
         return own_or(backbone, self.name, len(self.names), fresh)
 
+    def check_scored(self, table: Any) -> None:
+        super().check_scored(table)
+        if twice := sorted(name for name, count in Counter(_identifiers(table)).items() if count > 1):
+            raise ValueError(f"task {self.name!r}: expected each identifier once, found {twice[0]!r} more often")
+
     def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
         """Accuracy; with NLVR2's `identifier` also consistency, the share of sentences right on all their pairs.
 
@@ -52,13 +57,9 @@ class Pairs(Labelled):
             ValueError: if an identifier stands in two rows.
         """
         out = super().score(backbone, head, records, rows)
-        if "identifier" not in rows.column_names:
+        names, labels = _identifiers(rows), list(rows["label"])
+        if not names:
             return out
-        names, labels = list(rows["identifier"]), list(rows["label"])
-        if any(name.count("-") < 3 for name in names):  # a table of one's own, whose rows tell no sentence
-            return out
-        if twice := sorted(name for name, count in Counter(names).items() if count > 1):
-            raise ValueError(f"task {self.name!r}: expected each identifier once, found {twice[0]!r} more often")
         known = {name: label for name, label in zip(names, labels, strict=True) if label}
         found = {n: r["label"] for n, r in zip(names, records, strict=True) if n in known}
         return out | {"consistency": nlvr2.evaluate(known, found)["consistency"]}
@@ -90,6 +91,12 @@ class Pairs(Labelled):
     def logits(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
         names = ("pixel_values", "second_pixel_values", "input_ids", "attention_mask")
         return head(backbone.pair_of(*(batch[name] for name in names)).pooled)
+
+
+def _identifiers(rows: Any) -> list[str]:
+    """NLVR2's identifiers of all rows; empty for a table of one's own, whose rows tell no sentence."""
+    names = list(rows["identifier"]) if "identifier" in rows.column_names else []
+    return [] if any(name.count("-") < 3 for name in names) else names
 
 
 SIDES = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}

@@ -188,6 +188,13 @@ class Reranking(Task):
             out.append(backbone.rank(fused, similar[part]).float())
         return torch.cat(out)
 
+    def check_scored(self, table: Any) -> None:
+        if len(table) % self.folds:
+            raise ValueError(
+                f"task 'reranking': the {len(table)} pictures to score do not fall into {self.folds} equal folds: "
+                "set task.folds to 1, or give a multiple of it"
+            )
+
     def score(self, backbone: Any, head: Any, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
         """Adds to each record `best`, the number of the text that its picture finds among all texts of the table."""
         owner = owners([len(r["ids"]) for r in records])

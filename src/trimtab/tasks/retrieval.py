@@ -175,6 +175,13 @@ class Retrieval(Task):
             return  # no architecture here has a place for pooled heads: they stay with the task
         backbone.fold_projections(head.image.weight, head.text.weight, head.scale)
 
+    def check_scored(self, table: Any) -> None:
+        if len(table) % self.folds:
+            raise ValueError(
+                f"task 'retrieval': the {len(table)} pictures to score do not fall into {self.folds} equal folds: "
+                "set task.folds to 1, or give a multiple of it"
+            )
+
     def score(self, backbone: Any, head: Any, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
         images, texts = torch.stack([r["image"] for r in records]), torch.cat([r["text"] for r in records])
         if self.captions == "first":

@@ -140,12 +140,20 @@ class VQA(Task):
             out["soft score"] = sum(r["soft score"] for r in records) / len(records)
         return out
 
-    def _official(self, records: list[dict[str, Any]], rows: Any) -> dict[str, float] | None:
-        """VQA's own accuracy, as shares; None if no row has people's answers."""
+    def check_scored(self, table: Any) -> None:
+        if "answers" in table.column_names:
+            self._told(table)
+
+    def _told(self, rows: Any) -> dict[int, dict[str, Any]] | None:
+        """What people answered, as VQA's files write it, by the row's number; None if no row has their answers.
+
+        Raises:
+            ValueError: if some rows have, and others not.
+        """
         names = [n for n in ("answers", "weights", "question_type", "answer_type") if n in rows.column_names]
         columns = {n: rows[n] for n in names}
         annotations = {}
-        for i in range(len(records)):
+        for i in range(len(rows)):
             row = {n: columns[n][i] for n in names}
             annotations[i] = {**row, "answers": people(row)}
         empty = [i for i, a in annotations.items() if not a["answers"]]
@@ -153,6 +161,13 @@ class VQA(Task):
             return None
         if empty:
             raise ValueError(f"row {empty[0]}: no answers of people, which other rows have: VQA's accuracy is over all")
+        return annotations
+
+    def _official(self, records: list[dict[str, Any]], rows: Any) -> dict[str, float] | None:
+        """VQA's own accuracy, as shares; None if no row has people's answers."""
+        annotations = self._told(rows)
+        if annotations is None:
+            return None
         found = official.evaluate(annotations, {i: r["answer"] for i, r in enumerate(records)})
         out = {"accuracy": found["overall"] / 100}
         for kind in ("answer_type", "question_type"):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from trimtab.data import tables
 from trimtab.data.base import SOURCES, Split, read_by
 from trimtab.data.reading import DataError, OnError
+from trimtab.data.streams import SUFFIXES, Streamed, files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,11 +26,17 @@ class _Mapped:
     """`stop` at the first row that cannot be read, or `skip`: leave it out, count and list what was left out."""
     drop_bad_images: bool = False
     """Leave out images that cannot be decoded instead of stopping."""
+    stream: bool = False
+    """Read training rows from Parquet or JSON-lines files one after another, as training needs them, for sets larger
+    than memory and disk; `training.buffer` of them are held and mixed (1,000 if it is not set)."""
     count: int | None = None
     """How many answers or classes the training rows have: for `trimtab cost`, before the data are there. Training and
     evaluation take them from the rows."""
 
     def __post_init__(self) -> None:
+        if self.stream and (self.drop_bad_images or self.on_error != "stop"):
+            raise DataError(f"{self._name}: stream: rows are read when they are needed, so that none can be left out: "
+                            "leave out on_error and drop_bad_images")  # fmt: skip
         if self.count is not None and self.count < 1:
             raise ValueError(f"{self._name}: count: expected at least 1, found {self.count}")
 
@@ -45,6 +52,19 @@ class _Mapped:
     def _read(self, path: Path, task: str) -> Dataset:
         typed = read_by(task) or {task}  # a column's own name, where its values alone are asked for
         return tables.read(path, self.columns, self.pictures, self.on_error, not self.drop_bad_images, typed)
+
+    def _streamed(self, paths: Sequence[Path], task: str) -> Streamed:
+        if missing := [p for p in paths if not p.exists()]:
+            raise FileNotFoundError(f"{missing[0]}: there is no such file or folder")
+        found = [p for p in paths if p.is_file()]
+        found += [f for p in paths if p.is_dir() for f in sorted(p.iterdir()) if f.suffix in SUFFIXES]
+        if not found:
+            raise DataError(
+                f"{self._name}: {paths[0]}: expected files that end in {', '.join(SUFFIXES)} for `stream: true`, found "
+                "none: leave it out (a folder that `datasets` saved is not read into memory anyway)"
+            )
+        folder = Path(self.pictures) if self.pictures else found[0].parent
+        return files(found, self.columns, folder, read_by(task) or {task})
 
     def _values(self, column: str) -> Sequence[str]:
         table: Any = self.load(column, "train")  # type: ignore[attr-defined]
@@ -86,6 +106,10 @@ class Files(_Mapped):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.stream and self.held_out:
+            raise DataError(
+                f"{self._name}: held_out: no rows can be held out of a stream: give a file for `validation`"
+            )
         if not 0 <= self.held_out < 1 or (self.held_out and self.validation is not None):
             raise DataError(
                 f"{self._name}: held_out: expected a share from 0 to below 1, and none beside `validation`, found "
@@ -101,6 +125,8 @@ class Files(_Mapped):
                 there are too few rows to hold some out.
         """
         path = (self.validation or self.train) if split == "validation" else getattr(self, split)
+        if self.stream and (split == "train" or (split == "validation" and self.validation is None)):
+            return self._streamed([Path(path)], task)  # type: ignore[return-value]
         table = self._read(Path(path), task)
         if split == "test" or not self.held_out:
             return table
@@ -120,7 +146,7 @@ class Files(_Mapped):
             DataError: if a row of a text file has none.
         """
         kept = tables.Kept(self.on_error)
-        if not tables.ready(Path(self.train)):
+        if not self.stream and not tables.ready(Path(self.train)):
             for entry in tables.entries(Path(self.train), kept):
                 with kept.row():
                     entry.get(self.columns.get("answer", "answer"))
@@ -153,6 +179,8 @@ class _Folder(_Mapped):
             raise DataError(f"{self._name}: {self.root}: expected a file or folder for {name!r}, found "
                             f"{', '.join(found) or 'no split'}; choose with data.{split}, or name files with "
                             "the source 'files'")  # fmt: skip
+        if self.stream and name == self.train and split != "test":
+            return self._streamed(found[name], task)  # type: ignore[return-value]
         read = [self._read(path, task) for path in found[name]]
         return concatenate_datasets(read) if len(read) > 1 else read[0]
 
