@@ -2,8 +2,8 @@
 
     g = h W_h + b_h;  r, z = sigmoid(x_r + g_r), sigmoid(x_z + g_z);  n = tanh(x_n + r g_n);  h' = (1 - z) n + z h
 
-The two directions are one batch. What backward needs of a step besides the gradient itself is made of all steps at once,
-so that a step back is four operations.
+The two directions are one batch. What backward needs of a step besides the gradient itself is made of all steps at
+once, so that a step back is four operations.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 
 def both_ways(gru: nn.GRU, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What a bidirectional GRU of one layer and with `batch_first` gives of (B, L, D): forwards and backwards, (B, L, H)
+    """What a bidirectional GRU of one layer, with `batch_first`, gives of (B, L, D) forwards and backwards, (B, L, H)
     each. On other devices than a CPU torch's own computes it."""
     if x.device.type != "cpu":
         forth, back = gru(x)[0].chunk(2, dim=-1)
@@ -34,7 +34,7 @@ def both_ways(gru: nn.GRU, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Steps(torch.autograd.Function):
-    """Gates of inputs (L, S, B, 3 H), weights (S, H, 3 H) and biases (S, 1, 3 H) of the state -> states (L, S, B, H)."""
+    """Gates of the inputs (L, S, B, 3 H), the state's weights (S, H, 3 H) and biases (S, 1, 3 H) -> (L, S, B, H)."""
 
     @staticmethod
     def forward(ctx: Any, gates: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -11,18 +11,19 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from trimtab.methods.tune.unipt.core import CACHE_BYTES, OTHER_BYTES
-from trimtab.methods.tune.unipt.down import Target, batch_slope, narrow, normalise, some
+from trimtab.methods.tune.unipt.down import Target, batch_slope, narrow, normalise, pooled, some
 
 
 class _Read(torch.autograd.Function):
-    """A single query on u = relu(h), (B, L, D). Gives the attended sum (B, D) and the sum of its shares (B,).
+    """A single query on u = relu(h), (B, L, D). Gives the attended sum (B, D), the sum of its shares (B,) and the mean
+    of u over valid tokens (B, D), which has no gradient.
 
     Tokens whose score is not positive have no share and no slope, so that only the others are kept, beside the scores.
     """
 
     @staticmethod
     def forward(ctx: Any, maps: Tensor, key: Tensor, offset: Tensor, mask: Tensor | None, eps: float,
-                kept: torch.dtype | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+                kept: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         with torch.autocast(maps.device.type, enabled=False):  # bound by memory, not by products
             u = F.relu(maps.to(key.dtype))
             scores = _along(key, u) + offset[:, None]
@@ -30,15 +31,17 @@ class _Read(torch.autograd.Function):
             norm = scores.sum(dim=-1, keepdim=True).clamp(min=eps)
             shares = scores / norm
             attended = torch.bmm(shares[:, None], u)[:, 0]
+            mean = pooled(u, mask)[0][:, 0]
         where = some(scores.flatten())
         rows = maps.flatten(0, 1)
         ctx.save_for_backward(narrow(rows if where is None else rows.index_select(0, where), kept), where, scores, mask)
         ctx.eps = eps
-        return attended, shares.sum(dim=-1)
+        ctx.mark_non_differentiable(mean)
+        return attended, shares.sum(dim=-1), mean
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_sum: Tensor, d_amount: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_sum: Tensor, d_amount: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         rows, where, scores, mask = ctx.saved_tensors
         u = F.relu(rows.to(scores.dtype))
         if where is not None:
@@ -61,7 +64,7 @@ def _along(vector: Tensor, u: Tensor) -> Tensor:
 
 
 def read_vector(maps: Tensor, key: Tensor, offset: Tensor, mask: Tensor | None, eps: float,
-                kept: torch.dtype | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+                kept: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """ReLU attention of one query a sample on relu(maps), rows of unit L1 norm, the norm at least `eps`.
 
     Args:
@@ -73,7 +76,7 @@ def read_vector(maps: Tensor, key: Tensor, offset: Tensor, mask: Tensor | None, 
         kept: precision in which maps are kept for the backward pass; None for their own.
 
     Returns:
-        The attended sum (B, D), and the sum of its weights (B,).
+        The attended sum (B, D), the sum of its weights (B,), and the mean of relu(maps) over valid tokens (B, D).
     """
     dtype = torch.promote_types(key.dtype, torch.float32)
     return _Read.apply(maps, key.to(dtype), offset.to(dtype), mask, eps, kept)
@@ -90,14 +93,14 @@ class _GuidedDown(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, guide: Tensor, grid: Tensor, columns: int, eps: float, weight: Tensor, bias: Tensor,
                 norm: nn.BatchNorm2d, kept: torch.dtype | None) -> Tensor:  # fmt: skip
-        rate = grid.shape[-1] // columns
+        rate, values = grid.shape[-1] // columns, grid.to(guide.dtype)
         with torch.autocast(grid.device.type, enabled=False):  # bound by memory, not by products
-            share = _per_position(F.relu(guide), grid, columns).relu_()
+            share = _per_position(F.relu(guide), values, columns).relu_()
             total = _cells(share, rate) + eps  # (B, n, m)
             shares = share / _spread(total, rate)
-            pooled = _per_cell(shares + 1 / rate**2, grid, columns)
-        x, rstd = normalise(F.linear(pooled, weight, bias), norm)
-        few = pooled if rate >= 8 else None
+            cells = _per_cell(shares + 1 / rate**2, values, columns)
+        x, rstd = normalise(F.linear(cells, weight, bias), norm)
+        few = cells if rate >= 8 else None
         ctx.save_for_backward(guide > 0, narrow(grid, kept), shares, total, weight, x, rstd, few)
         ctx.training = norm.training
         return x
@@ -105,14 +108,14 @@ class _GuidedDown(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        positive, grid, shares, total, weight, x, rstd, pooled = ctx.saved_tensors
+        positive, grid, shares, total, weight, x, rstd, cells = ctx.saved_tensors
         rate, columns = grid.shape[-1] // total.shape[-1], total.shape[-1]
         d_y = batch_slope(grad, x, rstd, ctx.training).to(weight.dtype)
         d_shares = _per_position((d_y @ weight).view(*x.shape[:2], -1), grid, columns)
         d_share = (d_shares - _spread(_cells(d_shares * shares, rate), rate)) / _spread(total, rate)
         d_guide = _per_cell(d_share * (shares > 0), grid, columns) * positive
-        pooled = _per_cell(shares + 1 / rate**2, grid, columns) if pooled is None else pooled
-        return d_guide, None, None, None, d_y.T @ pooled.flatten(0, 1), d_y.sum(dim=0), None, None
+        cells = _per_cell(shares + 1 / rate**2, grid, columns) if cells is None else cells
+        return d_guide, None, None, None, d_y.T @ cells.flatten(0, 1), d_y.sum(dim=0), None, None
 
 
 def guided_down(sequence: Any, guide: Tensor, grid: Tensor, columns: int, eps: float,
@@ -131,7 +134,8 @@ def guided_down(sequence: Any, guide: Tensor, grid: Tensor, columns: int, eps: f
         (B, n m, d).
     """
     conv, norm = sequence
-    x = _GuidedDown.apply(guide.to(grid.dtype), grid, columns, eps, conv.weight.flatten(1), conv.bias, norm, kept)
+    weight = conv.weight.flatten(1)
+    x = _GuidedDown.apply(guide.to(weight.dtype), grid, columns, eps, weight, conv.bias, norm, kept)
     return Target(x, norm.weight, norm.bias)
 
 
