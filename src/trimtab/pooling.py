@@ -33,8 +33,8 @@ class Lengths(NamedTuple):
 
 def lengths_of(valid: Tensor) -> Lengths | None:
     """The lengths in a mask (B, L). None where they are not to be known: under a compiler, of tensors without values,
-    and on a GPU, which would have to be waited for."""
-    if valid.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(valid, FakeTensor):
+    of no samples, and on a GPU, which would have to be waited for."""
+    if valid.device.type != "cpu" or not len(valid) or torch.compiler.is_compiling() or isinstance(valid, FakeTensor):
         return None
     counts, order = valid.sum(dim=1).sort(stable=True)
     places = torch.arange(valid.numel()).view_as(valid)[order]
