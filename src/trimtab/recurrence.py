@@ -26,7 +26,7 @@ def both_ways(gru: nn.GRU, x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.stack([getattr(gru, f"{name}_l0{end}") for end in ("", "_reverse")])
 
     with torch.autocast("cpu", enabled=False):
-        steps = x.transpose(0, 1).to(gru.weight_ih_l0.dtype)  # (L, B, D)
+        steps = x.transpose(0, 1)  # (L, B, D)
         steps = torch.stack([steps, steps.flip(0)])  # (2, L, B, D)
         gates = steps.flatten(1, 2) @ weights("weight_ih").transpose(1, 2) + weights("bias_ih")[:, None]
         gates = gates.view(*steps.shape[:3], -1).transpose(0, 1)  # (L, 2, B, 3 H)
