@@ -196,6 +196,17 @@ def test_shards_that_belong_to_nothing_known_are_refused(filled, clip, tmp_path)
         TableCache(clip[0].model, clip[0].methods, clip[1], tmp_path / "cache", "fp32", 2)
 
 
+def test_a_folder_that_another_cache_took_since_is_refused(tmp_path):
+    def made(of):
+        columns, rows = {"x": Column((2,), torch.float32)}, torch.ones(4, 2)
+        return stored.ActivationCache(tmp_path / "cache", {"of": of}, 4, 1, columns, lambda *_: {"x": rows * of})
+
+    first, second = made(1), made(2)
+    assert first.fill() == 1
+    with pytest.raises(ValueError, match="a cache of another of: 1, needed is 2"):
+        second.fill()
+
+
 def test_views_draw_other_crops_and_the_same_captions_as_without(filled, clip, tmp_path):
     cache = cached(*clip, tmp_path / "cache", "fp32", 2, augmentation=Augmentation(crop=0.5))
     plain, first, second = filled.batch(range(64)), cache.batch(range(64)), cache.batch(range(64, 128))
@@ -230,9 +241,9 @@ def test_a_stale_cache_is_refused(clip, filled, tiny_raw, tmp_path):
     again(other, table)  # training changes side networks, not what they read
     key = json.loads((filled.folder / "key.json").read_text())
     for text, message in ((json.dumps(key | {"format": 1}), "a cache of format 1, .*delete the folder"),
-                          ("{", "not the key of a cache")):  # fmt: skip
-        folder = tmp_path / f"{len(text)}"
-        folder.mkdir()
+                          ("{", "not the key of a cache"), ("7", "not the key of a cache")):  # fmt: skip
+        folder = tmp_path / text[:1] / f"{len(text)}"
+        folder.mkdir(parents=True)
         (folder / "key.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             TableCache(parts.model, parts.methods, table, folder)

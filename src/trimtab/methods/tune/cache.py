@@ -90,14 +90,15 @@ class ActivationCache:
     def _check_key(self) -> None:
         """ValueError if the folder has shards that may be of something else."""
         file, way_out = self.folder / "key.json", "delete the folder, or name another"
+        there = len(list(self.folder.glob("view-*.safetensors")))  # the key is written before them
         if not file.is_file():
-            if there := len(list(self.folder.glob("view-*.safetensors"))):  # the key is written before them
+            if there:
                 raise ValueError(f"{self.folder}: {there} shards of a cache without its key.json, which says what they "
                                  f"are: {way_out}")  # fmt: skip
             return
         try:
-            found = json.loads(file.read_text())
-        except ValueError as error:
+            found = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{file}: not the key of a cache ({error}): {way_out}") from error
         if found.get("format") != FORMAT:
             raise ValueError(
