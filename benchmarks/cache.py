@@ -177,7 +177,7 @@ def speed(name: str, steps: int, photographs: str | None, out: dict, keep: Calla
                 continue
             if kind not in bases:
                 bases[kind] = lora(name, task, table)
-                bases[kind].step()
+                out[f"lora gflop, {kind}"] = round(bases[kind].gflop(), 1)
             found = compared(name, table, bases[kind], task, method, settings, precision, steps)
             out[f"{label}, {precision}"] = found
             out[f"lora samples_a_second, {kind}"] = round(BATCH[name] / sum(bases[kind].step()), 1)
