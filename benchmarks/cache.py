@@ -1,15 +1,17 @@
 """What the activation cache saves: samples a second of LoRA and of methods that train from the cache; bytes; accuracy.
 
-    python benchmarks/cache.py [--steps 3] [--photographs FOLDER] [--only BACKBONE] [--no-accuracy] > cache.json
+    python benchmarks/cache.py --out FILE [--steps 3] [--photographs FOLDER] [--only BACKBONE] [--no-accuracy]
 
 A step is collation or reading from the cache, forward, backward and AdamW. Seconds are of the processor on one thread,
 not of the clock; the cache's files come from the page cache. Each ratio is the median over rounds of steps that follow
 each other: one of LoRA, one of the same method without a cache, and those from the cache. `tiny-clip` is the built-in
 backbone at 64 px; `vit-b-32` is a CLIP of ViT-B/32's sizes at 224 px with random weights; `lite0-minilm` has real
 weights at 96 px, and photographs (a folder of Flickr8k) or built-in pictures. Its LoRA is in the text tower: the other
-has no attention. `parts` are milliseconds of a cached step: reading, forward, backward, optimiser. Accuracy: the same
-short recipe on pretrained tiny-clip, without a cache and from each kind; the cached runs see the captions of as many
-views as they have.
+has no attention. `parts` are milliseconds of a cached step: reading, forward, backward, optimiser. `gflop` are the
+operations of a cached step's matrix products; `at_most_over_lora` is the ratio if there were nothing else and all ran as
+fast as products of 1024 x 1024 matrices do at that time. Accuracy: the same short recipe on pretrained tiny-clip,
+without a cache and from each kind; the cached runs see the captions of as many views as they have. What stands in the
+file is not measured again.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel
 
 from trimtab.backbones import load
@@ -105,6 +108,22 @@ class Stepper:
         self.count += 1
         return [b - a for a, b in itertools.pairwise(marks)]
 
+    def gflop(self) -> float:
+        """Of the matrix products of a step."""
+        with FlopCounterMode(display=False) as counter:
+            self.step()
+        return counter.get_total_flops() / 1e9
+
+
+def gflop_a_second() -> float:
+    """Of a product of large matrices."""
+    a, times = torch.randn(1024, 1024), []
+    for _ in range(10):
+        start = time.process_time()
+        a @ a
+        times.append(time.process_time() - start)
+    return 2 * 1.024**3 / statistics.median(times)
+
 
 def lora(name: str, task: dict, table: Any) -> Stepper:
     settings = {"towers": ("text",)} if name == "lite0-minilm" else {}
@@ -133,9 +152,12 @@ def compared(name: str, table: Any, base: Stepper, task: dict, method: str, sett
         parts = [statistics.median(one[i] for *_, found in rounds for one in found) for i in range(4)]
         times = [statistics.median(sum(one) for one in found) for *_, found in rounds]
         over = [statistics.median(r[i] / t for r, t in zip(rounds, times, strict=True)) for i in (0, 1)]
+        gflop, slow = quick.gflop(), statistics.median(r[0] for r in rounds)
         return {
             "over_lora": round(over[0], 1),
             "over_uncached": round(over[1], 1),
+            "gflop": round(gflop, 3),
+            "at_most_over_lora": round(slow / gflop * gflop_a_second(), 1),
             "samples_a_second": round(size / statistics.median(times), 1),
             "parts": [round(1e3 * p, 1) for p in parts],
             "disk_kilobytes_a_sample": round(cache.bytes_a_sample / 1e3, 1),
@@ -144,26 +166,28 @@ def compared(name: str, table: Any, base: Stepper, task: dict, method: str, sett
         }
 
 
-def speed(name: str, steps: int, photographs: str | None) -> dict:
+def speed(name: str, steps: int, photographs: str | None, out: dict, keep: Callable[[], None]) -> None:
+    """Everything of one backbone that is not in `out`."""
     if name == "lite0-minilm" and photographs:
         table = SOURCES["flickr8k"](root=photographs).load("retrieval", "train").select(range(ROWS[name]))
     else:
         table = pictograms("retrieval", rows=ROWS[name], seed=0, progress=False)
     bases: dict[str, Stepper] = {}
     seen = "photographs" if photographs and name == "lite0-minilm" else "built-in"
-    out: dict = {"backbone": name, "batch": BATCH[name], "pictures": seen}
+    out |= {"batch": BATCH[name], "rows": ROWS[name], "steps": steps, "pictures": seen}
     for label, (task, method, settings) in CACHED[name].items():
         kind = task.get("pooling", "own")
-        if kind not in bases:
-            bases[kind] = lora(name, task, table)
-            bases[kind].step()
         for precision in ("fp16", "int8") if label == "unipt" else ("fp16",):
+            if f"{label}, {precision}" in out:
+                continue
+            if kind not in bases:
+                bases[kind] = lora(name, task, table)
+                out[f"lora gflop, {kind}"] = round(bases[kind].gflop(), 1)
             found = compared(name, table, bases[kind], task, method, settings, precision, steps)
             out[f"{label}, {precision}"] = found
+            out[f"lora samples_a_second, {kind}"] = round(BATCH[name] / sum(bases[kind].step()), 1)
             print(f"{name}, {label}, {precision}: {found}", file=sys.stderr, flush=True)
-    for kind, base in bases.items():
-        out[f"lora samples_a_second, {kind}"] = round(BATCH[name] / sum(base.step()), 1)
-    return out
+            keep()
 
 
 def accuracy() -> dict:
@@ -182,21 +206,28 @@ def accuracy() -> dict:
     return out
 
 
-def main(steps: int, photographs: str | None, only: str | None, with_accuracy: bool) -> None:
+def main(steps: int, photographs: str | None, only: str | None, with_accuracy: bool, file: Path) -> None:
     torch.set_num_threads(1)
     training.keep_freed_memory()
-    names = [only] if only else list(BATCH)
-    results: dict = {"torch": torch.__version__, "speed": [speed(name, steps, photographs) for name in names]}
-    if with_accuracy:
+    results = json.loads(file.read_text()) if file.exists() else {}
+    results["torch"] = torch.__version__
+
+    def keep() -> None:
+        file.write_text(json.dumps(results, indent=1) + "\n")
+
+    for name in [only] if only else list(BATCH):
+        speed(name, steps, photographs, results.setdefault(name, {}), keep)
+    if with_accuracy and "recall@1" not in results:
         results["recall@1"] = accuracy()
-    print(json.dumps(results, indent=1))
+    keep()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--photographs", help="folder of Flickr8k, for lite0-minilm")
     parser.add_argument("--only", choices=list(BATCH))
     parser.add_argument("--accuracy", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--out", type=Path, required=True, help="a JSON file, whose results are kept")
     options = parser.parse_args()
-    main(options.steps, options.photographs, options.only, options.accuracy)
+    main(options.steps, options.photographs, options.only, options.accuracy, options.out)

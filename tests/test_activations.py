@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
+import signal
 from collections import namedtuple
 
 import pytest
@@ -138,21 +141,71 @@ def test_a_disk_that_is_too_small_is_said_beforehand(clip, tmp_path, monkeypatch
 
 def test_what_is_written_when_the_disk_fills_stays_usable(clip, tmp_path, monkeypatch):
     cache = TableCache(clip[0].model, clip[0].methods, clip[1], tmp_path / "cache")
-    save, count = stored.save_file, []
+    save, written = stored.save_file, []
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def full(tensors, file):
-        count.append(file)
-        if len(count) > 1:
-            file.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
+        if written:  # no file may grow beyond this
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, before[1]))
+        written.append(file)
         save(tensors, file)
 
     with monkeypatch.context() as patch:
         patch.setattr(stored, "save_file", full)
-        with pytest.raises(OSError, match=r"not written .*The 1 shards that are there stay usable: free 1?\d.\d MB"):
-            cache.fill()
+        try:
+            with pytest.raises(
+                OSError, match=r"not written .*large.*The 1 shards that are there stay usable: free 1?\d."
+            ):
+                cache.fill()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert sorted(f.name for f in (tmp_path / "cache").iterdir()) == ["key.json", "view-0-row-00000000.safetensors"]
     assert cache.fill() == 2 and len(cache.batch([0, 63])) > 3
+
+
+def test_a_fill_that_is_killed_goes_on_with_the_same_numbers(filled, clip, tmp_path):
+    cache = TableCache(clip[0].model, clip[0].methods, clip[1], tmp_path / "cache", "fp32", 2)
+    save, written = stored.save_file, []
+
+    def killed(tensors, file):
+        if len(written) == 2:
+            file.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        written.append(file)
+        save(tensors, file)
+
+    if not (child := os.fork()):
+        stored.save_file = killed
+        try:
+            torch.set_num_threads(1)  # the parent's threads are not here
+            cache.fill()
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    (half,) = cache.folder.glob(".view-*")
+    os.utime(half, (0, 0))
+    assert cache.fill() == 4, "of six"
+    assert not half.exists(), "what nobody writes any more"
+    found, wanted = cache.batch(range(128)), filled.batch(range(128))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_shards_that_belong_to_nothing_known_are_refused(filled, clip, tmp_path):
+    shutil.copytree(filled.folder, tmp_path / "cache")
+    (tmp_path / "cache" / "key.json").unlink()
+    with pytest.raises(ValueError, match=r"6 shards of a cache without its key.json.*delete the folder"):
+        TableCache(clip[0].model, clip[0].methods, clip[1], tmp_path / "cache", "fp32", 2)
+
+
+def test_a_folder_that_another_cache_took_since_is_refused(tmp_path):
+    def made(of):
+        columns, rows = {"x": Column((2,), torch.float32)}, torch.ones(4, 2)
+        return stored.ActivationCache(tmp_path / "cache", {"of": of}, 4, 1, columns, lambda *_: {"x": rows * of})
+
+    first, second = made(1), made(2)
+    assert first.fill() == 1
+    with pytest.raises(ValueError, match="a cache of another of: 1, needed is 2"):
+        second.fill()
 
 
 def test_views_draw_other_crops_and_the_same_captions_as_without(filled, clip, tmp_path):
@@ -189,9 +242,9 @@ def test_a_stale_cache_is_refused(clip, filled, tiny_raw, tmp_path):
     again(other, table)  # training changes side networks, not what they read
     key = json.loads((filled.folder / "key.json").read_text())
     for text, message in ((json.dumps(key | {"format": 1}), "a cache of format 1, .*delete the folder"),
-                          ("{", "not the key of a cache")):  # fmt: skip
-        folder = tmp_path / f"{len(text)}"
-        folder.mkdir()
+                          ("{", "not the key of a cache"), ("7", "not the key of a cache")):  # fmt: skip
+        folder = tmp_path / text[:1] / f"{len(text)}"
+        folder.mkdir(parents=True)
         (folder / "key.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             TableCache(parts.model, parts.methods, table, folder)

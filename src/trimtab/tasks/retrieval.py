@@ -18,7 +18,7 @@ from trimtab import divided
 from trimtab.data.draws import choose
 from trimtab.data.images import decode_rows
 from trimtab.metrics import retrieval as measured
-from trimtab.pooling import GPO
+from trimtab.pooling import GPO, lengths_of
 from trimtab.tasks.base import TASKS, Batch, Task
 
 
@@ -44,7 +44,11 @@ class PooledSide(nn.Module):
         self.pool = GPO()
 
     def forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        return self.pool(self.linear(tokens), None if mask is None else mask != 0)
+        if mask is None:
+            return self.pool(self.linear(tokens))
+        if lengths := lengths_of(mask != 0):  # of some captions half is padding
+            return self.pool.of_lengths(self.linear(tokens.flatten(0, 1).index_select(0, lengths.places)), lengths)
+        return self.pool(self.linear(tokens), mask != 0)
 
 
 class PooledSides(nn.Module):

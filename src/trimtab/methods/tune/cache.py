@@ -11,9 +11,11 @@ folder: each begins with shards of its own, and writes what is then still missin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -71,7 +73,7 @@ class ActivationCache:
         precision: of packed columns; `int8` has a scale a channel and shard, of grids a channel and sample.
 
     Raises:
-        ValueError: if the folder holds another cache, with the difference.
+        ValueError: if the folder holds another cache, with the difference, or shards without their key.
     """
 
     def __init__(self, folder: Path, key: dict[str, Any], rows: int, views: int, columns: Mapping[str, Column],
@@ -79,19 +81,24 @@ class ActivationCache:
         self.folder, self.rows, self.views = Path(folder), rows, views
         self.key = {"format": FORMAT, **key}
         self.columns, self.compute, self.precision = dict(columns), compute, precision
-        file = self.folder / "key.json"
-        if file.is_file():
-            self._check_key(file)
+        self._check_key()
         self.shards: list[dict[str, Tensor]] = []
 
     def __len__(self) -> int:
         return self.rows
 
-    def _check_key(self, file: Path) -> None:
-        way_out = "delete the folder, or name another"
+    def _check_key(self) -> None:
+        """ValueError if the folder has shards that may be of something else."""
+        file, way_out = self.folder / "key.json", "delete the folder, or name another"
+        there = len(list(self.folder.glob("view-*.safetensors")))  # the key is written before them
+        if not file.is_file():
+            if there:
+                raise ValueError(f"{self.folder}: {there} shards of a cache without its key.json, which says what they "
+                                 f"are: {way_out}")  # fmt: skip
+            return
         try:
-            found = json.loads(file.read_text())
-        except ValueError as error:
+            found = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{file}: not the key of a cache ({error}): {way_out}") from error
         if found.get("format") != FORMAT:
             raise ValueError(
@@ -136,8 +143,11 @@ class ActivationCache:
         Raises:
             OSError: if the disk has too little space, before anything is written, or if it fills up; what has been
                 written stays usable.
-            ValueError: if a value is too large for the precision, or a shard is damaged.
+            ValueError: if a value is too large for the precision, a shard is damaged, or another process has made the
+                folder another cache's.
         """
+        self._check_key()  # another process may have written it since
+        self._sweep()
         self._check_space()
         file = self.folder / "key.json"
         if not file.is_file():
@@ -153,6 +163,13 @@ class ActivationCache:
                 job.add()
         self.shards = [self._opened(self._shard(v, s)) for v, s in starts]
         return written
+
+    def _sweep(self) -> None:
+        """Delete what killed processes have left half written: a shard is written in far less than an hour."""
+        for file in self.folder.glob(".view-*"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - file.stat().st_mtime > 3600:
+                    file.unlink()
 
     def _check_space(self) -> None:
         missing = self._missing()

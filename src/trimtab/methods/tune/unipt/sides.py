@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from trimtab.methods.tune.listener import Seen
 from trimtab.methods.tune.unipt.core import Keep, attend, check_lengths, confidences, merge
-from trimtab.methods.tune.unipt.down import Target, down, down_grid, pooled, project, some, spread
+from trimtab.methods.tune.unipt.down import Target, down, down_grid, project, some, spread
 from trimtab.methods.tune.unipt.pools import guided_down, read_vector
 from trimtab.methods.tune.unipt.steps import newest
 
@@ -282,15 +282,14 @@ class VectorUniPT(nn.Module):
         merged, means, length = [], [], seen.maps[-1].shape[1]
         for linear, h in zip(self.down, seen.take(), strict=True):
             key, offset = anchor @ linear.weight, anchor @ linear.bias  # (B, D), (B,)
-            attended, share = read_vector(h, key, offset, mask, self.how.eps, self.how.kept)
+            attended, share, mean = read_vector(h, key, offset, mask, self.how.eps, self.how.kept)
             with torch.no_grad():  # of the frozen maps alone
                 placed = h.shape[1] == length
                 own = F.relu(h[rows, at]) if placed else h.new_zeros(len(h), h.shape[-1])
-                mean, count = pooled(F.relu(h.to(linear.weight.dtype)), mask)
             # Rows of the attended sum, of the own token and of the mean; each gets as much bias as it has weight.
-            tokens = torch.stack([attended, own.to(attended), mean[:, 0]], dim=1).to(linear.weight.dtype)  # (B, 3, D)
+            tokens = torch.stack([attended, own.to(attended), mean], dim=1).to(linear.weight.dtype)  # (B, 3, D)
             ones = torch.ones_like(share)
-            valid = ones if count is None else count[:, 0, 0].clamp(max=1).to(ones)
+            valid = ones if mask is None else mask.sum(dim=1).clamp(max=1).to(ones)
             amount = torch.stack([share, ones * placed, valid], dim=1)[..., None].to(tokens)  # (B, 3, 1)
             attended, own, mean = (tokens @ linear.weight.T + amount * linear.bias).unbind(dim=1)
             merged.append(attended + own)
@@ -329,8 +328,7 @@ class PyramidUniPT(nn.Module):
             ValueError: if a grid's sides are no multiples of the last one's, or as long.
         """
         how, grids = self.how, list(seen.take())
-        kept, grids = how.kept or grids[-1].dtype, [grid.to(self.gate.weight.dtype) for grid in grids]
-        last = grids[-1]
+        kept, last = how.kept or grids[-1].dtype, grids[-1].to(self.gate.weight.dtype)
         n, m = last.shape[-2:]
         cells = last.flatten(2).transpose(1, 2).contiguous()  # (B, n m, C): 1x1 convolutions are products with these
         targets = []
