@@ -24,6 +24,7 @@ from transformers import CLIPConfig, CLIPModel
 
 import trimtab
 from trimtab.anatomy import Anatomy
+from trimtab.memory import give_back
 
 SHAPES = {"0.1B": (512, 16), "0.3B": (768, 21), "1B": (1280, 25), "2B": (1536, 35)}  # width, layers of each tower
 SPARSITY = 0.63
@@ -54,7 +55,8 @@ def resident(what: str = "VmRSS") -> int:
 
 
 def watch() -> int:
-    """Begin a new peak; what is resident now."""
+    """Begin a new peak; what is resident now, without what was freed before."""
+    give_back()
     Path("/proc/self/clear_refs").write_text("5")
     return resident()
 
