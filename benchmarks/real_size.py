@@ -11,7 +11,9 @@ module by module. Of one row, all:
     cost        `fit.cost` of the model with UniPT
 
 `extra_bytes` is what the peak of the resident set lies above the whole model at rest; `ratio` is (weights + that) /
-weights; `peak_bytes` is the whole process's, torch's code and the making of the model included.
+weights; `peak_bytes` is the whole process's, torch's code and the making of the model included; `code_bytes` is what
+of torch's and other libraries' code was first needed by the work, `forward_extra_bytes` the peak above the model of a
+forward pass alone; both are among `extra_bytes`.
 """
 
 from __future__ import annotations
@@ -128,20 +130,25 @@ def work(name: str, what: str) -> dict[str, Any]:
     model = filled(make, torch.bfloat16)
     torch.manual_seed(0)
     batch = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in pair().items()}
-    clock = time.process_time()
+    built, clock = resident("VmHWM"), time.process_time()
     with torch.no_grad():
         out = model(**batch)  # what is made once is made
     passed = time.process_time() - clock
     assert torch.isfinite(loss_of(out)), f"{name}: the model puts out numbers that are not finite"
     del out
-    bytes_, built = sum(p.numel() * p.element_size() for p in model.parameters()), resident("VmHWM")
-    before, clock, wall = watch(), time.process_time(), time.perf_counter()
+    before = watch()
+    with torch.no_grad():
+        model(**batch)
+    activations = resident("VmHWM") - before
+    bytes_ = sum(p.numel() * p.element_size() for p in model.parameters())
+    before, code, clock = watch(), resident("RssFile"), time.process_time()
     found = WORKS[what](model, batch)
-    seconds, wall, peak = time.process_time() - clock, time.perf_counter() - wall, resident("VmHWM")
+    seconds, peak = time.process_time() - clock, resident("VmHWM")
     return {"weights": bytes_ // 2, "weights_bytes": bytes_, "extra_bytes": peak - before,
             "ratio": round(1 + (peak - before) / bytes_, 3), "peak_bytes": max(peak, built),
+            "forward_extra_bytes": activations, "code_bytes": resident("RssFile") - code,
             "forward_processor_seconds": round(passed, 1), "processor_seconds": round(seconds, 1),
-            "seconds": round(wall, 1), **found}  # fmt: skip
+            **found}  # fmt: skip
 
 
 def main() -> None:

@@ -373,6 +373,8 @@ def found_masks(masks: Iterable[tuple[Weight, Tensor]], numbers: Mapping[Weight,
         totals[weight.path] = totals.get(weight.path, 0) + number
     room = {path: torch.empty(-(-number // 8), dtype=torch.uint8) for path, number in totals.items()}
     bits: dict[str, Bits] = {}
+    if max(totals.values(), default=0) >= _LARGE:
+        give_back()  # what calibration has left
     for path, mask in _stored(masks):
         bits[path] = Bits(room[path].copy_(pack(mask)), mask.shape)
         if mask.numel() >= _LARGE:
