@@ -18,25 +18,33 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
 import trimtab
 from trimtab.anatomy import Anatomy
+from trimtab.memory import give_back
 
 SHAPES = {"0.1B": (512, 16), "0.3B": (768, 21), "1B": (1280, 25), "2B": (1536, 35)}  # width, layers of each tower
 SPARSITY = 0.63
 
 
 def filled(make, dtype: torch.dtype) -> nn.Module:
-    """A model built on the meta device, in evaluation mode, with random weights put in one module after another."""
-    with torch.device("meta"):
+    """A model built without its weights, in evaluation mode, with random ones put in one module after another."""
+    with init_empty_weights():  # buffers are made: positions and frequencies could not be drawn
         model = make().to(dtype).eval()
-    model.to_empty(device="cpu")  # address space: a page is taken when it is written
     torch.manual_seed(0)
+    made: dict[int, nn.Parameter] = {}  # a tied weight is one
     with torch.no_grad():
         for module in model.modules():
-            model._init_weights(module)  # transformers': buffers of positions too
+            for name, empty in module.named_parameters(recurse=False):
+                if id(empty) not in made:
+                    made[id(empty)] = nn.Parameter(torch.empty_like(empty, device="cpu"))
+                    if not isinstance(module, (nn.Linear, nn.Embedding)):
+                        made[id(empty)].normal_(0, 0.02)  # a parameter of a module's own, which nothing else may draw
+                module.register_parameter(name, made[id(empty)])
+            model._init_weights(module)  # transformers': matrices, norms
     return model
 
 
@@ -47,7 +55,8 @@ def resident(what: str = "VmRSS") -> int:
 
 
 def watch() -> int:
-    """Begin a new peak; what is resident now."""
+    """Begin a new peak; what is resident now, without what was freed before."""
+    give_back()
     Path("/proc/self/clear_refs").write_text("5")
     return resident()
 

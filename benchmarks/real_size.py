@@ -1,11 +1,19 @@
 """Levers on models of real size with random weights: what they take of time and memory on this machine.
 
-    python benchmarks/real_size.py [--models smolvlm-256m siglip-so400m qwen3-vl-2b] [--works multiflow unipt]
+    python benchmarks/real_size.py [--models smolvlm-256m meter siglip-so400m qwen3-vl-2b] [--works multiflow unipt]
 
-Each model and work in a process of its own, one after another; weights in bfloat16, built on the meta device and filled
-module by module. `multiflow` prunes 63 % after 2 calibration batches of one row; `unipt` is a training step (forward,
-backward, AdamW) of one row. The peak is that of the resident set from the moment at which the model is whole;
-`ratio` is (weights + what the peak lies above the model) / weights.
+Each model and work in a process of its own, one after another; weights in bfloat16, built without memory and filled
+module by module. Of one row, all:
+
+    multiflow   prunes 63 % after 2 calibration batches
+    unipt       a training step: forward, backward, AdamW
+    das         a search of one step: the supernet, a training step, three plans compared, 2 blocks skipped
+    cost        `fit.cost` of the model with UniPT
+
+`extra_bytes` is what the peak of the resident set lies above the whole model at rest; `ratio` is (weights + that) /
+weights; `peak_bytes` is the whole process's, torch's code and the making of the model included; `code_bytes` is what
+of torch's and other libraries' code was first needed by the work, `forward_extra_bytes` the peak above the model of a
+forward pass alone; both are among `extra_bytes`.
 """
 
 from __future__ import annotations
@@ -24,6 +32,7 @@ from torch import Tensor, nn
 from transformers import SiglipConfig, SiglipModel, SmolVLMConfig, SmolVLMModel
 
 import trimtab
+from trimtab.backbones import build
 
 
 def smolvlm() -> nn.Module:
@@ -32,6 +41,10 @@ def smolvlm() -> nn.Module:
     vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
               "image_size": 512, "patch_size": 16}  # fmt: skip
     return SmolVLMModel(SmolVLMConfig(vision_config=vision, text_config=text, image_token_id=49190, scale_factor=4))
+
+
+def meter() -> nn.Module:
+    return build("meter", tasks=["vqa"], image_size=384)
 
 
 def siglip() -> nn.Module:
@@ -56,6 +69,11 @@ def pair_of_smolvlm() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 1, 3, 512, 512)}
 
 
+def pair_of_meter() -> dict[str, Tensor]:
+    ids = torch.randint(5, 1000, (1, 40))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 384, 384)}
+
+
 def pair_of_siglip() -> dict[str, Tensor]:
     return {"input_ids": torch.randint(3, 30000, (1, 64)), "pixel_values": torch.randn(1, 3, 384, 384)}
 
@@ -66,8 +84,15 @@ def pair_of_qwen() -> dict[str, Tensor]:
             "image_grid_thw": torch.tensor([[1, 16, 16]]), "mm_token_type_ids": (ids == 151655).long()}  # fmt: skip
 
 
-MODELS = {"smolvlm-256m": (smolvlm, pair_of_smolvlm), "siglip-so400m": (siglip, pair_of_siglip),
-          "qwen3-vl-2b": (qwen3_vl, pair_of_qwen)}  # fmt: skip
+MODELS = {"smolvlm-256m": (smolvlm, pair_of_smolvlm), "meter": (meter, pair_of_meter),
+          "siglip-so400m": (siglip, pair_of_siglip), "qwen3-vl-2b": (qwen3_vl, pair_of_qwen)}  # fmt: skip
+
+
+def loss_of(out: Any) -> Tensor:
+    """A scalar that depends on all towers."""
+    read = next([out[n] for n in names] for names in (("text_embeds", "image_embeds"), ("pooled",),
+                                                      ("last_hidden_state",)) if names[0] in out)  # fmt: skip
+    return torch.stack([r.float().square().mean() for r in read]).sum()
 
 
 def multiflow(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
@@ -78,15 +103,26 @@ def multiflow(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
 def unipt(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
     fit = trimtab.tune(model, "unipt")
     optimizer = torch.optim.AdamW(fit.parameters())
-    out = model(**batch)
-    read = [out.text_embeds, out.image_embeds] if hasattr(out, "text_embeds") else [out.last_hidden_state]
-    loss = torch.stack([r.float().square().mean() for r in read]).sum()
+    loss = loss_of(model(**batch))
     loss.backward()
     optimizer.step()
     return {"loss": float(loss), "trained": sum(p.numel() for p in fit.parameters())}
 
 
-WORKS = {"multiflow": multiflow, "unipt": unipt}
+def das(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
+    fit = trimtab.skip(model, "das", train=[batch], validation=[batch], loss=loss_of, skip=2, search_steps=1,
+                       warmup=0, turn=1)  # fmt: skip
+    (update,) = fit.methods[0].state["updates"]
+    return {"skipped": fit.plan.skipped, "compared": update["subsets"], "losses": update["losses"],
+            "trained": sum(p.numel() for p in fit.parameters())}  # fmt: skip
+
+
+def cost(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
+    found = trimtab.tune(model, "unipt").cost(batch, loss_of)
+    return {"parameters": found.parameters, "trained": found.trained, "macs": found.macs, "saved": found.saved_bytes}
+
+
+WORKS = {"multiflow": multiflow, "unipt": unipt, "das": das, "cost": cost}
 
 
 def work(name: str, what: str) -> dict[str, Any]:
@@ -94,16 +130,25 @@ def work(name: str, what: str) -> dict[str, Any]:
     model = filled(make, torch.bfloat16)
     torch.manual_seed(0)
     batch = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in pair().items()}
+    built, clock = resident("VmHWM"), time.process_time()
     with torch.no_grad():
-        model(**batch)  # what is made once is made
+        out = model(**batch)  # what is made once is made
+    passed = time.process_time() - clock
+    assert torch.isfinite(loss_of(out)), f"{name}: the model puts out numbers that are not finite"
+    del out
+    before = watch()
+    with torch.no_grad():
+        model(**batch)
+    activations = resident("VmHWM") - before
     bytes_ = sum(p.numel() * p.element_size() for p in model.parameters())
-    before, clock, wall = watch(), time.process_time(), time.perf_counter()
+    before, code, clock = watch(), resident("RssFile"), time.process_time()
     found = WORKS[what](model, batch)
-    extra = resident("VmHWM") - before
-    ratio = round(1 + extra / bytes_, 3)
-    return {"weights": bytes_ // 2, "weights_bytes": bytes_, "extra_bytes": extra, "ratio": ratio,
-            "processor_seconds": round(time.process_time() - clock, 1),
-            "seconds": round(time.perf_counter() - wall, 1), **found}  # fmt: skip
+    seconds, peak = time.process_time() - clock, resident("VmHWM")
+    return {"weights": bytes_ // 2, "weights_bytes": bytes_, "extra_bytes": peak - before,
+            "ratio": round(1 + (peak - before) / bytes_, 3), "peak_bytes": max(peak, built),
+            "forward_extra_bytes": activations, "code_bytes": resident("RssFile") - code,
+            "forward_processor_seconds": round(passed, 1), "processor_seconds": round(seconds, 1),
+            **found}  # fmt: skip
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ latency               median, 10th and 90th percentile of repeated calls
 
 from __future__ import annotations
 
-import ctypes
 import json
 import statistics
 import time
@@ -26,6 +25,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from trimtab.memory import give_back
 
 
 def count_macs(function: Callable[[], Any]) -> int:
@@ -255,12 +256,12 @@ def peak_memory(function: Callable[[], Any]) -> int | None:
         function()
         return torch.cuda.max_memory_allocated()
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # give freed pages back, or the growth hides in them
+        give_back()  # or the growth hides in what was freed
         Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
         before = _status("VmRSS")
         function()
         return _status("VmHWM") - before
-    except (OSError, AttributeError, StopIteration):
+    except (OSError, StopIteration):
         return None
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from trimtab.anatomy import Weight
-from trimtab.methods.prune.made import Listed, absolute, sizes
+from trimtab.methods.prune.made import Listed, Magnitudes, sizes
 from trimtab.methods.prune.selection import below
 from trimtab.registry import Registry
 
@@ -73,7 +73,7 @@ def multimodal(scores: Matrices, weights: Matrices, sparsity: float) -> dict[Wei
     The share is a quotient and its product with the size is cut to an integer, as the published code does: where that
     is not exact, a tensor keeps one weight more than the threshold would leave.
     """
-    counts = by_modality(absolute(weights), None, sparsity)  # weights tell no equal magnitudes apart
+    counts = by_modality(Magnitudes(weights), None, sparsity)  # weights tell no equal magnitudes apart
     known = sizes(weights)
     return {w: int((1 - (n - count) / n) * n) for w, count in counts.items() for n in [known[w]]}
 

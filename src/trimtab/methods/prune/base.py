@@ -26,6 +26,7 @@ from trimtab import processes
 from trimtab.anatomy import Anatomy, Weight
 from trimtab.anatomy.structure import under
 from trimtab.anatomy.weights import SHARED, left_whole
+from trimtab.memory import give_back
 from trimtab.methods.base import Method
 from trimtab.methods.prune.allocations import ALLOCATIONS, Matrices
 from trimtab.methods.prune.calibration import Calibration
@@ -44,6 +45,8 @@ from trimtab.storage.bits import Bits, pack
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+_LARGE = 1 << 20  # numbers of a mask beside which it is worth a moment to give memory back
 
 
 class Pruner(Method):
@@ -369,7 +372,13 @@ def found_masks(masks: Iterable[tuple[Weight, Tensor]], numbers: Mapping[Weight,
     for weight, number in numbers.items():
         totals[weight.path] = totals.get(weight.path, 0) + number
     room = {path: torch.empty(-(-number // 8), dtype=torch.uint8) for path, number in totals.items()}
-    bits = {path: Bits(room[path].copy_(pack(mask)), mask.shape) for path, mask in _stored(masks)}
+    bits: dict[str, Bits] = {}
+    if max(totals.values(), default=0) >= _LARGE:
+        give_back()  # what calibration has left
+    for path, mask in _stored(masks):
+        bits[path] = Bits(room[path].copy_(pack(mask)), mask.shape)
+        if mask.numel() >= _LARGE:
+            give_back()
     return Masks(bits, dict(_stored((weights or {}).items())))
 
 

@@ -16,15 +16,19 @@ from torch import Tensor
 from trimtab.methods.base import METHODS
 from trimtab.methods.prune.base import Pruner
 from trimtab.methods.prune.evidence import Evidence
+from trimtab.methods.prune.rows import single
 from trimtab.methods.prune.scores import score
 
 
-@score("flow", "squares")
+@score("flow", "squares", stored=True)
 def flow(weight: Tensor, evidence: Evidence) -> Tensor:
-    """Scores (out, in) from a weight (out, in) and the mean squares of its inputs (in,)."""
-    edges = weight.abs().mul_(evidence.squares.sqrt())
+    """Scores (out, in), in single precision or better, from a weight (out, in) and the mean squares of its inputs
+    (in,)."""
+    wide = single(weight)
+    edges = wide.abs() if wide is weight else wide.abs_()  # one tensor of this size beside the weight
+    edges = edges.mul_(evidence.squares.sqrt())
     flows = edges.mean(dim=1, keepdim=True), edges.mean(dim=0, keepdim=True)
-    return torch.mul(*flows, out=edges).mul_(weight).abs_()  # in place of the edges: one tensor of this size beside w
+    return torch.mul(*flows, out=edges).mul_(weight).abs_()
 
 
 @METHODS.register("multiflow")

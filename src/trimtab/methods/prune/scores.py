@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import Weight
 from trimtab.methods.prune.evidence import Evidence, Need
-from trimtab.methods.prune.made import Made, sizes
+from trimtab.methods.prune.made import Made, as_stored, sizes
 from trimtab.registry import Registry
 
 
@@ -31,12 +32,14 @@ class Score:
         needs: fields of `Evidence` that it reads.
         held: whether the scores of all tensors are kept once they are made, since making them again costs too much.
         drawn: whether it draws from torch's global generator of the CPU.
+        stored: whether it takes the weight in the precision in which it is stored, and needs no copy in a higher one.
     """
 
     function: Callable[[Tensor, Evidence], Tensor]
     needs: frozenset[Need]
     held: bool = False
     drawn: bool = False
+    stored: bool = False
 
     def __call__(self, weight: Tensor, evidence: list[Evidence]) -> Tensor:
         """Scores of a matrix (out, in), whose rows are divided among the evidence of its parts."""
@@ -49,11 +52,13 @@ class Score:
 SCORES: Registry[Score] = Registry("score")
 
 
-def score(name: str, *needs: Need, held: bool = False, drawn: bool = False) -> Callable[[Callable], Callable]:
-    """Register a score function under a name, with the evidence that it needs; `held` and `drawn` as of `Score`."""
+def score(
+    name: str, *needs: Need, held: bool = False, drawn: bool = False, stored: bool = False
+) -> Callable[[Callable], Callable]:
+    """Register a score function under a name, with the evidence that it needs; the others as of `Score`."""
 
     def add(function: Callable[[Tensor, Evidence], Tensor]) -> Callable[[Tensor, Evidence], Tensor]:
-        SCORES.register(name)(Score(function, frozenset(needs), held, drawn))
+        SCORES.register(name)(Score(function, frozenset(needs), held, drawn, stored))
         return function
 
     return add
@@ -63,7 +68,8 @@ class Scores(Made):
     """Scores (out, in) of all weights, made when they are looked at; the same at every look."""
 
     def __init__(self, score: Score, weights: Mapping[Weight, Tensor], evidence: Mapping[Weight, list[Evidence]]):
-        super().__init__(sizes(weights), lambda weight: score(weights[weight], evidence[weight]))
+        look = partial(as_stored, weights) if score.stored else weights.__getitem__
+        super().__init__(sizes(weights), lambda weight: score(look(weight), evidence[weight]))
         self.kept: dict[Weight, Tensor] | None = {} if score.held else None
         self.draws: dict[Weight, Tensor] = {}  # state of the generator before each weight's draw
         for weight in weights if score.drawn else ():

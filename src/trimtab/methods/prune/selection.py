@@ -6,13 +6,14 @@ smaller weights, then the last in the matrix. Published pruners compare with a t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from trimtab.methods.prune.made import Listed, pieces
+
 _SMALL = 1 << 14  # below it one call of kthvalue costs less than the passes of the radix selection
-_CHUNK = 1 << 18  # elements looked at together: their keys fit into a core's cache
 _DIGIT = 11
 
 
@@ -66,15 +67,16 @@ def _numbers(scores: Sequence[Tensor]) -> list[int]:
 
 
 def _keys(scores: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Chunks of the tensors as integers in the same order; halves become single precision, which changes no order."""
+    """Pieces of the tensors as integers in the same order; halves become single precision, which changes no order."""
     for i in range(len(scores)):
-        yield from _chunks(scores[i])  # let go before the next is looked at, which may make it
+        for piece in _pieces(scores, i):  # a tensor is let go before the next is looked at, which may make it
+            wide = piece if piece.dtype == torch.float64 else piece.float()
+            yield _ordered(wide.view(torch.int64 if wide.dtype == torch.float64 else torch.int32))
 
 
-def _chunks(tensor: Tensor) -> Iterator[Tensor]:
-    for chunk in tensor.flatten().split(_CHUNK):
-        wide = chunk if chunk.dtype == torch.float64 else chunk.float()
-        yield _ordered(wide.view(torch.int64 if wide.dtype == torch.float64 else torch.int32))
+def _pieces(scores: Sequence[Tensor], i: int) -> Iterator[Tensor]:
+    """The elements of one of several tensors, a few at a time; some know how to without making the whole."""
+    return scores.pieces(i) if isinstance(scores, Listed) else pieces(scores[i])
 
 
 def _ordered(bits: Tensor) -> Tensor:
@@ -97,7 +99,7 @@ def below(scores: Sequence[Tensor], count: int, weights: Sequence[Tensor] | None
     if count < 1:
         return [0] * len(scores)
     threshold = kth_smallest(scores, count)
-    found = [_sides(scores[i], threshold) for i in range(len(scores))]  # one look at each
+    found = [_sides(_pieces(scores, i), threshold) for i in range(len(scores))]  # one look at each
     given, equal = (list(column) for column in zip(*found, strict=True))
     wanted = count - sum(given)
     if weights is not None and wanted < sum(equal):
@@ -110,9 +112,13 @@ def below(scores: Sequence[Tensor], count: int, weights: Sequence[Tensor] | None
     return [a + b for a, b in zip(given, more, strict=True)]
 
 
-def _sides(scores: Tensor, threshold: Tensor) -> tuple[int, int]:
+def _sides(elements: Iterable[Tensor], threshold: Tensor) -> tuple[int, int]:
     """How many lie below a threshold, and how many equal it."""
-    return int((scores < threshold).sum()), int((scores == threshold).sum())
+    below = equal = 0
+    for piece in elements:
+        below += int((piece < threshold).sum())
+        equal += int((piece == threshold).sum())
+    return below, equal
 
 
 def _where(scores: Sequence[Tensor], value: Tensor, weights: Sequence[Tensor], equal: list[int]) -> Sequence[Tensor]:
