@@ -114,11 +114,16 @@ def replace_search(found):
     return halving.Search(recipe, SPACE, found.budget, prices, shared, found.folder)
 
 
-def test_time_for_less_than_one_trial_is_an_error_that_says_what_one_takes(found):
-    again = replace_search(found)
-    again.done = [halving.Trial(0, Candidate(0.0, 1, "lora-2"), {}, "stopped", {1: 0.2}, None, 3, 6.0)]
-    with pytest.raises(BudgetError, match="one takes about 18 s"):
-        again._check()
+def test_time_for_less_than_one_trial_is_an_error_that_says_what_one_takes(found, tmp_path):
+    given = {"time": 0.001, "trials": 1, "reference": True, "budget": "disk <= 2 MB"}
+    lines: list[str] = []
+    narrow = replace(SPACE, sparsities=(), skips=(), tunes={"linear-probe": TUNES["linear-probe"]})
+    with pytest.raises(BudgetError, match=r"the time did not suffice for one trial.*linear-probe takes about [0-9]+ s"):
+        search(tmp_path / "short", space=narrow, tell=lines.append, **given)
+    assert "no time to compare with full" in lines
+    again = search(tmp_path / "short", space=narrow, **{**given, "time": None, "reference": False})
+    assert [t["status"] for t in trials_of(again)] == ["cut", "whole"]  # what was cut is tried again
+    assert again.paid == 1 + 9
 
 
 def test_own_rows_without_a_file_for_validation_are_held_out(tmp_path):

@@ -11,84 +11,27 @@ blocks that it skips, and what can only be measured is measured on the assembled
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import TrainerCallback
 
 from trimtab.budgets.limits import Budget, BudgetError, shown
+from trimtab.budgets.measured import measure
 from trimtab.budgets.prices import Costs, Prices
 from trimtab.budgets.shared import Shared
 from trimtab.budgets.space import Candidate, Space
-from trimtab.counting import latency
-from trimtab.experiments import training
+from trimtab.budgets.trial import NoTime, Over, Stopped, Trial, Watch, tested
 from trimtab.experiments.run import run
 from trimtab.experiments.schema import Recipe
-from trimtab.files import replace_file
 from trimtab.methods.adapted import handle_of
 from trimtab.tasks.base import TaskModel
 
 ASKS = 60  # questions to the sampler that lead to nothing new, after which one is drawn
-
-
-@dataclass
-class Trial:
-    """A candidate that was tried.
-
-    Attributes:
-        status: `whole`: trained to the end; `stopped` at a rung; `over` the budget when it was counted or measured by
-            itself, and so not trained; `failed`.
-        scores: validation score after so many steps.
-        test: score on the test rows, of trials that were trained to the end; nothing is chosen by it.
-        steps: training steps that were paid.
-        reason: why it failed, or by how much it is over.
-    """
-
-    number: int
-    candidate: Candidate
-    costs: Costs
-    status: Literal["whole", "stopped", "over", "failed"] = "failed"
-    scores: dict[int, float] = field(default_factory=dict)
-    test: float | None = None
-    steps: int = 0
-    seconds: float = 0.0
-    reason: str = ""
-
-    @property
-    def score(self) -> float:
-        """The last validation score; -inf before the first."""
-        return self.scores[max(self.scores)] if self.scores else -math.inf
-
-
-class Stopped(Exception):
-    """A trial is not among the best of its rung."""
-
-
-class Over(Exception):
-    """What was measured is over the budget."""
-
-
-class Watch(TrainerCallback):
-    """Judges a run at its rungs, on validation rows."""
-
-    def __init__(self, trial: Trial, rungs: list[int], judge: Callable[[int, float], bool], model: TaskModel,
-                 rows: Any, batch: int):  # fmt: skip
-        self.trial, self.rungs, self.judge = trial, rungs, judge
-        self.model, self.rows, self.batch = model, rows, batch
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trial.steps = max(self.trial.steps, state.global_step)
-        if state.global_step in self.rungs and state.global_step not in self.trial.scores:
-            metrics, _ = training.evaluate(self.model, self.rows, self.batch)
-            score = self.trial.scores[state.global_step] = float(metrics[self.model.task.primary])
-            if self.judge(state.global_step, score) and state.global_step < self.rungs[-1]:
-                raise Stopped
 
 
 @dataclass
@@ -98,7 +41,7 @@ class Search:
     Args:
         recipe: without methods.
         trials: most candidates to try.
-        seconds: after which no trial begins.
+        until: on the clock of `time.monotonic`; a trial that would not come to its end by then ends at a rung.
         tell: is given a line for a person.
     """
 
@@ -109,7 +52,7 @@ class Search:
     shared: Shared
     folder: Path
     trials: int = 24
-    seconds: float | None = None
+    until: float | None = None
     tell: Callable[[str], None] = print
 
     def __post_init__(self) -> None:
@@ -148,18 +91,16 @@ class Search:
             sampler=optuna.samplers.TPESampler(seed=self.recipe.seed, n_startup_trials=len(portfolio)),
             pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=self.rungs[0], reduction_factor=3),
         )  # fmt: skip
-        started = time.monotonic()
         self._take_up(study)
         if not study.trials:
             for c in portfolio:
                 study.enqueue_trial(self._names(c))
-        while len(self.done) < self.trials:
-            if not self._has_time(started):
-                break
+        while sum(t.status != "cut" for t in self.done) < self.trials and self.has_time():
             asked, candidate = self._next(study)
             if candidate is None:
                 break  # every candidate was tried
-            self._try(study, asked, candidate)
+            if self._try(study, asked, candidate).status == "cut":
+                break
         self._check()
         return self.done
 
@@ -170,7 +111,7 @@ class Search:
         """The next candidate that fits the budget and was not tried: the sampler's, or one drawn."""
         from optuna.trial import TrialState
 
-        tried = {t.candidate for t in self.done}
+        tried = {t.candidate for t in self.done if t.status != "cut"}
         fitting = set(self.fitting)
         s = self.space
         for _ in range(ASKS):
@@ -194,11 +135,7 @@ class Search:
         """The trials of before an interruption; one that was cut off is tried again."""
         from optuna.trial import TrialState
 
-        for file in sorted(self.folder.glob("trials/*/trial.json")):
-            raw = json.loads(file.read_text())
-            raw["candidate"] = Candidate(**raw["candidate"])
-            raw["scores"] = {int(k): v for k, v in raw["scores"].items()}
-            self.done.append(Trial(**raw))
+        self.done = [Trial.read(file) for file in sorted(self.folder.glob("trials/*/trial.json"))]
         for trial in study.get_trials(states=[TrialState.RUNNING]):
             study.tell(trial.number, state=TrialState.FAIL)
             study.enqueue_trial(trial.params)
@@ -219,7 +156,7 @@ class Search:
         methods = tuple(self.space.methods(candidate, plans, masks))
         return replace(self.recipe, methods=methods, training=spec, variant=str(candidate))
 
-    def _try(self, study: Any, asked: Any, candidate: Candidate) -> None:
+    def _try(self, study: Any, asked: Any, candidate: Candidate) -> Trial:
         from optuna.trial import TrialState
 
         trial = Trial(len(self.done), candidate, self.prices(candidate) or {})
@@ -229,12 +166,15 @@ class Search:
             return asked.should_prune()
 
         self.carry_out(trial, judge)
+        self.done.append(trial)
+        if trial.status == "cut":  # stays under way for Optuna, and so is tried again when the search goes on
+            return trial
         states = {"whole": TrialState.COMPLETE, "stopped": TrialState.PRUNED}
         study.tell(asked, trial.score if trial.status == "whole" else None,
                    state=states.get(trial.status, TrialState.FAIL))  # fmt: skip
-        self.done.append(trial)
         where = f"{100 * trial.score:.1f} %" if trial.scores else trial.reason
         self.tell(f"[{len(self.done)}/{self.trials}] {candidate}: {trial.status} after {trial.steps} steps, {where}")
+        return trial
 
     def carry_out(self, trial: Trial, judge: Callable[[int, float], bool]) -> None:
         """Train a candidate in its folder, as far as `judge(step, score)` does not say that it should stop."""
@@ -246,7 +186,7 @@ class Search:
             trial.costs |= self._measured(model, recipe)
             if over := self.budget.over(trial.costs):
                 raise Over(_excess(over))
-            return Watch(trial, self.rungs, judge, model, validation, recipe.training.evaluation_batch)
+            return Watch(trial, self.rungs, self.until, judge, model, validation, recipe.training.evaluation_batch)
 
         try:
             trial.costs |= self.prices.exact(trial.candidate, self._counted(trial.candidate))
@@ -258,12 +198,12 @@ class Search:
             trial.status = "stopped"
         except Over as error:
             trial.status, trial.reason = "over", str(error)
-        except (ValueError, RuntimeError, FileNotFoundError) as error:
-            trial.status, trial.reason = "failed", " ".join(str(error).split())[:500]
+        except NoTime:
+            trial.status, trial.reason = "cut", "it would not have come to its end in time"
+        except Exception as error:  # whatever a candidate fails with, the others may do well
+            trial.status, trial.reason = "failed", why(error)
         trial.seconds = round(time.monotonic() - started, 2)
-        folder.mkdir(parents=True, exist_ok=True)
-        with replace_file(folder / "trial.json") as partial:
-            partial.write_text(json.dumps(asdict(trial), indent=1) + "\n", encoding="utf-8")
+        trial.write(folder / "trial.json")
 
     def _counted(self, candidate: Candidate) -> list[dict[str, Any]]:
         """The methods by which it is counted: its plan by name; masks only by their number."""
@@ -272,53 +212,47 @@ class Search:
     def _measured(self, model: TaskModel, recipe: Recipe) -> Costs:
         """What only the assembled model can tell: how many of its numbers the masks leave, and what the budget wants
         measured on this device."""
-        keys = {axis.key for axis in self.budget.axes if axis.measured}
-        device = next(model.parameters()).device
-        found: Costs = {}
+        found = measure(model, recipe, {axis.key for axis in self.budget.axes if axis.measured})
         fit = handle_of(model.backbone.model)
         if fit is not None and fit.masks is not None:  # blocks that went took more or fewer zeros with them
             gone = fit.masks.prunable - fit.masks.kept
             found["nonzero_params"] = sum(p.numel() for p in model.parameters()) - gone
-        if "latency_ms" in keys:
-            least = model.task.least
-            one = {k: v.to(device) for k, v in model.example(least).items()}
-            was = model.training
-            model.eval()
-            found["latency_ms"] = latency(lambda: model(**one))["median"] / least
-            model.train(was)
-        if "training_seconds" in keys:
-            found["training_seconds"] = recipe.training.steps * _step_seconds(model, recipe.training.batch_size)
         return found
 
     # --- time, and the end ---
 
-    def _has_time(self, started: float) -> bool:
-        """Whether another trial may begin: there is time for one to the end, if all go on as those before."""
-        if self.seconds is None or not self.done:
-            return True
-        whole = [t.seconds for t in self.done if t.status == "whole"]
-        used = time.monotonic() - started
-        if not whole and used > self.seconds:
-            self._check()  # says what went wrong, if all failed
-            return False
-        return used + (max(whole) if whole else 0) <= self.seconds
+    def has_time(self) -> bool:
+        """Whether another training may begin; the first always may, and is ended if it takes too long."""
+        return self.until is None or time.monotonic() < self.until or not self.done
 
     def _check(self) -> None:
+        """Raise a BudgetError unless a trial came to its end."""
         if any(t.status == "whole" for t in self.done):
             return
-        reasons = Counter(t.reason for t in self.done if t.status in ("failed", "over"))
-        if reasons:
-            reason, number = reasons.most_common(1)[0]
-            raise BudgetError(f"none of {len(self.done)} trials came to its end; {number} because: {reason}")
-        raise BudgetError(
-            f"the time did not suffice for one trial to its end: one takes about {self._pace():.0f} s; give more time, "
-            "or lower training.steps"
-        )
+        if cut := [t for t in self.done if t.status == "cut"]:
+            raise BudgetError(
+                f"the time did not suffice for one trial to its end: {cut[-1].candidate} takes about "
+                f"{self._pace(cut[-1]):.0f} s, after what all trials share: give more time, or lower training.steps "
+                f"({self.rungs[-1]} now)"
+            )
+        parts = [f"none of {len(self.done)} trials came to its end"]
+        if failed := Counter(t.reason for t in self.done if t.status == "failed"):
+            reason, number = failed.most_common(1)[0]
+            parts.append(f"{number} because: {reason}")
+        raise BudgetError("; ".join([*parts, *self._least([t for t in self.done if t.status == "over"])]))
 
-    def _pace(self) -> float:
-        """Seconds of a trial to its end, from what was paid for those that stopped."""
-        paces = [t.seconds / t.steps for t in self.done if t.steps]
-        return max(paces, default=0.0) * self.rungs[-1]
+    def _pace(self, trial: Trial) -> float:
+        """Seconds of a trial to its end, from what was paid until it was ended."""
+        return trial.seconds / max(trial.steps, 1) * self.rungs[-1]
+
+    def _least(self, over: list[Trial]) -> Iterator[str]:
+        """For each axis that trials were over: the least that was found."""
+        for axis in self.budget.axes:
+            known = [t for t in over if t.costs.get(axis.key) is not None]
+            if any(axis.name in self.budget.over(t.costs) for t in known):
+                t = min(known, key=lambda t: t.costs[axis.key])
+                yield (f"{axis.name}: the least of {len(known)} is {shown(float(t.costs[axis.key]), axis.kind)} "
+                       f"({t.candidate}), asked are {shown(self.budget.most[axis.name], axis.kind)}")  # fmt: skip
 
     @property
     def best(self) -> Trial:
@@ -336,45 +270,36 @@ class Search:
         return len(self.fitting) * len(self.space.multiples) * self.rungs[-1]
 
 
-def tested(folder: Path) -> float:
-    """The score of a run on its test rows."""
-    metrics = json.loads((folder / "metrics.json").read_text())
-    return float(metrics["test"][metrics["primary"]])
+def why(error: BaseException) -> str:
+    """What went wrong, in a line; of what nobody has foreseen with its kind."""
+    kind = "" if isinstance(error, (ValueError, RuntimeError, FileNotFoundError)) else f"{type(error).__name__}: "
+    return kind + " ".join(str(error).split())[:500]
 
 
 def _excess(over: dict[str, float]) -> str:
     return ", ".join(f"{name} {100 * share:.1f} % over" for name, share in over.items())
 
 
-def _step_seconds(model: TaskModel, batch_size: int, repeats: int = 3) -> float:
-    """Seconds of a training step without its optimiser: the median of a few, after one that does not count."""
-    device = next(model.parameters()).device
-    batch = {k: v.to(device) for k, v in model.example(batch_size).items()}
-    times: list[float] = []
-    was = model.training
-    model.train()
-    for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        loss = model(**batch)["loss"]
-        if loss.requires_grad:
-            loss.backward()
-        times.append(time.perf_counter() - begin)
-    model.zero_grad(set_to_none=True)
-    model.train(was)
-    return sorted(times[1:])[repeats // 2]
-
-
 def nearest(prices: Prices, budget: Budget, space: Space) -> Iterator[str]:
-    """For a budget that nothing meets: on each axis the least possible, and the candidate that comes nearest in all."""
-    known = [(c, p) for c in space if (p := prices(c)) is not None]
+    """For a budget that nothing meets: of each axis that is not met by itself the least possible, of each axis the
+    least that the other limits allow, and the candidate that comes nearest in all."""
+    known = [(c, p, set(budget.over(p))) for c in space if (p := prices(c)) is not None]
+    if not known:
+        yield "no combination of levers can be used: " + "; ".join(sorted(set(prices.refused.values()))[:3])
+        return
     for axis in budget.axes:
-        some = [(p[axis.key], c) for c, p in known if p.get(axis.key) is not None]
+        if axis.measured:
+            continue
+        some = [(float(p[axis.key]), c, over) for c, p, over in known if p.get(axis.key) is not None]
+        most = budget.most[axis.name]
         if not some:
             yield f"{axis.name}: no candidate has it"
             continue
-        value, c = min(some, key=lambda x: x[0])
-        if value > budget.most[axis.name]:
-            yield f"{axis.name}: the least possible is {shown(float(value), axis.kind)} ({c})"
-    if known:
-        c, p = min(known, key=lambda x: max(budget.over(x[1]).values(), default=0.0))
-        yield f"nearest on all axes: {c} with {budget.told(p)}"
+        least = min(some, key=lambda x: x[0])
+        beside = min((x for x in some if x[2] <= {axis.name}), key=lambda x: x[0], default=None)
+        for words, found in (("possible", least), ("that the other limits allow", beside)):
+            if found is not None and found[0] > most and (words == "possible" or found[0] > least[0]):
+                yield (f"{axis.name}: the least {words} is {shown(found[0], axis.kind)} ({found[1]}), "
+                       f"{100 * (found[0] / most - 1):.3g} % over the {shown(most, axis.kind)} asked")  # fmt: skip
+    c, p, _ = min(known, key=lambda x: max(budget.over(x[1]).values(), default=0.0))
+    yield f"nearest on all axes: {c} with {budget.told(p)} ({_excess(budget.over(p))})"

@@ -108,8 +108,8 @@ class Prices:
         sparsity = self.space.sparsities[0] if part.pruned else 0.0
         try:
             found = self._of(self.space.methods(Candidate(sparsity, part.skip, part.tune)))
-        except ValueError as error:
-            self.refused[part] = str(error)
+        except Exception as error:  # a combination that breaks shall not keep the others from being counted
+            self.refused[part] = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             return None
         self._counted[part] = {k: found[k] for k in COUNTED}
         return self._counted[part]

@@ -1,0 +1,122 @@
+"""One candidate that is tried: what is kept of it, and who watches while it trains."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import TrainerCallback
+
+from trimtab.budgets.prices import Costs
+from trimtab.budgets.space import Candidate
+from trimtab.experiments import training
+from trimtab.files import replace_file
+from trimtab.tasks.base import TaskModel
+
+
+@dataclass
+class Trial:
+    """A candidate that was tried.
+
+    Attributes:
+        status: `whole`: trained to the end; `stopped` at a rung; `over` the budget when it was counted or measured by
+            itself, and so not trained; `cut` since the time was over, to be tried again; `failed`.
+        scores: validation score after so many steps.
+        test: score on the test rows, of trials that were trained to the end; nothing is chosen by it.
+        steps: training steps that were paid.
+        reason: why it failed, or by how much it is over.
+    """
+
+    number: int
+    candidate: Candidate
+    costs: Costs
+    status: Literal["whole", "stopped", "over", "cut", "failed"] = "failed"
+    scores: dict[int, float] = field(default_factory=dict)
+    test: float | None = None
+    steps: int = 0
+    seconds: float = 0.0
+    reason: str = ""
+
+    @property
+    def score(self) -> float:
+        """The last validation score; -inf before the first."""
+        return self.scores[max(self.scores)] if self.scores else -math.inf
+
+    def write(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(file) as partial:
+            partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, file: Path) -> Trial:
+        """What `write` wrote."""
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw["candidate"] = Candidate(**raw["candidate"])
+        raw["scores"] = {int(k): v for k, v in raw["scores"].items()}
+        return cls(**raw)
+
+
+class Stopped(Exception):
+    """A trial is not among the best of its rung."""
+
+
+class Over(Exception):
+    """What was measured is over the budget."""
+
+
+class NoTime(Exception):
+    """A training would not come to its end in time."""
+
+
+class Clock(TrainerCallback):
+    """Ends a training, at a rung, that would not come to its end in time.
+
+    Args:
+        rungs: steps at which it looks; the last is the end.
+        until: on the clock of `time.monotonic`; None never ends one.
+    """
+
+    def __init__(self, rungs: Sequence[int], until: float | None):
+        self.rungs, self.until, self.begun = rungs, until, time.monotonic()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begun, self.first = time.monotonic(), state.global_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        step = state.global_step
+        if self.until is None or step not in self.rungs or step >= self.rungs[-1]:
+            return
+        now = time.monotonic()
+        left = (now - self.begun) / (step - self.first) * (self.rungs[-1] - step)
+        if now + left > self.until:
+            raise NoTime
+
+
+class Watch(Clock):
+    """Judges a run at its rungs, on validation rows."""
+
+    def __init__(self, trial: Trial, rungs: list[int], until: float | None, judge: Callable[[int, float], bool],
+                 model: TaskModel, rows: Any, batch: int):  # fmt: skip
+        super().__init__(rungs, until)
+        self.trial, self.judge = trial, judge
+        self.model, self.rows, self.batch = model, rows, batch
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trial.steps = max(self.trial.steps, state.global_step)
+        if state.global_step in self.rungs and state.global_step not in self.trial.scores:
+            metrics, _ = training.evaluate(self.model, self.rows, self.batch)
+            score = self.trial.scores[state.global_step] = float(metrics[self.model.task.primary])
+            if self.judge(state.global_step, score) and state.global_step < self.rungs[-1]:
+                raise Stopped
+        super().on_step_end(args, state, control, **kwargs)
+
+
+def tested(folder: Path) -> float:
+    """The score of a run on its test rows."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return float(metrics["test"][metrics["primary"]])
