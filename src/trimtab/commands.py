@@ -39,8 +39,18 @@ def demo(options: Namespace) -> int:
     from trimtab.experiments import many
     from trimtab.report.page import write_report
 
+    found = options.out / "demo" / "fit"
+    if many.started() == 1:  # the trials of a search run in one process
+        from trimtab.budgets import demo
+
+        try:
+            print(demo.search(found, options.overrides, options.redo))
+        except (ValueError, ImportError) as error:
+            failed = True
+            print(f"demo/fit: failed: {error}", file=sys.stderr)
+    there = [found] if found.is_dir() else []
     if folders and many.is_first():
-        print(f"report: {write_report(folders, options.out / 'report', 'trimtab demo')}")
+        print(f"report: {write_report([*folders, *there], options.out / 'report', 'trimtab demo')}")
     return int(failed)
 
 

@@ -25,6 +25,7 @@ import yaml
 from trimtab.budgets.halving import Search, nearest, why
 from trimtab.budgets.limits import Budget, BudgetError, parse, shown
 from trimtab.budgets.measured import measured_bases
+from trimtab.budgets.page import title, write_page
 from trimtab.budgets.prices import Prices
 from trimtab.budgets.shared import Shared
 from trimtab.budgets.space import TUNES, Candidate, Space
@@ -128,7 +129,8 @@ def fit(model: str | Path, task: str | Mapping[str, Any], data: str | Path | Map
     asked = _asked(recipe, space, limits, trials)
     _claim(folder, asked)
     tell("counting what candidates cost")
-    prices = Prices(recipe, space, folder / "prices.json")
+    exports = any(limit.axis.key == "export_bytes" for limit in limits)
+    prices = Prices(recipe, space, folder / "prices.json", exports=exports)
     prices.count_all()
     measured = measured_bases(recipe, limits, folder / "measured.json")
     goal = Budget.of(limits, {base: {**costs, **measured.get(base, {})} for base, costs in prices.bases.items()})
@@ -145,8 +147,6 @@ def fit(model: str | Path, task: str | Mapping[str, Any], data: str | Path | Map
         full = _beside(replace(search, until=half), FULL, "full")
     search.go()
     found = _finish(search, reference, full)
-    from trimtab.budgets.page import write_page
-
     write_page(search, found)
     return found
 
@@ -269,7 +269,7 @@ def _finish(search: Search, reference: bool, full: Trial | None) -> Found:
     found = Found(folder, best, metrics["primary"], metrics["test"], search.budget, full, _levers(search, reference),
                   search.paid, search.grid)  # fmt: skip
     with replace_file(folder / "fit.json") as partial:
-        partial.write_text(json.dumps(_json(found), indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(_json(found, title(search.recipe)), indent=1) + "\n", encoding="utf-8")
     return found
 
 
@@ -321,9 +321,9 @@ def _beside(search: Search, candidate: Candidate, name: str) -> Trial | None:
     return Trial(-1, candidate, costs, "whole", test=tested(folder), steps=recipe.training.steps)
 
 
-def _json(found: Found) -> dict[str, Any]:
+def _json(found: Found, title: str) -> dict[str, Any]:
     return {
-        "format": 1, "sentence": str(found), "primary": found.primary, "test": found.test,
+        "format": 1, "title": title, "sentence": str(found), "primary": found.primary, "test": found.test,
         "budget": {axis.name: found.budget.most[axis.name] for axis in found.budget.axes},
         "best": asdict(found.best), "full": asdict(found.full) if found.full else None,
         "without": {k: asdict(t) for k, t in found.without.items()}, "paid": found.paid, "grid": found.grid,

@@ -44,6 +44,7 @@ class Prices:
         file: where counts are kept, to go on from; None keeps none.
         seconds: after which numbers of blocks in the middle are predicted.
         count: how a recipe is counted.
+        exports: whether bytes of the exported model are wanted, for which more is counted.
 
     Attributes:
         refused: why a combination cannot be used.
@@ -54,6 +55,7 @@ class Prices:
     file: Path | None = None
     seconds: float = 90.0
     count: Callable[[Recipe], Costs] = estimate.estimate
+    exports: bool = True
     refused: dict[Part, str] = field(default_factory=dict)
     _counted: dict[Part, Costs] = field(default_factory=dict)
     _predicted: dict[Part, Costs] = field(default_factory=dict)
@@ -135,8 +137,7 @@ class Prices:
         if part.pruned:  # counted with the first sparsity
             zeros = (costs["params"] - costs["nonzero_params"]) / self.space.sparsities[0]
             out["nonzero_params"] = costs["params"] - round(zeros * candidate.sparsity)
-        out["export_bytes"] = self._exported(candidate)
-        return out
+        return out | self._exported(candidate)
 
     def predicted(self, candidate: Candidate) -> bool:
         """Whether its costs are predicted from others'."""
@@ -149,9 +150,12 @@ class Prices:
             ValueError: if its levers do not go together.
         """
         found = self._of(methods)
-        return {**{k: found[k] for k in COUNTED}, "export_bytes": self._exported(candidate)}
+        return {**{k: found[k] for k in COUNTED}, **self._exported(candidate)}
 
-    def _exported(self, candidate: Candidate) -> int | None:
+    def _exported(self, candidate: Candidate) -> Costs:
+        return {"export_bytes": self._export_bytes(candidate)} if self.exports else {}
+
+    def _export_bytes(self, candidate: Candidate) -> int | None:
         """Bytes of the exported model in the sparse layout: four a number that is not zero, a bit a prunable one.
 
         None if what the candidate adds cannot be folded into the model.
