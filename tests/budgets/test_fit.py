@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import trimtab
-from trimtab.budgets import halving
+from trimtab.budgets import halving, trial
 from trimtab.budgets.limits import BudgetError
-from trimtab.budgets.space import TUNES, Candidate, Space
+from trimtab.budgets.space import TUNES, Space
 from trimtab.experiments import estimate
 from trimtab.experiments.folder import load_assembly
 from trimtab.experiments.recipe import read
 from trimtab.experiments.run import run
+from trimtab.methods.saved import Saved
 
 SPACE = Space(sparsities=(0.5,), skips=(1,), tunes={k: TUNES[k] for k in ("linear-probe", "lora-2")}, batches=2)
 DATA = {"name": "pictograms", "train": 64, "test": 24, "validation": 32}
@@ -94,10 +95,10 @@ def test_a_trial_that_fails_is_kept_with_its_reason(found, monkeypatch):
 
     monkeypatch.setattr(halving, "run", fails)
     again = replace_search(found)
-    trial = halving.Trial(7, found.best.candidate, {})
-    again.carry_out(trial, lambda step, score: False)
-    assert (trial.status, trial.reason) == ("failed", "the loss is not finite") and calls
-    again.done = [trial]
+    failing = trial.Trial(7, found.best.candidate, {})
+    again.carry_out(failing, lambda step, score: False)
+    assert (failing.status, failing.reason) == ("failed", "the loss is not finite") and calls
+    again.done = [failing]
     with pytest.raises(BudgetError, match="none of 1 trials came to its end; 1 because: the loss is not finite"):
         again._check()
 
@@ -112,6 +113,41 @@ def replace_search(found):
     shared = Shared(recipe, SPACE, found.folder / "shared")
     shared.find(set(), {1})
     return halving.Search(recipe, SPACE, found.budget, prices, shared, found.folder)
+
+
+def test_a_warm_start_is_from_what_a_like_trial_learned(found, tmp_path):
+    narrow = replace(SPACE, skips=(), tunes={"full": TUNES["full"]}, multiples=(1.0,))
+    warm = search(tmp_path / "warm", space=narrow, budget="disk <= 200 MB", trials=2, warm=True)
+    first, second, *_ = tried = trials_of(warm)
+    assert (first["start"], second["start"]) == (None, 0) and (first["steps"], second["steps"]) == (9, 3)
+    assert warm.best.start is None and warm.best.steps == 9  # the recipe of a warm trial would not be all of it
+    assert (len(tried) == 3) == (second["scores"]["3"] > first["scores"]["9"])
+    parent, child = warm.folder / "trials" / "000", load_assembly(warm.folder / "trials" / "001")
+    assert not trial.warmed(child.model, found.model)  # has not all that is learned here
+    assert trial.warmed(child.model, parent)
+    own, theirs, gone = child.fit.current(), Saved.read(parent).learned, 0
+    for name, value in own.items():
+        kept = value != 0
+        assert torch.equal(value[kept], theirs[name][kept])
+        gone += int((theirs[name][~kept] != 0).sum())
+    assert gone > 100_000 and not child.fit.masks.revived(child.fit.model)
+
+
+def test_limits_on_what_is_measured_may_be_relative(tmp_path):
+    narrow = replace(SPACE, sparsities=(), skips=(), tunes={"linear-probe": TUNES["linear-probe"]}, multiples=(1.0,))
+    given = {"space": narrow, "trials": 1}
+    found = search(tmp_path / "found", budget="latency <= 2000%, train time <= 2000% of full", **given)
+    base = json.loads((found.folder / "measured.json").read_text())
+    assert found.budget.most["latency"] == 20 * base["dense"]["latency_ms"] > 0
+    assert found.budget.most["train time"] == 20 * base["full"]["training_seconds"] > 0
+    assert 0 < found.best.costs["training_seconds"] < found.budget.most["train time"]
+    again = search(tmp_path / "found", budget="latency <= 2000%, train time <= 2000% of full", **given)
+    assert again.budget.most == found.budget.most  # the base is measured once
+    with pytest.raises(BudgetError, match=r"latency: the least of 1 is .* \(linear-probe\), asked are"):
+        search(tmp_path / "none", budget="latency <= 1%", **given)
+    if not torch.cuda.is_available():
+        with pytest.raises(BudgetError, match="measured memory: needs a GPU"):
+            search(tmp_path / "gpu", budget="measured memory <= 2 GB", **given)
 
 
 def test_time_for_less_than_one_trial_is_an_error_that_says_what_one_takes(found, tmp_path):

@@ -94,7 +94,7 @@ def fit(model: str | Path, task: str | Mapping[str, Any], data: str | Path | Map
         budget: str | Mapping[str, Any], test: str | Path | None = None, validation: str | Path | None = None,
         time: str | float | None = None, out: str | Path = "found", only: Sequence[str] = (),
         without: Sequence[str] = (), trials: int = 24, space: Space | None = None, overrides: Sequence[str] = (),
-        reference: bool = True, tell: Callable[[str], None] = print) -> Found:  # fmt: skip
+        reference: bool = True, warm: bool = False, tell: Callable[[str], None] = print) -> Found:  # fmt: skip
     """Find how to adapt a model to a task at the best validation score that a budget allows, and adapt it.
 
     Args:
@@ -113,6 +113,7 @@ def fit(model: str | Path, task: str | Mapping[str, Any], data: str | Path | Map
         overrides: changes to the recipe of all trials, such as `training.steps=300`.
         reference: train full tuning too, whatever it costs, to compare with, unless that takes more than half of the
             time; and in the end what was found without each of its levers, as far as there is time.
+        warm: start candidates from the tuned weights of like ones, see `Search`.
         tell: is given lines for a person.
 
     Raises:
@@ -128,14 +129,14 @@ def fit(model: str | Path, task: str | Mapping[str, Any], data: str | Path | Map
     space = (space or _space(recipe)).narrowed(only, without)
     asked = _asked(recipe, space, limits, trials)
     _claim(folder, asked)
+    measured = measured_bases(recipe, limits, folder / "measured.json")
     tell("counting what candidates cost")
     exports = any(limit.axis.key == "export_bytes" for limit in limits)
     prices = Prices(recipe, space, folder / "prices.json", exports=exports)
     prices.count_all()
-    measured = measured_bases(recipe, limits, folder / "measured.json")
     goal = Budget.of(limits, {base: {**costs, **measured.get(base, {})} for base, costs in prices.bases.items()})
     shared = Shared(recipe, space, folder / "shared", _searched(space, recipe))
-    search = Search(recipe, space, goal, prices, shared, folder, trials, until, tell)
+    search = Search(recipe, space, goal, prices, shared, folder, trials, until, tell, warm)
     if not search.fitting:
         raise BudgetError("; ".join(["no candidate meets the budget", *nearest(prices, goal, space)]))
     tell(f"{len(search.fitting)} of {len(list(space))} combinations fit the budget: "
@@ -293,7 +294,7 @@ def _levers(search: Search, train: bool) -> dict[str, Trial]:
 
 def _known(search: Search, candidate: Candidate) -> Trial | None:
     """A candidate's trial, if it was trained to its end."""
-    return next((t for t in search.done if t.candidate == candidate and t.status == "whole"), None)
+    return next((t for t in search.done if t.candidate == candidate and t.status == "whole" and t.start is None), None)
 
 
 def _beside(search: Search, candidate: Candidate, name: str) -> Trial | None:

@@ -25,7 +25,7 @@ from trimtab.budgets.measured import measure
 from trimtab.budgets.prices import Costs, Prices
 from trimtab.budgets.shared import Shared
 from trimtab.budgets.space import Candidate, Space
-from trimtab.budgets.trial import NoTime, Over, Stopped, Trial, Watch, tested
+from trimtab.budgets.trial import NoTime, Over, Stopped, Trial, Watch, donors, tested, warmed
 from trimtab.experiments.run import run
 from trimtab.experiments.schema import Recipe
 from trimtab.methods.adapted import handle_of
@@ -43,6 +43,9 @@ class Search:
         trials: most candidates to try.
         until: on the clock of `time.monotonic`; a trial that would not come to its end by then ends at a rung.
         tell: is given a line for a person.
+        warm: start a candidate from the tuned weights of one that was trained to its end and differs in nothing but
+            the budget's levers and the learning rate, and train it for a third of the steps. Scores of such trials only
+            choose: the best candidate is trained from a cold start in the end.
     """
 
     recipe: Recipe
@@ -54,6 +57,7 @@ class Search:
     trials: int = 24
     until: float | None = None
     tell: Callable[[str], None] = print
+    warm: bool = False
 
     def __post_init__(self) -> None:
         steps = self.recipe.training.steps
@@ -102,6 +106,7 @@ class Search:
             if self._try(study, asked, candidate).status == "cut":
                 break
         self._check()
+        self._confirm()
         return self.done
 
     def _names(self, c: Candidate) -> dict[str, Any]:
@@ -161,8 +166,11 @@ class Search:
 
         trial = Trial(len(self.done), candidate, self.prices(candidate) or {})
 
+        if self.warm and (known := donors(self.done, candidate)):
+            trial.start = known[0].number
+
         def judge(step: int, score: float) -> bool:
-            asked.report(score, step)
+            asked.report(score, step if trial.start is None else self.rungs[-1])
             return asked.should_prune()
 
         self.carry_out(trial, judge)
@@ -172,21 +180,27 @@ class Search:
         states = {"whole": TrialState.COMPLETE, "stopped": TrialState.PRUNED}
         study.tell(asked, trial.score if trial.status == "whole" else None,
                    state=states.get(trial.status, TrialState.FAIL))  # fmt: skip
-        where = f"{100 * trial.score:.1f} %" if trial.scores else trial.reason
-        self.tell(f"[{len(self.done)}/{self.trials}] {candidate}: {trial.status} after {trial.steps} steps, {where}")
+        name = f"[{len(self.done)}/{self.trials}] {candidate}{_warm(trial)}"
+        self.tell(f"{name}: {trial.status} after {trial.steps} steps, {_scored(trial)}")
         return trial
 
     def carry_out(self, trial: Trial, judge: Callable[[int, float], bool]) -> None:
         """Train a candidate in its folder, as far as `judge(step, score)` does not say that it should stop."""
-        folder = self.folder / "trials" / f"{trial.number:03d}"
+        folder = self.folder_of(trial)
         started = time.monotonic()
-        recipe = self.recipe_of(trial.candidate)
+        cold = recipe = self.recipe_of(trial.candidate)
+        rungs = self.rungs
+        if trial.start is not None:
+            rungs = [max(1, rungs[-1] // 3)]
+            recipe = replace(cold, training=replace(cold.training, steps=rungs[-1]))
 
         def watch(model: TaskModel, validation: Any) -> TrainerCallback:
-            trial.costs |= self._measured(model, recipe)
+            trial.costs |= self._measured(model, cold)
             if over := self.budget.over(trial.costs):
                 raise Over(_excess(over))
-            return Watch(trial, self.rungs, self.until, judge, model, validation, recipe.training.evaluation_batch)
+            if trial.start is not None and not warmed(model, self.folder_of(self.done[trial.start])):
+                raise Cold
+            return Watch(trial, rungs, self.until, judge, model, validation, recipe.training.evaluation_batch)
 
         try:
             trial.costs |= self.prices.exact(trial.candidate, self._counted(trial.candidate))
@@ -194,6 +208,9 @@ class Search:
                 raise Over(_excess(over))
             run(recipe, folder, measure_costs=False, watch=watch)
             trial.status, trial.test = "whole", tested(folder)
+        except Cold:
+            trial.start = None
+            return self.carry_out(trial, judge)
         except Stopped:
             trial.status = "stopped"
         except Over as error:
@@ -204,6 +221,21 @@ class Search:
             trial.status, trial.reason = "failed", why(error)
         trial.seconds = round(time.monotonic() - started, 2)
         trial.write(folder / "trial.json")
+
+    def folder_of(self, trial: Trial) -> Path:
+        return self.folder / "trials" / f"{trial.number:03d}"
+
+    def _confirm(self) -> None:
+        """Train the best candidate from a cold start, if its score is of a warm one: so its recipe is all of it."""
+        best = max((t for t in self.done if t.status == "whole"), key=lambda t: t.score)
+        if best.start is None or any(t.candidate == best.candidate and t.start is None for t in self.done):
+            return
+        trial = Trial(len(self.done), best.candidate, self.prices(best.candidate) or {})
+        self.carry_out(trial, lambda step, score: False)
+        self.done.append(trial)
+        self.tell(
+            f"{best.candidate}, from a cold start: {trial.status} after {trial.steps} steps, {100 * trial.score:.1f} %"
+        )
 
     def _counted(self, candidate: Candidate) -> list[dict[str, Any]]:
         """The methods by which it is counted: its plan by name; masks only by their number."""
@@ -256,8 +288,10 @@ class Search:
 
     @property
     def best(self) -> Trial:
-        """The trial of the highest validation score among those that were trained to the end."""
-        return max((t for t in self.done if t.status == "whole"), key=lambda t: (t.score, -t.number))
+        """The trial of the highest validation score among those that were trained to the end from a cold start."""
+        return max(
+            (t for t in self.done if t.status == "whole" and t.start is None), key=lambda t: (t.score, -t.number)
+        )
 
     @property
     def paid(self) -> int:
@@ -268,6 +302,18 @@ class Search:
     def grid(self) -> int:
         """Training steps of every candidate that fits, at every learning rate, trained to the end."""
         return len(self.fitting) * len(self.space.multiples) * self.rungs[-1]
+
+
+def _warm(trial: Trial) -> str:
+    return "" if trial.start is None else f", from the weights of trial {trial.start}"
+
+
+def _scored(trial: Trial) -> str:
+    return f"{100 * trial.score:.1f} %" if trial.scores else trial.reason
+
+
+class Cold(Exception):
+    """The trial from which one should start has not all that is learned in it."""
 
 
 def why(error: BaseException) -> str:

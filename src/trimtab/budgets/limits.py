@@ -65,7 +65,7 @@ AXES = {
         Axis("export", "export_bytes", "bytes", "dense", "the exported model, in the sparse layout"),
         Axis("latency", "latency_ms", "ms", "dense", "one sample on this device", measured=True),
         Axis("train time", "training_seconds", "seconds", "full", "all training steps on this device", measured=True),
-        Axis("measured memory", "peak_memory_bytes", "bytes", "full", "a training step on this device", measured=True),
+        Axis("measured memory", "peak_memory_bytes", "bytes", "full", "a training step on this GPU", measured=True),
     )
 }
 

@@ -25,11 +25,7 @@ def measure(model: TaskModel, recipe: Recipe, keys: set[str]) -> Costs:
 
     Args:
         keys: of the costs that are wanted: `latency_ms` of a sample, `training_seconds` of all steps, and
-            `peak_memory_bytes` of a training step (on a GPU all that is allocated at the worst moment; without one,
-            what the process grows by).
-
-    Raises:
-        BudgetError: if memory cannot be measured on this system.
+            `peak_memory_bytes` of a training step: all that is allocated on the GPU at the worst moment.
     """
     found: Costs = {}
     with _as_it_was(model):
@@ -57,7 +53,14 @@ def measured_bases(recipe: Recipe, limits: Sequence[Limit], file: Path) -> dict[
 
     Args:
         recipe: without methods.
+
+    Raises:
+        BudgetError: if memory is to be measured without a GPU: what a process grows by depends on what it has freed.
     """
+    if any(x.axis.key == "peak_memory_bytes" for x in limits) and not torch.cuda.is_available():
+        raise BudgetError(
+            "budget: measured memory: needs a GPU, and there is none: use 'train memory', which is counted"
+        )
     wanted: dict[Base, set[str]] = {}
     for limit in limits:
         if limit.axis.measured and limit.value is None:

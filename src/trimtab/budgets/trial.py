@@ -16,6 +16,8 @@ from trimtab.budgets.prices import Costs
 from trimtab.budgets.space import Candidate
 from trimtab.experiments import training
 from trimtab.files import replace_file
+from trimtab.methods.adapted import handle_of
+from trimtab.methods.saved import Saved
 from trimtab.tasks.base import TaskModel
 
 
@@ -29,6 +31,7 @@ class Trial:
         scores: validation score after so many steps.
         test: score on the test rows, of trials that were trained to the end; nothing is chosen by it.
         steps: training steps that were paid.
+        start: number of the trial from whose tuned weights it started (see `warmed`); None for a cold start.
         reason: why it failed, or by how much it is over.
     """
 
@@ -41,6 +44,7 @@ class Trial:
     steps: int = 0
     seconds: float = 0.0
     reason: str = ""
+    start: int | None = None
 
     @property
     def score(self) -> float:
@@ -98,7 +102,7 @@ class Clock(TrainerCallback):
 
 
 class Watch(Clock):
-    """Judges a run at its rungs, on validation rows."""
+    """Judges a run at its rungs, on validation rows; `judge` is told which rung it is."""
 
     def __init__(self, trial: Trial, rungs: list[int], until: float | None, judge: Callable[[int, float], bool],
                  model: TaskModel, rows: Any, batch: int):  # fmt: skip
@@ -120,3 +124,26 @@ def tested(folder: Path) -> float:
     """The score of a run on its test rows."""
     metrics = json.loads((folder / "metrics.json").read_text())
     return float(metrics["test"][metrics["primary"]])
+
+
+def donors(done: Sequence[Trial], candidate: Candidate) -> list[Trial]:
+    """Trials from whose tuned weights a candidate may start, the nearest first: trained to the end, tuned alike, and
+    neither sparser nor shorter."""
+    found = [t for t in done if t.status == "whole" and t.candidate.tune == candidate.tune and t.candidate != candidate
+             and t.candidate.sparsity <= candidate.sparsity and t.candidate.skip <= candidate.skip]  # fmt: skip
+    return sorted(found, key=lambda t: (candidate.skip - t.candidate.skip, candidate.sparsity - t.candidate.sparsity,
+                                        -t.score))  # fmt: skip
+
+
+def warmed(model: TaskModel, folder: Path) -> bool:
+    """Start a model from what another run learned. False, and nothing is changed, unless that run has all that is
+    learned here, in the same shapes (what is learned of blocks that went is left)."""
+    fit = handle_of(model.backbone.model)
+    assert fit is not None
+    theirs, own = Saved.read(folder).learned, fit.current()
+    if any(name not in theirs or theirs[name].shape != tensor.shape for name, tensor in own.items()):
+        return False
+    fit.copy({name: theirs[name] for name in own}, str(folder))
+    if fit.masks is not None:
+        fit.masks.enforce(fit.model)
+    return True
