@@ -11,7 +11,7 @@ import torch
 import trimtab
 from trimtab.budgets import halving, trial
 from trimtab.budgets.limits import BudgetError
-from trimtab.budgets.space import TUNES, Space
+from trimtab.budgets.space import TUNES, Candidate, Space
 from trimtab.experiments import estimate
 from trimtab.experiments.folder import load_assembly
 from trimtab.experiments.recipe import read
@@ -148,6 +148,32 @@ def test_limits_on_what_is_measured_may_be_relative(tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(BudgetError, match="measured memory: needs a GPU"):
             search(tmp_path / "gpu", budget="measured memory <= 2 GB", **given)
+
+
+def test_a_trial_that_was_cut_off_is_the_first_to_go_on(tmp_path, monkeypatch):
+    narrow = replace(SPACE, skips=(), tunes={"linear-probe": TUNES["linear-probe"], "lora-2": TUNES["lora-2"]})
+    given = {"space": narrow, "budget": "disk <= 2 MB", "trials": 3}
+    under_way = []
+
+    def killed_later(recipe, folder, **more):
+        under_way.append(recipe.methods)
+        if len(under_way) == 2:
+            (folder / "checkpoints").mkdir()
+            raise KeyboardInterrupt
+        return run(recipe, folder, **more)
+
+    monkeypatch.setattr(halving, "run", killed_later)
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path / "found", **given)
+    folder = tmp_path / "found" / "trials" / "001"
+    assert not (folder / "trial.json").exists()
+    again = search(tmp_path / "found", **given)
+    assert [t["number"] for t in trials_of(again)] == [0, 1, 2] and len(under_way) == 4
+    assert under_way[2] == under_way[1] != under_way[0]
+    other = trial.Trial(1, Candidate(0.5, 0, "linear-probe", 3.0), {})
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    replace_search(again)._claim(folder, other)
+    assert not (folder / "checkpoints").exists()  # no trial goes on from another's checkpoint
 
 
 def test_time_for_less_than_one_trial_is_an_error_that_says_what_one_takes(found, tmp_path):

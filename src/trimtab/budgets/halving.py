@@ -11,10 +11,11 @@ blocks that it skips, and what can only be measured is measured on the assembled
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class Search:
         steps = self.recipe.training.steps
         self.rungs = sorted({max(1, steps // 9), max(1, steps // 3), steps})
         self.done: list[Trial] = []
+        self._left: list[tuple[Any, Candidate]] = []
         self.fitting = [c for c in self.space if (p := self.prices(c)) is not None and not self.budget.over(p)]
 
     # --- what is tried ---
@@ -110,12 +112,14 @@ class Search:
         return self.done
 
     def _names(self, c: Candidate) -> dict[str, Any]:
-        return {"tune": c.tune, "skip": c.skip, "sparsity": c.sparsity, "multiple": c.multiple}
+        return asdict(c)
 
     def _next(self, study: Any) -> tuple[Any, Candidate | None]:
         """The next candidate that fits the budget and was not tried: the sampler's, or one drawn."""
         from optuna.trial import TrialState
 
+        if self._left:
+            return self._left.pop(0)
         tried = {t.candidate for t in self.done if t.status != "cut"}
         fitting = set(self.fitting)
         s = self.space
@@ -137,13 +141,16 @@ class Search:
         return self._next(study)
 
     def _take_up(self, study: Any) -> None:
-        """The trials of before an interruption; one that was cut off is tried again."""
+        """The trials of before an interruption; one that was under way is the first to be tried again."""
+        import optuna
         from optuna.trial import TrialState
 
         self.done = [Trial.read(file) for file in sorted(self.folder.glob("trials/*/trial.json"))]
         for trial in study.get_trials(states=[TrialState.RUNNING]):
-            study.tell(trial.number, state=TrialState.FAIL)
-            study.enqueue_trial(trial.params)
+            if trial.params.keys() == Candidate.__dataclass_fields__.keys():
+                self._left.append((optuna.trial.Trial(study, trial._trial_id), Candidate(**trial.params)))
+            else:  # the kill came while it was drawn
+                study.tell(trial.number, state=TrialState.FAIL)
 
     # --- a trial ---
 
@@ -187,6 +194,7 @@ class Search:
     def carry_out(self, trial: Trial, judge: Callable[[int, float], bool]) -> None:
         """Train a candidate in its folder, as far as `judge(step, score)` does not say that it should stop."""
         folder = self.folder_of(trial)
+        self._claim(folder, trial)
         started = time.monotonic()
         cold = recipe = self.recipe_of(trial.candidate)
         rungs = self.rungs
@@ -221,6 +229,14 @@ class Search:
             trial.status, trial.reason = "failed", why(error)
         trial.seconds = round(time.monotonic() - started, 2)
         trial.write(folder / "trial.json")
+
+    def _claim(self, folder: Path, trial: Trial) -> None:
+        """Take a folder for a trial: what another one left there, checkpoints for one, is removed."""
+        note, own = folder / "candidate.txt", f"{trial.candidate} from {trial.start}\n"
+        if folder.exists() and not (note.exists() and note.read_text() == own):
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(own)
 
     def folder_of(self, trial: Trial) -> Path:
         return self.folder / "trials" / f"{trial.number:03d}"
