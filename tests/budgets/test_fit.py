@@ -76,8 +76,8 @@ def test_a_search_goes_on_where_it_was_left(found, monkeypatch):
     monkeypatch.setattr(halving, "run", no)
     again = search(found.folder)
     assert again.best.candidate == found.best.candidate and again.paid == found.paid
-    with pytest.raises(ValueError, match="holds a search with another budget"):
-        search(found.folder, budget="macs <= -4%, disk <= 2 MB")
+    with pytest.raises(ValueError, match="holds a search with another space"):
+        search(found.folder, space=replace(SPACE, batches=3))
 
 
 def test_a_budget_that_nothing_meets_says_what_would_be_possible(found, tmp_path):
@@ -95,7 +95,7 @@ def test_a_trial_that_fails_is_kept_with_its_reason(found, monkeypatch):
 
     monkeypatch.setattr(halving, "run", fails)
     again = replace_search(found)
-    failing = trial.Trial(7, found.best.candidate, {})
+    failing = trial.Trial(7, found.best.candidate, {}, budget=again._asked)
     again.carry_out(failing, lambda step, score: False)
     assert (failing.status, failing.reason) == ("failed", "the loss is not finite") and calls
     again.done = [failing]
@@ -132,6 +132,11 @@ def test_a_warm_start_is_from_what_a_like_trial_learned(found, tmp_path):
         gone += int((theirs[name][~kept] != 0).sum())
     assert gone > 100_000 and not child.fit.masks.revived(child.fit.model)
 
+    # Another budget in this folder: only the pruned candidate keeps to it, and its warm start is not enough.
+    other = search(warm.folder, space=narrow, budget="nonzeros <= -20%", trials=1, warm=True)
+    assert other.best.candidate.sparsity == 0.5 and [t["start"] for t in trials_of(other)] == [None, 0, None]
+    assert other.paid == 9 + 3 + 9
+
 
 def test_limits_on_what_is_measured_may_be_relative(tmp_path):
     narrow = replace(SPACE, sparsities=(), skips=(), tunes={"linear-probe": TUNES["linear-probe"]}, multiples=(1.0,))
@@ -150,13 +155,13 @@ def test_limits_on_what_is_measured_may_be_relative(tmp_path):
             search(tmp_path / "gpu", budget="measured memory <= 2 GB", **given)
 
 
-def test_a_trial_that_was_cut_off_is_the_first_to_go_on(tmp_path, monkeypatch):
-    narrow = replace(SPACE, skips=(), tunes={"linear-probe": TUNES["linear-probe"], "lora-2": TUNES["lora-2"]})
-    given = {"space": narrow, "budget": "disk <= 2 MB", "trials": 3}
+def test_a_trial_that_was_cut_off_is_the_first_to_go_on(found, tmp_path, monkeypatch):
+    narrow = replace(SPACE, sparsities=(), skips=(), tunes={"linear-probe": TUNES["linear-probe"]})
+    given = {"space": narrow, "budget": "disk <= 2 MB", "trials": 2}
     under_way = []
 
     def killed_later(recipe, folder, **more):
-        under_way.append(recipe.methods)
+        under_way.append(recipe.training.learning_rate)
         if len(under_way) == 2:
             (folder / "checkpoints").mkdir()
             raise KeyboardInterrupt
@@ -168,11 +173,11 @@ def test_a_trial_that_was_cut_off_is_the_first_to_go_on(tmp_path, monkeypatch):
     folder = tmp_path / "found" / "trials" / "001"
     assert not (folder / "trial.json").exists()
     again = search(tmp_path / "found", **given)
-    assert [t["number"] for t in trials_of(again)] == [0, 1, 2] and len(under_way) == 4
+    assert [t["number"] for t in trials_of(again)] == [0, 1] and len(under_way) == 3
     assert under_way[2] == under_way[1] != under_way[0]
     other = trial.Trial(1, Candidate(0.5, 0, "linear-probe", 3.0), {})
     (folder / "checkpoints").mkdir(exist_ok=True)
-    replace_search(again)._claim(folder, other)
+    replace_search(found)._claim(folder, other)
     assert not (folder / "checkpoints").exists()  # no trial goes on from another's checkpoint
 
 

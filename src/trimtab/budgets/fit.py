@@ -106,7 +106,8 @@ def fit(model: str | Path, task: str | Mapping[str, Any], data: str | Path | Map
         validation: rows by which candidates are compared; None holds out some of the training rows.
         time: for everything: "20m", or seconds. A trial that would not come to its end by then ends at a rung; only the
             evaluation of the last one may take longer.
-        out: folder for everything; a search that was interrupted there goes on.
+        out: folder for everything; a search that was interrupted there goes on. With another budget, what was trained
+            to its end there and keeps to this one is not trained again.
         only, without: levers and methods to pin or to leave out, see `Space.narrowed`.
         trials: most candidates to try.
         space: another space than the usual.
@@ -235,12 +236,13 @@ def _asked(recipe: Recipe, space: Space, limits: Sequence[Any], trials: int) -> 
 
 
 def _claim(folder: Path, asked: dict[str, Any]) -> None:
-    """Take a folder for this search: a new one, or that of the same search."""
+    """Take a folder for this search: a new one, or one of the same recipe and space; what was tried there under another
+    budget is known under this one too."""
     file = folder / "asked.json"
     plain = json.loads(json.dumps(asked))
     if file.exists():
         before = json.loads(file.read_text())
-        if different := [k for k in plain if k != "trials" and before.get(k) != plain[k]]:
+        if different := [k for k in plain if k in ("recipe", "space") and before.get(k) != plain[k]]:
             raise OtherSearch(
                 f"{folder}: holds a search with another {different[0]}: name another folder, or remove this one"
             )

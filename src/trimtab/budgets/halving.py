@@ -90,29 +90,35 @@ class Search:
             raise ImportError("the search of `trimtab fit` needs optuna: pip install 'trimtab[fit]'") from error
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        portfolio = self.portfolio()
         study = optuna.create_study(
-            study_name="fit", direction="maximize", load_if_exists=True,
+            study_name=self._asked, direction="maximize", load_if_exists=True,
             storage=JournalStorage(JournalFileBackend(str(self.folder / "search.log"))),
-            sampler=optuna.samplers.TPESampler(seed=self.recipe.seed, n_startup_trials=len(portfolio)),
+            sampler=optuna.samplers.TPESampler(seed=self.recipe.seed, n_startup_trials=len(self.portfolio())),
             pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=self.rungs[0], reduction_factor=3),
         )  # fmt: skip
         self._take_up(study)
-        if not study.trials:
-            for c in portfolio:
-                study.enqueue_trial(self._names(c))
-        while sum(t.status != "cut" for t in self.done) < self.trials and self.has_time():
+        while sum(self.tried(t) for t in self.done) < self.trials and self.has_time():
             asked, candidate = self._next(study)
             if candidate is None:
                 break  # every candidate was tried
             if self._try(study, asked, candidate).status == "cut":
                 break
-        self._check()
         self._confirm()
+        self._check()
         return self.done
 
-    def _names(self, c: Candidate) -> dict[str, Any]:
-        return asdict(c)
+    @property
+    def _asked(self) -> str:
+        return ", ".join(str(limit) for limit in self.budget.limits)
+
+    def tried(self, trial: Trial) -> bool:
+        """Whether a trial tells all about its candidate under this budget: one of this budget that had its time, or one
+        of another budget in this folder that was trained to its end and is known to keep to this one."""
+        return trial.status != "cut" and (trial.budget == self._asked or self._kept(trial))
+
+    def _kept(self, trial: Trial) -> bool:
+        known = all(axis.key in trial.costs for axis in self.budget.axes)
+        return trial.status == "whole" and known and not self.budget.over(trial.costs)
 
     def _next(self, study: Any) -> tuple[Any, Candidate | None]:
         """The next candidate that fits the budget and was not tried: the sampler's, or one drawn."""
@@ -120,28 +126,22 @@ class Search:
 
         if self._left:
             return self._left.pop(0)
-        tried = {t.candidate for t in self.done if t.status != "cut"}
+        tried = {t.candidate for t in self.done if self.tried(t)}
         fitting = set(self.fitting)
-        s = self.space
         for _ in range(ASKS):
-            trial = study.ask()
-            candidate = Candidate(
-                trial.suggest_categorical("sparsity", [0.0, *s.sparsities]),
-                trial.suggest_categorical("skip", [0, *s.skips]),
-                trial.suggest_categorical("tune", list(s.tunes)),
-                trial.suggest_categorical("multiple", list(s.multiples)),
-            )
+            trial = study.ask(self._choices())
+            candidate = Candidate(**trial.params)
             if candidate not in tried and replace(candidate, multiple=1.0) in fitting:
                 return trial, candidate
             study.tell(trial, state=TrialState.FAIL)
-        left = [x for c in self.fitting for m in s.multiples if (x := replace(c, multiple=m)) not in tried]
+        left = [x for c in self.fitting for m in self.space.multiples if (x := replace(c, multiple=m)) not in tried]
         if not left:
             return None, None
-        study.enqueue_trial(self._names(left[len(tried) % len(left)]))
+        study.enqueue_trial(asdict(left[len(tried) % len(left)]))
         return self._next(study)
 
     def _take_up(self, study: Any) -> None:
-        """The trials of before an interruption; one that was under way is the first to be tried again."""
+        """The trials of before an interruption, or of another budget; one that was under way is the first to go on."""
         import optuna
         from optuna.trial import TrialState
 
@@ -151,6 +151,21 @@ class Search:
                 self._left.append((optuna.trial.Trial(study, trial._trial_id), Candidate(**trial.params)))
             else:  # the kill came while it was drawn
                 study.tell(trial.number, state=TrialState.FAIL)
+        if study.trials:
+            return
+        for known in filter(self._kept, self.done):
+            study.add_trial(optuna.create_trial(params=asdict(known.candidate), distributions=self._choices(),
+                                                value=known.score, intermediate_values=known.scores))  # fmt: skip
+        for c in self.portfolio():
+            study.enqueue_trial(asdict(c))
+
+    def _choices(self) -> dict[str, Any]:
+        from optuna.distributions import CategoricalDistribution
+
+        s = self.space
+        choices: dict[str, list[Any]] = {"sparsity": [0.0, *s.sparsities], "skip": [0, *s.skips], "tune": list(s.tunes),
+                   "multiple": list(s.multiples)}  # fmt: skip
+        return {name: CategoricalDistribution(these) for name, these in choices.items()}
 
     # --- a trial ---
 
@@ -171,7 +186,7 @@ class Search:
     def _try(self, study: Any, asked: Any, candidate: Candidate) -> Trial:
         from optuna.trial import TrialState
 
-        trial = Trial(len(self.done), candidate, self.prices(candidate) or {})
+        trial = Trial(len(self.done), candidate, self.prices(candidate) or {}, budget=self._asked)
 
         if self.warm and (known := donors(self.done, candidate)):
             trial.start = known[0].number
@@ -243,10 +258,14 @@ class Search:
 
     def _confirm(self) -> None:
         """Train the best candidate from a cold start, if its score is of a warm one: so its recipe is all of it."""
-        best = max((t for t in self.done if t.status == "whole"), key=lambda t: t.score)
-        if best.start is None or any(t.candidate == best.candidate and t.start is None for t in self.done):
+        best = max((t for t in self.done if self._kept(t)), key=lambda t: t.score, default=None)
+        if (
+            best is None
+            or best.start is None
+            or any(t.candidate == best.candidate and t.start is None for t in self.done)
+        ):
             return
-        trial = Trial(len(self.done), best.candidate, self.prices(best.candidate) or {})
+        trial = Trial(len(self.done), best.candidate, self.prices(best.candidate) or {}, budget=self._asked)
         self.carry_out(trial, lambda step, score: False)
         self.done.append(trial)
         self.tell(
@@ -275,19 +294,20 @@ class Search:
 
     def _check(self) -> None:
         """Raise a BudgetError unless a trial came to its end."""
-        if any(t.status == "whole" for t in self.done):
+        if any(self._kept(t) and t.start is None for t in self.done):
             return
-        if cut := [t for t in self.done if t.status == "cut"]:
+        done = [t for t in self.done if t.budget == self._asked]
+        if cut := [t for t in done if t.status == "cut"]:
             raise BudgetError(
                 f"the time did not suffice for one trial to its end: {cut[-1].candidate} takes about "
                 f"{self._pace(cut[-1]):.0f} s, after what all trials share: give more time, or lower training.steps "
                 f"({self.rungs[-1]} now)"
             )
-        parts = [f"none of {len(self.done)} trials came to its end"]
-        if failed := Counter(t.reason for t in self.done if t.status == "failed"):
+        parts = [f"none of {len(done)} trials came to its end"]
+        if failed := Counter(t.reason for t in done if t.status == "failed"):
             reason, number = failed.most_common(1)[0]
             parts.append(f"{number} because: {reason}")
-        raise BudgetError("; ".join([*parts, *self._least([t for t in self.done if t.status == "over"])]))
+        raise BudgetError("; ".join([*parts, *self._least([t for t in done if t.status == "over"])]))
 
     def _pace(self, trial: Trial) -> float:
         """Seconds of a trial to its end, from what was paid until it was ended."""

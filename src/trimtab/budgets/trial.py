@@ -31,6 +31,7 @@ class Trial:
         scores: validation score after so many steps.
         test: score on the test rows, of trials that were trained to the end; nothing is chosen by it.
         steps: training steps that were paid.
+        budget: under which it was tried, as it was asked for.
         start: number of the trial from whose tuned weights it started (see `warmed`); None for a cold start.
         reason: why it failed, or by how much it is over.
     """
@@ -44,6 +45,7 @@ class Trial:
     steps: int = 0
     seconds: float = 0.0
     reason: str = ""
+    budget: str = ""
     start: int | None = None
 
     @property
