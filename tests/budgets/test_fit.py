@@ -203,3 +203,17 @@ def test_own_rows_without_a_file_for_validation_are_held_out(tmp_path):
         _data(tmp_path / "a.jsonl", None, None)
     with pytest.raises(ValueError, match="no file or folder, nor a source"):
         _data("nothing", None, None)
+
+
+def test_too_few_rows_are_told_before_anything_is_counted(tmp_path):
+    from PIL import Image
+
+    lines: list[str] = []
+    for name in ("train", "test"):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.png")
+        rows = [json.dumps({"image": f"{name}.png", "caption": f"picture {i}"}) for i in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match=r"4 rows are too few to hold out 0.1 of them: give a file for `validation`"):
+        trimtab.fit("tiny-clip", "retrieval", tmp_path / "train.jsonl", test=tmp_path / "test.jsonl", tell=lines.append,
+                    budget="disk <= 2 MB", out=tmp_path / "found", space=SPACE, overrides=QUICK)  # fmt: skip
+    assert lines == []

@@ -30,7 +30,7 @@ from trimtab.budgets.prices import Prices
 from trimtab.budgets.shared import Shared
 from trimtab.budgets.space import TUNES, Candidate, Space
 from trimtab.budgets.trial import Clock, NoTime, Trial, tested
-from trimtab.experiments.assembly import assemble
+from trimtab.experiments.assembly import assemble, tables
 from trimtab.experiments.folder import is_finished, load
 from trimtab.experiments.recipe import expand
 from trimtab.experiments.run import run
@@ -130,6 +130,7 @@ def fit(model: str | Path, task: str | Mapping[str, Any], data: str | Path | Map
     space = (space or _space(recipe)).narrowed(only, without)
     asked = _asked(recipe, space, limits, trials)
     _claim(folder, asked)
+    _check_rows(recipe)
     measured = measured_bases(recipe, limits, folder / "measured.json")
     tell("counting what candidates cost")
     exports = any(limit.axis.key == "export_bytes" for limit in limits)
@@ -220,6 +221,14 @@ def _space(recipe: Recipe) -> Space:
     skips = sorted({round(most * i / 6) for i in range(1, 7)} - {0}) if most > 6 else range(1, most + 1)
     # Greedy search tries each block at each step: 26 plans for 4 of 8 blocks, 222 for 12 of 24.
     return Space(skips=tuple(skips), search="greedy-skip" if blocks <= 16 else "block-influence")
+
+
+def _check_rows(recipe: Recipe) -> None:
+    """Read the rows as a trial does, before anything is counted; ValueError as there (too few to hold out, say)."""
+    parts = assemble(recipe)
+    train, _, test = tables(recipe, parts)
+    for table in (train, test):
+        parts.task.check(parts.model.backbone, table)
 
 
 def _searched(space: Space, recipe: Recipe) -> dict[str, Any]:
