@@ -3,7 +3,8 @@
     first    of each way to tune that the budget allows, the candidate that changes the model least
     then     what Optuna's sampler (TPE) expects most of, among candidates that fit the budget
     rungs    a trial is judged after 1/9, 1/3 and all of its steps; one that is not among the best third of those that
-             came so far stops (asynchronous successive halving, Li et al. 2020, as Optuna's pruner does it)
+             came so far stops (asynchronous successive halving, Li et al. 2020, as Optuna's pruner does it); the first
+             of each way to tune is not judged before the second rung
 
 Every trial is a run with a folder of its own. The budget is proved before it trains: its costs are counted for the very
 blocks that it skips, and what can only be measured is measured on the assembled model.
@@ -191,9 +192,12 @@ class Search:
         if self.warm and (known := donors(self.done, candidate)):
             trial.start = known[0].number
 
+        first = self.portfolio() if len(self.rungs) > 2 else []
+
         def judge(step: int, score: float) -> bool:
             asked.report(score, step if trial.start is None else self.rungs[-1])
-            return asked.should_prune()
+            # Ways to tune learn at different paces: after a ninth of the steps none of them is given up as a whole.
+            return asked.should_prune() and not (candidate in first and step < self.rungs[-2])
 
         self.carry_out(trial, judge)
         self.done.append(trial)

@@ -86,7 +86,7 @@ class Prices:
         """Count every part; those in the middle of the numbers of blocks only while there is time."""
         skips = sorted({0, *self.space.skips})
         ends = [skips[0], *skips[1:2], *skips[-1:]]
-        order = list(dict.fromkeys([*ends, *skips]))
+        order = list(dict.fromkeys([*ends, *reversed(skips)]))  # if the largest is refused, the next takes its place
         parts = [Part(pruned, skip, tune) for skip in order for pruned in ((False, True) if self.space.sparsities
                  else (False,)) for tune in self._tunes(skip)]  # fmt: skip
         started = time.monotonic()
@@ -120,7 +120,7 @@ class Prices:
         known = sorted(k for k in skips if part._replace(skip=k) in self._counted and k > 0)
         below, above = [k for k in known if k < part.skip], [k for k in known if k > part.skip]
         if not below or not above:
-            self.refused[part] = "not counted, nor is there a smaller and a larger number of blocks that is"
+            self._part(part)
             return
         low, high = below[-1], above[0]
         a, b = (self._counted[part._replace(skip=k)] for k in (low, high))
