@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,6 +102,17 @@ def test_a_trial_that_fails_is_kept_with_its_reason(found, monkeypatch):
     again.done = [failing]
     with pytest.raises(BudgetError, match="none of 1 trials came to its end; 1 because: the loss is not finite"):
         again._check()
+
+
+def test_the_first_of_each_way_to_tune_goes_on_to_the_second_rung(found, monkeypatch):
+    again, told = replace_search(found), []
+    asked = SimpleNamespace(report=lambda score, step: None, should_prune=lambda: True)
+    study = SimpleNamespace(tell=lambda *args, **kwargs: None)
+    monkeypatch.setattr(again, "carry_out", lambda _, judge: told.append([judge(rung, 0.5) for rung in again.rungs]))
+    first = again.portfolio()[0]
+    again._try(study, asked, first)
+    again._try(study, asked, replace(first, multiple=3.0))
+    assert told == [[False, True, True], [True, True, True]]
 
 
 def replace_search(found):
