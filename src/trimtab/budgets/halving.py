@@ -242,8 +242,8 @@ class Search:
             trial.status = "stopped"
         except Over as error:
             trial.status, trial.reason = "over", str(error)
-        except NoTime:
-            trial.status, trial.reason = "cut", "it would not have come to its end in time"
+        except NoTime as error:
+            trial.status, trial.reason = "cut", str(error)
         except Exception as error:  # whatever a candidate fails with, the others may do well
             trial.status, trial.reason = "failed", why(error)
         trial.seconds = round(time.monotonic() - started, 2)
@@ -303,19 +303,14 @@ class Search:
         done = [t for t in self.done if t.budget == self._asked]
         if cut := [t for t in done if t.status == "cut"]:
             raise BudgetError(
-                f"the time did not suffice for one trial to its end: {cut[-1].candidate} takes about "
-                f"{self._pace(cut[-1]):.0f} s, after what all trials share: give more time, or lower training.steps "
-                f"({self.rungs[-1]} now)"
+                f"the time did not suffice for one trial to its end: {cut[-1].candidate}: {cut[-1].reason}, after what "
+                f"all trials share: give more time, or lower training.steps ({self.rungs[-1]} now)"
             )
         parts = [f"none of {len(done)} trials came to its end"]
         if failed := Counter(t.reason for t in done if t.status == "failed"):
             reason, number = failed.most_common(1)[0]
             parts.append(f"{number} because: {reason}")
         raise BudgetError("; ".join([*parts, *self._least([t for t in done if t.status == "over"])]))
-
-    def _pace(self, trial: Trial) -> float:
-        """Seconds of a trial to its end, from what was paid until it was ended."""
-        return trial.seconds / max(trial.steps, 1) * self.rungs[-1]
 
     def _least(self, over: list[Trial]) -> Iterator[str]:
         """For each axis that trials were over: the least that was found."""

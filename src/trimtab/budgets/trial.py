@@ -89,6 +89,7 @@ class Clock(TrainerCallback):
 
     def __init__(self, rungs: Sequence[int], until: float | None):
         self.rungs, self.until, self.begun = rungs, until, time.monotonic()
+        self.judging: list[float] = []  # seconds of each validation
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.begun, self.first = time.monotonic(), state.global_step
@@ -98,9 +99,12 @@ class Clock(TrainerCallback):
         if self.until is None or step not in self.rungs or step >= self.rungs[-1]:
             return
         now = time.monotonic()
-        left = (now - self.begun) / (step - self.first) * (self.rungs[-1] - step)
+        judging = sum(self.judging)
+        left = (now - self.begun - judging) / (step - self.first) * (self.rungs[-1] - step)
+        if self.judging:
+            left += judging / len(self.judging) * sum(rung > step for rung in self.rungs)
         if now + left > self.until:
-            raise NoTime
+            raise NoTime(f"it would have taken about {now - self.begun + left:.0f} s")
 
 
 class Watch(Clock):
@@ -115,7 +119,9 @@ class Watch(Clock):
     def on_step_end(self, args, state, control, **kwargs):
         self.trial.steps = max(self.trial.steps, state.global_step)
         if state.global_step in self.rungs and state.global_step not in self.trial.scores:
+            begun = time.monotonic()
             metrics, _ = training.evaluate(self.model, self.rows, self.batch)
+            self.judging.append(time.monotonic() - begun)
             score = self.trial.scores[state.global_step] = float(metrics[self.model.task.primary])
             if self.judge(state.global_step, score) and state.global_step < self.rungs[-1]:
                 raise Stopped
