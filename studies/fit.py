@@ -4,6 +4,7 @@
 
 grid       every candidate that fits, at every learning rate, trained to its end; the best on validation rows
 fit        successive halving, as the command does it
+warm       the same with warm starts (`--warm`)
 random     candidates drawn evenly, each trained to its end, until the steps of `fit` are spent
 single     one lever alone (prune, skip or tune) at the same budget, by `fit` with the same steps: the best of the three
 lora       the default recipe with LoRA, whether it fits or not
@@ -22,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.budgets.fit import _recipe, _searched, _space
-from trimtab.budgets.halving import Search, Trial
+from trimtab.budgets.halving import Search
 from trimtab.budgets.limits import Budget, parse
 from trimtab.budgets.prices import Prices
 from trimtab.budgets.shared import Shared
 from trimtab.budgets.space import TUNES, Candidate, Space
+from trimtab.budgets.trial import Trial
 
 TRIED = ("linear-probe", "lora-2", "lora-8", "adapter-8", "unipt-2", "skip-adapters", "full")
 
@@ -95,7 +97,8 @@ def carry_out(options: argparse.Namespace, way: str, seed: int) -> dict[str, Any
         search.go()
         return told(way, seed, search.best, sum(t.steps for t in search.done))
     search = search_of(options, seed, folder)
-    if way == "fit":
+    if way in ("fit", "warm"):
+        search.warm = way == "warm"
         search.go()
         return told(way, seed, search.best, search.paid)
     if way == "lora":
@@ -128,7 +131,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=90)
     parser.add_argument("--trials", type=int, default=16)
-    parser.add_argument("--ways", nargs="+", default=["fit", "random", "single", "lora", "grid"])
+    parser.add_argument("--ways", nargs="+", default=["fit", "warm", "random", "single", "lora", "grid"])
     parser.add_argument("--out", type=Path, default=Path("runs/fit-study"))
     options = parser.parse_intermixed_args()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -122,11 +122,12 @@ def _add_recipe_commands(command: Callable[..., ArgumentParser]) -> None:
     fit.add_argument("--test", type=Path, help="rows to report on, beside a file of training rows")
     fit.add_argument("--validation", type=Path, help="rows to choose by; otherwise a tenth of the file is held out")
     fit.add_argument("--budget", required=True, help="limits: 'macs <= -30%%, train memory <= 2 GB, disk <= 5 MB'")
-    fit.add_argument("--time", help="after which no trial begins, such as 20m")
+    fit.add_argument("--time", help="for everything, such as 20m")
     fit.add_argument("--trials", type=int, default=24, help="most candidates to try")
     fit.add_argument("--only", default="", help="levers and methods to use, such as skip,lora,unipt")
     fit.add_argument("--without", default="", help="levers and methods to leave out, such as prune,full")
     fit.add_argument("--no-reference", action="store_true", help="do not train full tuning to compare with")
+    fit.add_argument("--warm", action="store_true", help="start candidates from the tuned weights of like ones")
     fit.add_argument("--out", type=Path, default=Path("found"), help="folder; an interrupted search goes on there")
 
     demo = command(

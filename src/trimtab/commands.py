@@ -29,7 +29,8 @@ def fit(options: Namespace) -> None:
     only, without = ([x.strip() for x in text.split(",") if x.strip()] for text in (options.only, options.without))
     found = find(options.model, options.task, options.data, budget=options.budget, test=options.test,
                  validation=options.validation, time=options.time, out=options.out, only=only, without=without,
-                 trials=options.trials, overrides=options.overrides, reference=not options.no_reference)  # fmt: skip
+                 trials=options.trials, overrides=options.overrides, reference=not options.no_reference,
+                 warm=options.warm)  # fmt: skip
     print(found)
     print(f"model: {found.model}; again: trimtab run {found.folder / 'found.yaml'}; page: {found.folder}/report")
 
@@ -39,8 +40,21 @@ def demo(options: Namespace) -> int:
     from trimtab.experiments import many
     from trimtab.report.page import write_report
 
+    found = options.out / "demo" / "fit"
+    if many.started() == 1:  # the trials of a search run in one process
+        from trimtab.budgets import demo
+        from trimtab.budgets.limits import BudgetError
+
+        try:
+            print(f"demo/fit: {demo.search(found, options.overrides, options.redo)}")
+        except BudgetError as error:  # on a slow machine, say: what was shown so far stands
+            print(f"demo/fit: nothing found: {error}", file=sys.stderr)
+        except (ValueError, ImportError) as error:
+            failed = True
+            print(f"demo/fit: failed: {error}", file=sys.stderr)
+    there = [found] if found.is_dir() else []
     if folders and many.is_first():
-        print(f"report: {write_report(folders, options.out / 'report', 'trimtab demo')}")
+        print(f"report: {write_report([*folders, *there], options.out / 'report', 'trimtab demo')}")
     return int(failed)
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import trimtab
-from trimtab.budgets import halving
+from trimtab.budgets import halving, trial
 from trimtab.budgets.limits import BudgetError
 from trimtab.budgets.space import TUNES, Candidate, Space
 from trimtab.experiments import estimate
 from trimtab.experiments.folder import load_assembly
 from trimtab.experiments.recipe import read
 from trimtab.experiments.run import run
+from trimtab.methods.saved import Saved
 
 SPACE = Space(sparsities=(0.5,), skips=(1,), tunes={k: TUNES[k] for k in ("linear-probe", "lora-2")}, batches=2)
 DATA = {"name": "pictograms", "train": 64, "test": 24, "validation": 32}
@@ -75,8 +77,8 @@ def test_a_search_goes_on_where_it_was_left(found, monkeypatch):
     monkeypatch.setattr(halving, "run", no)
     again = search(found.folder)
     assert again.best.candidate == found.best.candidate and again.paid == found.paid
-    with pytest.raises(ValueError, match="holds a search with another budget"):
-        search(found.folder, budget="macs <= -4%, disk <= 2 MB")
+    with pytest.raises(ValueError, match="holds a search with another space"):
+        search(found.folder, space=replace(SPACE, batches=3))
 
 
 def test_a_budget_that_nothing_meets_says_what_would_be_possible(found, tmp_path):
@@ -94,12 +96,23 @@ def test_a_trial_that_fails_is_kept_with_its_reason(found, monkeypatch):
 
     monkeypatch.setattr(halving, "run", fails)
     again = replace_search(found)
-    trial = halving.Trial(7, found.best.candidate, {})
-    again.carry_out(trial, lambda step, score: False)
-    assert (trial.status, trial.reason) == ("failed", "the loss is not finite") and calls
-    again.done = [trial]
+    failing = trial.Trial(7, found.best.candidate, {}, budget=again._asked)
+    again.carry_out(failing, lambda step, score: False)
+    assert (failing.status, failing.reason) == ("failed", "the loss is not finite") and calls
+    again.done = [failing]
     with pytest.raises(BudgetError, match="none of 1 trials came to its end; 1 because: the loss is not finite"):
         again._check()
+
+
+def test_the_first_of_each_way_to_tune_goes_on_to_the_second_rung(found, monkeypatch):
+    again, told = replace_search(found), []
+    asked = SimpleNamespace(report=lambda score, step: None, should_prune=lambda: True)
+    study = SimpleNamespace(tell=lambda *args, **kwargs: None)
+    monkeypatch.setattr(again, "carry_out", lambda _, judge: told.append([judge(rung, 0.5) for rung in again.rungs]))
+    first = again.portfolio()[0]
+    again._try(study, asked, first)
+    again._try(study, asked, replace(first, multiple=3.0))
+    assert told == [[False, True, True], [True, True, True]]
 
 
 def replace_search(found):
@@ -114,11 +127,82 @@ def replace_search(found):
     return halving.Search(recipe, SPACE, found.budget, prices, shared, found.folder)
 
 
-def test_time_for_less_than_one_trial_is_an_error_that_says_what_one_takes(found):
-    again = replace_search(found)
-    again.done = [halving.Trial(0, Candidate(0.0, 1, "lora-2"), {}, "stopped", {1: 0.2}, None, 3, 6.0)]
-    with pytest.raises(BudgetError, match="one takes about 18 s"):
-        again._check()
+def test_a_warm_start_is_from_what_a_like_trial_learned(found, tmp_path):
+    narrow = replace(SPACE, skips=(), tunes={"full": TUNES["full"]}, multiples=(1.0,))
+    warm = search(tmp_path / "warm", space=narrow, budget="disk <= 200 MB", trials=2, warm=True)
+    first, second, *_ = tried = trials_of(warm)
+    assert (first["start"], second["start"]) == (None, 0) and (first["steps"], second["steps"]) == (9, 3)
+    assert warm.best.start is None and warm.best.steps == 9  # the recipe of a warm trial would not be all of it
+    assert (len(tried) == 3) == (second["scores"]["3"] > first["scores"]["9"])
+    parent, child = warm.folder / "trials" / "000", load_assembly(warm.folder / "trials" / "001")
+    assert not trial.warmed(child.model, found.model)  # has not all that is learned here
+    assert trial.warmed(child.model, parent)
+    own, theirs, gone = child.fit.current(), Saved.read(parent).learned, 0
+    for name, value in own.items():
+        kept = value != 0
+        assert torch.equal(value[kept], theirs[name][kept])
+        gone += int((theirs[name][~kept] != 0).sum())
+    assert gone > 100_000 and not child.fit.masks.revived(child.fit.model)
+
+    # Another budget in this folder: only the pruned candidate keeps to it, and its warm start is not enough.
+    other = search(warm.folder, space=narrow, budget="nonzeros <= -20%", trials=1, warm=True)
+    assert other.best.candidate.sparsity == 0.5 and [t["start"] for t in trials_of(other)] == [None, 0, None]
+    assert other.paid == 9 + 3 + 9
+
+
+def test_limits_on_what_is_measured_may_be_relative(tmp_path):
+    narrow = replace(SPACE, sparsities=(), skips=(), tunes={"linear-probe": TUNES["linear-probe"]}, multiples=(1.0,))
+    given = {"space": narrow, "trials": 1}
+    found = search(tmp_path / "found", budget="latency <= 2000%, train time <= 2000% of full", **given)
+    base = json.loads((found.folder / "measured.json").read_text())
+    assert found.budget.most["latency"] == 20 * base["dense"]["latency_ms"] > 0
+    assert found.budget.most["train time"] == 20 * base["full"]["training_seconds"] > 0
+    assert 0 < found.best.costs["training_seconds"] < found.budget.most["train time"]
+    again = search(tmp_path / "found", budget="latency <= 2000%, train time <= 2000% of full", **given)
+    assert again.budget.most == found.budget.most  # the base is measured once
+    with pytest.raises(BudgetError, match=r"latency: the least of 1 is .* \(linear-probe\), asked are"):
+        search(tmp_path / "none", budget="latency <= 1%", **given)
+    if not torch.cuda.is_available():
+        with pytest.raises(BudgetError, match="measured memory: needs a GPU"):
+            search(tmp_path / "gpu", budget="measured memory <= 2 GB", **given)
+
+
+def test_a_trial_that_was_cut_off_is_the_first_to_go_on(found, tmp_path, monkeypatch):
+    narrow = replace(SPACE, sparsities=(), skips=(), tunes={"linear-probe": TUNES["linear-probe"]})
+    given = {"space": narrow, "budget": "disk <= 2 MB", "trials": 2}
+    under_way = []
+
+    def killed_later(recipe, folder, **more):
+        under_way.append(recipe.training.learning_rate)
+        if len(under_way) == 2:
+            (folder / "checkpoints").mkdir()
+            raise KeyboardInterrupt
+        return run(recipe, folder, **more)
+
+    monkeypatch.setattr(halving, "run", killed_later)
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path / "found", **given)
+    folder = tmp_path / "found" / "trials" / "001"
+    assert not (folder / "trial.json").exists()
+    again = search(tmp_path / "found", **given)
+    assert [t["number"] for t in trials_of(again)] == [0, 1] and len(under_way) == 3
+    assert under_way[2] == under_way[1] != under_way[0]
+    other = trial.Trial(1, Candidate(0.5, 0, "linear-probe", 3.0), {})
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    replace_search(found)._claim(folder, other)
+    assert not (folder / "checkpoints").exists()  # no trial goes on from another's checkpoint
+
+
+def test_time_for_less_than_one_trial_is_an_error_that_says_what_one_takes(found, tmp_path):
+    given = {"time": 0.001, "trials": 1, "reference": True, "budget": "disk <= 2 MB"}
+    lines: list[str] = []
+    narrow = replace(SPACE, sparsities=(), skips=(), tunes={"linear-probe": TUNES["linear-probe"]})
+    with pytest.raises(BudgetError, match=r"did not suffice for one.*linear-probe: it would have taken about [0-9]+ s"):
+        search(tmp_path / "short", space=narrow, tell=lines.append, **given)
+    assert "no time to compare with full" in lines
+    again = search(tmp_path / "short", space=narrow, **{**given, "time": None, "reference": False})
+    assert [t["status"] for t in trials_of(again)] == ["cut", "whole"]  # what was cut is tried again
+    assert again.paid == 1 + 9
 
 
 def test_own_rows_without_a_file_for_validation_are_held_out(tmp_path):
@@ -131,3 +215,17 @@ def test_own_rows_without_a_file_for_validation_are_held_out(tmp_path):
         _data(tmp_path / "a.jsonl", None, None)
     with pytest.raises(ValueError, match="no file or folder, nor a source"):
         _data("nothing", None, None)
+
+
+def test_too_few_rows_are_told_before_anything_is_counted(tmp_path):
+    from PIL import Image
+
+    lines: list[str] = []
+    for name in ("train", "test"):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.png")
+        rows = [json.dumps({"image": f"{name}.png", "caption": f"picture {i}"}) for i in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match=r"4 rows are too few to hold out 0.1 of them: give a file for `validation`"):
+        trimtab.fit("tiny-clip", "retrieval", tmp_path / "train.jsonl", test=tmp_path / "test.jsonl", tell=lines.append,
+                    budget="disk <= 2 MB", out=tmp_path / "found", space=SPACE, overrides=QUICK)  # fmt: skip
+    assert lines == []

@@ -65,7 +65,7 @@ def test_what_is_over_a_budget_is_told_by_how_much():
     assert budget.over({"macs": 70e6, "export_bytes": 4e6, "checkpoint_bytes": 2e6}) == {}
     assert budget.over({"macs": 77e6, "checkpoint_bytes": 1e6}) == pytest.approx({"macs": 0.1})  # the export is unknown
     assert budget.over({"macs": 1, "export_bytes": None}) == {"export": float("inf")}  # it cannot be exported
-    assert budget.told({"macs": 70e6, "export_bytes": None}) == "macs 70 M, export not known, disk not known"
+    assert budget.told({"macs": 70e6, "export_bytes": None}) == "macs 70 M (-30 %), export not known, disk not known"
 
 
 @pytest.mark.parametrize(

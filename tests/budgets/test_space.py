@@ -64,7 +64,7 @@ def recipe_of(method):
 
 
 def fake(counts):
-    """A count that is a line in the number of skipped blocks, and refuses LoRA on a pruned model."""
+    """A count that is a line in the number of skipped blocks, and refuses LoRA on a pruned model and skipping all."""
 
     def count(recipe):
         names = [m["name"] for m in recipe.methods]
@@ -72,6 +72,8 @@ def fake(counts):
             raise ValueError("these do not go together")
         skip = next((m["skip"] for m in recipe.methods if "skip" in m), 0)
         counts.append((tuple(names), skip))
+        if skip == 5:
+            raise ValueError("no block is left")
         size = 1000 - 100 * skip
         zeros = 0.5 * 800 if "multiflow" in names else 0
         return {
@@ -97,6 +99,15 @@ def test_numbers_of_blocks_in_the_middle_are_predicted_when_time_is_over(tmp_pat
     again = Prices(recipe(), space, tmp_path / "prices.json", seconds=0.0, count=fake(counts))
     again.count_all()
     assert len(counts) == known + 2 and again(middle) == prices(middle)  # two: what the bases cost
+
+
+def test_if_the_largest_number_of_blocks_is_refused_the_next_is_counted():
+    counts: list = []
+    space = Space(sparsities=(), skips=(1, 2, 3, 4, 5)).narrowed(only=["skip", "bitfit"])
+    prices = Prices(recipe(), space, seconds=0.0, count=fake(counts))
+    prices.count_all()
+    assert [skip for names, skip in counts if "bitfit" in names] == [0, 1, 5, 4]
+    assert prices(Candidate(0.0, 5, "bitfit")) is None and prices(Candidate(0.0, 2, "bitfit"))["macs"] == 50 * 800
 
 
 def test_what_cannot_be_folded_has_no_exported_bytes():

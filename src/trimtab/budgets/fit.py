@@ -17,21 +17,32 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import yaml
 
-from trimtab.budgets.halving import Search, Trial, nearest, tested
+from trimtab.budgets.halving import Search, nearest, why
 from trimtab.budgets.limits import Budget, BudgetError, parse, shown
+from trimtab.budgets.measured import measured_bases
+from trimtab.budgets.page import title, write_page
 from trimtab.budgets.prices import Prices
 from trimtab.budgets.shared import Shared
-from trimtab.budgets.space import Candidate, Space
-from trimtab.experiments.assembly import assemble
-from trimtab.experiments.folder import load
+from trimtab.budgets.space import TUNES, Candidate, Space
+from trimtab.budgets.trial import Clock, NoTime, Trial, tested
+from trimtab.experiments.assembly import assemble, tables
+from trimtab.experiments.folder import is_finished, load
 from trimtab.experiments.recipe import expand
+from trimtab.experiments.run import run
 from trimtab.experiments.schema import Recipe
 from trimtab.files import replace_file
 from trimtab.tasks.base import TaskModel
+
+FULL = Candidate(0.0, 0, "full")
+
+
+class OtherSearch(ValueError):
+    """A folder holds a search that was asked for something else."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,7 @@ def fit(model: str | Path, task: str | Mapping[str, Any], data: str | Path | Map
         budget: str | Mapping[str, Any], test: str | Path | None = None, validation: str | Path | None = None,
         time: str | float | None = None, out: str | Path = "found", only: Sequence[str] = (),
         without: Sequence[str] = (), trials: int = 24, space: Space | None = None, overrides: Sequence[str] = (),
-        reference: bool = True, tell: Callable[[str], None] = print) -> Found:  # fmt: skip
+        reference: bool = True, warm: bool = False, tell: Callable[[str], None] = print) -> Found:  # fmt: skip
     """Find how to adapt a model to a task at the best validation score that a budget allows, and adapt it.
 
     Args:
@@ -93,13 +104,17 @@ def fit(model: str | Path, task: str | Mapping[str, Any], data: str | Path | Map
         budget: limits, see `limits.py`: `"macs <= -30%, disk <= 5 MB"` or a mapping.
         test: rows to report on, beside a file of training rows.
         validation: rows by which candidates are compared; None holds out some of the training rows.
-        time: after which no trial begins: "20m", or seconds.
-        out: folder for everything; a search that was interrupted there goes on.
+        time: for everything: "20m", or seconds. A trial that would not come to its end by then ends at a rung; only the
+            evaluation of the last one may take longer.
+        out: folder for everything; a search that was interrupted there goes on. With another budget, what was trained
+            to its end there and keeps to this one is not trained again.
         only, without: levers and methods to pin or to leave out, see `Space.narrowed`.
         trials: most candidates to try.
         space: another space than the usual.
         overrides: changes to the recipe of all trials, such as `training.steps=300`.
-        reference: train full tuning too, beside the search and whatever it costs, to compare with.
+        reference: train full tuning too, whatever it costs, to compare with, unless that takes more than half of the
+            time; and in the end what was found without each of its levers, as far as there is time.
+        warm: start candidates from the tuned weights of like ones, see `Search`.
         tell: is given lines for a person.
 
     Raises:
@@ -108,30 +123,33 @@ def fit(model: str | Path, task: str | Mapping[str, Any], data: str | Path | Map
         ValueError: if a name or setting is wrong, `out` holds another search, or there are too few rows.
     """
     limits = parse(budget)
-    if measured := [x.axis.name for x in limits if x.axis.measured and x.value is None]:
-        raise BudgetError(f"budget: {measured[0]}: what is measured here has no base yet: give an absolute value")
     seconds = _seconds(time)
+    until = None if seconds is None else monotonic() + seconds
     folder = Path(out)
     recipe = _recipe(model, task, data, test, validation, overrides)
     space = (space or _space(recipe)).narrowed(only, without)
     asked = _asked(recipe, space, limits, trials)
     _claim(folder, asked)
+    _check_rows(recipe)
+    measured = measured_bases(recipe, limits, folder / "measured.json")
     tell("counting what candidates cost")
-    prices = Prices(recipe, space, folder / "prices.json")
+    exports = any(limit.axis.key == "export_bytes" for limit in limits)
+    prices = Prices(recipe, space, folder / "prices.json", exports=exports)
     prices.count_all()
-    bases = prices.bases
-    goal = Budget.of(limits, bases)
+    goal = Budget.of(limits, {base: {**costs, **measured.get(base, {})} for base, costs in prices.bases.items()})
     shared = Shared(recipe, space, folder / "shared", _searched(space, recipe))
-    search = Search(recipe, space, goal, prices, shared, folder, trials, seconds, tell)
+    search = Search(recipe, space, goal, prices, shared, folder, trials, until, tell, warm)
     if not search.fitting:
         raise BudgetError("; ".join(["no candidate meets the budget", *nearest(prices, goal, space)]))
     tell(f"{len(search.fitting)} of {len(list(space))} combinations fit the budget: "
          + ", ".join(f"{x.name} <= {shown(goal.most[x.name], x.kind)}" for x in goal.axes))  # fmt: skip
     shared.find({c.sparsity for c in search.fitting if c.sparsity}, {c.skip for c in search.fitting})
+    full = None
+    if reference and FULL not in search.fitting:  # otherwise it is a trial
+        half = None if until is None else (monotonic() + until) / 2
+        full = _beside(replace(search, until=half), FULL, "full")
     search.go()
-    found = _finish(search, reference)
-    from trimtab.budgets.page import write_page
-
+    found = _finish(search, reference, full)
     write_page(search, found)
     return found
 
@@ -205,6 +223,14 @@ def _space(recipe: Recipe) -> Space:
     return Space(skips=tuple(skips), search="greedy-skip" if blocks <= 16 else "block-influence")
 
 
+def _check_rows(recipe: Recipe) -> None:
+    """Read the rows as a trial does, before anything is counted; ValueError as there (too few to hold out, say)."""
+    parts = assemble(recipe)
+    train, _, test = tables(recipe, parts)
+    for table in (train, test):
+        parts.task.check(parts.model.backbone, table)
+
+
 def _searched(space: Space, recipe: Recipe) -> dict[str, Any]:
     from trimtab.methods import METHODS
 
@@ -219,13 +245,14 @@ def _asked(recipe: Recipe, space: Space, limits: Sequence[Any], trials: int) -> 
 
 
 def _claim(folder: Path, asked: dict[str, Any]) -> None:
-    """Take a folder for this search: a new one, or that of the same search."""
+    """Take a folder for this search: a new one, or one of the same recipe and space; what was tried there under another
+    budget is known under this one too."""
     file = folder / "asked.json"
     plain = json.loads(json.dumps(asked))
     if file.exists():
         before = json.loads(file.read_text())
-        if different := [k for k in plain if k != "trials" and before.get(k) != plain[k]]:
-            raise ValueError(
+        if different := [k for k in plain if k in ("recipe", "space") and before.get(k) != plain[k]]:
+            raise OtherSearch(
                 f"{folder}: holds a search with another {different[0]}: name another folder, or remove this one"
             )
     elif folder.exists() and any(folder.iterdir()):
@@ -238,7 +265,7 @@ def _claim(folder: Path, asked: dict[str, Any]) -> None:
 # --- what comes out ---------------------------------------------------------------------------------------------------
 
 
-def _finish(search: Search, reference: bool) -> Found:
+def _finish(search: Search, reference: bool, full: Trial | None) -> Found:
     """Keep the best model, its recipe, and what is told of it."""
     best, folder = search.best, search.folder
     shutil.rmtree(folder / "model", ignore_errors=True)
@@ -249,11 +276,12 @@ def _finish(search: Search, reference: bool) -> Found:
     with replace_file(folder / "found.yaml") as partial:
         partial.write_text(yaml.safe_dump(own, sort_keys=False), encoding="utf-8")
     metrics = json.loads((folder / "model" / "metrics.json").read_text())
-    full = _beside(search, Candidate(0.0, 0, "full"), "full") if reference else None
+    if reference and full is None:
+        full = _known(search, FULL) or _beside(search, FULL, "full")
     found = Found(folder, best, metrics["primary"], metrics["test"], search.budget, full, _levers(search, reference),
                   search.paid, search.grid)  # fmt: skip
     with replace_file(folder / "fit.json") as partial:
-        partial.write_text(json.dumps(_json(found), indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(_json(found, title(search.recipe)), indent=1) + "\n", encoding="utf-8")
     return found
 
 
@@ -269,37 +297,45 @@ def _levers(search: Search, train: bool) -> dict[str, Trial]:
         fewer["tune"] = replace(best, tune="linear-probe", multiple=1.0)
     found = {}
     for lever, candidate in fewer.items():
-        known = [t for t in search.done if t.candidate == candidate and t.status == "whole"]
-        trial = known[0] if known else (_beside(search, candidate, f"without-{lever}") if train else None)
+        trial = _known(search, candidate) or (_beside(search, candidate, f"without-{lever}") if train else None)
         if trial is not None:
             found[lever] = trial
     return found
 
 
-def _beside(search: Search, candidate: Candidate, name: str) -> Trial | None:
-    """A run beside the search, whatever it costs; None if it cannot be carried out."""
-    from trimtab.budgets.space import TUNES
-    from trimtab.experiments.folder import is_finished
-    from trimtab.experiments.run import run
+def _known(search: Search, candidate: Candidate) -> Trial | None:
+    """A candidate's trial, if it was trained to its end."""
+    return next((t for t in search.done if t.candidate == candidate and t.status == "whole" and t.start is None), None)
 
+
+def _beside(search: Search, candidate: Candidate, name: str) -> Trial | None:
+    """A run beside the search, whatever it costs; None, with a line that says why, if it cannot be carried out or there
+    is no time."""
     space = search.space
     if candidate.tune not in space.tunes:
         space = replace(space, tunes={**space.tunes, candidate.tune: TUNES[candidate.tune]})
-    twin = replace(search, space=space, folder=search.folder)
+    twin = replace(search, space=space)
     recipe = replace(twin.recipe_of(candidate), variant=name)
     folder = search.folder / "reference" / name
     try:
         if not is_finished(folder, recipe):
-            run(recipe, folder, measure_costs=False)
+            if search.until is not None and monotonic() > search.until:
+                raise NoTime
+            search.tell(f"to compare with: {candidate}")
+            run(recipe, folder, measure_costs=False, watch=lambda model, rows: Clock(search.rungs, search.until))
         costs = search.prices.exact(candidate, space.methods(candidate, search.shared.plans))
-    except (ValueError, RuntimeError):
+    except NoTime:
+        search.tell(f"no time to compare with {candidate}")
+        return None
+    except (ValueError, RuntimeError) as error:
+        search.tell(f"{candidate}, to compare with, failed: {why(error)}")
         return None
     return Trial(-1, candidate, costs, "whole", test=tested(folder), steps=recipe.training.steps)
 
 
-def _json(found: Found) -> dict[str, Any]:
+def _json(found: Found, title: str) -> dict[str, Any]:
     return {
-        "format": 1, "sentence": str(found), "primary": found.primary, "test": found.test,
+        "format": 1, "title": title, "sentence": str(found), "primary": found.primary, "test": found.test,
         "budget": {axis.name: found.budget.most[axis.name] for axis in found.budget.axes},
         "best": asdict(found.best), "full": asdict(found.full) if found.full else None,
         "without": {k: asdict(t) for k, t in found.without.items()}, "paid": found.paid, "grid": found.grid,

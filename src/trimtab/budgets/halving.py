@@ -3,7 +3,8 @@
     first    of each way to tune that the budget allows, the candidate that changes the model least
     then     what Optuna's sampler (TPE) expects most of, among candidates that fit the budget
     rungs    a trial is judged after 1/9, 1/3 and all of its steps; one that is not among the best third of those that
-             came so far stops (asynchronous successive halving, Li et al. 2020, as Optuna's pruner does it)
+             came so far stops (asynchronous successive halving, Li et al. 2020, as Optuna's pruner does it); the first
+             of each way to tune is not judged before the second rung
 
 Every trial is a run with a folder of its own. The budget is proved before it trains: its costs are counted for the very
 blocks that it skips, and what can only be measured is measured on the assembled model.
@@ -11,84 +12,28 @@ blocks that it skips, and what can only be measured is measured on the assembled
 
 from __future__ import annotations
 
-import json
-import math
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import TrainerCallback
 
 from trimtab.budgets.limits import Budget, BudgetError, shown
+from trimtab.budgets.measured import measure
 from trimtab.budgets.prices import Costs, Prices
 from trimtab.budgets.shared import Shared
 from trimtab.budgets.space import Candidate, Space
-from trimtab.counting import latency
-from trimtab.experiments import training
+from trimtab.budgets.trial import NoTime, Over, Stopped, Trial, Watch, donors, tested, warmed
 from trimtab.experiments.run import run
 from trimtab.experiments.schema import Recipe
-from trimtab.files import replace_file
 from trimtab.methods.adapted import handle_of
 from trimtab.tasks.base import TaskModel
 
 ASKS = 60  # questions to the sampler that lead to nothing new, after which one is drawn
-
-
-@dataclass
-class Trial:
-    """A candidate that was tried.
-
-    Attributes:
-        status: `whole`: trained to the end; `stopped` at a rung; `over` the budget when it was counted or measured by
-            itself, and so not trained; `failed`.
-        scores: validation score after so many steps.
-        test: score on the test rows, of trials that were trained to the end; nothing is chosen by it.
-        steps: training steps that were paid.
-        reason: why it failed, or by how much it is over.
-    """
-
-    number: int
-    candidate: Candidate
-    costs: Costs
-    status: Literal["whole", "stopped", "over", "failed"] = "failed"
-    scores: dict[int, float] = field(default_factory=dict)
-    test: float | None = None
-    steps: int = 0
-    seconds: float = 0.0
-    reason: str = ""
-
-    @property
-    def score(self) -> float:
-        """The last validation score; -inf before the first."""
-        return self.scores[max(self.scores)] if self.scores else -math.inf
-
-
-class Stopped(Exception):
-    """A trial is not among the best of its rung."""
-
-
-class Over(Exception):
-    """What was measured is over the budget."""
-
-
-class Watch(TrainerCallback):
-    """Judges a run at its rungs, on validation rows."""
-
-    def __init__(self, trial: Trial, rungs: list[int], judge: Callable[[int, float], bool], model: TaskModel,
-                 rows: Any, batch: int):  # fmt: skip
-        self.trial, self.rungs, self.judge = trial, rungs, judge
-        self.model, self.rows, self.batch = model, rows, batch
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trial.steps = max(self.trial.steps, state.global_step)
-        if state.global_step in self.rungs and state.global_step not in self.trial.scores:
-            metrics, _ = training.evaluate(self.model, self.rows, self.batch)
-            score = self.trial.scores[state.global_step] = float(metrics[self.model.task.primary])
-            if self.judge(state.global_step, score) and state.global_step < self.rungs[-1]:
-                raise Stopped
 
 
 @dataclass
@@ -98,8 +43,11 @@ class Search:
     Args:
         recipe: without methods.
         trials: most candidates to try.
-        seconds: after which no trial begins.
+        until: on the clock of `time.monotonic`; a trial that would not come to its end by then ends at a rung.
         tell: is given a line for a person.
+        warm: start a candidate from the tuned weights of one that was trained to its end and differs in nothing but
+            the budget's levers and the learning rate, and train it for a third of the steps. Scores of such trials only
+            choose: the best candidate is trained from a cold start in the end.
     """
 
     recipe: Recipe
@@ -109,13 +57,15 @@ class Search:
     shared: Shared
     folder: Path
     trials: int = 24
-    seconds: float | None = None
+    until: float | None = None
     tell: Callable[[str], None] = print
+    warm: bool = False
 
     def __post_init__(self) -> None:
         steps = self.recipe.training.steps
         self.rungs = sorted({max(1, steps // 9), max(1, steps // 3), steps})
         self.done: list[Trial] = []
+        self._left: list[tuple[Any, Candidate]] = []
         self.fitting = [c for c in self.space if (p := self.prices(c)) is not None and not self.budget.over(p)]
 
     # --- what is tried ---
@@ -141,67 +91,82 @@ class Search:
             raise ImportError("the search of `trimtab fit` needs optuna: pip install 'trimtab[fit]'") from error
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        portfolio = self.portfolio()
         study = optuna.create_study(
-            study_name="fit", direction="maximize", load_if_exists=True,
+            study_name=self._asked, direction="maximize", load_if_exists=True,
             storage=JournalStorage(JournalFileBackend(str(self.folder / "search.log"))),
-            sampler=optuna.samplers.TPESampler(seed=self.recipe.seed, n_startup_trials=len(portfolio)),
+            sampler=optuna.samplers.TPESampler(seed=self.recipe.seed, n_startup_trials=len(self.portfolio())),
             pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=self.rungs[0], reduction_factor=3),
         )  # fmt: skip
-        started = time.monotonic()
         self._take_up(study)
-        if not study.trials:
-            for c in portfolio:
-                study.enqueue_trial(self._names(c))
-        while len(self.done) < self.trials:
-            if not self._has_time(started):
-                break
+        while sum(self.tried(t) for t in self.done) < self.trials and self.has_time():
             asked, candidate = self._next(study)
             if candidate is None:
                 break  # every candidate was tried
-            self._try(study, asked, candidate)
+            if self._try(study, asked, candidate).status == "cut":
+                break
+        self._confirm()
         self._check()
         return self.done
 
-    def _names(self, c: Candidate) -> dict[str, Any]:
-        return {"tune": c.tune, "skip": c.skip, "sparsity": c.sparsity, "multiple": c.multiple}
+    @property
+    def _asked(self) -> str:
+        return ", ".join(str(limit) for limit in self.budget.limits)
+
+    def tried(self, trial: Trial) -> bool:
+        """Whether a trial tells all about its candidate under this budget: one of this budget that had its time, or one
+        of another budget in this folder that was trained to its end and is known to keep to this one."""
+        return trial.status != "cut" and (trial.budget == self._asked or self._kept(trial))
+
+    def _kept(self, trial: Trial) -> bool:
+        known = all(axis.key in trial.costs for axis in self.budget.axes)
+        return trial.status == "whole" and known and not self.budget.over(trial.costs)
 
     def _next(self, study: Any) -> tuple[Any, Candidate | None]:
         """The next candidate that fits the budget and was not tried: the sampler's, or one drawn."""
         from optuna.trial import TrialState
 
-        tried = {t.candidate for t in self.done}
+        if self._left:
+            return self._left.pop(0)
+        tried = {t.candidate for t in self.done if self.tried(t)}
         fitting = set(self.fitting)
-        s = self.space
         for _ in range(ASKS):
-            trial = study.ask()
-            candidate = Candidate(
-                trial.suggest_categorical("sparsity", [0.0, *s.sparsities]),
-                trial.suggest_categorical("skip", [0, *s.skips]),
-                trial.suggest_categorical("tune", list(s.tunes)),
-                trial.suggest_categorical("multiple", list(s.multiples)),
-            )
+            trial = study.ask(self._choices())
+            candidate = Candidate(**trial.params)
             if candidate not in tried and replace(candidate, multiple=1.0) in fitting:
                 return trial, candidate
             study.tell(trial, state=TrialState.FAIL)
-        left = [x for c in self.fitting for m in s.multiples if (x := replace(c, multiple=m)) not in tried]
+        left = [x for c in self.fitting for m in self.space.multiples if (x := replace(c, multiple=m)) not in tried]
         if not left:
             return None, None
-        study.enqueue_trial(self._names(left[len(tried) % len(left)]))
+        study.enqueue_trial(asdict(left[len(tried) % len(left)]))
         return self._next(study)
 
     def _take_up(self, study: Any) -> None:
-        """The trials of before an interruption; one that was cut off is tried again."""
+        """The trials of before an interruption, or of another budget; one that was under way is the first to go on."""
+        import optuna
         from optuna.trial import TrialState
 
-        for file in sorted(self.folder.glob("trials/*/trial.json")):
-            raw = json.loads(file.read_text())
-            raw["candidate"] = Candidate(**raw["candidate"])
-            raw["scores"] = {int(k): v for k, v in raw["scores"].items()}
-            self.done.append(Trial(**raw))
+        self.done = [Trial.read(file) for file in sorted(self.folder.glob("trials/*/trial.json"))]
         for trial in study.get_trials(states=[TrialState.RUNNING]):
-            study.tell(trial.number, state=TrialState.FAIL)
-            study.enqueue_trial(trial.params)
+            if trial.params.keys() == Candidate.__dataclass_fields__.keys():
+                self._left.append((optuna.trial.Trial(study, trial._trial_id), Candidate(**trial.params)))
+            else:  # the kill came while it was drawn
+                study.tell(trial.number, state=TrialState.FAIL)
+        if study.trials:
+            return
+        for known in filter(self._kept, self.done):
+            study.add_trial(optuna.create_trial(params=asdict(known.candidate), distributions=self._choices(),
+                                                value=known.score, intermediate_values=known.scores))  # fmt: skip
+        for c in self.portfolio():
+            study.enqueue_trial(asdict(c))
+
+    def _choices(self) -> dict[str, Any]:
+        from optuna.distributions import CategoricalDistribution
+
+        s = self.space
+        choices: dict[str, list[Any]] = {"sparsity": [0.0, *s.sparsities], "skip": [0, *s.skips], "tune": list(s.tunes),
+                   "multiple": list(s.multiples)}  # fmt: skip
+        return {name: CategoricalDistribution(these) for name, these in choices.items()}
 
     # --- a trial ---
 
@@ -219,34 +184,50 @@ class Search:
         methods = tuple(self.space.methods(candidate, plans, masks))
         return replace(self.recipe, methods=methods, training=spec, variant=str(candidate))
 
-    def _try(self, study: Any, asked: Any, candidate: Candidate) -> None:
+    def _try(self, study: Any, asked: Any, candidate: Candidate) -> Trial:
         from optuna.trial import TrialState
 
-        trial = Trial(len(self.done), candidate, self.prices(candidate) or {})
+        trial = Trial(len(self.done), candidate, self.prices(candidate) or {}, budget=self._asked)
+
+        if self.warm and (known := donors(self.done, candidate)):
+            trial.start = known[0].number
+
+        first = self.portfolio() if len(self.rungs) > 2 else []
 
         def judge(step: int, score: float) -> bool:
-            asked.report(score, step)
-            return asked.should_prune()
+            asked.report(score, step if trial.start is None else self.rungs[-1])
+            # Ways to tune learn at different paces: after a ninth of the steps none of them is given up as a whole.
+            return asked.should_prune() and not (candidate in first and step < self.rungs[-2])
 
         self.carry_out(trial, judge)
+        self.done.append(trial)
+        if trial.status == "cut":  # stays under way for Optuna, and so is tried again when the search goes on
+            return trial
         states = {"whole": TrialState.COMPLETE, "stopped": TrialState.PRUNED}
         study.tell(asked, trial.score if trial.status == "whole" else None,
                    state=states.get(trial.status, TrialState.FAIL))  # fmt: skip
-        self.done.append(trial)
-        where = f"{100 * trial.score:.1f} %" if trial.scores else trial.reason
-        self.tell(f"[{len(self.done)}/{self.trials}] {candidate}: {trial.status} after {trial.steps} steps, {where}")
+        name = f"[{len(self.done)}/{self.trials}] {candidate}{_warm(trial)}"
+        self.tell(f"{name}: {trial.status} after {trial.steps} steps, {_scored(trial)}")
+        return trial
 
     def carry_out(self, trial: Trial, judge: Callable[[int, float], bool]) -> None:
         """Train a candidate in its folder, as far as `judge(step, score)` does not say that it should stop."""
-        folder = self.folder / "trials" / f"{trial.number:03d}"
+        folder = self.folder_of(trial)
+        self._claim(folder, trial)
         started = time.monotonic()
-        recipe = self.recipe_of(trial.candidate)
+        cold = recipe = self.recipe_of(trial.candidate)
+        rungs = self.rungs
+        if trial.start is not None:
+            rungs = [max(1, rungs[-1] // 3)]
+            recipe = replace(cold, training=replace(cold.training, steps=rungs[-1]))
 
         def watch(model: TaskModel, validation: Any) -> TrainerCallback:
-            trial.costs |= self._measured(model, recipe)
+            trial.costs |= self._measured(model, cold)
             if over := self.budget.over(trial.costs):
                 raise Over(_excess(over))
-            return Watch(trial, self.rungs, judge, model, validation, recipe.training.evaluation_batch)
+            if trial.start is not None and not warmed(model, self.folder_of(self.done[trial.start])):
+                raise Cold
+            return Watch(trial, rungs, self.until, judge, model, validation, recipe.training.evaluation_batch)
 
         try:
             trial.costs |= self.prices.exact(trial.candidate, self._counted(trial.candidate))
@@ -254,16 +235,46 @@ class Search:
                 raise Over(_excess(over))
             run(recipe, folder, measure_costs=False, watch=watch)
             trial.status, trial.test = "whole", tested(folder)
+        except Cold:
+            trial.start = None
+            return self.carry_out(trial, judge)
         except Stopped:
             trial.status = "stopped"
         except Over as error:
             trial.status, trial.reason = "over", str(error)
-        except (ValueError, RuntimeError, FileNotFoundError) as error:
-            trial.status, trial.reason = "failed", " ".join(str(error).split())[:500]
+        except NoTime as error:
+            trial.status, trial.reason = "cut", str(error)
+        except Exception as error:  # whatever a candidate fails with, the others may do well
+            trial.status, trial.reason = "failed", why(error)
         trial.seconds = round(time.monotonic() - started, 2)
+        trial.write(folder / "trial.json")
+
+    def _claim(self, folder: Path, trial: Trial) -> None:
+        """Take a folder for a trial: what another one left there, checkpoints for one, is removed."""
+        note, own = folder / "candidate.txt", f"{trial.candidate} from {trial.start}\n"
+        if folder.exists() and not (note.exists() and note.read_text() == own):
+            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with replace_file(folder / "trial.json") as partial:
-            partial.write_text(json.dumps(asdict(trial), indent=1) + "\n", encoding="utf-8")
+        note.write_text(own)
+
+    def folder_of(self, trial: Trial) -> Path:
+        return self.folder / "trials" / f"{trial.number:03d}"
+
+    def _confirm(self) -> None:
+        """Train the best candidate from a cold start, if its score is of a warm one: so its recipe is all of it."""
+        best = max((t for t in self.done if self._kept(t)), key=lambda t: t.score, default=None)
+        if (
+            best is None
+            or best.start is None
+            or any(t.candidate == best.candidate and t.start is None for t in self.done)
+        ):
+            return
+        trial = Trial(len(self.done), best.candidate, self.prices(best.candidate) or {}, budget=self._asked)
+        self.carry_out(trial, lambda step, score: False)
+        self.done.append(trial)
+        self.tell(
+            f"{best.candidate}, from a cold start: {trial.status} after {trial.steps} steps, {100 * trial.score:.1f} %"
+        )
 
     def _counted(self, candidate: Candidate) -> list[dict[str, Any]]:
         """The methods by which it is counted: its plan by name; masks only by their number."""
@@ -272,58 +283,50 @@ class Search:
     def _measured(self, model: TaskModel, recipe: Recipe) -> Costs:
         """What only the assembled model can tell: how many of its numbers the masks leave, and what the budget wants
         measured on this device."""
-        keys = {axis.key for axis in self.budget.axes if axis.measured}
-        device = next(model.parameters()).device
-        found: Costs = {}
+        found = measure(model, recipe, {axis.key for axis in self.budget.axes if axis.measured})
         fit = handle_of(model.backbone.model)
         if fit is not None and fit.masks is not None:  # blocks that went took more or fewer zeros with them
             gone = fit.masks.prunable - fit.masks.kept
             found["nonzero_params"] = sum(p.numel() for p in model.parameters()) - gone
-        if "latency_ms" in keys:
-            least = model.task.least
-            one = {k: v.to(device) for k, v in model.example(least).items()}
-            was = model.training
-            model.eval()
-            found["latency_ms"] = latency(lambda: model(**one))["median"] / least
-            model.train(was)
-        if "training_seconds" in keys:
-            found["training_seconds"] = recipe.training.steps * _step_seconds(model, recipe.training.batch_size)
         return found
 
     # --- time, and the end ---
 
-    def _has_time(self, started: float) -> bool:
-        """Whether another trial may begin: there is time for one to the end, if all go on as those before."""
-        if self.seconds is None or not self.done:
-            return True
-        whole = [t.seconds for t in self.done if t.status == "whole"]
-        used = time.monotonic() - started
-        if not whole and used > self.seconds:
-            self._check()  # says what went wrong, if all failed
-            return False
-        return used + (max(whole) if whole else 0) <= self.seconds
+    def has_time(self) -> bool:
+        """Whether another training may begin; the first always may, and is ended if it takes too long."""
+        return self.until is None or time.monotonic() < self.until or not self.done
 
     def _check(self) -> None:
-        if any(t.status == "whole" for t in self.done):
+        """Raise a BudgetError unless a trial came to its end."""
+        if any(self._kept(t) and t.start is None for t in self.done):
             return
-        reasons = Counter(t.reason for t in self.done if t.status in ("failed", "over"))
-        if reasons:
-            reason, number = reasons.most_common(1)[0]
-            raise BudgetError(f"none of {len(self.done)} trials came to its end; {number} because: {reason}")
-        raise BudgetError(
-            f"the time did not suffice for one trial to its end: one takes about {self._pace():.0f} s; give more time, "
-            "or lower training.steps"
-        )
+        done = [t for t in self.done if t.budget == self._asked]
+        if cut := [t for t in done if t.status == "cut"]:
+            raise BudgetError(
+                f"the time did not suffice for one trial to its end: {cut[-1].candidate}: {cut[-1].reason}, after what "
+                f"all trials share: give more time, or lower training.steps ({self.rungs[-1]} now)"
+            )
+        parts = [f"none of {len(done)} trials came to its end"]
+        if failed := Counter(t.reason for t in done if t.status == "failed"):
+            reason, number = failed.most_common(1)[0]
+            parts.append(f"{number} because: {reason}")
+        raise BudgetError("; ".join([*parts, *self._least([t for t in done if t.status == "over"])]))
 
-    def _pace(self) -> float:
-        """Seconds of a trial to its end, from what was paid for those that stopped."""
-        paces = [t.seconds / t.steps for t in self.done if t.steps]
-        return max(paces, default=0.0) * self.rungs[-1]
+    def _least(self, over: list[Trial]) -> Iterator[str]:
+        """For each axis that trials were over: the least that was found."""
+        for axis in self.budget.axes:
+            known = [t for t in over if t.costs.get(axis.key) is not None]
+            if any(axis.name in self.budget.over(t.costs) for t in known):
+                t = min(known, key=lambda t: t.costs[axis.key])
+                yield (f"{axis.name}: the least of {len(known)} is {shown(float(t.costs[axis.key]), axis.kind)} "
+                       f"({t.candidate}), asked are {shown(self.budget.most[axis.name], axis.kind)}")  # fmt: skip
 
     @property
     def best(self) -> Trial:
-        """The trial of the highest validation score among those that were trained to the end."""
-        return max((t for t in self.done if t.status == "whole"), key=lambda t: (t.score, -t.number))
+        """The trial of the highest validation score among those that were trained to the end from a cold start."""
+        return max(
+            (t for t in self.done if t.status == "whole" and t.start is None), key=lambda t: (t.score, -t.number)
+        )
 
     @property
     def paid(self) -> int:
@@ -336,45 +339,48 @@ class Search:
         return len(self.fitting) * len(self.space.multiples) * self.rungs[-1]
 
 
-def tested(folder: Path) -> float:
-    """The score of a run on its test rows."""
-    metrics = json.loads((folder / "metrics.json").read_text())
-    return float(metrics["test"][metrics["primary"]])
+def _warm(trial: Trial) -> str:
+    return "" if trial.start is None else f", from the weights of trial {trial.start}"
+
+
+def _scored(trial: Trial) -> str:
+    return f"{100 * trial.score:.1f} %" if trial.scores else trial.reason
+
+
+class Cold(Exception):
+    """The trial from which one should start has not all that is learned in it."""
+
+
+def why(error: BaseException) -> str:
+    """What went wrong, in a line; of what nobody has foreseen with its kind."""
+    kind = "" if isinstance(error, (ValueError, RuntimeError, FileNotFoundError)) else f"{type(error).__name__}: "
+    return kind + " ".join(str(error).split())[:500]
 
 
 def _excess(over: dict[str, float]) -> str:
     return ", ".join(f"{name} {100 * share:.1f} % over" for name, share in over.items())
 
 
-def _step_seconds(model: TaskModel, batch_size: int, repeats: int = 3) -> float:
-    """Seconds of a training step without its optimiser: the median of a few, after one that does not count."""
-    device = next(model.parameters()).device
-    batch = {k: v.to(device) for k, v in model.example(batch_size).items()}
-    times: list[float] = []
-    was = model.training
-    model.train()
-    for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        loss = model(**batch)["loss"]
-        if loss.requires_grad:
-            loss.backward()
-        times.append(time.perf_counter() - begin)
-    model.zero_grad(set_to_none=True)
-    model.train(was)
-    return sorted(times[1:])[repeats // 2]
-
-
 def nearest(prices: Prices, budget: Budget, space: Space) -> Iterator[str]:
-    """For a budget that nothing meets: on each axis the least possible, and the candidate that comes nearest in all."""
-    known = [(c, p) for c in space if (p := prices(c)) is not None]
+    """For a budget that nothing meets: of each axis that is not met by itself the least possible, of each axis the
+    least that the other limits allow, and the candidate that comes nearest in all."""
+    known = [(c, p, set(budget.over(p))) for c in space if (p := prices(c)) is not None]
+    if not known:
+        yield "no combination of levers can be used: " + "; ".join(sorted(set(prices.refused.values()))[:3])
+        return
     for axis in budget.axes:
-        some = [(p[axis.key], c) for c, p in known if p.get(axis.key) is not None]
+        if axis.measured:
+            continue
+        some = [(float(p[axis.key]), c, over) for c, p, over in known if p.get(axis.key) is not None]
+        most = budget.most[axis.name]
         if not some:
             yield f"{axis.name}: no candidate has it"
             continue
-        value, c = min(some, key=lambda x: x[0])
-        if value > budget.most[axis.name]:
-            yield f"{axis.name}: the least possible is {shown(float(value), axis.kind)} ({c})"
-    if known:
-        c, p = min(known, key=lambda x: max(budget.over(x[1]).values(), default=0.0))
-        yield f"nearest on all axes: {c} with {budget.told(p)}"
+        least = min(some, key=lambda x: x[0])
+        beside = min((x for x in some if x[2] <= {axis.name}), key=lambda x: x[0], default=None)
+        for words, found in (("possible", least), ("that the other limits allow", beside)):
+            if found is not None and found[0] > most and (words == "possible" or found[0] > least[0]):
+                yield (f"{axis.name}: the least {words} is {shown(found[0], axis.kind)} ({found[1]}), "
+                       f"{100 * (found[0] / most - 1):.3g} % over the {shown(most, axis.kind)} asked")  # fmt: skip
+    c, p, _ = min(known, key=lambda x: max(budget.over(x[1]).values(), default=0.0))
+    yield f"nearest on all axes: {c} with {budget.told(p)} ({_excess(budget.over(p))})"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trimtab.registry import unknown
@@ -65,6 +65,7 @@ AXES = {
         Axis("export", "export_bytes", "bytes", "dense", "the exported model, in the sparse layout"),
         Axis("latency", "latency_ms", "ms", "dense", "one sample on this device", measured=True),
         Axis("train time", "training_seconds", "seconds", "full", "all training steps on this device", measured=True),
+        Axis("measured memory", "peak_memory_bytes", "bytes", "full", "a training step on this GPU", measured=True),
     )
 }
 
@@ -196,15 +197,18 @@ class Budget:
     Attributes:
         limits: as they were asked for.
         most: the most of each axis, by the axis' name.
+        bases: what the limits that are relative are relative to, by the axis' name.
     """
 
     limits: tuple[Limit, ...]
     most: Mapping[str, float]
+    bases: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, limits: tuple[Limit, ...], bases: Mapping[Base, Mapping[str, Any]]) -> Budget:
         """The limits against the costs of the dense model and of full tuning."""
-        return cls(limits, {limit.axis.name: limit.most(bases) for limit in limits})
+        relative = {x.axis.name: float(bases[x.base or x.axis.base][x.axis.key]) for x in limits if x.value is None}
+        return cls(limits, {limit.axis.name: limit.most(bases) for limit in limits}, relative)
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -226,9 +230,14 @@ class Budget:
         return found
 
     def told(self, costs: Mapping[str, Any]) -> str:
-        """The budgeted costs of a model in words: 'macs 105 M, train memory 1.4 GB'."""
+        """The budgeted costs of a model in words: 'macs 105 M (-30 %), train memory 1.4 GB'; beside those whose limit
+        is relative, how far they are from what it is relative to."""
         parts = []
         for axis in self.axes:
             value = costs.get(axis.key)
-            parts.append(f"{axis.name} {'not known' if value is None else shown(float(value), axis.kind)}")
+            text = "not known" if value is None else shown(float(value), axis.kind)
+            if value is not None and axis.name in self.bases:
+                far = round(100 * (float(value) / self.bases[axis.name] - 1))
+                text += f" ({far:+d} %)" if far else ""
+            parts.append(f"{axis.name} {text}")
         return ", ".join(parts)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab import report
 from trimtab.budgets.halving import Search, Trial
 from trimtab.budgets.limits import Axis, shown
+from trimtab.experiments.schema import Recipe
 from trimtab.files import replace_file
 from trimtab.report.canvas import FAINT, INK, MARKERS, PALETTE, new_figure, png, tidy
 from trimtab.report.pictures import data_uri
@@ -30,9 +32,9 @@ def write_page(search: Search, found: Found) -> Path:
     out = search.folder / "report"
     out.mkdir(parents=True, exist_ok=True)
     figures = [
-        ("frontier.png", frontier(search, found), "Validation score against each cost that the budget names. Filled: "
-         "trained to the end; hollow: stopped at a rung, at its last score. Ticks at the foot: candidates that were "
-         "only counted. The dashed line is the limit; the grey line joins what nothing beats on both axes."),
+        ("frontier.png", frontier(search), "Validation score against each cost that the budget names. Filled: trained "
+         "to the end, the largest is what was found; hollow: stopped at a rung, at its last score. Ticks at the foot: "
+         "candidates that were only counted. Grey: over the limit. The grey line joins what nothing beats."),
         ("course.png", course(search), "Validation score of each trial at its rungs. A line that ends early was not "
          "among the best third of its rung."),
     ]  # fmt: skip
@@ -45,12 +47,13 @@ def write_page(search: Search, found: Found) -> Path:
         lstrip_blocks=True,
     )  # fmt: skip
     page = environment.get_template("page.html.j2").render(
-        title=f"{search.recipe.task['name']} with {search.recipe.backbone.name} under a budget",
+        title=title(search.recipe),
         sentence=str(found),
         limits=[(x.name, x.about, shown(found.budget.most[x.name], x.kind)) for x in found.budget.axes],
         figures=[(data_uri(picture), caption) for _, picture, caption in figures],
         axes=[x.name for x in found.budget.axes],
         levers=_levers(found),
+        untrained=[(str(t.candidate), t.reason) for t in search.done if t.status in ("over", "failed")],
         trials=[_row(search, t) for t in sorted(search.done, key=lambda t: (t.status != "whole", -t.score))],
         refused=sorted(set(search.prices.refused.values())),
         fitting=len(search.fitting), combinations=len(list(search.space)), paid=found.paid, grid=found.grid,
@@ -60,6 +63,11 @@ def write_page(search: Search, found: Found) -> Path:
     with replace_file(index) as partial:
         partial.write_text(page, encoding="utf-8")
     return index
+
+
+def title(recipe: Recipe) -> str:
+    """What was searched for."""
+    return f"{recipe.task['name']} with {Path(recipe.backbone.name).name} under a budget"
 
 
 def _score(value: float | None) -> str:
@@ -96,38 +104,54 @@ def _levers(found: Found) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def frontier(search: Search, found: Found) -> bytes:
+def frontier(search: Search) -> bytes:
     """Scores of the trials against each budgeted cost; candidates that were only counted as ticks."""
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
+
     axes = search.budget.axes
-    figure = new_figure(height=3.6 * ((len(axes) + 1) // 2))
-    grid = figure.subplots((len(axes) + 1) // 2, 2, squeeze=False)
-    tunes = list(search.space.tunes)
+    columns = min(3, len(axes))
+    rows = -(-len(axes) // columns)
+    figure = new_figure(height=3.4 * rows + 0.4)
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     tried = [t for t in search.done if t.scores]
-    for plot, axis in zip(grid.flat, axes, strict=False):
-        tidy(plot, axis.name, "validation score (%)")
+    low = min((100 * t.score for t in tried), default=0.0)
+    looks = _looks(search)
+    for i, (plot, axis) in enumerate(zip(grid.flat, axes, strict=False)):
+        tidy(plot, axis.name, "validation score (%)" if i % columns == 0 else "")
         points = [(float(t.costs[axis.key]), 100 * t.score, t) for t in tried if t.costs.get(axis.key) is not None]
         for x, y, t in points:
-            i = tunes.index(t.candidate.tune)
-            colour, whole = PALETTE[i % len(PALETTE)], t.status == "whole"
-            plot.plot(x, y, MARKERS[i % len(MARKERS)], color=colour, markersize=7 if whole else 6, zorder=3,
+            (colour, marker), whole, best = looks[t.candidate.tune], t.status == "whole", t is search.best
+            plot.plot(x, y, marker, color=colour, markersize=11 if best else 7, zorder=4 if best else 3,
                       markerfacecolor=colour if whole else "none", markeredgewidth=1.0)  # fmt: skip
-            if t is search.best:
-                plot.annotate(str(t.candidate), (x, y), xytext=(0, 9), textcoords="offset points", fontsize=8.5,
-                              color=INK, ha="center")  # fmt: skip
         counted = [float(p[axis.key]) for c in search.fitting
                    if (p := search.prices(c)) is not None and p.get(axis.key) is not None]  # fmt: skip
         if counted:
-            low = min((y for _, y, _ in points), default=0.0)
             plot.plot(counted, [low - 2] * len(counted), "|", color=FAINT, markersize=8)
         front = _front([(x, y) for x, y, t in points if t.status == "whole"])
         if front:
             plot.step([x for x, _ in front], [y for _, y in front], where="post", color=FAINT, linewidth=1.4, zorder=1)
-        plot.axvline(search.budget.most[axis.name], color=INK, linewidth=1, linestyle="--")
-        plot.margins(x=0.12, y=0.2)
+        most = search.budget.most[axis.name]
+        plot.axvline(most, color=INK, linewidth=1, linestyle="--")
+        plot.margins(x=0.12, y=0.12)
+        plot.autoscale_view()
+        plot.set_xlim(right=max(plot.get_xlim()[1], 1.05 * most))
+        plot.axvspan(most, plot.get_xlim()[1], color=FAINT, alpha=0.2, linewidth=0)
+        plot.xaxis.set_major_locator(MaxNLocator(4))
         plot.xaxis.set_major_formatter(lambda value, _, kind=axis.kind: shown(value, kind) if value > 0 else "0")
     for plot in grid.flat[len(axes) :]:
         plot.remove()
+    used = dict.fromkeys(t.candidate.tune for t in tried)
+    marks = [Line2D([], [], linestyle="", color=looks[tune][0], marker=looks[tune][1], label=tune) for tune in used]
+    figure.legend(handles=marks, loc="outside lower center", ncols=max(1, len(marks)), frameon=False, labelcolor=INK,
+                  fontsize=9)  # fmt: skip
     return png(figure)
+
+
+def _looks(search: Search) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each way to tune, those that were tried first."""
+    tunes = dict.fromkeys([*(t.candidate.tune for t in search.done), *search.space.tunes])
+    return {tune: (PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]) for i, tune in enumerate(tunes)}
 
 
 def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -139,16 +163,19 @@ def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def course(search: Search) -> bytes:
-    """Validation score of each trial over its rungs."""
+    """Validation score of each trial over its rungs; in the colours of the frontier."""
     figure = new_figure(height=3.8)
     plot = figure.subplots()
     tidy(plot, "training step", "validation score (%)")
-    for i, t in enumerate(t for t in sorted(search.done, key=lambda t: -t.score) if t.scores):
-        steps = sorted(t.scores)
-        best = t is search.best
-        label = str(t.candidate) if t.status == "whole" else None
-        plot.plot(steps, [100 * t.scores[s] for s in steps], "o-", label=label, markersize=4, zorder=3 if label else 1,
-                  color=PALETTE[i % len(PALETTE)] if label else FAINT, linewidth=2.4 if best else 1.3)  # fmt: skip
+    looks, drawn = _looks(search), Counter[str]()
+    for t in (t for t in sorted(search.done, key=lambda t: (t.status != "whole", -t.score)) if t.scores):
+        steps, whole = sorted(t.scores), t.status == "whole"
+        colour, marker = looks[t.candidate.tune]
+        plot.plot(steps, [100 * t.scores[s] for s in steps], marker, label=str(t.candidate) if whole else None,
+                  linestyle=("-", "--", ":", "-.")[drawn[t.candidate.tune] % 4], markersize=5 if whole else 4,
+                  zorder=3 if whole else 1, color=colour if whole else FAINT,
+                  linewidth=2.4 if t is search.best else 1.3)  # fmt: skip
+        drawn[t.candidate.tune] += whole
     plot.set_xticks(search.rungs)
     plot.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False, labelcolor=INK, fontsize=8.5)
     return png(figure)

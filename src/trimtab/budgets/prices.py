@@ -44,6 +44,7 @@ class Prices:
         file: where counts are kept, to go on from; None keeps none.
         seconds: after which numbers of blocks in the middle are predicted.
         count: how a recipe is counted.
+        exports: whether bytes of the exported model are wanted, for which more is counted.
 
     Attributes:
         refused: why a combination cannot be used.
@@ -54,6 +55,7 @@ class Prices:
     file: Path | None = None
     seconds: float = 90.0
     count: Callable[[Recipe], Costs] = estimate.estimate
+    exports: bool = True
     refused: dict[Part, str] = field(default_factory=dict)
     _counted: dict[Part, Costs] = field(default_factory=dict)
     _predicted: dict[Part, Costs] = field(default_factory=dict)
@@ -84,7 +86,7 @@ class Prices:
         """Count every part; those in the middle of the numbers of blocks only while there is time."""
         skips = sorted({0, *self.space.skips})
         ends = [skips[0], *skips[1:2], *skips[-1:]]
-        order = list(dict.fromkeys([*ends, *skips]))
+        order = list(dict.fromkeys([*ends, *reversed(skips)]))  # if the largest is refused, the next takes its place
         parts = [Part(pruned, skip, tune) for skip in order for pruned in ((False, True) if self.space.sparsities
                  else (False,)) for tune in self._tunes(skip)]  # fmt: skip
         started = time.monotonic()
@@ -108,8 +110,8 @@ class Prices:
         sparsity = self.space.sparsities[0] if part.pruned else 0.0
         try:
             found = self._of(self.space.methods(Candidate(sparsity, part.skip, part.tune)))
-        except ValueError as error:
-            self.refused[part] = str(error)
+        except Exception as error:  # a combination that breaks shall not keep the others from being counted
+            self.refused[part] = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             return None
         self._counted[part] = {k: found[k] for k in COUNTED}
         return self._counted[part]
@@ -118,7 +120,7 @@ class Prices:
         known = sorted(k for k in skips if part._replace(skip=k) in self._counted and k > 0)
         below, above = [k for k in known if k < part.skip], [k for k in known if k > part.skip]
         if not below or not above:
-            self.refused[part] = "not counted, nor is there a smaller and a larger number of blocks that is"
+            self._part(part)
             return
         low, high = below[-1], above[0]
         a, b = (self._counted[part._replace(skip=k)] for k in (low, high))
@@ -135,8 +137,7 @@ class Prices:
         if part.pruned:  # counted with the first sparsity
             zeros = (costs["params"] - costs["nonzero_params"]) / self.space.sparsities[0]
             out["nonzero_params"] = costs["params"] - round(zeros * candidate.sparsity)
-        out["export_bytes"] = self._exported(candidate)
-        return out
+        return out | self._exported(candidate)
 
     def predicted(self, candidate: Candidate) -> bool:
         """Whether its costs are predicted from others'."""
@@ -149,9 +150,12 @@ class Prices:
             ValueError: if its levers do not go together.
         """
         found = self._of(methods)
-        return {**{k: found[k] for k in COUNTED}, "export_bytes": self._exported(candidate)}
+        return {**{k: found[k] for k in COUNTED}, **self._exported(candidate)}
 
-    def _exported(self, candidate: Candidate) -> int | None:
+    def _exported(self, candidate: Candidate) -> Costs:
+        return {"export_bytes": self._export_bytes(candidate)} if self.exports else {}
+
+    def _export_bytes(self, candidate: Candidate) -> int | None:
         """Bytes of the exported model in the sparse layout: four a number that is not zero, a bit a prunable one.
 
         None if what the candidate adds cannot be folded into the model.

@@ -7,9 +7,11 @@ that differ only in their seed are averaged into one row.
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -31,6 +33,7 @@ from trimtab.report.runs import (
     load_runs,
     mapping,
     number,
+    searches,
     write_results,
 )
 from trimtab.report.tables import (
@@ -66,7 +69,8 @@ def write_report(paths: Iterable[Path], out: Path, title: str | None = None) -> 
     ``results.jsonl``, one line a run, from which a report can be written again.
 
     Args:
-        paths: Run folders, folders that hold them at any depth, or files named ``results.jsonl``.
+        paths: Run folders, folders that hold them at any depth, or files named ``results.jsonl``. Of folders of
+            `trimtab fit` the page shows what was found, and links to their own pages.
         out: Folder for the page, made if need be.
         title: Heading of the page.
 
@@ -108,6 +112,7 @@ def write_report(paths: Iterable[Path], out: Path, title: str | None = None) -> 
         sections=views,
         styles=styles,
         omitted=omitted,
+        searches=list(_searches([folder for path in paths for folder in searches(path)], out)),
         run_count=len(runs),
         origin=_origin(runs),
         command=shlex.join(["trimtab", "report", *map(str, paths)]),
@@ -117,6 +122,17 @@ def write_report(paths: Iterable[Path], out: Path, title: str | None = None) -> 
         partial_file.write_text(page, encoding="utf-8")
     write_results(runs, out / "results.jsonl")
     return index
+
+
+def _searches(folders: Iterable[Path], out: Path) -> Iterator[dict[str, str]]:
+    """What the page shows of searches under a budget that came to their end: the sentence, the frontier, a link."""
+    for folder in dict.fromkeys(folders):
+        told, page = folder / "fit.json", folder / "report" / "index.html"
+        if told.is_file() and page.is_file():
+            raw = json.loads(told.read_text(encoding="utf-8"))
+            link = os.path.relpath(page, out)
+            picture = pictures.data_uri((page.parent / "frontier.png").read_bytes())
+            yield {"title": raw["title"], "sentence": raw["sentence"], "link": link, "uri": picture}
 
 
 def _slug(name: str, taken: set[str]) -> str:

@@ -112,10 +112,16 @@ class Section:
         return known(run.cost(key) for run in self.methods[variant])
 
 
+def searches(root: Path) -> list[Path]:
+    """Folders of `trimtab fit` at or below a folder."""
+    return sorted(file.parent for file in root.rglob("asked.json")) if root.is_dir() else []
+
+
 def find_runs(paths: Iterable[Path]) -> tuple[list[RunRecord], list[OmittedRun]]:
     """Read every run folder at or below some folders.
 
-    A run that was repeated (same name, variant and seed) counts once: the one started last.
+    A run that was repeated (same name, variant and seed) counts once: the one started last. Trials of a search are
+    left to its own page, unless they are given by their own folder (`found/trials`).
 
     Args:
         paths: Run folders, folders that hold them at any depth, or files that `write_results` wrote.
@@ -130,13 +136,16 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[RunRecord], list[OmittedRun]]
     for root in roots:
         if not root.exists():
             raise ValueError(f"nothing is at {root}: give run folders, folders that hold them, or a results.jsonl")
-    files = [file for root in roots if root.is_dir() for file in sorted(root.rglob("run.json"))]
+    inside = [folder for root in roots for folder in searches(root)]  # their trials have a page of their own
+    files = [file for root in roots if root.is_dir() for file in sorted(root.rglob("run.json"))
+             if not any(folder in file.parents for folder in inside)]  # fmt: skip
     folders = {file.parent.resolve(): file.parent for file in files}
     found = [run for root in roots if root.is_file() for run in _read_results(root)]
     if not folders and not found:
         raise ValueError(
             f"no run found in {', '.join(map(str, roots)) or 'an empty list of folders'}: a run folder "
             "holds run.json, metrics.json and costs.json, and lies at or below the folder given"
+            + (f"; {inside[0]} is of trimtab fit: see its report, or give its folder trials" if inside else "")
         )
     omitted = []
     for folder in folders.values():

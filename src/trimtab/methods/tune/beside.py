@@ -52,6 +52,9 @@ class Beside(Method):
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
         names = self.settings.towers or self.towers(anatomy)
         for name in names:
+            if not anatomy.tower(name).blocks:
+                raise ValueError(f"{self.name}: every block of tower {name!r} is skipped, and it reads what blocks put "
+                                 "out: skip fewer of them, or name other towers in `towers`")  # fmt: skip
             anatomy.tower(name).need(self.name, "blocks", "layout", "samples", "mask", "causal", "gradient")
         self._check_read(anatomy, names)
         made = {name: self.stand(model, anatomy, anatomy.tower(name)) for name in names}
