@@ -29,6 +29,8 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from trimtab import recurrence
+
 LARGEST = {"bytes": 2**29, "floats": 2**22}
 """What a tensor may take whose values are computed too: pictures are looked at (which are zero?), not changed. A mask
 of floats lives in each layer's graph."""
@@ -61,7 +63,7 @@ def sizes_only() -> Iterator[None]:
     log.setLevel(logging.CRITICAL)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake, _Values(fake) as values, made[0], made[1], \
-                no_init_weights(), tied, stay:  # fmt: skip
+                no_init_weights(), tied, stay, recurrence.seen_once():  # fmt: skip
             try:
                 yield
             finally:
