@@ -104,7 +104,9 @@ class _Look:
 class _AtOnce(torch.autograd.Function):
     """A whole recurrence as one step, by what was seen of one like it."""
 
-    clear_saved_tensors_on_access = True  # what is kept goes before gradients of weights are whole
+    # What is kept, and what comes back, goes before the gradients of weights are whole.
+    clear_saved_tensors_on_access = True
+    boxed_grads_call = True
 
     @staticmethod
     def forward(ctx: Any, look: _Look, *given: Tensor) -> tuple[Tensor, ...]:
@@ -122,11 +124,11 @@ class _AtOnce(torch.autograd.Function):
         return tuple(torch.empty_strided(o.shape, o.stride, dtype=o.dtype, device=ctx.device) for o in found.outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
         found = _seen(ctx.look, tuple(g is not None for g in gradients))
         kept = ctx.saved_tensors
         here = _empty(found.back, ctx.device)
+        gradients.clear()
         del here, kept
         return None, *(
             torch.empty(size.shape, dtype=size.dtype, device=ctx.device) if reached else None
@@ -193,9 +195,22 @@ def _backward(alive: Alive, given: list[Tensor], outputs: list[Tensor], wanted: 
     roots = [o for o, want in zip(outputs, wanted, strict=True) if want and o.requires_grad]
     if not roots:
         return 0, tuple(False for _ in given)
-    gradients = [torch.empty_like(o) for o in roots]
-    outputs.clear()
-    before = alive.peak = alive.now
-    found = iter(torch.autograd.grad(roots, asked, gradients, allow_unused=True))
+    start = _Start.apply(*roots)
+    alive.peak = alive.now
+    before = alive.now + start.nbytes + sum(o.untyped_storage().nbytes() for o in roots)  # with its own gradient
+    found = iter(torch.autograd.grad(start, asked, allow_unused=True))
     reached = tuple(t.requires_grad and next(found) is not None for t in given)
-    return alive.peak - before, reached
+    return max(0, alive.peak - before), reached
+
+
+class _Start(torch.autograd.Function):
+    """Where gradients of outputs come from; nobody else holds them, as in a network."""
+
+    @staticmethod
+    def forward(ctx: Any, *outputs: Tensor) -> Tensor:
+        ctx.sizes = [_Sized.of(o) for o in outputs]
+        return outputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(size.make().detach() for size in ctx.sizes)
