@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trimtab import counting, recurrence
+from trimtab import counting, once
 from trimtab.pooling import GPO
 from trimtab.sizes import as_usual, sizes_only
 
@@ -37,7 +37,7 @@ def figures(kind: str, frozen: bool, graded: bool) -> tuple[int, counting.Traini
 def test_all_figures_are_those_of_the_steps(kind, frozen, graded, monkeypatch):
     with sizes_only():
         at_once = figures(kind, frozen, graded)
-    monkeypatch.setattr(recurrence, "seen_once", nullcontext)
+    monkeypatch.setattr(once, "seen_once", nullcontext)
     with sizes_only():
         assert at_once == figures(kind, frozen, graded)
     assert at_once[0] > 0 and at_once[1].peak > 0 and (at_once[1].saved > 0) == (graded or not frozen)
