@@ -248,7 +248,7 @@ def test_a_graph_that_is_gone_is_not_counted():
     assert counting.saved_bytes(lambda: function(True), nn.Module()) == 0
     left, nothing = (counting.training_step(partial(function, gone), nn.Module()) for gone in (True, False))
     assert left.saved == nothing.saved == 0
-    with counting._Alive(nn.Module()) as alive:
+    with counting.Alive([]) as alive:
         for _ in range(3):
             counting.saved_bytes(lambda: function(True), nn.Module())
     assert alive.now == 0

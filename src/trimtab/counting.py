@@ -15,7 +15,7 @@ import json
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,23 @@ def count_inside(modules: Sequence[nn.Module], function: Callable[[], Any]) -> t
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     # The counter knows the matrix products inside the plain attention kernel, but not the CPU's fused one.
-    counter: Any = FlopCounterMode(display=False)
-    counter.mod_tracker = _NoModules()
+    counter = _counter()
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         inside = _inside(modules, counter.get_total_flops, function)
     return counter.get_total_flops() // 2, [int(flops) // 2 for flops in inside]
+
+
+def flops_of(function: Callable[[], Any]) -> int:
+    """What `torch.utils.flop_counter` counts of a call, gradients as they are asked for around it."""
+    with _counter() as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def _counter() -> Any:
+    counter: Any = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoModules()
+    return counter
 
 
 class _NoModules:
@@ -126,14 +138,14 @@ class _Saved:
         self.tensor = tensor
 
 
-class _Alive(TorchDispatchMode):
-    """Bytes of the storages that live while a call runs, and the most at one time."""
+class Alive(TorchDispatchMode):
+    """Bytes of the storages that live while a call runs, and the most at one time; those of `known` from the start."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, known: Iterable[Tensor]):
         super().__init__()
         self.now = self.peak = 0
         self.known: set[int] = set()
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in known:
             self.add(tensor)
 
     def add(self, tensor: Tensor) -> None:
@@ -181,7 +193,7 @@ def training_step(function: Callable[[], Tensor], model: nn.Module) -> TrainingS
     """
     model.zero_grad(set_to_none=True)
     found: list[Tensor] = []
-    with torch.enable_grad(), _Alive(model) as alive:
+    with torch.enable_grad(), Alive([*model.parameters(), *model.buffers()]) as alive:
         saved = saved_bytes(lambda: _kept(found, function()), model)
         loss = found.pop()
         if loss.requires_grad:

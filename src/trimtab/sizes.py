@@ -13,9 +13,9 @@ value: an operation that needs it fails, as on any fake tensor.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -28,6 +28,11 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from trimtab import once
+from trimtab.counting import Alive
+
+Step = TypeVar("Step")
 
 LARGEST = {"bytes": 2**29, "floats": 2**22}
 """What a tensor may take whose values are computed too: pictures are looked at (which are zero?), not changed. A mask
@@ -61,7 +66,7 @@ def sizes_only() -> Iterator[None]:
     log.setLevel(logging.CRITICAL)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake, _Values(fake) as values, made[0], made[1], \
-                no_init_weights(), tied, stay:  # fmt: skip
+                no_init_weights(), tied, stay, once.seen_once():  # fmt: skip
             try:
                 yield
             finally:
@@ -180,6 +185,27 @@ def _of_numbers(function: Any) -> Any:
 def counting() -> bool:
     """Whether `sizes_only` is in force."""
     return any(isinstance(mode, _Values) for mode in _get_current_dispatch_mode_stack())
+
+
+def unlike(steps: Iterable[Step], alike: Callable[[Step], Any]) -> Iterator[Step]:
+    """All steps of a loop; while nothing but memory is counted, of steps that are alike in a row only two.
+
+    For loops that write into what is there before them. A third step then needs what the second did, with the first's
+    remains around it.
+
+    Args:
+        steps: of the loop, each of which sets all of its variables anew.
+        alike: what decides, beside the loop's surroundings, which tensors a step makes.
+    """
+    modes = _get_current_dispatch_mode_stack()
+    memory_alone = any(isinstance(mode, Alive) for mode in modes) and counting()
+    memory_alone = memory_alone and all(isinstance(mode, (Alive, _Values, FakeTensorMode)) for mode in modes)
+    last: list[Any] = []
+    for step in steps:
+        key = alike(step) if memory_alone else None
+        if not memory_alone or last != [key, key]:
+            last = [*last[-1:], key]
+            yield step
 
 
 @contextmanager

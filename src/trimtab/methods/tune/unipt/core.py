@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from trimtab.methods.tune.unipt.down import Target, some
+from trimtab.sizes import unlike
 
 # Scores that are looked at together: on a CPU what fits into its cache, on a GPU enough work for one launch.
 CACHE_BYTES = {"cpu": 1 << 19}
@@ -61,10 +62,10 @@ class _Merge(torch.autograd.Function):
         ctx.how, ctx.count, kind = how, len(flat), anchor.x.device.type
         ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else anchor.x.dtype
         out, kept = torch.zeros_like(anchor.x, memory_format=torch.contiguous_format), []
-        for part in _parts(anchor.x, _longest(layers), mask, how):
+        for part in _unlike_parts(anchor.x, layers, mask, how):
             a = part.queries(anchor).to(ctx.dtype)
             merged = out[part.samples] if part.own is None else torch.zeros_like(a, dtype=out.dtype)
-            for layer, target in enumerate(layers):
+            for layer, target in _unlike_layers(layers, how):
                 z = part.tokens(target)
                 keys = part.keys(z, ctx.dtype)
                 for rows in part.blocks:
@@ -89,10 +90,10 @@ class _Merge(torch.autograd.Function):
         anchor, *layers = _targets(rest[: ctx.count])
         slopes = [_Slope(target) for target in (anchor, *layers)]
         d_confidence = None if confidence is None else torch.zeros_like(confidence)
-        for part in _parts(anchor.x, _longest(layers), mask, how):
+        for part in _unlike_parts(anchor.x, layers, mask, how):
             a, g = part.queries(anchor).to(dtype), _take(grad[part.samples], part.own)
             d_a = torch.zeros_like(a, dtype=grad.dtype)
-            for layer, target in enumerate(layers):
+            for layer, target in _unlike_layers(layers, how):
                 z = part.tokens(target)
                 keys = part.keys(z, dtype)
                 d_z = torch.zeros_like(z)
@@ -187,6 +188,11 @@ class _Part:
     seen: Tensor | None
     blocks: list[slice]
 
+    def sizes(self, samples: int) -> tuple[Any, ...]:
+        """What decides the sizes of all that is made of this part of so many samples."""
+        made = [None if t is None else t.shape for t in (self.index, self.own, self.seen)]
+        return len(range(*self.samples.indices(samples))), made, self.blocks
+
     def queries(self, anchor: Target) -> Tensor:
         return Target(_take(anchor.x[self.samples], self.own), *anchor[1:]).tokens()
 
@@ -232,6 +238,22 @@ def _parts(anchor: Tensor, x: Tensor, mask: Tensor | None, how: _How) -> Iterato
         rows = max(1, limit // max(1, x.shape[1] if index is None else len(index)))
         blocks = [slice(first, min(first + rows, queries)) for first in range(0, queries, rows)]
         yield _Part(samples, index, index if how.identity else None, seen, blocks)
+
+
+def _unlike_parts(anchor: Tensor, layers: list[Target], mask: Tensor | None, how: _How) -> Iterator[_Part]:
+    """The parts; where memory is counted and nothing else, without those that repeat what was counted."""
+    parts = _parts(anchor, _longest(layers), mask, how)
+    return parts if how.keep else unlike(parts, lambda part: part.sizes(len(anchor)))
+
+
+def _unlike_layers(layers: list[Target], how: _How) -> Iterator[tuple[int, Target]]:
+    """The layers with their numbers, as `_unlike_parts`."""
+    numbered = enumerate(layers)
+    return numbered if how.keep else unlike(numbered, lambda layer: [t if t is None else _layout(t) for t in layer[1]])
+
+
+def _layout(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.stride(), x.dtype
 
 
 def _ratios(scores: Tensor, rows: slice, how: _How) -> Tensor:
