@@ -8,8 +8,8 @@ each other: one of LoRA, one of the same method without a cache, and those from 
 backbone at 64 px; `vit-b-32` is a CLIP of ViT-B/32's sizes at 224 px with random weights; `lite0-minilm` has real
 weights at 96 px, and photographs (a folder of Flickr8k) or built-in pictures. Its LoRA is in the text tower: the other
 has no attention. `parts` are milliseconds of a cached step: reading, forward, backward, optimiser. `gflop` are the
-operations of a cached step's matrix products; `at_most_over_lora` is the ratio if there were nothing else and all ran as
-fast as products of 1024 x 1024 matrices do at that time. Accuracy: the same short recipe on pretrained tiny-clip,
+operations of a cached step's matrix products; `at_most_over_lora` is the ratio if there were nothing else and all ran
+as fast as products of 1024 x 1024 matrices do at that time. Accuracy: the same short recipe on pretrained tiny-clip,
 without a cache and from each kind; the cached runs see the captions of as many views as they have. What stands in the
 file is not measured again.
 """

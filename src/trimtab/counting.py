@@ -39,23 +39,11 @@ def count_inside(modules: Sequence[nn.Module], function: Callable[[], Any]) -> t
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     # The counter knows the matrix products inside the plain attention kernel, but not the CPU's fused one.
-    counter = _counter()
+    counter: Any = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoModules()
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         inside = _inside(modules, counter.get_total_flops, function)
     return counter.get_total_flops() // 2, [int(flops) // 2 for flops in inside]
-
-
-def flops_of(function: Callable[[], Any]) -> int:
-    """What `torch.utils.flop_counter` counts of a call, gradients as they are asked for around it."""
-    with _counter() as counter:
-        function()
-    return counter.get_total_flops()
-
-
-def _counter() -> Any:
-    counter: Any = FlopCounterMode(display=False)
-    counter.mod_tracker = _NoModules()
-    return counter
 
 
 class _NoModules:

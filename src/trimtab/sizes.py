@@ -29,7 +29,6 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from trimtab import once
 from trimtab.counting import Alive
 
 Step = TypeVar("Step")
@@ -66,7 +65,7 @@ def sizes_only() -> Iterator[None]:
     log.setLevel(logging.CRITICAL)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake, _Values(fake) as values, made[0], made[1], \
-                no_init_weights(), tied, stay, once.seen_once():  # fmt: skip
+                no_init_weights(), tied, stay:  # fmt: skip
             try:
                 yield
             finally:
