@@ -56,6 +56,7 @@ class Pairs(Labelled):
         Raises:
             ValueError: if an identifier stands in two rows.
         """
+        self.check_scored(rows)
         out = super().score(backbone, head, records, rows)
         names, labels = _identifiers(rows), list(rows["label"])
         if not names:
