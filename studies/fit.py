@@ -1,15 +1,24 @@
 """How good what `trimtab fit` finds is, and what it pays: against a grid, random search, single levers, and LoRA.
 
-    python studies/fit.py tiny-vilt vqa --budget "macs <= -20%" --seeds 0 1 2 --out runs/fit-study [--steps 90]
+    python studies/fit.py tiny-clip tiny-vilt [--seeds 0 1 2]            train what is missing
+    python studies/fit.py lite0-minilm --root flickr8k
+    python studies/fit.py --compare                                      compare what is there, and print the tables
+    python studies/fit.py tiny-clip --check                              one search trained for itself: is it the same?
 
-grid       every candidate that fits, at every learning rate, trained to its end; the best on validation rows
-fit        successive halving, as the command does it
-warm       the same with warm starts (`--warm`)
-random     candidates drawn evenly, each trained to its end, until the steps of `fit` are spent
-single     one lever alone (prune, skip or tune) at the same budget, by `fit` with the same steps: the best of the three
-lora       the default recipe with LoRA, whether it fits or not
+Each candidate that any budget of a setting allows is trained once a seed, to its end, and its validation score at the
+rungs of the search kept (`studies/results/fit/SETTING.jsonl`, one line a training; what is there is not trained again).
+All ways then look their trainings up: a trial that would stop at a rung is one of which no more is read. So every way
+sees the very same trainings, and what it would have paid is counted in their steps.
 
-All see the same rows, masks and plans. Results are a JSON line each in `results.jsonl`; what is there is not run again.
+    grid        every candidate that fits, trained to its end; the best on validation rows
+    fit         successive halving, as the command does it
+    random      candidates drawn evenly, trained to their ends, as long as the steps of `fit` last; mean of 200 orders
+    prune       one lever alone at the same budget: pruned and tuned in full; the best on validation rows
+    skip        shortened, with adapters or in full
+    tune        neither pruned nor shortened
+    lora        LoRA of rank 8 on the whole model, whether it fits or not
+
+Scores in the tables are those on test rows, on which nothing is chosen.
 """
 
 from __future__ import annotations
@@ -17,132 +26,322 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterator
-from dataclasses import replace
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
-from trimtab.budgets.fit import _recipe, _searched, _space
+from trimtab.budgets.fit import _recipe, _searched
 from trimtab.budgets.halving import Search
 from trimtab.budgets.limits import Budget, parse
 from trimtab.budgets.prices import Prices
 from trimtab.budgets.shared import Shared
-from trimtab.budgets.space import TUNES, Candidate, Space
+from trimtab.budgets.space import ADAPTERS, TUNES, Candidate, Space, Tune
 from trimtab.budgets.trial import Trial
+from trimtab.experiments.schema import Recipe
 
-TRIED = ("linear-probe", "lora-2", "lora-8", "adapter-8", "unipt-2", "skip-adapters", "full")
-
-
-def search_of(options: argparse.Namespace, seed: int, folder: Path, only: tuple[str, ...] = ()) -> Search:
-    """A search on the study's space; counts, masks and plans are shared by all of one seed."""
-    overrides = [f"training.steps={options.steps}", f"seed={seed}", *options.overrides]
-    recipe = _recipe(options.model, options.task, options.data, None, None, overrides)
-    whole = _space(recipe)
-    tunes = {k: TUNES[k] for k in TRIED}
-    space = Space(sparsities=(0.3, 0.5), skips=whole.skips[:4], search=whole.search, tunes=tunes, multiples=(1.0, 3.0))
-    space = space.narrowed(only)
-    common = options.out / f"seed{seed}"
-    common.mkdir(parents=True, exist_ok=True)
-    prices = Prices(recipe, space, common / f"prices-{'-'.join(only) or 'all'}.json")
-    prices.count_all()
-    budget = Budget.of(parse(options.budget), prices.bases)
-    shared = Shared(recipe, space, common / "shared", _searched(space, recipe))
-    folder.mkdir(parents=True, exist_ok=True)
-    search = Search(recipe, space, budget, prices, shared, folder, options.trials)
-    shared.find({c.sparsity for c in search.fitting if c.sparsity}, {c.skip for c in search.fitting})
-    return search
+RESULTS = Path(__file__).parent / "results" / "fit"
+ORDERS = 200
+LORA = "lora-8"
+TRIED = ("linear-probe", LORA, "unipt-2", ADAPTERS, "full")
 
 
-def trained(search: Search, candidates: Iterator[Candidate], steps: float) -> list[Trial]:
-    """Train candidates to their end until so many steps are spent."""
-    done: list[Trial] = []
-    for candidate in candidates:
-        if sum(t.steps for t in done) + search.rungs[-1] > steps:
-            break
-        trial = Trial(len(done), candidate, search.prices(candidate) or {})
-        search.carry_out(trial, lambda step, score: False)
-        done.append(trial)
-    return done
+@dataclass(frozen=True)
+class Setting:
+    """A model, a task and rows, and what is tried on them."""
+
+    model: str
+    task: Any
+    data: dict[str, Any]
+    training: tuple[str, ...]
+    space: Space
+    budgets: tuple[str, ...]
+    trials: int = 12
+
+    def recipe(self, seed: int, data: dict[str, Any]) -> Recipe:
+        return _recipe(self.model, self.task, data, None, None, [*self.training, f"seed={seed}"])
 
 
-def everything(search: Search) -> list[Candidate]:
-    return [replace(c, multiple=m) for c in search.fitting for m in search.space.multiples]
+def _space(*tunes: str, **more: Any) -> Space:
+    return Space(**{"sparsities": (0.5,), "skips": (2, 4), "multiples": (1.0,),
+                    "tunes": {name: TUNES[name] for name in tunes}} | more)  # fmt: skip
 
 
-def best(trials: list[Trial]) -> Trial | None:
+def photographs(root: Path, work: Path) -> dict[str, Any]:
+    """Flickr8K's own split as files, with 320 of its 1,000 photographs for validation."""
+    captions: dict[str, list[str]] = {}
+    for line in (root / "Flickr8k_text" / "Flickr8k.token.txt").read_text(encoding="utf-8").splitlines():
+        picture, caption = line.split("\t", 1)
+        captions.setdefault(picture.partition("#")[0], []).append(caption)
+    files: dict[str, Any] = {"name": "files"}
+    work.mkdir(parents=True, exist_ok=True)
+    for split, listed, most in (("train", "train", None), ("validation", "dev", 320), ("test", "test", None)):
+        names = (root / "Flickr8k_text" / f"Flickr_8k.{listed}Images.txt").read_text().split()
+        pictures = {n: (root / "Flicker8k_Dataset" / n).absolute() for n in names}  # some lists name another set's
+        rows = [{"image": str(p), "captions": captions[n]} for n, p in pictures.items() if p.exists()][:most]
+        file = work / f"{split}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        files[split] = str(file.absolute())
+    return files
+
+
+TEXT = {"form": "token", "towers": ["text"]}
+SETTINGS = {
+    "tiny-clip": Setting(
+        "tiny-clip", {"name": "retrieval", "captions": "first"},
+        {"name": "pictograms", "style": "openmoji", "train": 4000, "test": 1000, "validation": 320, "per_scene": 1},
+        ("training.steps=200", "training.batch_size=32", "training.cache=fp16"),
+        _space(*TRIED),
+        ("train memory <= -25%",
+         "macs <= -5%, nonzeros <= -40%",
+         "macs <= -5%, train memory <= -30%, disk <= 1 MB",),
+    ),
+    "tiny-vilt": Setting(
+        "tiny-vilt", "vqa",
+        {"name": "pictograms", "style": "openmoji", "train": 4800, "test": 1000, "validation": 480,
+         "questions": ["is there", "how many", "where", "colour"]},
+        ("training.steps=400", "training.batch_size=16", "training.cache=fp16"),
+        _space(*TRIED),
+        ("train memory <= -40%",
+         "macs <= -20%, nonzeros <= -40%",
+         "macs <= -20%, train memory <= -40%, disk <= 1 MB",),
+    ),
+    "lite0-minilm": Setting(
+        "lite0-minilm", {"name": "retrieval", "pooling": "gpo", "objective": "triplet", "all_negatives": 40},
+        {},
+        ("training.steps=200", "training.batch_size=64", "training.evaluation_batch=64", "training.cache=fp16"),
+        _space(sparsities=(0.5,), skips=(2,), tunes={
+            "linear-probe": Tune({"name": "linear-probe"}, 1e-3, cached=True),
+            LORA: Tune({"name": "lora", "towers": ["text"]}, 2e-3, 0.5),
+            "unipt": Tune({"name": "unipt", **TEXT}, 1e-3, cached=True),
+            "full": Tune({"name": "full"}, 2e-4, 5.0),
+        }),
+        ("train memory <= -70%",
+         "macs <= -15%, nonzeros <= -20%",
+         "macs <= -15%, train memory <= -70%, disk <= 6 MB",),
+    ),
+}  # fmt: skip
+
+
+# --- the trainings ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Table:
+    """What came of each candidate of one setting and seed, trained to its end.
+
+    Args:
+        name: of the setting.
+        work: folder for what trainings leave while they run, and for counts, masks and plans.
+    """
+
+    name: str
+    seed: int
+    work: Path
+    root: str | None = None
+    known: dict[Candidate, Trial] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.setting = SETTINGS[self.name]
+        work = self.work / self.name
+        work.mkdir(parents=True, exist_ok=True)
+        self.data = self.setting.data or photographs(Path(self.root or "flickr8k"), work)
+        self.file = RESULTS / f"{self.name}.jsonl"
+        for row in lines(self.file):
+            if row.pop("seed") == self.seed:
+                trial = trial_of(row)
+                self.known[trial.candidate] = trial
+
+    def search(self, budget: str | None, folder: Path, make: Callable[..., Search] = Search) -> Search:
+        """A search under a budget; None allows everything."""
+        recipe, space = self.setting.recipe(self.seed, self.data), self.setting.space
+        work = self.work / self.name
+        prices = Prices(recipe, space, work / "prices.json", exports=False)
+        prices.count_all()
+        goal = Budget.of(parse(budget), prices.bases) if budget else Budget((), {})
+        shared = Shared(recipe, space, work / f"seed{self.seed}" / "shared", _searched(space, recipe))
+        shared.find(set(space.sparsities), set(space.skips))
+        folder.mkdir(parents=True, exist_ok=True)
+        return make(recipe, space, goal, prices, shared, folder, self.setting.trials, tell=lambda line: None)
+
+    def wanted(self) -> list[Candidate]:
+        """What any budget allows, and what stands beside: full tuning, LoRA."""
+        fitting: set[Candidate] = {Candidate(0.0, 0, "full"), Candidate(0.0, 0, LORA)}
+        for budget in self.setting.budgets:
+            fitting |= set(self.search(budget, self.work / "none").fitting)
+        return [c for c in self.setting.space if c in fitting]
+
+    def fill(self) -> None:
+        """Train what is missing."""
+        wanted = self.wanted()
+        missing = [c for c in wanted if c not in self.known]
+        search = self.search(None, self.work / self.name / f"seed{self.seed}")
+        for candidate in missing:
+            trial = Trial(wanted.index(candidate), candidate, search.prices(candidate) or {})
+            began = time.process_time()
+            search.carry_out(trial, lambda step, score: False)
+            trial.seconds = round(time.process_time() - began, 1)
+            shutil.rmtree(search.folder_of(trial), ignore_errors=True)
+            self.known[candidate] = trial
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"seed": self.seed, **asdict(trial)}) + "\n")
+            print(f"{self.name} seed {self.seed} [{len(self.known)}/{len(wanted)}] {candidate}: {trial.status} "
+                  f"{trial.reason}{trial.scores} test {trial.test}, {trial.seconds} s", flush=True)  # fmt: skip
+
+
+def trial_of(row: dict[str, Any]) -> Trial:
+    return Trial(**{**row, "candidate": Candidate(**row["candidate"]),
+                    "scores": {int(k): v for k, v in row["scores"].items()}})  # fmt: skip
+
+
+def lines(file: Path) -> Iterable[dict[str, Any]]:
+    return map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+
+
+# --- the ways ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Looked(Search):
+    """A search whose trials are looked up, and read no further than they would have been trained."""
+
+    known: dict[Candidate, Trial] = field(default_factory=dict)
+
+    def carry_out(self, trial: Trial, judge: Callable[[int, float], bool]) -> None:
+        whole = self.known[trial.candidate]
+        trial.costs, trial.status, trial.reason = whole.costs, whole.status, whole.reason
+        if trial.status != "whole":
+            trial.steps = whole.steps
+            return
+        if over := self.budget.over(trial.costs):
+            trial.status, trial.reason = "over", str(over)
+            return
+        for rung in self.rungs:
+            trial.steps, trial.scores[rung] = rung, whole.scores[rung]
+            if judge(rung, trial.score) and rung < self.rungs[-1]:
+                trial.status = "stopped"
+                return
+        trial.test = whole.test
+
+
+def best(trials: Iterable[Trial]) -> Trial | None:
     """The best on validation rows of those that were trained to the end."""
     return max((t for t in trials if t.status == "whole"), key=lambda t: t.score, default=None)
 
 
-def told(way: str, seed: int, trial: Trial | None, steps: int, fits: bool = True) -> dict[str, Any]:
-    if trial is None:
-        return {"way": way, "seed": seed, "steps": steps, "found": None}
-    return {"way": way, "seed": seed, "steps": steps, "found": str(trial.candidate), "validation": trial.score,
-            "test": trial.test, "fits": fits, "costs": trial.costs}  # fmt: skip
-
-
-def carry_out(options: argparse.Namespace, way: str, seed: int) -> dict[str, Any]:
-    folder = options.out / f"seed{seed}" / way
-    if way == "single":
-        found = [carry_out(options, f"single-{lever}", seed) for lever in ("prune", "skip", "tune")]
-        chosen = max((f for f in found if f["found"]), key=lambda f: f["validation"], default=found[0])
-        return {**chosen, "way": way, "steps": sum(f["steps"] for f in found)}
-    if way.startswith("single-"):
-        # Pruning and skipping alone still train: what they leave, in full, or the adapters of skipping.
-        only = {"prune": ("prune", "full"), "skip": ("skip", "skip-adapters"),
-                "tune": tuple(t for t in TRIED if t != "skip-adapters")}[way.removeprefix("single-")]  # fmt: skip
-        search = search_of(options, seed, folder, only)
-        if not search.fitting:
-            return told(way, seed, None, 0)
+def ways(table: Table, budget: str) -> dict[str, dict[str, Any]]:
+    """What each way finds under a budget, and pays."""
+    with tempfile.TemporaryDirectory() as folder:
+        search = table.search(budget, Path(folder), lambda *a, **k: Looked(*a, **k, known=table.known))
         search.go()
-        return told(way, seed, search.best, sum(t.steps for t in search.done))
-    search = search_of(options, seed, folder)
-    if way in ("fit", "warm"):
-        search.warm = way == "warm"
-        search.go()
-        return told(way, seed, search.best, search.paid)
-    if way == "lora":
-        lora = Candidate(0.0, 0, "lora-8")
-        free = replace(search, budget=Budget((), {}))
-        trials = trained(free, iter([lora]), float("inf"))
-        return told(way, seed, trials[0], trials[0].steps, not search.budget.over(trials[0].costs))
-    candidates = everything(search)
-    if way == "random":
-        random.Random(seed).shuffle(candidates)
-        spent = next(r["steps"] for r in read(options.out) if r["way"] == "fit" and r["seed"] == seed)
-    else:
-        spent = float("inf")
-    trials = trained(search, iter(candidates), spent)
-    return told(way, seed, best(trials), sum(t.steps for t in trials))
+    assert isinstance(search, Looked)
+    exact = [table.known[c] for c in search.fitting if not search.budget.over(table.known[c].costs)]
+    end = search.rungs[-1]
+
+    def told(trials: list[Trial]) -> dict[str, Any]:
+        found = best(trials)
+        steps = sum(t.steps for t in trials)
+        return {"found": found and str(found.candidate), "test": found and found.test, "steps": steps}
+
+    alone = {
+        "prune": [t for t in exact if not t.candidate.skip and t.candidate.tune == "full"],
+        "skip": [t for t in exact if t.candidate.skip and not t.candidate.sparsity
+                 and t.candidate.tune in (ADAPTERS, "full")],
+        "tune": [t for t in exact if not t.candidate.skip and not t.candidate.sparsity],
+    }  # fmt: skip
+    lora = table.known[Candidate(0.0, 0, LORA)]
+    draws = [best(random.Random(order).sample(exact, min(len(exact), max(1, search.paid // end))))
+             for order in range(ORDERS)]  # fmt: skip
+    return {
+        "grid": told(exact),
+        "fit": {"found": str(search.best.candidate), "test": search.best.test, "steps": search.paid},
+        "random": {"found": None, "test": fmean(t.test for t in draws if t and t.test is not None),
+                   "steps": search.paid // end * end},
+        **{name: told(trials) for name, trials in alone.items()},
+        "lora": {"found": LORA, "test": lora.test, "steps": lora.steps, "fits": not search.budget.over(lora.costs)},
+        "full": {"found": "full", "test": table.known[Candidate(0.0, 0, "full")].test, "steps": end},
+    }  # fmt: skip
 
 
-def read(out: Path) -> list[dict[str, Any]]:
-    file = out / "results.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+def compare(work: Path, root: str | None) -> dict[str, Any]:
+    """All ways on every setting, budget and seed whose trainings are whole."""
+    out: dict[str, Any] = {}
+    for name, setting in SETTINGS.items():
+        tables = [
+            Table(name, seed, work, root) for seed in sorted({r["seed"] for r in lines(RESULTS / f"{name}.jsonl")})
+        ]
+        if name == "lite0-minilm" and root is None:
+            continue
+        whole = [t for t in tables if set(t.wanted()) <= set(t.known)]
+        if whole:
+            out[name] = {b: {str(t.seed): ways(t, b) for t in whole} for b in setting.budgets}
+    return out
+
+
+WAYS = ("fit", "grid", "random", "prune", "skip", "tune", "lora", "full")
+
+
+def markdown(compared: dict[str, Any]) -> str:
+    """A table a setting: test score of each way, mean and standard deviation over seeds."""
+    out = []
+    for name, budgets in compared.items():
+        out += [f"**{name}**", "", f"| budget | {' | '.join(WAYS)} | steps of fit / grid |",
+                "|---|" + "---:|" * (len(WAYS) + 1)]  # fmt: skip
+        for budget, seeds in budgets.items():
+            share = fmean(s["fit"]["steps"] / s["grid"]["steps"] for s in seeds.values())
+            cells = [_cell([s[way] for s in seeds.values()]) for way in WAYS]
+            out.append(f"| {budget} | {' | '.join(cells)} | {share:.2f} |")
+        out.append("")
+    return "\n".join(out)
+
+
+def _cell(found: list[dict[str, Any]]) -> str:
+    scores = [100 * f["test"] for f in found if f["test"] is not None]
+    if not scores:
+        return "nothing fits"
+    spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
+    over = "" if all(f.get("fits", True) for f in found) else " (over)"
+    return f"{fmean(scores):.1f}{spread}{over}"
+
+
+def check(table: Table) -> None:
+    """Train one search for itself, and tell whether its trials are those that were looked up."""
+    budget = table.setting.budgets[-1]
+    with tempfile.TemporaryDirectory() as folder:
+        looked = table.search(budget, Path(folder) / "a", lambda *a, **k: Looked(*a, **k, known=table.known))
+        trained = table.search(budget, Path(folder) / "b")
+        for search in (looked, trained):
+            search.go()
+        rows = [[(str(t.candidate), t.status, t.steps, t.scores, t.test) for t in s.done] for s in (looked, trained)]
+    different = [pair for pair in zip(*rows, strict=True) if pair[0] != pair[1]]
+    print(f"{table.name} seed {table.seed}, {budget}: {len(rows[0])} trials, {len(different)} different {different}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("task")
-    parser.add_argument("overrides", nargs="*", help="changes to the recipe, such as data.train=2400")
-    parser.add_argument("--data", default="pictograms")
-    parser.add_argument("--budget", required=True)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("settings", nargs="*", choices=[*SETTINGS, []], help="to train; none")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=90)
-    parser.add_argument("--trials", type=int, default=16)
-    parser.add_argument("--ways", nargs="+", default=["fit", "warm", "random", "single", "lora", "grid"])
-    parser.add_argument("--out", type=Path, default=Path("runs/fit-study"))
-    options = parser.parse_intermixed_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    for way in options.ways:
-        for seed in options.seeds:
-            if any(r["way"] == way and r["seed"] == seed for r in read(options.out)):
-                continue
-            row = carry_out(options, way, seed)
-            with (options.out / "results.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print(f"{way} seed {seed}: {row['found']} {row.get('test')} after {row['steps']} steps", flush=True)
+    parser.add_argument("--root", help="folder of Flickr8K in its official layout")
+    parser.add_argument("--work", type=Path, default=Path("runs/fit-study"), help="for what trainings leave")
+    parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    for seed in options.seeds:
+        for name in options.settings:
+            table = Table(name, seed, options.work, options.root)
+            if options.check:
+                check(table)
+            else:
+                table.fill()
+    if options.compare:
+        compared = compare(options.work, options.root)
+        (RESULTS / "compared.json").write_text(json.dumps(compared, indent=1) + "\n")
+        print(markdown(compared))
 
 
 if __name__ == "__main__":

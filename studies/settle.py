@@ -8,8 +8,7 @@ the masks of the two halves of these batches disagree. Each is measured up to th
     tiny-blip   32 scenes of its pretraining a batch, `--rows` scenes
     minilm      all-MiniLM-L6-v2 as published, 32 captions of Flickr8k a batch, `--rows` captions: the first of every
                 picture, then the second, and so on
-    vit-b       ViT-B/16 with random weights, 4 photographs of Flickr8k a batch, `--rows` / 32 photographs; MULTIFLOW
-                alone
+    vit-b       ViT-B/32 with random weights, 32 photographs of Flickr8k a batch, `--rows` photographs; MULTIFLOW alone
     tuned       tiny-blip's masks at 63 % from 2 batches, from as many as 0.5 % takes, and from all, each fine-tuned on
                 retrieval of OpenMoji scenes: 30 steps of 16, seeds 0 to 2, 100 test scenes
 """
@@ -23,7 +22,7 @@ import random
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +87,8 @@ def tiny_blip(options: argparse.Namespace) -> dict[str, Any]:
     return {p: watched(lambda p=p: blip(options.rows, p, 1e-9)) for p in PRUNERS}
 
 
-def given(model: torch.nn.Module, batches: Iterable[dict[str, Any]], pruners: tuple[str, ...]) -> dict[str, Any]:
+def given(model: torch.nn.Module, batches: Sequence[dict[str, Any]], pruners: tuple[str, ...]) -> dict[str, Any]:
     """Distances of a plain model on batches."""
-    batches = list(batches)
     return {p: watched(lambda p=p: trimtab.prune(model, p, [SPARSITY], batches, until=1e-9)) for p in pruners}
 
 
@@ -106,25 +104,39 @@ def minilm(options: argparse.Namespace) -> dict[str, Any]:
     texts = [text for _, text in captions[: options.rows // 32 * 32]]
     return given(
         AutoModel.from_pretrained(folder).eval(),
-        (dict(tokens(texts[i : i + 32], padding=True, return_tensors="pt")) for i in range(0, len(texts), 32)),
+        [dict(tokens(texts[i : i + 32], padding=True, return_tensors="pt")) for i in range(0, len(texts), 32)],
         PRUNERS,
     )  # fmt: skip
 
 
+class Photographs(Sequence[dict[str, Any]]):
+    """Batches of 32 photographs of 224 x 224, opened when they are asked for."""
+
+    def __init__(self, files: list[Path]):
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files) // 32
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        pixels = []
+        for file in self.files[32 * i : 32 * i + 32]:
+            with Image.open(file) as picture:
+                picture.draft("RGB", (256, 256))
+                small = picture.convert("RGB").resize((224, 224))
+            pixels.append(torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(224, 224, 3))
+        return {"pixel_values": torch.stack(pixels).movedim(-1, 1).float() / 127.5 - 1}
+
+
 def vit_b(options: argparse.Namespace) -> dict[str, Any]:
-    count = options.rows // 32 // 4 * 4
     names = sorted((options.flickr8k / "Flicker8k_Dataset").glob("*.jpg"))
     random.Random(0).shuffle(names)
-
-    def batches() -> Iterator[dict[str, Any]]:
-        for i in range(0, count, 4):
-            pictures = [Image.open(n).convert("RGB").resize((224, 224)) for n in names[i : i + 4]]
-            pixels = [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(224, 224, 3) for p in pictures]
-            yield {"pixel_values": torch.stack(pixels).movedim(-1, 1).float() / 127.5 - 1}
-
+    batches = Photographs(names[: options.rows // 32 * 32])
     torch.manual_seed(0)
-    model = ViTModel(ViTConfig(), add_pooling_layer=False).eval()
-    return {"rows": count, **given(model, batches(), PRUNERS[:1])}
+    model = ViTModel(ViTConfig(patch_size=32), add_pooling_layer=False).eval()
+    return {"rows": 32 * len(batches), **given(model, batches, PRUNERS[:1])}
 
 
 def tuned(options: argparse.Namespace) -> dict[str, Any]:
