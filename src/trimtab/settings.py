@@ -32,7 +32,7 @@ def _parser(cls: type) -> Any:
 def _texts(cls: type) -> frozenset[str]:
     """Settings of a class that are rows of texts and nothing else."""
     try:
-        hints = get_type_hints(cls.__init__)
+        hints = get_type_hints(cls.__init__)  # type: ignore[misc]
     except NameError:  # a type that only a checker of types imports
         return frozenset()
     return frozenset(name for name, hint in hints.items() if hint == Sequence[str])
