@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import pytest
+from jsonargparse import ArgumentParser
 
 from trimtab.methods import METHODS
 from trimtab.methods.base import Method
 from trimtab.registry import Registry, unknown
 from trimtab.settings import SettingsError, build
+from trimtab.tasks import TASKS
 
 
 @pytest.fixture
@@ -97,3 +99,14 @@ def test_settings_that_are_missing_are_named():
         build(Point, {"y": 1}, "here")
     with pytest.raises(SettingsError, match="here: unknown key 'z'"):
         build(Point, {"z": 1}, "here", "key")
+
+
+def test_thousands_of_texts_are_taken_as_they_stand_and_one_that_is_no_text_is_refused(monkeypatch):
+    answers = [f"answer {i}" for i in range(3000)]
+    parse, given = ArgumentParser.parse_object, []
+    monkeypatch.setattr(ArgumentParser, "parse_object", lambda s, v, *a: given.append(v) or parse(s, v, *a))
+    task = build(TASKS["vqa"], {"answers": ["3", "true", *answers]}, "task")
+    assert task.answers == ["3", "true", *answers]
+    assert len(given[-1]["answers"]) == 1  # jsonargparse copies all texts for each of them
+    with pytest.raises(SettingsError, match="answers.*Expected a <class 'str'>"):
+        build(TASKS["vqa"], {"answers": ["a", 1]}, "task")

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -126,6 +127,17 @@ class _Saved:
         self.tensor = tensor
 
 
+ASKS_DEVICE = torch.ops.prim.device.default
+"""More than half of what reaches a dispatch mode over fake tensors; it makes no tensor."""
+
+
+def device_of(tensor: Tensor) -> torch.device:
+    """What `ASKS_DEVICE` gives, without a way through all modes; only tensors without memory of their own ask it."""
+    if not isinstance(tensor, FakeTensor):
+        return tensor.device
+    return torch.device("meta") if tensor.fake_mode.in_kernel_invocation else tensor.fake_device
+
+
 class Alive(TorchDispatchMode):
     """Bytes of the storages that live while a call runs, and the most at one time; those of `known` from the start."""
 
@@ -150,6 +162,8 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is ASKS_DEVICE:
+            return device_of(*args)
         out = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):

@@ -42,12 +42,14 @@ class _Steps(torch.autograd.Function):
         width = weight.shape[1]
         first = gates.new_zeros(*gates.shape[1:3], width)
         states, own, opened, new = [first], [], [], []
-        for x in gates:
-            g = torch.baddbmm(bias, states[-1], weight)
-            rz = (x[..., : 2 * width] + g[..., : 2 * width]).sigmoid_()
-            n = torch.addcmul(x[..., 2 * width :], rz[..., :width], g[..., 2 * width :]).tanh_()
-            states.append(torch.lerp(n, states[-1], rz[..., width:]))
-            own.append(g[..., 2 * width :])
+        two = [2 * width, width]  # cut with few operations: each of them costs as much as a step's arithmetic
+        for x_rz, x_n in zip(*(x.unbind() for x in gates.split(two, dim=-1)), strict=True):
+            g_rz, g_n = torch.baddbmm(bias, states[-1], weight).split(two, dim=-1)
+            rz = (x_rz + g_rz).sigmoid_()
+            r, z = rz.chunk(2, dim=-1)
+            n = torch.addcmul(x_n, r, g_n).tanh_()
+            states.append(torch.lerp(n, states[-1], z))
+            own.append(g_n)
             opened.append(rz)
             new.append(n)
         every = torch.stack(states)
@@ -63,10 +65,10 @@ class _Steps(torch.autograd.Function):
         # Of h' by each gate of the state, (L, S, B, 3, H).
         slopes = torch.stack([slope * own * r * (1 - r), (states[:-1] - new) * z * (1 - z), slope * r], dim=3)
         back, carry, found = weight.transpose(1, 2), torch.zeros_like(states[0]), []
-        for step in reversed(range(len(grad))):
-            d_state = grad[step] + carry
-            d_gates = (d_state[:, :, None] * slopes[step]).flatten(2)  # (S, B, 3 H)
-            carry = torch.baddbmm(d_state * z[step], d_gates, back)
+        for own_grad, own_slopes, own_z in zip(*(t.unbind()[::-1] for t in (grad, slopes, z)), strict=True):
+            d_state = own_grad + carry
+            d_gates = (d_state[:, :, None] * own_slopes).flatten(2)  # (S, B, 3 H)
+            carry = torch.baddbmm(d_state * own_z, d_gates, back)
             found.append((d_state, d_gates))
         d_states, d_all = (torch.stack(x[::-1]) for x in zip(*found, strict=True))
         by_side = d_all.transpose(0, 1).flatten(1, 2)  # (S, L B, 3 H)

@@ -7,9 +7,9 @@ same message everywhere. The types and defaults stand in the classes alone; json
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, get_type_hints
 
 from trimtab.registry import unknown
 
@@ -26,6 +26,16 @@ def _parser(cls: type) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, None, as_group=False, fail_untyped=False)
     return parser
+
+
+@cache
+def _texts(cls: type) -> frozenset[str]:
+    """Settings of a class that are rows of texts and nothing else."""
+    try:
+        hints = get_type_hints(cls.__init__)  # type: ignore[misc]
+    except NameError:  # a type that only a checker of types imports
+        return frozenset()
+    return frozenset(name for name, hint in hints.items() if hint == Sequence[str])
 
 
 def build(cls: type, values: Mapping[str, Any], where: str, what: str = "setting") -> Any:
@@ -46,11 +56,17 @@ def build(cls: type, values: Mapping[str, Any], where: str, what: str = "setting
     for key in values:
         if key not in known:
             raise SettingsError(f"{where}: {unknown(what, key, known)}")
+    # Texts are right as they stand. jsonargparse copies all of them for each of them: 5 s for 3,129 answers.
+    texts = {k: list(v) for k, v in values.items() if k in _texts(cls) and _all_texts(v)}
     try:
-        parsed = _parser(cls).parse_object(dict(values))
-        return cls(**{k: getattr(parsed, k) for k in known if hasattr(parsed, k)})
+        parsed = _parser(cls).parse_object({**values, **{k: v[:1] for k, v in texts.items()}})
+        return cls(**{k: getattr(parsed, k) for k in known if hasattr(parsed, k)} | texts)
     except (ArgumentError, TypeError, ValueError) as error:
         raise SettingsError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def _all_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(type(text) is str for text in value)
 
 
 def from_texts(texts: Iterable[str]) -> dict[str, Any]:

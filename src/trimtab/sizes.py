@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from trimtab.counting import Alive
+from trimtab.counting import ASKS_DEVICE, Alive, device_of
 
 Step = TypeVar("Step")
 
@@ -85,6 +85,8 @@ class _Values(TorchDispatchMode):
         self.lost: list[Tensor] = []  # something unknown was written into them; held, so that their memory stays theirs
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is ASKS_DEVICE:
+            return device_of(*args)
         kwargs = kwargs or {}
         if function is _aten.masked_select.default and self.value(args[1]) is not None:
             shape = torch.broadcast_shapes(args[0].shape, args[1].shape)

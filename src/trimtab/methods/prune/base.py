@@ -31,7 +31,7 @@ from trimtab.methods.base import Method
 from trimtab.methods.prune.allocations import ALLOCATIONS, Matrices
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import Evidence, Found, collect
-from trimtab.methods.prune.made import Made, as_stored
+from trimtab.methods.prune.made import Made, as_stored, sizes
 from trimtab.methods.prune.masks import VALUES, Masks, keep_zeros
 from trimtab.methods.prune.prunable import check_stored, left_out, matrices, prunable
 from trimtab.methods.prune.scores import SCORES, Scores
@@ -46,7 +46,7 @@ from trimtab.storage.bits import Bits, pack
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-_LARGE = 1 << 20  # numbers of a mask beside which it is worth a moment to give memory back
+_LARGE = 1 << 19  # numbers of a mask beside which it is worth a moment to give memory back
 
 
 class Pruner(Method):
@@ -145,6 +145,7 @@ class Pruner(Method):
         """
         weights = self.prunable(calibration)
         score = SCORES[self.score]
+        _tidy(weights.sizes.values())
         evidence = {w: [Evidence(rows_and_columns(calibration.plain, w)[0])] for w in weights}
         if score.needs:
             settling = self.settling(lambda halves: max(self.apart(weights, halves, s) for s in sparsities), first=True)
@@ -199,6 +200,7 @@ class Pruner(Method):
             yield from ((w, largest_of_each(scores[w], group, kept, as_stored(weights, w))) for w in scores)
             return
         counts = self.counts(scores, weights, sparsity)
+        _tidy(sizes(scores).values())  # after thresholds over many tensors
         yield from ((w, self.remove(scores[w], counts[w], as_stored(weights, w))) for w in scores)
 
     def remove(self, scores: Tensor, count: int, weight: Tensor) -> Tensor:
@@ -373,13 +375,18 @@ def found_masks(masks: Iterable[tuple[Weight, Tensor]], numbers: Mapping[Weight,
         totals[weight.path] = totals.get(weight.path, 0) + number
     room = {path: torch.empty(-(-number // 8), dtype=torch.uint8) for path, number in totals.items()}
     bits: dict[str, Bits] = {}
-    if max(totals.values(), default=0) >= _LARGE:
-        give_back()  # what calibration has left
+    _tidy(totals.values())  # after calibration
     for path, mask in _stored(masks):
         bits[path] = Bits(room[path].copy_(pack(mask)), mask.shape)
         if mask.numel() >= _LARGE:
             give_back()
     return Masks(bits, dict(_stored((weights or {}).items())))
+
+
+def _tidy(numbers: Iterable[int]) -> None:
+    """Give back what is free before something large comes, if a matrix is so large that it is worth a moment."""
+    if max(numbers, default=0) >= _LARGE:
+        give_back()
 
 
 def _stored(matrices: Iterable[tuple[Weight, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from trimtab.methods.base import METHODS
 from trimtab.methods.prune.base import Pruner
 from trimtab.methods.prune.evidence import Evidence
-from trimtab.methods.prune.rows import single
+from trimtab.methods.prune.rows import PIECE, single
 from trimtab.methods.prune.scores import score
 
 
@@ -28,7 +28,11 @@ def flow(weight: Tensor, evidence: Evidence) -> Tensor:
     edges = wide.abs() if wide is weight else wide.abs_()  # one tensor of this size beside the weight
     edges = edges.mul_(evidence.squares.sqrt())
     flows = edges.mean(dim=1, keepdim=True), edges.mean(dim=0, keepdim=True)
-    return torch.mul(*flows, out=edges).mul_(weight).abs_()
+    torch.mul(*flows, out=edges)
+    rows = max(1, PIECE // max(edges.shape[1], 1))
+    for piece, own in zip(edges.split(rows), weight.split(rows), strict=True):
+        piece.mul_(own)  # of all at once, a weight in half precision would be copied whole
+    return edges.abs_()
 
 
 @METHODS.register("multiflow")

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from trimtab.anatomy import Anatomy, Weight
 from trimtab.anatomy.structure import is_wrapped, plain_modules, under
-from trimtab.methods.prune.made import Made
+from trimtab.methods.prune.made import Made, pieces
 from trimtab.methods.prune.scores import matrix
 
 # What computes a layer's weight anew before each pass, and how to make it a plain parameter again.
@@ -49,7 +49,8 @@ def prunable(model: nn.Module, anatomy: Anatomy, convolutions: bool = False, see
     looked_at = set()
     for weight in matrices(model, anatomy, convolutions, seen):
         parameter = weight.of(model)
-        if weight.path not in looked_at and not torch.isfinite(parameter).all():
+        seen_before = weight.path in looked_at
+        if not seen_before and not all(torch.isfinite(p).all() for p in pieces(parameter.detach())):
             raise ValueError(f"the weight '{weight.path}' is not finite (NaN or infinite): check the checkpoint")
         looked_at.add(weight.path)
         sizes[weight] = parameter.numel() // (1 if weight.expert is None else len(parameter))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_PIECE = 1 << 17  # numbers squared together on a CPU: half a megabyte in single precision
+PIECE = 1 << 17  # numbers squared together on a CPU: half a megabyte in single precision
 
 
 def single(x: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def squares(x: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return x.to(wide).square().sum(dim=0)
     total = torch.zeros(x.shape[1], dtype=torch.float64)
-    for piece in x.split(max(1, _PIECE // max(x.shape[1], 1))):
+    for piece in x.split(max(1, PIECE // max(x.shape[1], 1))):
         total += piece.to(wide).square().sum(dim=0)
     return total.to(wide)
 

@@ -116,8 +116,8 @@ def _sides(elements: Iterable[Tensor], threshold: Tensor) -> tuple[int, int]:
     """How many lie below a threshold, and how many equal it."""
     below = equal = 0
     for piece in elements:
-        below += int((piece < threshold).sum())
-        equal += int((piece == threshold).sum())
+        below += int((piece < threshold).count_nonzero())
+        equal += int((piece == threshold).count_nonzero())
     return below, equal
 
 
@@ -160,7 +160,7 @@ def smallest(scores: Tensor, count: int, weights: Tensor | None = None) -> Tenso
     threshold = kth_smallest([scores], count)
     mask = scores > threshold
     tied = (scores == threshold).flatten().nonzero()[:, 0]
-    stay = len(tied) - (count - int((scores < threshold).sum()))
+    stay = len(tied) - (count - int((scores < threshold).count_nonzero()))  # a sum copies into 8 bytes a number
     if stay:
         order = going(torch.zeros_like(tied) if weights is None else weights.flatten()[tied].abs())
         mask.view(-1)[tied[order[len(tied) - stay :]]] = True

@@ -99,7 +99,12 @@ class InputSums:
         for _, module in plain_modules(self.model):
             if (own := module._parameters.get("weight")) is not None:
                 self.holders.setdefault(id(own), []).append(module)
-        self.rows = {w: rows_and_columns(self.model, w)[0] for w in self.weights}
+        sizes = {w: rows_and_columns(self.model, w) for w in self.weights}
+        self.rows = {w: rows for w, (rows, _) in sizes.items()}
+        # Room for sums of squares is taken before any pass: small tensors that stay, among a pass's large ones that
+        # come and go, would keep an allocator from using the room of these again.
+        self.room = {} if self.gram else {w: torch.zeros(columns, dtype=torch.float64)
+                                          for w, (_, columns) in sizes.items() if w.of(self.model).is_cpu}  # fmt: skip
         self.towers = {w: tower for w in self.weights if (tower := self.anatomy.owner(w.module))}
         names = {t.name for t in self.towers.values()} | {t.memory for t in self.towers.values() if t.memory}
         names |= {read for t in self.towers.values() for _, read in t.memories}
@@ -245,7 +250,11 @@ class InputSums:
 
     def _add_to(self, held: dict[Weight, list[_Sum]], weight: Weight, totals: list[Tensor], samples: int) -> None:
         rows = self.rows[weight] // len(totals)
-        sums = held.setdefault(weight, [_Sum(rows, torch.zeros(())) for _ in totals])
+        if weight not in held:
+            room = self.room.pop(weight, None)
+            fits = room is not None and all(t.is_cpu and t.shape == room.shape for t in totals) and len(totals) == 1
+            held[weight] = [_Sum(rows, room if fits and room is not None else torch.zeros(())) for _ in totals]
+        sums = held[weight]
         if len(sums) != len(totals):
             raise ValueError(f"'{weight.module}' attends to its own input in one call and to another in the next; "
                              f"leave it out of the towers' scopes: one weight cannot be scored for both")  # fmt: skip
@@ -254,7 +263,10 @@ class InputSums:
             part.samples += self.samples.get(tower.name, samples) if tower else samples
             part.dtype = torch.promote_types(part.dtype, total.dtype)
             wide = torch.float32 if total.is_mps else torch.float64  # Apple's GPUs have no double precision
-            part.total = part.total.to(total.device, wide) + total.to(wide)
+            if part.total.shape == total.shape and part.total.device == total.device:
+                part.total += total.to(wide)
+            else:
+                part.total = part.total.to(total.device, wide) + total.to(wide)
 
     def checked(self, batches: Iterable[Batch | None]) -> Iterator[Any]:
         """The same batches; what the model was given and what it computed is checked after each.
