@@ -11,7 +11,7 @@ All ways then look their trainings up: a trial that would stop at a rung is one 
 sees the very same trainings, and what it would have paid is counted in their steps.
 
     grid        every candidate that fits, trained to its end; the best on validation rows
-    fit         successive halving, as the command does it
+    fit         successive halving, as the command does it; half as many trials as candidates fit
     random      candidates drawn evenly, trained to their ends, as long as the steps of `fit` last; mean of 200 orders
     prune       one lever alone at the same budget: pruned and tuned in full; the best on validation rows
     skip        shortened, with adapters or in full
@@ -60,7 +60,6 @@ class Setting:
     training: tuple[str, ...]
     space: Space
     budgets: tuple[str, ...]
-    trials: int = 12
 
     def recipe(self, seed: int, data: dict[str, Any]) -> Recipe:
         return _recipe(self.model, self.task, data, None, None, [*self.training, f"seed={seed}"])
@@ -166,7 +165,9 @@ class Table:
         shared = Shared(recipe, space, work / f"seed{self.seed}" / "shared", _searched(space, recipe))
         shared.find(set(space.sparsities), set(space.skips))
         folder.mkdir(parents=True, exist_ok=True)
-        return make(recipe, space, goal, prices, shared, folder, self.setting.trials, tell=lambda line: None)
+        search = make(recipe, space, goal, prices, shared, folder, tell=lambda line: None)
+        search.trials = -(-len(search.fitting) // 2)
+        return search
 
     def wanted(self) -> list[Candidate]:
         """What any budget allows, and what stands beside: full tuning, LoRA."""
