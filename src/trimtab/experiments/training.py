@@ -12,7 +12,7 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from trimtab import processes, progress
 from trimtab.anatomy import Anatomy
@@ -33,20 +34,22 @@ from trimtab.divided import divided, norms
 from trimtab.experiments import many, sharded
 from trimtab.experiments.failures import check_finite
 from trimtab.experiments.feeding import AHEAD, Fed, Feed, Order, Places, workers_for
+from trimtab.experiments.plateau import Judge, Judged, of_fixed_length, warmup_steps
 from trimtab.experiments.resuming import Resumable
-from trimtab.experiments.schema import TrainingSpec
+from trimtab.experiments.schema import RecipeError, TrainingSpec
 from trimtab.experiments.watching import Told, tensorboard_in
 from trimtab.precision import native_bf16
 from trimtab.tasks.base import TaskModel
 
 
-class _Trainer(Resumable, Fed, Trainer):
+class _Trainer(Judged, Resumable, Fed, Trainer):
     """Trainer with the recipe's parameter groups. Matrices decay; biases, norms and scalars do not."""
 
     model: Any
 
-    def __init__(self, *args: Any, spec: TrainingSpec, rates: Mapping[str, float], feed: Feed, **kwargs: Any):
-        self.spec, self.rates, self.feed = spec, rates, feed
+    def __init__(self, *args: Any, spec: TrainingSpec, rates: Mapping[str, float], feed: Feed, judge: Judge | None,
+                 **kwargs: Any):  # fmt: skip
+        self.spec, self.rates, self.feed, self.judge = spec, rates, feed, judge
         self.waited, self.since = 0.0, time.perf_counter()
         super().__init__(*args, **kwargs)
         # A task's loss is a mean already. Trainer takes any forward(**inputs) for one that divides by the number of
@@ -108,11 +111,15 @@ class _Trainer(Resumable, Fed, Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """transformers' schedules, and the one with drops, which it does not have."""
-        if self.spec.schedule == "step" and self.lr_scheduler is None:
-            chosen = optimizer or self.create_optimizer()
-            course = partial(falling, steps=num_training_steps, warmup=self.args.warmup_steps, drops=self.spec.drops)
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, course)
+        """transformers' schedules, and two that it does not have: with drops, and until the score stops rising."""
+        if self.spec.schedule in ("step", "plateau") and self.lr_scheduler is None:
+            course: Callable[[int], float] = partial(
+                falling, steps=num_training_steps, warmup=self.args.warmup_steps, drops=self.spec.drops
+            )
+            if self.spec.schedule == "plateau":
+                assert self.judge is not None
+                course = self.judge.factor
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.create_optimizer(), course)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -149,6 +156,7 @@ def fit(
     rates: Mapping[str, float] | None = None,
     cache: Any = None,
     reports: Path | None = None,
+    judge: Judge | None = None,
 ) -> list[dict[str, float]]:
     """Train what requires gradients and return the logged history.
 
@@ -165,6 +173,10 @@ def fit(
         cache: a filled `ActivationCache` of the table, from which `model`, a `CachedModel`, trains.
         reports: the run's folder: its numbers go to `spec.report_to` as well, TensorBoard's into `tensorboard/` there;
             None hands them to nobody.
+        judge: evaluates every `spec.evaluate_every` steps and at the end, and decides under `schedule: plateau`.
+
+    Raises:
+        RecipeError: if the schedule is `plateau` and there is no judge.
 
     Returns:
         One dict a logged step: `step`, `loss`, `learning_rate`, `grad_norm`, and `waiting`, the share of the time since
@@ -175,6 +187,9 @@ def fit(
     if steps == 0:
         return []
     sharded.check(spec)
+    if judge is None and spec.schedule == "plateau":
+        raise RecipeError(f"training.schedule: plateau: nothing evaluates in '{title}': pass `judge`, or a schedule of "
+                          "fixed length")  # fmt: skip
     table = numbered(table, spec.buffer)
     told = Told(title)
     with tempfile.TemporaryDirectory() as scratch, tensorboard_in(reports), contextlib.closing(told):
@@ -183,6 +198,8 @@ def fit(
         many.check(spec.batch_size, feed.rows, "training")
         feed.workers = workers_for(spec.workers, steps, spec.batch_size * feed.bytes_a_row)
         args = _arguments(spec, steps, seed, checkpoints if saving and checkpoints else Path(scratch), saving, feed)
+        if judge is not None:
+            args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, spec.evaluate_every
         if reports is not None:
             args.report_to, args.run_name = list(spec.report_to), title
         trainer = _Trainer(
@@ -191,9 +208,11 @@ def fit(
             spec=spec,
             rates=rates or {},
             feed=feed,
+            judge=judge,
+            eval_dataset=None if judge is None else judge.rows,
             train_dataset=Places(Order(feed.rows, seed, feed.order)),
             data_collator=feed,
-            callbacks=[*(callbacks or []), told],
+            callbacks=[*([] if judge is None else [judge]), *(callbacks or []), told],
         )
         trainer.remove_callback(PrinterCallback)  # it prints every log; progress shows the last
         with sharded.sharded(model, spec), norms(model):
@@ -217,8 +236,8 @@ def _arguments(spec: TrainingSpec, steps: int, seed: int, folder: Path, saving: 
         ddp_broadcast_buffers=False,  # they are the same in all processes
         gradient_accumulation_steps=spec.accumulate,
         learning_rate=spec.learning_rate,
-        lr_scheduler_type="constant_with_warmup" if spec.schedule == "step" else spec.schedule,
-        warmup_steps=int(spec.warmup * steps),
+        lr_scheduler_type="constant_with_warmup" if spec.schedule in ("step", "plateau") else spec.schedule,
+        warmup_steps=warmup_steps(spec, steps),
         max_grad_norm=spec.clip,
         bf16=spec.precision == "bf16" or (spec.precision == "auto" and native_bf16()),
         fp16=spec.precision == "fp16",
@@ -352,6 +371,6 @@ class TrainingSession:
 
     def fit(self, model: TaskModel, steps: int, callbacks: list[TrainerCallback]) -> list[dict[str, float]]:
         checkpoints = None if self.folder is None else self.folder / "search"
-        spec = replace(self.spec, shard=False)  # plans are compared in between, with whole weights
+        spec = replace(of_fixed_length(self.spec), shard=False)  # plans are compared in between, with whole weights
         return fit(model, self._tables["train"], spec, self.seed, callbacks, f"{self._title}: search", steps,
                    checkpoints)  # fmt: skip
