@@ -9,7 +9,7 @@ from PIL import Image
 
 from trimtab.report import page as report
 from trimtab.report.canvas import assign_styles
-from trimtab.report.plots import Panel, Point, loss_figure, pareto_figure, pareto_front
+from trimtab.report.plots import Panel, Point, curve_figure, pareto_figure, pareto_front
 from trimtab.report.runs import group_runs
 from trimtab.report.sparsity import sweep
 
@@ -26,7 +26,7 @@ def test_figures_cope_with_odd_values() -> None:
         panels = [Panel("cost", points, str, log=log) for log in (True, False, True)]
         assert pareto_figure(panels, "score", styles).startswith(b"\x89PNG")
     curves = {names[0]: [{0: 1e3, 1: 0.1}, {1: 0.2}], names[1]: [{}]}
-    assert loss_figure(curves, styles).startswith(b"\x89PNG")
+    assert curve_figure(curves, styles).startswith(b"\x89PNG")
 
 
 def test_pareto_front() -> None:

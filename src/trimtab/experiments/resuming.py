@@ -132,6 +132,12 @@ class Resumable(_Base):
             self.add_callback(GoOn(self, found))
         return None if found is None else str(found)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which would train one step more if it goes on from a checkpoint of the last one."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         loss = float(nested_gather(self._tr_loss, self.args.parallel_mode).mean())

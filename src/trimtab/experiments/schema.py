@@ -148,7 +148,8 @@ class TrainingSpec:
             )
         if not 0 <= self.warmup <= 1:
             raise RecipeError(
-                f"warmup: under 'schedule: plateau' a share of evaluate_every * patience, from 0 to 1, found {self.warmup}"
+                "warmup: under 'schedule: plateau' a share of evaluate_every * patience, from 0 to 1, found "
+                f"{self.warmup}"
             )
         first = self.evaluate_every * (self.patience + 1)
         if self.steps and self.latest_cooldown < first:
