@@ -117,7 +117,7 @@ def test_random_numbers_are_those_that_would_have_come():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A tiny ViLT, which drops out and draws random numbers in evaluation too, and pictures with questions."""
+    """A tiny ViLT that drops out, and pictures with questions."""
     folder = tmp_path_factory.mktemp("plateau")
     torch.manual_seed(0)
     config = hf.ViltConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
@@ -159,9 +159,15 @@ def same_weights(one: Path, two: Path) -> bool:
 @pytest.mark.parametrize(("methods", "settings"), [
     ([PRUNE, "full"], {"accumulate": 2}),
     (["linear-probe"], {"cache": "fp32"}),
-    ([{"name": "lora", "dropout": 0.3}], {}),
-], ids=["pruned", "cached", "lora"])  # fmt: skip
-def test_evaluations_in_between_change_nothing_of_what_is_trained(methods, settings, place, tmp_path):
+], ids=["pruned", "cached"])  # fmt: skip
+def test_evaluations_in_between_change_nothing_of_what_is_trained(methods, settings, place, tmp_path, monkeypatch):
+    evaluate = training.evaluate
+
+    def drawing(model, table, size):
+        _ = torch.rand(3), random.random()  # as tasks and models may
+        return evaluate(model, table, size)
+
+    monkeypatch.setattr(training, "evaluate", drawing)
     rate = {"learning_rate": 1e-2, **settings}
     plain = run(recipe(place, methods, **rate), tmp_path / "plain")
     scored = run(recipe(place, methods, evaluate_every=4, **rate), tmp_path / "scored")

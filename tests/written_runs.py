@@ -55,8 +55,14 @@ def write_run(root: Path, name: str, variant: str, seed: int, changes: dict[str,
     write_json(folder / "run.json", {**info, **(changes or {})})
     write_json(
         folder / "metrics.json",
-        {"primary": primary, "chance": 0.004, "test": {primary: score, "loss": 1.5}, "history": history, "steps": 200,
-         "validation": validation},
+        {
+            "primary": primary,
+            "chance": 0.004,
+            "test": {primary: score, "loss": 1.5},
+            "history": history,
+            "steps": 200,
+            "validation": validation,
+        },
     )
     write_json(folder / "costs.json", costs)
     write_samples(folder / "samples", score)
