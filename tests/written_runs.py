@@ -39,7 +39,6 @@ def write_run(root: Path, name: str, variant: str, seed: int, changes: dict[str,
     primary = "recall@1" if name.endswith("retrieval") else "accuracy"
     score = SCORES[variant] + 0.02 * seed
     history = [{"step": step, "loss": 3 / (1 + step / 20) + 0.1 * seed} for step in range(0, 200, 10)]
-    validation = {"best_step": 150, "scores": [{"step": step, primary: score * step / 200} for step in (50, 150)]}
     trained = TRAINED[variant]
     costs = {
         "params": 12_000_000,
@@ -55,14 +54,7 @@ def write_run(root: Path, name: str, variant: str, seed: int, changes: dict[str,
     write_json(folder / "run.json", {**info, **(changes or {})})
     write_json(
         folder / "metrics.json",
-        {
-            "primary": primary,
-            "chance": 0.004,
-            "test": {primary: score, "loss": 1.5},
-            "history": history,
-            "steps": 200,
-            "validation": validation,
-        },
+        {"primary": primary, "chance": 0.004, "test": {primary: score, "loss": 1.5}, "history": history},
     )
     write_json(folder / "costs.json", costs)
     write_samples(folder / "samples", score)
