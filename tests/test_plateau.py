@@ -276,5 +276,5 @@ def test_without_validation_rows_there_is_no_score():
 
 
 def test_a_training_that_nothing_evaluates_is_refused():
-    with pytest.raises(RecipeError, match="plateau: nothing evaluates in 'training'"):
+    with pytest.raises(RecipeError, match="plateau: nothing evaluates in this training: pass `judge`"):
         training.fit(SimpleNamespace(), [], SPEC, 0)  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import IntervalStrategy
 
 from trimtab import processes
 from trimtab.data.images import encoded
@@ -194,11 +195,25 @@ class Judge(TrainerCallback):
         return f"{best}; {end}, though the score still rose: more `training.steps` may raise it"
 
 
+def check(spec: TrainingSpec, judge: Judge | None) -> None:
+    """RecipeError if nobody would see the plateau that a training waits for."""
+    if judge is None and spec.schedule == "plateau":
+        raise RecipeError("training.schedule: plateau: nothing evaluates in this training: pass `judge`, or take a "
+                          "schedule of fixed length, such as cosine")  # fmt: skip
+
+
 class Judged(_Base):
     """Part of a `Trainer` whose evaluations are a `Judge`'s."""
 
-    judge: Judge | None
+    judge: Judge | None = None
     since: float
+
+    def judged_by(self, judge: Judge | None) -> None:
+        """Let somebody evaluate in training, before anything else hears of a step; None: nobody does."""
+        if judge is not None:
+            self.judge, self.eval_dataset = judge, judge.rows
+            self.args.eval_strategy, self.args.eval_steps = IntervalStrategy.STEPS, judge.spec.evaluate_every
+            self.callback_handler.callbacks.insert(0, judge)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in transformers, of the task's own metrics; training goes on as if there had been none."""

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import IntervalStrategy
 
 from trimtab import processes, progress
 from trimtab.anatomy import Anatomy
@@ -31,12 +30,12 @@ from trimtab.data import draws
 from trimtab.data.images import encoded
 from trimtab.data.streams import numbered, order_of
 from trimtab.divided import divided, norms
-from trimtab.experiments import many, sharded
+from trimtab.experiments import many, plateau, sharded
 from trimtab.experiments.failures import check_finite
 from trimtab.experiments.feeding import AHEAD, Fed, Feed, Order, Places, workers_for
 from trimtab.experiments.plateau import Judge, Judged, of_fixed_length, warmup_steps
 from trimtab.experiments.resuming import Resumable
-from trimtab.experiments.schema import RecipeError, TrainingSpec
+from trimtab.experiments.schema import TrainingSpec
 from trimtab.experiments.watching import Told, tensorboard_in
 from trimtab.precision import native_bf16
 from trimtab.tasks.base import TaskModel
@@ -47,9 +46,8 @@ class _Trainer(Judged, Resumable, Fed, Trainer):
 
     model: Any
 
-    def __init__(self, *args: Any, spec: TrainingSpec, rates: Mapping[str, float], feed: Feed, judge: Judge | None,
-                 **kwargs: Any):  # fmt: skip
-        self.spec, self.rates, self.feed, self.judge = spec, rates, feed, judge
+    def __init__(self, *args: Any, spec: TrainingSpec, rates: Mapping[str, float], feed: Feed, **kwargs: Any):
+        self.spec, self.rates, self.feed = spec, rates, feed
         self.waited, self.since = 0.0, time.perf_counter()
         super().__init__(*args, **kwargs)
         # A task's loss is a mean already. Trainer takes any forward(**inputs) for one that divides by the number of
@@ -187,9 +185,7 @@ def fit(
     if steps == 0:
         return []
     sharded.check(spec)
-    if judge is None and spec.schedule == "plateau":
-        raise RecipeError(f"training.schedule: plateau: nothing evaluates in '{title}': pass `judge`, or a schedule of "
-                          "fixed length")  # fmt: skip
+    plateau.check(spec, judge)
     table = numbered(table, spec.buffer)
     told = Told(title)
     with tempfile.TemporaryDirectory() as scratch, tensorboard_in(reports), contextlib.closing(told):
@@ -198,8 +194,6 @@ def fit(
         many.check(spec.batch_size, feed.rows, "training")
         feed.workers = workers_for(spec.workers, steps, spec.batch_size * feed.bytes_a_row)
         args = _arguments(spec, steps, seed, checkpoints if saving and checkpoints else Path(scratch), saving, feed)
-        if judge is not None:
-            args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, spec.evaluate_every
         if reports is not None:
             args.report_to, args.run_name = list(spec.report_to), title
         trainer = _Trainer(
@@ -208,12 +202,11 @@ def fit(
             spec=spec,
             rates=rates or {},
             feed=feed,
-            judge=judge,
-            eval_dataset=None if judge is None else judge.rows,
             train_dataset=Places(Order(feed.rows, seed, feed.order)),
             data_collator=feed,
-            callbacks=[*([] if judge is None else [judge]), *(callbacks or []), told],
+            callbacks=[*(callbacks or []), told],
         )
+        trainer.judged_by(judge)
         trainer.remove_callback(PrinterCallback)  # it prints every log; progress shows the last
         with sharded.sharded(model, spec), norms(model):
             if spec.shard and processes.world()[1] > 1:  # torch divides the model, Accelerate shall not copy it
