@@ -31,8 +31,9 @@ BASE = {
 }  # fmt: skip
 METHODS = {
     "full": ["full"], "lora": [{"name": "lora", "dropout": 0.1}], "unipt": ["unipt"],
-    "multiflow-full": [{"name": "multiflow", "sparsity": 0.5, "batches": 4}, "full"],
+    "multiflow-full": [{"name": "multiflow", "sparsity": 0.5, "batches": 4}, "full"], "plateau": ["full"],
 }  # fmt: skip
+TRAINING = {"plateau": {"schedule": "plateau", "evaluate_every": 4, "patience": 3, "learning_rate": 1e-3}}
 
 
 STARTED: list[subprocess.Popen[bytes]] = []
@@ -91,7 +92,7 @@ def main(rounds: int = 8, seed: int = 0, longest: float = 60.0, first: float = 0
         workers = draw.choice([0, 1, 2])
         with tempfile.TemporaryDirectory() as scratch:
             recipe = Path(scratch) / "resume.yaml"
-            training = {**BASE["training"], "workers": workers}  # type: ignore[dict-item]
+            training = {**BASE["training"], **TRAINING.get(name, {}), "workers": workers}  # type: ignore[dict-item]
             recipe.write_text(yaml.safe_dump({**BASE, "methods": METHODS[name], "training": training}))
             runs = []
             for kind in ("straight", "killed"):

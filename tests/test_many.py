@@ -38,11 +38,12 @@ DAS = {"name": "das", "skip": 1, "search_steps": 4, "turn": 1, "warmup": 0.2, "g
        "dropout_in_rewards": False}  # fmt: skip
 PRUNE = {"name": "multiflow", "sparsity": 0.5, "batches": 4}
 RANK = {"name": "reranking", "negatives": 2}
+PLATEAU = {"schedule": "plateau", "evaluate_every": 2, "patience": 1, "steps": 8}  # which the search does not see
 RECIPES: dict[str, tuple[str, Any, list[Any], dict[str, Any]]] = {
     "tune": ("clip", "retrieval", ["lora"], {}),  # rows are compared with those of the other process
     "prune": ("vilt", "vqa", [PRUNE, "full"], {"accumulate": 2}),
     "divided": ("vilt", "vqa", [PRUNE, "full"], {"shard": True}),
-    "skip": ("vilt", "vqa", [DAS], {}),
+    "skip": ("vilt", "vqa", [DAS], PLATEAU),
     "composed": ("vilt", "vqa", [PRUNE, DAS, "unipt"], {"save_every": 2}),
     "cached": ("clip", "retrieval", ["linear-probe"], {"cache": "fp32"}),
     "collated together": ("vilt", RANK, ["lora"], {"workers": 1}),
@@ -107,6 +108,10 @@ def test_two_processes_find_what_one_finds(name, place, done, monkeypatch):
     one, two = run(recipe(place, name), place / "one" / name), done / "two" / name
     (a, b) = (json.loads((folder / "metrics.json").read_text()) for folder in (one, two))
     assert b["test"] == pytest.approx(a["test"], abs=1e-6)
+    if name == "skip":  # both have ended at the same step, by the same scores
+        assert b["steps"] == a["steps"] and b["validation"]["cooldown_start"] == a["validation"]["cooldown_start"] >= 4
+        for x, y in zip(a["validation"]["scores"], b["validation"]["scores"], strict=True):
+            assert y == pytest.approx(x, abs=1e-6)
     for x, y in zip(a["history"], b["history"], strict=True):
         assert y["loss"] == pytest.approx(x["loss"], rel=1e-4)
         assert y["grad_norm"] == pytest.approx(x["grad_norm"], rel=1e-3)
@@ -145,7 +150,8 @@ def test_accumulated_batches_have_the_gradient_of_one(place, monkeypatch, tmp_pa
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"save_every": 2}, "writes no checkpoints"), ({"cache": "fp16"}, "never runs the backbone"),
+    [({"save_every": 2}, "writes no checkpoints"), ({"evaluate_every": 2}, "evaluated when it is whole again"),
+     ({"cache": "fp16"}, "never runs the backbone"),
      ({"precision": "fp16"}, "set training.precision to bf16")],
 )  # fmt: skip
 def test_a_training_that_cannot_be_divided_is_refused(settings, message, place):

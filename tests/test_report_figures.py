@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ from PIL import Image
 
 from trimtab.report import page as report
 from trimtab.report.canvas import assign_styles
-from trimtab.report.plots import Panel, Point, loss_figure, pareto_figure, pareto_front
-from trimtab.report.runs import group_runs
+from trimtab.report.plots import Panel, Point, curve_figure, pareto_figure, pareto_front
+from trimtab.report.runs import group_runs, load_runs
 from trimtab.report.sparsity import sweep
 
 pytest.importorskip("matplotlib")
@@ -26,7 +27,22 @@ def test_figures_cope_with_odd_values() -> None:
         panels = [Panel("cost", points, str, log=log) for log in (True, False, True)]
         assert pareto_figure(panels, "score", styles).startswith(b"\x89PNG")
     curves = {names[0]: [{0: 1e3, 1: 0.1}, {1: 0.2}], names[1]: [{}]}
-    assert loss_figure(curves, styles).startswith(b"\x89PNG")
+    assert curve_figure(curves, styles).startswith(b"\x89PNG")
+
+
+def test_scores_of_runs_that_were_evaluated_while_they_trained_are_drawn(tmp_path: Path) -> None:
+    for seed, steps in ((0, (50, 100)), (1, (50,))):
+        file = write_run(tmp_path / "runs", "demo/retrieval", "full", seed) / "metrics.json"
+        scores = [{"step": step, "recall@1": 0.1 + step / 200, "loss": 1.0} for step in steps]
+        told = json.loads(file.read_text()) | {"validation": {"best_step": 50, "scores": scores}}
+        file.write_text(json.dumps(told))
+    (section,) = group_runs(load_runs([tmp_path / "runs"]))
+    curves = [report._validation(run, section) for run in section.runs]
+    assert curves == [pytest.approx({50: 35, 100: 60}), pytest.approx({50: 35})]  # in percent, as in the table
+    report.write_report([tmp_path / "runs"], tmp_path / "out")
+    assert (tmp_path / "out" / "demo-retrieval-validation.png").read_bytes().startswith(b"\x89PNG")
+    report.write_report([tmp_path / "out" / "results.jsonl"], tmp_path / "again")  # which keeps scores
+    assert [f.name for f in (tmp_path / "again").glob("*validation.png")] == ["demo-retrieval-validation.png"]
 
 
 def test_pareto_front() -> None:

@@ -70,7 +70,7 @@ class Job:
         self.done = self.done if done is None else done
         self.fields |= fields
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, more=numbers(self.fields))
+            self.bar.update(self.task, completed=self.done, total=self.total, more=numbers(self.fields))
         now = time.monotonic()
         if not self.quiet and now - _told >= EVERY:
             _told = now

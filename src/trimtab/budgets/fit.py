@@ -167,7 +167,14 @@ def _recipe(model: str | Path, task: Any, data: Any, test: Any, validation: Any,
         "methods": [],
         "training": {"steps": 180, "batch_size": 16, "precision": "auto"},
     }
-    return expand(raw, "fit", overrides, "fit")[0]
+    recipe = expand(raw, "fit", overrides, "fit")[0]
+    if recipe.training.schedule == "plateau":
+        raise ValueError(
+            "training.schedule: plateau: trials are compared after the same steps, and this schedule ends each at its "
+            "own: leave it out, with training.patience, and set training.steps; train found.yaml to its plateau "
+            "afterwards, trimtab run found.yaml training.schedule=plateau training.evaluate_every=N training.patience=N"
+        )
+    return recipe
 
 
 def _data(data: Any, test: Any, validation: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from transformers.trainer_pt_utils import nested_gather
 
 from trimtab.data import draws
 from trimtab.data.images import encoded
+from trimtab.experiments.plateau import Judge
 from trimtab.experiments.schema import TrainingSpec
 from trimtab.files import replace_file
 
@@ -113,6 +114,7 @@ class Resumable(_Base):
     """
 
     spec: TrainingSpec
+    judge: Judge | None
     key: dict[str, Any]
     _tr_loss: torch.Tensor
     _globalstep_last_logged: int
@@ -124,10 +126,17 @@ class Resumable(_Base):
         assert self.model is not None
         self.key = training_key(self.model, self.spec, self.args.seed, self.args.max_steps, len(table),
                                 table_print(encoded(table)))  # fmt: skip
+        self.key |= {} if self.judge is None else self.judge.key()
         found = last_whole(Path(str(self.args.output_dir)), self.key)
         if found is not None:
             self.add_callback(GoOn(self, found))
         return None if found is None else str(found)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which would train one step more if it goes on from a checkpoint of the last one."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

@@ -21,6 +21,7 @@ from trimtab.experiments import cached, estimate, failures, many, sharded, train
 from trimtab.experiments import folder as files
 from trimtab.experiments.assembly import Assembly, assemble, tables
 from trimtab.experiments.folder import write, write_json
+from trimtab.experiments.plateau import Judge
 from trimtab.experiments.schema import Recipe, RecipeError, TrainingSpec
 from trimtab.experiments.watching import check_services, logged
 from trimtab.methods.saved import WEIGHTS
@@ -70,6 +71,7 @@ def _run(recipe: Recipe, folder: Path, measure_costs: bool, watch: Watch | None)
     for table in (train, test):
         parts.task.check(parts.model.backbone, table)
     parts.task.check_scored(test)
+    judge = _judge(parts, validation, recipe.training)
     if watch is not None:
         parts.task.check_scored(validation)  # by whose score a search chooses
     progress.tell({"event": "start", "name": recipe.name, "variant": recipe.variant, "seed": recipe.seed})
@@ -82,7 +84,9 @@ def _run(recipe: Recipe, folder: Path, measure_costs: bool, watch: Watch | None)
             print(f"{label}: {method} was calibrated on {found['batches']} batches, masks of two halves differ by "
                   f"{found['distance']:.2%} of the kept weights (until {found['until']:.2%})")  # fmt: skip
         callbacks = [] if watch is None else [watch(parts.model, validation)]
-        history = _train(parts, train, recipe, label, folder, callbacks)
+        history = _train(parts, train, recipe, label, folder, callbacks, judge)
+    if judge is not None:
+        print(f"{label}: {judge.sentence()}")
     waited = [entry.pop("waiting") for entry in history]
     waiting = sum(waited) / len(waited) if waited else None
     if waiting is not None:
@@ -91,7 +95,9 @@ def _run(recipe: Recipe, folder: Path, measure_costs: bool, watch: Watch | None)
     with failures.enough_memory(recipe):
         metrics, records = training.evaluate(parts.model, test, recipe.training.evaluation_batch)
     progress.tell({"event": "evaluated", "metrics": metrics})
-    result = {"primary": parts.task.primary, "chance": parts.task.chance(test), "test": metrics, "history": history}
+    result = {"primary": parts.task.primary, "chance": parts.task.chance(test), "test": metrics,
+              "steps": recipe.training.steps if judge is None else judge.steps, "history": history,
+              **({} if judge is None else {"validation": judge.told()})}  # fmt: skip
     if many.is_first():
         _write(recipe, parts, folder, result, measure_costs)
         files.write_gallery(parts.task, records, test, folder / "samples")
@@ -123,7 +129,7 @@ def _write(recipe: Recipe, parts: Assembly, folder: Path, result: dict[str, Any]
 
 
 def _train(parts: Assembly, train: Any, recipe: Recipe, label: str, folder: Path,
-           callbacks: list[TrainerCallback]) -> list[dict[str, float]]:  # fmt: skip
+           callbacks: list[TrainerCallback], judge: Judge | None) -> list[dict[str, float]]:  # fmt: skip
     """Train what the methods, the policy and the task leave to be trained; the logged history."""
     set_seed(recipe.seed)
     rates = None
@@ -136,7 +142,28 @@ def _train(parts: Assembly, train: Any, recipe: Recipe, label: str, folder: Path
         learner, cache, own = _from_cache(parts, train, spec, label)
     callbacks = [*own, *callbacks]
     return training.fit(learner, train, spec, recipe.seed, callbacks, label, checkpoints=folder / "checkpoints",
-                        rates=rates, cache=cache, reports=folder)  # fmt: skip
+                        rates=rates, cache=cache, reports=folder, judge=judge)  # fmt: skip
+
+
+def _judge(parts: Assembly, validation: Any, spec: TrainingSpec) -> Judge | None:
+    """Who evaluates while the recipe trains; None if nobody does.
+
+    Raises:
+        RecipeError: if there are no validation rows.
+        ValueError: if the task cannot score them.
+    """
+    if spec.evaluate_every is None or not spec.steps:
+        return None
+    if not len(validation):
+        raise RecipeError("training.evaluate_every: evaluates on the validation rows, found none: give "
+                          "`data.validation` some, or leave it out (and with it `schedule: plateau`)")  # fmt: skip
+    parts.task.check(parts.model.backbone, validation)
+    parts.task.check_scored(validation)
+
+    def measure() -> dict[str, float]:
+        return training.evaluate(parts.model, validation, spec.evaluation_batch)[0]
+
+    return Judge(spec, measure, parts.task.primary, validation)
 
 
 def _info(recipe: Recipe, parts: Assembly, started: float) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class TrainingSpec:
     """How to train, on `transformers.Trainer` with AdamW."""
 
     steps: int = 200
-    """Optimiser steps; 0 evaluates the model as it is."""
+    """Optimiser steps; 0 evaluates the model as it is. Under `schedule: plateau` the most."""
     batch_size: int = 32
     """Rows a step, of all processes together, before accumulation; the processes must divide it."""
     accumulate: int = 1
@@ -55,12 +55,18 @@ class TrainingSpec:
     """Peak learning rate of everything but the head."""
     head_multiplier: float = 1.0
     """The head's learning rate as a multiple of `learning_rate`."""
-    schedule: Literal["linear", "cosine", "constant_with_warmup", "step"] = "cosine"
-    """Course of the learning rate after warm-up; `step` falls to a tenth at each of `drops`."""
+    schedule: Literal["linear", "cosine", "constant_with_warmup", "step", "plateau"] = "cosine"
+    """Course of the learning rate after warm-up; `step` falls to a tenth at each of `drops`; `plateau` stays until the
+    validation score has not risen for `patience` evaluations, falls linearly to 0 over a quarter of the steps so far
+    (at least over `evaluate_every`), and ends there, or begins to fall when 4/5 of `steps` are over."""
     drops: tuple[float, ...] = ()
     """Shares of the steps, rising, after which `schedule: step` multiplies the rate by 0.1: [0.6] is epoch 15 of 25."""
+    evaluate_every: int | None = None
+    """Steps between evaluations on the validation rows; another one comes at the end. None evaluates none."""
+    patience: int | None = None
+    """Evaluations without a score greater than all before, after which `schedule: plateau` ends."""
     warmup: float = 0.1
-    """Share of the steps in which the learning rate rises from 0."""
+    """Share of the steps in which the learning rate rises from 0; under `plateau` of `evaluate_every` * `patience`."""
     weight_decay: float = 0.01
     """AdamW's decay of matrices; biases, norms and scalars have none."""
     beta2: float = 0.999
@@ -107,7 +113,7 @@ class TrainingSpec:
 
     def __post_init__(self) -> None:
         least = {"steps": 0, "batch_size": 1, "accumulate": 1, "log_every": 1, "evaluation_batch": 1,
-                 "cache_views": 1, "workers": 0, "buffer": 1}  # fmt: skip
+                 "cache_views": 1, "workers": 0, "buffer": 1, "evaluate_every": 1, "patience": 1}  # fmt: skip
         for name, smallest in least.items():
             if getattr(self, name) is not None and getattr(self, name) < smallest:
                 raise RecipeError(f"{name} must be at least {smallest}, found {getattr(self, name)}")
@@ -118,10 +124,46 @@ class TrainingSpec:
             )
         if list(self.drops) != sorted(set(self.drops)) or not all(0 < share < 1 for share in self.drops):
             raise RecipeError(f"drops: expected rising shares between 0 and 1, found {list(self.drops)}")
+        self._check_plateau()
         try:
             _ = self.augmentation
         except ValueError as error:
             raise RecipeError(str(error)) from error
+
+    def _check_plateau(self) -> None:
+        """RecipeError if the settings of `schedule: plateau` do not go together."""
+        if self.schedule != "plateau":
+            if self.patience is not None:
+                raise RecipeError(
+                    f"patience: is for 'schedule: plateau', found {self.patience} with 'schedule: {self.schedule}': "
+                    "leave it out, or set the schedule"
+                )
+            return
+        if self.evaluate_every is None or self.patience is None:
+            missing = "evaluate_every" if self.evaluate_every is None else "patience"
+            raise RecipeError(
+                f"{missing}: 'schedule: plateau' needs it, found none: give the steps between evaluations on the "
+                "validation rows and how many of them without a rise end training, "
+                "{evaluate_every: 50, patience: 4}"
+            )
+        if not 0 <= self.warmup <= 1:
+            raise RecipeError(
+                "warmup: under 'schedule: plateau' a share of evaluate_every * patience, from 0 to 1, found "
+                f"{self.warmup}"
+            )
+        first = self.evaluate_every * (self.patience + 1)
+        if self.steps and self.latest_cooldown < first:
+            least = max(-(-5 * first // 4), first + self.evaluate_every)
+            raise RecipeError(
+                f"steps: {self.steps} are over before 'schedule: plateau' can see a plateau: the earliest is after "
+                f"{first} steps (evaluate_every * (patience + 1)), and a fifth of the steps is for what follows: give "
+                f"at least {least} steps, or evaluate more often"
+            )
+
+    @property
+    def latest_cooldown(self) -> int:
+        """Steps after which a fifth of them is left, and room for an evaluation."""
+        return self.steps - max(-(-self.steps // 5), self.evaluate_every or 0)
 
     @property
     def augmentation(self) -> Augmentation:

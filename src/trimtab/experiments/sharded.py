@@ -32,6 +32,9 @@ def check(spec: TrainingSpec) -> None:
     """RecipeError if a recipe asks for more than a sharded training can do."""
     if spec.shard and spec.save_every:
         raise RecipeError("training.shard: such a training writes no checkpoints: leave out training.save_every")
+    if spec.shard and spec.evaluate_every:
+        raise RecipeError("training.shard: a divided model is evaluated when it is whole again: leave out "
+                          "training.evaluate_every, and take another schedule than plateau")  # fmt: skip
     if spec.shard and spec.cache:
         raise RecipeError("training.shard: training from a cache never runs the backbone: leave out one of the two")
     if spec.shard and spec.precision == "fp16":

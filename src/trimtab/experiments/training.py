@@ -12,7 +12,7 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -30,9 +30,10 @@ from trimtab.data import draws
 from trimtab.data.images import encoded
 from trimtab.data.streams import numbered, order_of
 from trimtab.divided import divided, norms
-from trimtab.experiments import many, sharded
+from trimtab.experiments import many, plateau, sharded
 from trimtab.experiments.failures import check_finite
 from trimtab.experiments.feeding import AHEAD, Fed, Feed, Order, Places, workers_for
+from trimtab.experiments.plateau import Judge, Judged, of_fixed_length, warmup_steps
 from trimtab.experiments.resuming import Resumable
 from trimtab.experiments.schema import TrainingSpec
 from trimtab.experiments.watching import Told, tensorboard_in
@@ -40,7 +41,7 @@ from trimtab.precision import native_bf16
 from trimtab.tasks.base import TaskModel
 
 
-class _Trainer(Resumable, Fed, Trainer):
+class _Trainer(Judged, Resumable, Fed, Trainer):
     """Trainer with the recipe's parameter groups. Matrices decay; biases, norms and scalars do not."""
 
     model: Any
@@ -108,11 +109,15 @@ class _Trainer(Resumable, Fed, Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """transformers' schedules, and the one with drops, which it does not have."""
-        if self.spec.schedule == "step" and self.lr_scheduler is None:
-            chosen = optimizer or self.create_optimizer()
-            course = partial(falling, steps=num_training_steps, warmup=self.args.warmup_steps, drops=self.spec.drops)
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, course)
+        """transformers' schedules, and two that it does not have: with drops, and until the score stops rising."""
+        if self.spec.schedule in ("step", "plateau") and self.lr_scheduler is None:
+            course: Callable[[int], float] = partial(
+                falling, steps=num_training_steps, warmup=self.args.warmup_steps, drops=self.spec.drops
+            )
+            if self.spec.schedule == "plateau":
+                assert self.judge is not None
+                course = self.judge.factor
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.create_optimizer(), course)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -149,6 +154,7 @@ def fit(
     rates: Mapping[str, float] | None = None,
     cache: Any = None,
     reports: Path | None = None,
+    judge: Judge | None = None,
 ) -> list[dict[str, float]]:
     """Train what requires gradients and return the logged history.
 
@@ -165,6 +171,10 @@ def fit(
         cache: a filled `ActivationCache` of the table, from which `model`, a `CachedModel`, trains.
         reports: the run's folder: its numbers go to `spec.report_to` as well, TensorBoard's into `tensorboard/` there;
             None hands them to nobody.
+        judge: evaluates every `spec.evaluate_every` steps and at the end, and decides under `schedule: plateau`.
+
+    Raises:
+        RecipeError: if the schedule is `plateau` and there is no judge.
 
     Returns:
         One dict a logged step: `step`, `loss`, `learning_rate`, `grad_norm`, and `waiting`, the share of the time since
@@ -175,6 +185,7 @@ def fit(
     if steps == 0:
         return []
     sharded.check(spec)
+    plateau.check(spec, judge)
     table = numbered(table, spec.buffer)
     told = Told(title)
     with tempfile.TemporaryDirectory() as scratch, tensorboard_in(reports), contextlib.closing(told):
@@ -195,6 +206,7 @@ def fit(
             data_collator=feed,
             callbacks=[*(callbacks or []), told],
         )
+        trainer.judged_by(judge)
         trainer.remove_callback(PrinterCallback)  # it prints every log; progress shows the last
         with sharded.sharded(model, spec), norms(model):
             if spec.shard and processes.world()[1] > 1:  # torch divides the model, Accelerate shall not copy it
@@ -217,8 +229,8 @@ def _arguments(spec: TrainingSpec, steps: int, seed: int, folder: Path, saving: 
         ddp_broadcast_buffers=False,  # they are the same in all processes
         gradient_accumulation_steps=spec.accumulate,
         learning_rate=spec.learning_rate,
-        lr_scheduler_type="constant_with_warmup" if spec.schedule == "step" else spec.schedule,
-        warmup_steps=int(spec.warmup * steps),
+        lr_scheduler_type="constant_with_warmup" if spec.schedule in ("step", "plateau") else spec.schedule,
+        warmup_steps=warmup_steps(spec, steps),
         max_grad_norm=spec.clip,
         bf16=spec.precision == "bf16" or (spec.precision == "auto" and native_bf16()),
         fp16=spec.precision == "fp16",
@@ -352,6 +364,6 @@ class TrainingSession:
 
     def fit(self, model: TaskModel, steps: int, callbacks: list[TrainerCallback]) -> list[dict[str, float]]:
         checkpoints = None if self.folder is None else self.folder / "search"
-        spec = replace(self.spec, shard=False)  # plans are compared in between, with whole weights
+        spec = replace(of_fixed_length(self.spec), shard=False)  # plans are compared in between, with whole weights
         return fit(model, self._tables["train"], spec, self.seed, callbacks, f"{self._title}: search", steps,
                    checkpoints)  # fmt: skip

@@ -1,7 +1,8 @@
 """A run seen from outside: its log, which grows while it runs, and the services that get its numbers.
 
-    RUN/log.jsonl    {"time": ..., "event": "start"}, then "train" at each logged step, "progress" every 30 seconds of
-                     whatever is at work, "evaluated", and "finished" or "failed" with the reason
+    RUN/log.jsonl    {"time": ..., "event": "start"}, then "train" at each logged step, "validation" at each
+                     evaluation in between, "progress" every 30 seconds of whatever is at work, "evaluated", and
+                     "finished" or "failed" with the reason
 
 Each entry is a whole line that is handed to the system at once: a run that is killed leaves what it has written, and
 one that is taken up again appends. `trimtab report --watch` and `tail -f` show it.
@@ -22,6 +23,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from trimtab import progress
+from trimtab.experiments.plateau import PREFIX
 from trimtab.report.watch import LOG
 
 # Of each service the packages one of which it needs; the first is what is to be installed.
@@ -128,6 +130,7 @@ class Told(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.job is not None:
+            self.job.total = state.max_steps  # fewer than at first when a plateau ends the training
             self.job.update(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -135,6 +138,8 @@ class Told(TrainerCallback):
             self.job.update(loss=float(logs["loss"]), rate=float(logs.get("learning_rate", 0.0)))
             numbers = {k: v for k, v in logs.items() if isinstance(v, (int, float))}
             progress.tell({"event": "train", "title": self.title, "step": state.global_step, **numbers})
+        elif found := {k.removeprefix(PREFIX): v for k, v in (logs or {}).items() if k.startswith(PREFIX)}:
+            progress.tell({"event": "validation", "title": self.title, "step": state.global_step, "metrics": found})
 
     def close(self) -> None:
         """When training is over, also by an error."""

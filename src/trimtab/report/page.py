@@ -227,9 +227,19 @@ def _figures(section: Section, styles: dict[str, Style], slug: str) -> list[dict
         figures.append(
             {
                 "file": f"{slug}-loss.png",
-                "png": plots.loss_figure(curves, styles),
+                "png": plots.curve_figure(curves, styles),
                 "alt": "Training loss of each method",
                 "caption": "Training loss, mean over seeds: smoothed (strong) and as logged (faint).",
+            }
+        )
+    scores = {variant: [_validation(run, section) for run in runs] for variant, runs in section.methods.items()}
+    if any(curve for per_seed in scores.values() for curve in per_seed):
+        figures.append(
+            {
+                "file": f"{slug}-validation.png",
+                "png": plots.curve_figure(scores, styles, f"validation {section.metric_title}", log=False),
+                "alt": f"Validation {section.primary} of each method while it trains",
+                "caption": "Score on the validation rows, mean over the seeds that were still training.",
             }
         )
     return [{**figure, "uri": pictures.data_uri(figure["png"])} for figure in figures]
@@ -260,6 +270,15 @@ def _losses(run: RunRecord) -> dict[float, float]:
     entries = [mapping(entry) for entry in history] if isinstance(history, list) else []
     pairs = [(number(entry.get("step")), number(entry.get("loss"))) for entry in entries]
     return {step: loss for step, loss in pairs if step is not None and loss is not None}
+
+
+def _validation(run: RunRecord, section: Section) -> dict[float, float]:
+    """The scores of a run while it trained, in the units of the table."""
+    entries = mapping(run.metrics.get("validation")).get("scores")
+    found = [mapping(entry) for entry in entries] if isinstance(entries, list) else []
+    pairs = [(number(entry.get("step")), number(entry.get(section.primary))) for entry in found]
+    scale = 100 if section.is_fraction else 1
+    return {step: scale * score for step, score in pairs if step is not None and score is not None}
 
 
 def _gallery(section: Section, best: str) -> dict[str, Any] | None:

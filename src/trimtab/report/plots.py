@@ -64,12 +64,15 @@ def pareto_figure(panels: Sequence[Panel], score_title: str, styles: dict[str, S
     return png(figure)
 
 
-def loss_figure(curves: dict[str, list[dict[float, float]]], styles: dict[str, Style]) -> bytes:
-    """Draw each method's training loss, averaged over its seeds and smoothed.
+def curve_figure(curves: dict[str, list[dict[float, float]]], styles: dict[str, Style],
+                 title: str = "training loss", log: bool = True) -> bytes:  # fmt: skip
+    """Draw a curve of each method, averaged over its seeds and, if it has many points, smoothed.
 
     Args:
-        curves: For each method and seed, the loss at each logged step.
+        curves: For each method and seed, the loss or the score at each step where it is known.
         styles: Look of each method.
+        title: What is drawn.
+        log: Take a logarithmic axis if the highest is 30 times the lowest.
 
     Returns:
         A PNG file's content.
@@ -87,9 +90,9 @@ def loss_figure(curves: dict[str, list[dict[float, float]]], styles: dict[str, S
         axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
         (lines[variant],) = axes.plot(steps, smooth, color=colour, linewidth=1.8)
         highest, lowest = max(highest, *smooth), min(lowest, *smooth)
-    if 0 < 30 * lowest < highest:
+    if log and 0 < 30 * lowest < highest:
         axes.set_yscale("log")
-    tidy(axes, "training step", "training loss")
+    tidy(axes, "training step", title)
     axes.legend(
         lines.values(),
         [short(variant) for variant in lines],

@@ -84,9 +84,10 @@ def told(entry: dict[str, Any]) -> str:
         return f"{when} {entry.get('title')}: {entry.get('unit')} {entry.get('done')}{of}" + (
             "" if left is None else f", {span(left)} left"
         )
-    if event == "evaluated":
+    if event in ("evaluated", "validation"):
         metrics = {k: v for k, v in entry.get("metrics", {}).items() if isinstance(v, (int, float))}
-        return f"{when} evaluated: {numbers(metrics)}"
+        what = "evaluated" if event == "evaluated" else f"{entry.get('title')}: step {entry.get('step')}, validation"
+        return f"{when} {what}: {numbers(metrics)}"
     if event == "failed":
         return f"{when} failed: {entry.get('error')}"
     return f"{when} {event}" + (" again, where it was" if entry.get("resumed") else "")
