@@ -35,6 +35,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from real_weights import Photographs
+
 from trimtab.budgets.fit import _recipe, _searched
 from trimtab.budgets.halving import Search
 from trimtab.budgets.limits import Budget, parse
@@ -72,16 +74,12 @@ def _space(*tunes: str, **more: Any) -> Space:
 
 def photographs(root: Path, work: Path) -> dict[str, Any]:
     """Flickr8K's own split as files, with 320 of its 1,000 photographs for validation."""
-    captions: dict[str, list[str]] = {}
-    for line in (root / "Flickr8k_text" / "Flickr8k.token.txt").read_text(encoding="utf-8").splitlines():
-        picture, caption = line.split("\t", 1)
-        captions.setdefault(picture.partition("#")[0], []).append(caption)
+    flickr8k = Photographs(root)
     files: dict[str, Any] = {"name": "files"}
     work.mkdir(parents=True, exist_ok=True)
     for split, listed, most in (("train", "train", None), ("validation", "dev", 320), ("test", "test", None)):
-        names = (root / "Flickr8k_text" / f"Flickr_8k.{listed}Images.txt").read_text().split()
-        pictures = {n: (root / "Flicker8k_Dataset" / n).absolute() for n in names}  # some lists name another set's
-        rows = [{"image": str(p), "captions": captions[n]} for n, p in pictures.items() if p.exists()][:most]
+        names = flickr8k.names(listed)[:most]
+        rows = [{"image": str(flickr8k.file(n).absolute()), "captions": flickr8k.captions[n]} for n in names]
         file = work / f"{split}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         files[split] = str(file.absolute())

@@ -36,7 +36,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy.stats import bootstrap
 from torch import Tensor, nn
 
 import trimtab
@@ -235,6 +234,8 @@ def tables() -> Iterator[str]:
 
 def cell(mine: dict[int, np.ndarray], reference: dict[int, np.ndarray]) -> str:
     """Mean over seeds and photographs; the difference to the reference, over photographs drawn again."""
+    from scipy.stats import bootstrap
+
     if not mine:
         return "-"
     text = f"{100 * np.mean([v.mean() for v in mine.values()]):.1f}"

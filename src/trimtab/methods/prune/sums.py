@@ -252,8 +252,9 @@ class InputSums:
         rows = self.rows[weight] // len(totals)
         if weight not in held:
             room = self.room.pop(weight, None)
-            fits = room is not None and all(t.is_cpu and t.shape == room.shape for t in totals) and len(totals) == 1
-            held[weight] = [_Sum(rows, room if fits and room is not None else torch.zeros(())) for _ in totals]
+            if room is None or len(totals) > 1 or not totals[0].is_cpu or totals[0].shape != room.shape:
+                room = torch.zeros(())
+            held[weight] = [_Sum(rows, room) for _ in totals]
         sums = held[weight]
         if len(sums) != len(totals):
             raise ValueError(f"'{weight.module}' attends to its own input in one call and to another in the next; "
