@@ -16,9 +16,10 @@ from tests import conformance
 from tests.comparisons.prune import LOSS, Toy
 from trimtab import Masks
 from trimtab.methods import METHODS
-from trimtab.methods.prune.allocations import ALLOCATIONS
+from trimtab.methods.prune.allocations import ALLOCATIONS, floored
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import Evidence
+from trimtab.methods.prune.made import sizes
 from trimtab.methods.prune.prunable import prunable
 from trimtab.methods.prune.scores import SCORES
 from trimtab.methods.prune.selection import below, kth_smallest, largest, smallest
@@ -139,6 +140,43 @@ def test_an_allocation_gives_what_is_asked_for(name, sparsity, toy):
         shares = {w: counts[w] / t.numel() for w, t in weights.items()}
         assert max(shares.values()) <= sparsity + 0.1 + 0.01
         assert min(shares, key=shares.get) in list(weights)[-8:]
+
+
+@pytest.mark.parametrize("floor", [0.05, 0.2, 0.25])
+def test_a_floor_is_kept_by_every_tensor_and_paid_by_its_modality(floor, toy):
+    weights = prunable(toy.model, toy.model.anatomy())
+    known = sizes(weights)
+    torch.manual_seed(0)
+    scores = {w: torch.rand(t.shape) * (i + 1) for i, (w, t) in enumerate(weights.items())}
+    plain = ALLOCATIONS["modality"](scores, weights, 0.75)
+    found = floored(plain, known, floor)
+    assert min(1 - plain[w] / n for w, n in known.items()) < 0.05  # one starves without
+    assert all(known[w] - found[w] >= floor * known[w] for w in known)
+    for modality in {w.modality for w in known}:
+        mine = [w for w in known if w.modality == modality]
+        assert sum(found[w] for w in mine) == sum(plain[w] for w in mine)
+        assert all(found[w] >= plain[w] for w in mine if known[w] - plain[w] > floor * known[w])  # the others give
+    if floor == 0.25:
+        assert all(abs(found[w] - 0.75 * n) <= 1 for w, n in known.items())
+
+
+def test_a_modality_without_enough_gets_its_floor_from_the_others(toy):
+    weights = prunable(toy.model, toy.model.anatomy())
+    known = sizes(weights)
+    starved = {w for w in known if w.modality == "vision"}
+    counts = {w: n if w in starved else 0 for w, n in known.items()}
+    found = floored(counts, known, 0.1)
+    assert sum(found.values()) == sum(counts.values())
+    assert all(n - found[w] >= 0.1 * n for w, n in known.items())
+    with pytest.raises(ValueError, match="floor: expected at most the share of all weights that is kept"):
+        floored(counts, known, 0.99)
+
+
+@pytest.mark.parametrize("name", ["multiflow", "omp", "sparsegpt", "itersnip"])
+def test_a_pruner_keeps_a_floor(name, toy):
+    (masks,) = run(toy, name, [0.8], floor=0.15)
+    assert min(m.double().mean() for m in masks.values()) >= 0.15
+    assert masks.sparsity == pytest.approx(0.8, abs=0.01)
 
 
 def test_a_global_threshold_may_empty_a_tower_which_is_refused(toy):
@@ -290,6 +328,12 @@ def test_masks_of_another_model_are_refused(toy, tmp_path):
         ({"name": "full"}, "unknown pruner 'full'"),
         ({"alocation": "global"}, "unknown setting 'alocation': did you mean 'allocation'"),
         ({"allocation": "globl"}, "unknown allocation 'globl': did you mean 'global'"),
+        ({"sparsity": 0.75, "floor": 0.3}, "floor must lie between 0 and the share that is kept of all weights, 0.25"),
+        ({"floor": -0.1}, "floor must lie between 0 and"),
+        ({"sparsity": None, "pattern": "2:4", "floor": 0.1}, "leaves every tensor the same share, found 0.1"),
+        ({"masks": "there", "floor": 0.1}, "masks that were found before have their shares"),
+        ({"name": "chita", "floor": 0.1}, "CHITA divides the weights itself, found 0.1"),
+        ({"name": "tamt", "floor": 0.1}, "TAMT learns what each tensor keeps, found 0.1"),
         ({"name": "chita", "allocation": "uniform"}, "CHITA divides the weights among tensors itself"),
         ({"name": "tamt", "allocation": "uniform"}, "TAMT learns it"),
         ({"name": "sparsegpt", "allocation": "global"}, "set sequential: false"),

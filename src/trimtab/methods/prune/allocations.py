@@ -11,8 +11,9 @@ Adding an allocation is one function with `@ALLOCATIONS.register(name)`.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -38,13 +39,17 @@ def threshold(
 
 def by_modality(scores: Matrices, weights: Matrices | None, sparsity: float) -> dict[Weight, int]:
     """What one threshold per modality takes from each tensor."""
-    groups: dict[str, list[Weight]] = defaultdict(list)
-    for weight in scores:
-        groups[weight.modality].append(weight)
     counts: dict[Weight, int] = {}
-    for members in groups.values():
+    for members in _modalities(scores):
         counts |= threshold(scores, weights, sparsity, members)
     return counts
+
+
+def _modalities(weights: Iterable[Weight]) -> Iterable[list[Weight]]:
+    groups: dict[str, list[Weight]] = defaultdict(list)
+    for weight in weights:
+        groups[weight.modality].append(weight)
+    return groups.values()
 
 
 @ALLOCATIONS.register("uniform")
@@ -98,3 +103,35 @@ def ecoflap(scores: Matrices, weights: Matrices, sparsity: float, slack: float =
         for w in open_:
             kept[w] = min(known[w], kept[w] + rest * claims[w] / total)
     return {w: n - min(n, round(kept[w])) for w, n in known.items()}
+
+
+def floored(counts: Mapping[Weight, int], known: Mapping[Weight, int], floor: float) -> dict[Weight, int]:
+    """Counts under which every tensor keeps at least a share of its weights.
+
+    What a tensor keeps more for it, the others of its modality give, each in proportion to what it keeps above the
+    floor; where a modality has too little of that (a global threshold took most of it), the others do.
+
+    Args:
+        counts: number of weights that each tensor gives.
+        known: number of weights that it has.
+        floor: the least share that it keeps, at most what all keep together.
+
+    Returns:
+        Counts with the same sum.
+
+    Raises:
+        ValueError: if less than the floor is kept of all tensors together.
+    """
+    most = {w: n - math.ceil(floor * n - 1e-9) for w, n in known.items()}
+    if sum(counts.values()) > sum(most.values()):
+        kept = 1 - sum(counts.values()) / sum(known.values())
+        raise ValueError(f"floor: expected at most the share of all weights that is kept, {kept:.4g}, found {floor}")
+    given = {w: min(counts[w], most[w]) for w in known}
+    for members in (*_modalities(known), list(known)):
+        room = {w: most[w] - given[w] for w in members}
+        total, before = sum(room.values()), 0
+        missing = min(total, sum(counts[w] - given[w] for w in members))
+        for w in members if missing else ():  # as integers that add up
+            given[w] += missing * (before + room[w]) // total - missing * before // total
+            before += room[w]
+    return given

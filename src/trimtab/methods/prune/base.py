@@ -28,7 +28,7 @@ from trimtab.anatomy.structure import under
 from trimtab.anatomy.weights import SHARED, left_whole
 from trimtab.memory import give_back
 from trimtab.methods.base import Method
-from trimtab.methods.prune.allocations import ALLOCATIONS, Matrices
+from trimtab.methods.prune.allocations import ALLOCATIONS, Matrices, floored
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import Evidence, Found, collect
 from trimtab.methods.prune.made import Made, as_stored, sizes
@@ -185,8 +185,9 @@ class Pruner(Method):
         return matrices(model, anatomy, self.settings.convolutions)
 
     def counts(self, scores: Matrices, weights: Matrices, sparsity: float) -> dict[Weight, int]:
-        """How many weights each tensor gives, by the allocation that was set or the pruner's own."""
-        return ALLOCATIONS[self.settings.allocation or self.allocation](scores, weights, sparsity)
+        """How many weights each tensor gives, by the allocation that was set or the pruner's own, above the floor."""
+        found = ALLOCATIONS[self.settings.allocation or self.allocation](scores, weights, sparsity)
+        return floored(found, sizes(weights), self.settings.floor) if self.settings.floor else found
 
     def cut(self, scores: Matrices, weights: Matrices, sparsity: float) -> Iterator[tuple[Weight, Tensor]]:
         """The mask (out, in) of one weight after another, True = kept, from scores of all.

@@ -168,6 +168,8 @@ class ChitaSettings(PruneSettings):
         super().__post_init__()
         if self.pattern is not None:
             raise ValueError(f"pattern: CHITA divides the weights itself, found {self.pattern!r}; leave it out")
+        if self.floor:
+            raise ValueError(f"floor: CHITA divides the weights itself, found {self.floor}; leave it out")
         check_chita(self.allocation, self.ridge, self.block_size)
 
 

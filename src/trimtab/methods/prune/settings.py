@@ -21,6 +21,9 @@ class PruneSettings:
     """`n:m`, such as 2:4: exactly n of every m inputs of an output that follow each other are kept; None: any."""
     allocation: str | None = None
     """How many weights each tensor gives: uniform, global, modality, multimodal or ecoflap; None: the pruner's own."""
+    floor: float = 0.0
+    """Every tensor keeps at least this share of its weights, whatever the allocation says; the others of its modality
+    give what it keeps more. At most 1 - sparsity, which is the allocation uniform."""
     batches: int = 32
     """Calibration batches, for pruners that need them; a step's, for those that work in steps."""
     batch_size: int = 32
@@ -59,6 +62,7 @@ class PruneSettings:
             raise ValueError(f"precision must be one of fp32, bf16, auto, found {self.precision!r}")
         if self.allocation is not None:
             ALLOCATIONS[self.allocation]
+        self._check_floor()
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:
@@ -72,6 +76,19 @@ class PruneSettings:
                 f"pattern: expected 'n:m' with 0 < n < m, such as '2:4' (2 of 4 are kept), found {self.pattern!r}"
             )
         return n, m
+
+    def _check_floor(self) -> None:
+        if self.floor and self.masks is not None:
+            raise ValueError("floor: masks that were found before have their shares; leave out `floor` or `masks`")
+        if self.floor and self.pattern is not None:
+            raise ValueError(
+                f"floor: pattern {self.pattern!r} leaves every tensor the same share, found {self.floor}; leave it out"
+            )
+        if self.sparsity is not None and not 0 <= self.floor <= 1 - self.sparsity + 1e-9:
+            raise ValueError(
+                f"floor must lie between 0 and the share that is kept of all weights, {1 - self.sparsity:.4g}, found "
+                f"{self.floor}"
+            )
 
     def _check_pattern(self, share: float) -> None:
         if self.sparsity is not None and abs(self.sparsity - share) > 1e-9:

@@ -47,6 +47,8 @@ class TAMTSettings(PruneSettings):
             raise ValueError(f"pattern: TAMT learns which weights go, found {self.pattern!r}; leave it out")
         if self.allocation not in (None, "global"):
             raise ValueError(f"allocation: TAMT learns it with one threshold, found {self.allocation!r}; leave it out")
+        if self.floor:
+            raise ValueError(f"floor: TAMT learns what each tensor keeps, found {self.floor}; leave it out")
         if self.until is not None:
             raise ValueError(
                 "until: each batch is a step of TAMT's optimiser, whose learning rate falls over all of them, so that "
