@@ -35,7 +35,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from real_weights import Photographs
+from photographs import files
 
 from trimtab.budgets.fit import _recipe, _searched
 from trimtab.budgets.halving import Search
@@ -70,20 +70,6 @@ class Setting:
 def _space(*tunes: str, **more: Any) -> Space:
     return Space(**{"sparsities": (0.5,), "skips": (2, 4), "multiples": (1.0,),
                     "tunes": {name: TUNES[name] for name in tunes}} | more)  # fmt: skip
-
-
-def photographs(root: Path, work: Path) -> dict[str, Any]:
-    """Flickr8K's own split as files, with 320 of its 1,000 photographs for validation."""
-    flickr8k = Photographs(root)
-    files: dict[str, Any] = {"name": "files"}
-    work.mkdir(parents=True, exist_ok=True)
-    for split, listed, most in (("train", "train", None), ("validation", "dev", 320), ("test", "test", None)):
-        names = flickr8k.names(listed)[:most]
-        rows = [{"image": str(flickr8k.file(n).absolute()), "captions": flickr8k.captions[n]} for n in names]
-        file = work / f"{split}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        files[split] = str(file.absolute())
-    return files
 
 
 TEXT = {"form": "token", "towers": ["text"]}
@@ -146,7 +132,7 @@ class Table:
         self.setting = SETTINGS[self.name]
         work = self.work / self.name
         work.mkdir(parents=True, exist_ok=True)
-        self.data = self.setting.data or photographs(Path(self.root or "flickr8k"), work)
+        self.data = self.setting.data or files(Path(self.root or "flickr8k"), work)
         self.file = RESULTS / f"{self.name}.jsonl"
         for row in lines(self.file):
             if row.pop("seed") == self.seed:

@@ -15,8 +15,9 @@ Flickr8K's training photographs with two of their captions; the seed draws them.
 Pruners that need a loss are given what such towers learn from: two captions of a photograph shall find each other among
 those of the batch, and so shall two crops of it (InfoNCE, temperature 0.05).
 
-`--shares` takes other allocations than a pruner's own. One line a model in `studies/results/real_weights.jsonl`, with
-the score of each photograph, so that differences are paired; what is there is not measured again.
+`--shares` takes other allocations than a pruner's own; `multimodal:0.1` is one with a floor. One line a model in
+`studies/results/real_weights.jsonl`, with the score of each photograph, so that differences are paired; what is
+there is not measured again.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from photographs import Photographs
 from torch import Tensor, nn
 
 import trimtab
@@ -44,40 +45,8 @@ from trimtab.methods.prune.masks import Masks
 
 RESULTS = Path(__file__).parent / "results" / "real_weights.jsonl"
 LEVELS = (0.5, 0.63, 0.75, 0.9)
-PIXELS, MEAN, STD = 96, 127.0, 128.0
 NEAR = 10
 DENSE = "dense"
-
-
-class Photographs:
-    """Flickr8K in its official layout: the pictures of a split and their five captions."""
-
-    def __init__(self, root: Path):
-        self.root = root
-        self.captions: dict[str, list[str]] = defaultdict(list)
-        for line in (root / "Flickr8k_text" / "Flickr8k.token.txt").read_text(encoding="utf-8").splitlines():
-            name, caption = line.split("\t", 1)
-            self.captions[name.partition("#")[0]].append(caption)
-
-    def names(self, split: str) -> list[str]:
-        listed = (self.root / "Flickr8k_text" / f"Flickr_8k.{split}Images.txt").read_text().split()
-        return [n for n in listed if self.file(n).exists()]
-
-    def file(self, name: str) -> Path:
-        return self.root / "Flicker8k_Dataset" / name
-
-    def pixels(self, name: str, draw: random.Random | None = None) -> Tensor:
-        """(3, 96, 96), whole, or a crop of at least half of its area, drawn."""
-        with Image.open(self.file(name)) as opened:
-            picture = opened.convert("RGB")
-        if draw is not None:
-            side = draw.uniform(0.71, 1.0)
-            w, h = (round(side * x) for x in picture.size)
-            x, y = draw.randint(0, picture.width - w), draw.randint(0, picture.height - h)
-            picture = picture.crop((x, y, x + w, y + h))
-        picture = picture.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)
-        array = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(PIXELS, PIXELS, 3)
-        return (array.movedim(-1, 0).float() - MEAN) / STD
 
 
 def calibration(photographs: Photographs, tokenizer: Any, rows: int, seed: int) -> list[dict[str, Tensor]]:
@@ -156,7 +125,8 @@ def found(model: nn.Module, pruner: str, shares: str | None, levels: list[float]
     own = METHODS[pruner].Settings.__dataclass_fields__
     settings: dict[str, Any] = {"convolutions": True} if "convolutions" in own else {}
     if shares is not None:
-        settings["allocation"] = shares
+        settings["allocation"], _, floor = shares.partition(":")
+        settings["floor"] = float(floor or 0)
     torch.manual_seed(0)
     return trimtab.prune(model, pruner, levels, batches, loss=loss, **settings)
 
@@ -254,7 +224,7 @@ def main() -> None:
     every = [name for name in METHODS if METHODS[name].lever == "prune"]
     parser.add_argument("--root", type=Path, default=Path("flickr8k"), help="Flickr8K in its official layout")
     parser.add_argument("--pruners", nargs="+", default=every, choices=every)
-    parser.add_argument("--shares", nargs="+", help="allocations in the place of the pruner's own")
+    parser.add_argument("--shares", nargs="+", help="allocations in the place of the own, such as multimodal:0.1")
     parser.add_argument("--levels", type=float, nargs="+", default=list(LEVELS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", type=int, default=512, help="pairs to calibrate on")

@@ -1,0 +1,209 @@
+"""UniPT and its rivals where UniPT's paper stands: real towers that never met learn to find photographs by captions.
+
+    python studies/vse.py --root flickr8k [--ways linear-probe unipt-text] [--seeds 0 1 2 3 4]     train what is missing
+    python studies/vse.py --tables
+
+EfficientNet-Lite0 (96 pixels) and MiniLM, VSE-infinity's pooling and triplets, Flickr8K: 6,000 photographs to train on,
+320 for validation, 1,000 with their 5,000 captions to test on; rSum, the six recalls in percent added. By the rules of
+README.md: batches of 128, a constant learning rate until validation rSum, looked at every third epoch, has not risen
+for three looks, then a linear fall over a quarter of the steps so far, 60 epochs at most. Each way is trained at three
+learning rates with seed 0; the rate with the best validation rSum at the end is taken for the other seeds.
+
+Frozen towers are computed once, with five draws of a caption for each photograph. They are the same for all seeds: the
+spread over seeds leaves out what the draw of captions adds. One line a training in `studies/results/vse.jsonl`, with
+what each test photograph gives to rSum; what is there is not trained again, and an interrupted training goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+from each import RetrievalEach
+from photographs import files
+from scipy.stats import bootstrap
+
+from trimtab.experiments.recipe import expand
+from trimtab.experiments.run import run
+from trimtab.methods import METHODS
+from trimtab.methods.tune.unipt import UniPT
+
+RESULTS = Path(__file__).parent / "results" / "vse.jsonl"
+EPOCH = 47
+TEXT = {"towers": ["text"]}
+NEW = (5e-4, 1e-3, 2e-3)  # learning rates of what starts random
+MOVED = (5e-5, 1e-4, 2e-4)  # and of pretrained weights
+
+
+@METHODS.register("unipt-of-means")
+class OfMeans(UniPT):
+    """UniPT without confidences: all layers count alike."""
+
+    def stand(self, *where: Any) -> Any:
+        stand = super().stand(*where)
+        stand.side.gate.weight.requires_grad_(False).zero_()  # a softmax of zeros
+        return stand
+
+
+@METHODS.register("unipt-without-attention")
+class WithoutAttention(UniPT):
+    """UniPT without its parallel interaction: a token reads the earlier layers at its own place only."""
+
+    def stand(self, *where: Any) -> Any:
+        stand = super().stand(*where)
+        stand.side.how = replace(stand.side.how, eps=1e30)  # of which rows of attention weights are divided by
+        return stand
+
+
+@dataclass(frozen=True)
+class Way:
+    """Methods, the learning rates that are tried, and the heads' as a multiple of them."""
+
+    methods: tuple[dict[str, Any], ...]
+    rates: tuple[float, ...] = NEW
+    head: float = 1.0
+
+
+def _way(name: str, *more: Any, **settings: Any) -> Way:
+    return Way(({"name": name, **settings},), *more)
+
+
+WAYS = {
+    "linear-probe": _way("linear-probe"),
+    "unipt-text": _way("unipt", form="token", **TEXT),
+    "unipt": _way("unipt", form="token", layers=[1, 3, 5]),
+    "lst-text": _way("lst", **TEXT),
+    "sherl-text": _way("sherl", **TEXT),
+    "side-tuning": _way("side-tuning", **TEXT),
+    "partial-1": _way("partial", MOVED, 10.0, blocks=1, **TEXT),
+    "partial-3": _way("partial", MOVED, 10.0, blocks=3, **TEXT),
+    "bitfit-text": _way("bitfit", **TEXT),
+    "lora-text": _way("lora", **TEXT),
+    "adapter-text": _way("adapter", **TEXT),
+    "full": _way("full", MOVED, 10.0),
+    "unipt-text, of means": _way("unipt-of-means", form="token", **TEXT),
+    "unipt-text, no attention": _way("unipt-without-attention", form="token", **TEXT),
+    "unipt-text-4": _way("unipt", form="token", reduction=4, **TEXT),
+    "unipt-text-1": _way("unipt", form="token", reduction=1, **TEXT),
+}
+
+
+def recipe_of(way: str, rate: float, seed: int, data: dict[str, Any]) -> Any:
+    raw = {
+        "title": "VSE study",
+        "backbone": {"name": "lite0-minilm"},
+        "task": {"name": "retrieval-each", "pooling": "gpo", "objective": "triplet", "all_negatives": EPOCH},
+        "data": data,
+        "methods": [dict(m) for m in WAYS[way].methods],
+        "training": {
+            "batch_size": 128, "evaluation_batch": 64, "precision": "auto", "learning_rate": rate,
+            "head_multiplier": WAYS[way].head, "schedule": "plateau", "steps": 60 * EPOCH, "evaluate_every": 3 * EPOCH,
+            "patience": 3, "save_every": 3 * EPOCH, "log_every": EPOCH,
+        },
+        "costs": False,
+        "seed": seed,
+    }  # fmt: skip
+    if way != "full":
+        raw["training"] |= {"cache": "fp16", "cache_views": 5}
+    return expand(raw, "vse")[0]
+
+
+def lines() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def train(way: str, rate: float, seed: int, data: dict[str, Any], work: Path) -> None:
+    """One training, and its line."""
+    if any((r["way"], r["rate"], r["seed"]) == (way, rate, seed) for r in lines()):
+        return
+    folder, began = work / f"{way}-{rate:g}-{seed}", time.process_time()
+    run(recipe_of(way, rate, seed, data), folder)
+    told = json.loads((folder / "metrics.json").read_text())
+    row = {
+        "way": way, "rate": rate, "seed": seed, "steps": told["steps"], "plateau": told["validation"]["plateau"],
+        "seconds": round(time.process_time() - began), "validation": told["validation"]["scores"][-1]["rsum"],
+        "curve": [[s["step"], round(s["rsum"], 1)] for s in told["validation"]["scores"]],
+        "test": {k: round(v, 4) for k, v in told["test"].items() if "rank" not in k}, "each": RetrievalEach.each,
+    }  # fmt: skip
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print(f"{way} {rate:g} seed {seed}: {row['steps']} steps, validation {row['validation']:.1f}, test "
+          f"{row['test']['rsum']:.1f}, {row['seconds']} s", flush=True)  # fmt: skip
+    shutil.rmtree(folder)
+
+
+def chosen(way: str) -> float:
+    """The rate with the best validation score of seed 0."""
+    tried = {r["rate"]: r["validation"] for r in lines() if r["way"] == way and r["seed"] == 0}
+    if missing := set(WAYS[way].rates) - tried.keys():
+        raise SystemExit(f"{way}: seed 0 is not trained at {min(missing):g} yet")
+    return max(tried, key=lambda rate: tried[rate])
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def tables() -> Iterator[str]:
+    """rSum of each way, and how far it is from that of the heads alone, paired, with a 95 % interval."""
+    trained = lines()
+    tried = {(r["way"], r["rate"]) for r in trained}
+    whole = {way for way in WAYS if all((way, rate) in tried for rate in WAYS[way].rates)}
+    rows: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for r in trained:
+        if r["way"] in whole and r["rate"] == chosen(r["way"]):
+            rows[r["way"]][r["seed"]] = r
+    yield "| | seeds | rate | steps | rSum | beside heads alone (95 %) | image to text R@1, % | text to image R@1, % |"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|"
+    for way in (w for w in WAYS if w in rows):
+        mine = rows[way]
+        cells = [mean([r["test"]["rsum"] for r in mine.values()]), apart(mine, rows["linear-probe"])]
+        cells += [mean([100 * r["test"][f"{d} recall@1"] for r in mine.values()])
+                  for d in ("image to text", "text to image")]  # fmt: skip
+        steps = round(fmean(r["steps"] for r in mine.values()))
+        yield f"| {way} | {len(mine)} | {chosen(way):g} | {steps} | {' | '.join(cells)} |"
+
+
+def mean(values: list[float]) -> str:
+    return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def apart(mine: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any]]) -> str:
+    """The difference on the same test photographs and seeds, with an interval over photographs drawn again."""
+    seeds = sorted(mine.keys() & reference.keys())
+    gap = np.mean([np.subtract(mine[s]["each"], reference[s]["each"]) for s in seeds], axis=0) if seeds else np.zeros(1)
+    if not gap.any():
+        return "-"
+    low, high = bootstrap((gap,), np.mean, n_resamples=2000, rng=0, method="percentile").confidence_interval
+    return f"{gap.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--root", type=Path, default=Path("flickr8k"), help="Flickr8K in its official layout")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--work", type=Path, default=Path("runs/vse-study"), help="for what trainings leave")
+    parser.add_argument("--tables", action="store_true", help="print what was measured")
+    options = parser.parse_args()
+    if options.tables:
+        print("\n".join(tables()))
+        return
+    data = files(options.root, options.work)
+    for seed in options.seeds:
+        for way in options.ways:
+            for rate in WAYS[way].rates if seed == 0 else (chosen(way),):
+                train(way, rate, seed, data, options.work)
+
+
+if __name__ == "__main__":
+    main()
