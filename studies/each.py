@@ -20,6 +20,7 @@ class RetrievalEach(Retrieval):
     """`each` holds what every picture of the table that was scored last gives to rSum: its own three recalls and the
     means of its captions', in percent; their mean over pictures with equally many captions is rSum."""
 
+    schema = "retrieval"
     primary = "rsum"
     each: ClassVar[list[float]] = []
 
@@ -39,6 +40,7 @@ class RetrievalEach(Retrieval):
 class MatchingEach(Matching):
     """`each` tells of every picture of the table that was scored last whether it finds its caption first."""
 
+    schema = "matching"
     each: ClassVar[list[int]] = []
 
     def score(self, backbone: Any, head: Any, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:

@@ -15,9 +15,9 @@ Flickr8K's training photographs with two of their captions; the seed draws them.
 Pruners that need a loss are given what such towers learn from: two captions of a photograph shall find each other among
 those of the batch, and so shall two crops of it (InfoNCE, temperature 0.05).
 
-`--shares` takes other allocations than a pruner's own; `multimodal:0.1` is one with a floor. One line a model in
-`studies/results/real_weights.jsonl`, with the score of each photograph, so that differences are paired; what is
-there is not measured again.
+`--shares` takes other allocations than a pruner's own; in `multimodal:0.5` every tensor keeps at least half of what is
+kept on average. One line a model in `studies/results/real_weights.jsonl`, with the score of each photograph, so that
+differences are paired; what is there is not measured again.
 """
 
 from __future__ import annotations
@@ -124,11 +124,14 @@ def found(model: nn.Module, pruner: str, shares: str | None, levels: list[float]
     """Masks of a pruner at some sparsities. Where it changes what it keeps, they hold the new weights."""
     own = METHODS[pruner].Settings.__dataclass_fields__
     settings: dict[str, Any] = {"convolutions": True} if "convolutions" in own else {}
-    if shares is not None:
-        settings["allocation"], _, floor = shares.partition(":")
-        settings["floor"] = float(floor or 0)
+    name, _, floor = (shares or "").partition(":")
+    if name:
+        settings["allocation"] = name
     torch.manual_seed(0)
-    return trimtab.prune(model, pruner, levels, batches, loss=loss, **settings)
+    if not floor:
+        return trimtab.prune(model, pruner, levels, batches, loss=loss, **settings)
+    return [trimtab.prune(model, pruner, [x], batches, loss=loss, floor=float(floor) * (1 - x), **settings)[0]
+            for x in levels]  # fmt: skip
 
 
 def kept(masks: Masks, part: str) -> float:
@@ -224,7 +227,7 @@ def main() -> None:
     every = [name for name in METHODS if METHODS[name].lever == "prune"]
     parser.add_argument("--root", type=Path, default=Path("flickr8k"), help="Flickr8K in its official layout")
     parser.add_argument("--pruners", nargs="+", default=every, choices=every)
-    parser.add_argument("--shares", nargs="+", help="allocations in the place of the own, such as multimodal:0.1")
+    parser.add_argument("--shares", nargs="+", help="allocations in the place of the own, such as multimodal:0.5")
     parser.add_argument("--levels", type=float, nargs="+", default=list(LEVELS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", type=int, default=512, help="pairs to calibrate on")
