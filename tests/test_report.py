@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from trimtab.report import page as report
-from trimtab.report.runs import BYTES
+from trimtab.report.runs import BYTES, group_runs
 from trimtab.report.tables import amount
 
 pytest.importorskip("matplotlib")
@@ -210,6 +210,37 @@ def test_single_seed_missing_costs_and_odd_names(tmp_path: Path) -> None:
     text = report.write_report([tmp_path], tmp_path / "out").read_text(encoding="utf-8")
     assert "Test score, 1 seed; the best is bold." in text and "no picture" in text
     assert [file.name for file in (tmp_path / "out").glob("*.png")] == ["demo-bold-x-pareto.png"]
+
+
+def test_scores_have_intervals_over_rows_and_stand_beside_full_tuning(tmp_path: Path) -> None:
+    credits = {"full": [1, 1, 0, 1] * 50, "lora": [1, 0, 0, 1] * 50, "unipt": [1, 1, None, 1] * 50}
+    for variant in ("zero-shot", *credits):
+        folder = write_run(tmp_path, "demo/retrieval", variant, 0)
+        told = json.loads((folder / "metrics.json").read_text())
+        write_json(folder / "metrics.json", told | ({"interval": [0.41, 0.58]} if variant == "lora" else {}))
+        if variant in credits:
+            write_json(folder / "rows.json", {"metric": "recall@1", "credits": credits[variant]})
+    rows = {row[0]: row[1:3] for row in markdown_rows(report.markdown_table(report.load_runs([tmp_path])))}
+    assert rows["method"] == ["recall@1 (%)", "beside full"]
+    assert rows["zero-shot"] == ["10.0", "—"]
+    assert rows["lora"][0] == "50.0 (41.0 to 58.0)"
+    low, high = re.fullmatch(r"-25\.0 \((-\d+\.\d) to (-\d+\.\d)\)", rows["lora"][1]).groups()
+    assert -32 < float(low) < -25 < float(high) < -18  # a quarter of 200 rows: 25 +- 6
+    assert rows["unipt"] == ["55.0", "—"]  # its rows are not those that full tuning was scored on
+    assert rows["full"] == ["60.0", ""]
+    page = report.write_report([tmp_path], tmp_path / "out").read_text()
+    assert "95 % intervals over test rows" in page and "50.0 (41.0 to 58.0)" in page
+    write_json(tmp_path / "demo/retrieval/lora/seed-0/rows.json", {"credits": 3})
+    runs, omitted = report.find_runs([tmp_path])
+    assert [o.reason for o in omitted] == ["rows.json should give a list as 'credits'"] and len(runs) == 3
+
+
+def test_differences_are_means_over_the_seeds_that_both_have(tmp_path: Path) -> None:
+    for variant, seed, credits in (("full", 0, [0, 1]), ("full", 1, [0, 0]), ("lora", 0, [1, 1]), ("lora", 2, [1, 1])):
+        folder = write_run(tmp_path, "demo/retrieval", variant, seed)
+        write_json(folder / "rows.json", {"metric": "recall@1", "credits": credits})
+    (section,) = group_runs(report.load_runs([tmp_path]))
+    assert section.gaps("lora") == [100, 0] and section.gaps("full") == []
 
 
 def test_a_section_without_costs_has_no_columns_or_panels_for_them(tmp_path: Path) -> None:

@@ -32,8 +32,13 @@ def test_a_run_is_plain_files_and_only_the_learned_part(finished):
     folder, r = finished
     names = {p.name for p in folder.iterdir()}
     wanted = {"recipe.yaml", "run.json", "metrics.json", "costs.json", "fit.json", "weights.safetensors", "samples",
-              "log.jsonl"}  # fmt: skip
+              "log.jsonl", "rows.json"}  # fmt: skip
     assert names == wanted
+    told, rows = (json.loads((folder / f).read_text()) for f in ("metrics.json", "rows.json"))
+    assert rows["metric"] == told["primary"] == "accuracy"
+    score = told["test"]["accuracy"]
+    assert sum(rows["credits"]) / len(rows["credits"]) == pytest.approx(score)
+    assert told["interval"][0] <= score <= told["interval"][1]
     assert all(
         k.startswith(("task.head.", "learned.unipt.", "kept.unipt.")) for k in load_file(folder / "weights.safetensors")
     )

@@ -105,6 +105,7 @@ def test_a_right_box_costs_nothing_and_a_wrong_one_does():
     records = task.predict(backbone, take, batch)
     assert [r["box"] for r in records] == [pytest.approx([10, 5, 30, 20]), pytest.approx([0, 0, 8, 8])]
     assert task.score(None, None, records, None) == {"accuracy@0.5": 1, "mean IoU": pytest.approx(1)}
+    assert [r["credit"] for r in records] == [1, 1]
     shift = torch.tensor([0.1, 0.0, 0.1, 0.0])
     off = lambda tokens, words, *_: (tokens[:, 0] + shift, take(tokens, words)[1])  # noqa: E731
     # By hand: the boxes (0.25, 0.25, 0.75, 1) and (0, 0, 0.2, 0.4) moved by 0.1 overlap by 0.4 / 0.6 and 0.1 / 0.3.

@@ -99,6 +99,10 @@ def test_matching_ranks_within_blocks():
         records[i] | {"ids": records[j]["ids"], "mask": records[j]["mask"]} for i, j in enumerate([1, 0, 2, 3, 4, 5])
     ]
     assert Matching(pool=3).score(Comparing(), None, swapped, table)["recall@1"] == pytest.approx((1 / 3 + 1) / 2)
+    assert [r["credit"] for r in swapped] == [0, 0, 1, 1, 1, 1]
+    left = [{k: v for k, v in r.items() if k != "credit"} for r in swapped]
+    Matching(pool=4).score(Comparing(), None, left, table)
+    assert ["credit" in r for r in left] == [True] * 4 + [False] * 2  # what fills no block is not scored
     assert Matching(pool=3).chance(table) == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="blocks of 7 pictures, the table to evaluate on has 6 rows"):
         Matching(pool=7).score(Comparing(), None, records, table)

@@ -21,13 +21,17 @@ def test_recall_at_k(place, expected):
     n = 12
     index = torch.arange(n)
     similarity = -((index[None, :] - index[:, None] + place) % n).float()
-    found = recalls(similarity, [str(i) for i in range(n)])
+    records = [{} for _ in range(n)]
+    found = recalls(similarity, [str(i) for i in range(n)], records)
+    assert records == [{"credit": expected[0]}] * n
     for direction in ("", "image to text ", "text to image "):
         assert tuple(found[f"{direction}recall@{k}"] for k in (1, 5, 10)) == expected
 
 
 def test_recall_of_the_two_directions_and_their_mean():
-    found = recalls(torch.tensor([[2.0, 3.0], [0.0, 4.0]]), ["a", "b"])
+    records = [{}, {}]
+    found = recalls(torch.tensor([[2.0, 3.0], [0.0, 4.0]]), ["a", "b"], records)
+    assert records == [{"credit": 0.5}, {"credit": 1.0}]
     assert found["image to text recall@1"] == 0.5  # picture 0 prefers caption 1
     assert found["text to image recall@1"] == 1
     assert found["recall@1"] == 0.75 and found["recall@5"] == 1
@@ -35,8 +39,8 @@ def test_recall_of_the_two_directions_and_their_mean():
 
 def test_a_caption_with_the_same_words_is_right():
     similarity = torch.tensor([[0.0, 3.0, 1.0], [3.0, 0.0, 1.0], [3.0, 2.0, 1.0]])
-    assert recalls(similarity, ["a", "b", "c"])["image to text recall@1"] == 0
-    found = recalls(similarity, ["a", "a", "c"])  # pictures 0 and 1 rank each other's caption first
+    assert recalls(similarity, ["a", "b", "c"], [{}, {}, {}])["image to text recall@1"] == 0
+    found = recalls(similarity, ["a", "a", "c"], [{}, {}, {}])  # pictures 0 and 1 rank each other's caption first
     assert found["image to text recall@1"] == pytest.approx(2 / 3)
     assert found["text to image recall@1"] == pytest.approx(2 / 3)  # caption 2 ties between all: the first wins
 
@@ -167,6 +171,10 @@ def test_all_captions_of_every_picture_are_ranked():
     unit = torch.nn.functional.normalize
     wanted = measured.evaluate(unit(images, dim=-1), unit(texts, dim=-1), owner)
     assert found["rsum"] == pytest.approx(wanted["rsum"])
+    assert sum(r["credit"] for r in records) / len(records) == pytest.approx(found["recall@1"])
+    own = measured.ranks_of_embeddings(unit(images, dim=-1), unit(texts, dim=-1), owner)
+    first = (own.image_to_text[0] == 0).double() / 2 + (own.text_to_image[: counts[0]] == 0).sum() * 6 / 12 / 2
+    assert records[0]["credit"] == pytest.approx(first.item())
     assert found["image to text recall@1"] == pytest.approx(wanted["i2t"]["R@1"] / 100)
     assert found["text to image median rank"] == wanted["t2i"]["medr"]
     assert found["recall@1"] == pytest.approx((wanted["i2t"]["R@1"] + wanted["t2i"]["R@1"]) / 200)

@@ -115,6 +115,9 @@ def test_rows_without_a_label_count_nothing_and_a_wrong_one_is_named(task, backb
     right = 1.0 if known[0]["label"] == known[2]["label"] else 0.5
     given = {"label": [row["label"] for row in known]}
     assert Labelled.score(model.task, None, None, records, given) == {"accuracy": right}
+    apart = [{"label": known[0]["label"]} for _ in range(4)]
+    Labelled.score(model.task, None, None, apart, given)
+    assert ["credit" in record for record in apart] == [True, False, True, False] and apart[0]["credit"] == 1
     assert model.task.chance({"label": ["a", "a", "b", ""]}) == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="no row of the table has a label"):
         Labelled.score(model.task, None, None, records, {"label": [""] * 4})

@@ -44,6 +44,7 @@ def test_vqa_accuracy_whole_and_by_kind():
     records = [{"answer": a} for a in ("yes", "yes", "no", "yes")]
     found = VQA(["yes", "no"]).score(None, None, records, table)
     assert found == {"accuracy": 0.5, "accuracy: a": 0.5, "accuracy: b": 0.5}
+    assert [r["credit"] for r in records] == [1, 0, 1, 0]
     assert VQA(["yes", "no"]).score(None, None, records, table.remove_columns("kind")) == {"accuracy": 0.5}
     assert VQA(["yes", "no"]).chance(table) == 0.5  # of always saying "no"
 
@@ -112,6 +113,7 @@ def test_accuracy_with_peoples_answers_is_the_official_one():
     assert found["accuracy, answer type: other"] == pytest.approx(0.9)
     assert found["accuracy, answer type: yes/no"] == pytest.approx((0 + 0.3) / 2)
     assert found["accuracy"] == pytest.approx((0.9 + 0.3) / 3)
+    assert [r["credit"] for r in records] == pytest.approx([0.9, 0, 0.3])
     assert [e["correct"] for e in task.gallery(records, table, range(3))] == [True, False, False]
     assert task.chance(table) == pytest.approx(1 / 3)  # "dog": four of ten, none, none
 

@@ -2,7 +2,8 @@
 
 recipe.yaml           resolved: nothing in it depends on anything outside
 run.json              name, variant, seed, git state, versions, time; written last: a folder without it is not a run
-metrics.json          test metrics, the training curve, steps taken, scores while it trained (docs/runs.md)
+metrics.json          test metrics and their interval, training curve, steps, scores while it trained (docs/runs.md)
+rows.json             what each test row gives to the primary metric
 costs.json            see `estimate.py`
 policy.json           what the recipe's policy came to, if it has one
 fit.json              the methods and what each found (a plan, say), and to which backbone they belong

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from trimtab.experiments.plateau import Judge
 from trimtab.experiments.schema import Recipe, RecipeError, TrainingSpec
 from trimtab.experiments.watching import check_services, logged
 from trimtab.methods.saved import WEIGHTS
+from trimtab.metrics.intervals import interval
 from trimtab.precision import native_bf16
 from trimtab.tasks.base import TaskModel
 
@@ -95,11 +97,15 @@ def _run(recipe: Recipe, folder: Path, measure_costs: bool, watch: Watch | None)
     with failures.enough_memory(recipe):
         metrics, records = training.evaluate(parts.model, test, recipe.training.evaluation_batch)
     progress.tell({"event": "evaluated", "metrics": metrics})
-    result = {"primary": parts.task.primary, "chance": parts.task.chance(test), "test": metrics,
+    result: dict[str, Any] = {"primary": parts.task.primary, "chance": parts.task.chance(test), "test": metrics,
               "steps": recipe.training.steps if judge is None else judge.steps, "history": history,
               **({} if judge is None else {"validation": judge.told()})}  # fmt: skip
+    credits = _credits(records, metrics[parts.task.primary])
+    if given := [credit for credit in credits if credit is not None]:
+        result["interval"] = interval(given)
     if many.is_first():
         _write(recipe, parts, folder, result, measure_costs)
+        write_json(folder / "rows.json", {"metric": parts.task.primary, "credits": credits if given else []})
         files.write_gallery(parts.task, records, test, folder / "samples")
         for scratch in (folder / "checkpoints", folder / "search"):
             shutil.rmtree(scratch, ignore_errors=True)
@@ -107,6 +113,15 @@ def _run(recipe: Recipe, folder: Path, measure_costs: bool, watch: Watch | None)
         write_json(folder / "run.json", {**_info(recipe, parts, started), "waiting": waiting, **settled})
     many.wait()
     return folder
+
+
+def _credits(records: list[dict[str, Any]], score: float) -> list[float | None]:
+    """What each test row gives to the primary metric; None of rows that count for nothing, or where it is no mean."""
+    credits = [record.get("credit") for record in records]
+    given = [credit for credit in credits if credit is not None]
+    if given and abs(fmean(given) - score) > 1e-4 * max(1.0, abs(score)):
+        raise RuntimeError(f"the mean over test rows is {fmean(given)}, the primary metric {score}: please report it")
+    return credits
 
 
 def _settled(parts: Assembly) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from trimtab.report.runs import (
 from trimtab.report.tables import (
     DASH,
     column_titles,
+    compared,
     digits,
     in_unit,
     markdown_table,
@@ -149,14 +150,15 @@ def _slug(name: str, taken: set[str]) -> str:
 def _section_view(section: Section, styles: dict[str, Style], slug: str) -> dict[str, Any]:
     """Gather what the template shows of one section."""
     shown = measured([section])
-    rows = table_rows(section, shown)
+    beside = compared([section])
+    rows = table_rows(section, shown, beside)
     best = [row.variant for row in rows if row.best]
     return {
         "name": section.name,
         "slug": slug,
         "heading": _distinct(section, "recipe_title"),
         "setting": [(key, _distinct(section, key)) for key in ("task", "data", "backbone")],
-        "titles": column_titles(section, shown),
+        "titles": column_titles([section], shown),
         "rows": rows,
         "best": ", ".join(best),
         "caption": _caption(section),
@@ -184,7 +186,11 @@ def _caption(section: Section) -> str:
         seeds = f"mean ± standard deviation over {span} seeds"
     levels = sorted(set(known(number(run.metrics.get("chance")) for run in section.runs)))
     chance = ", ".join(f"{100 * level:.2g} %" if section.is_fraction else digits(level) for level in levels)
-    return f"Test {section.primary}, {seeds}; {f'chance level {chance}; ' if chance else ''}the best is bold."
+    told = ""
+    if compared([section]) or any(section.interval(variant) for variant in section.methods):
+        told = "in brackets 95 % intervals over test rows (of one seed: another may differ more); "
+    level = f"chance level {chance}; " if chance else ""
+    return f"Test {section.primary}, {seeds}; {told}{level}the best is bold."
 
 
 def _footnote(section: Section, shown: Sequence[Cost]) -> str:

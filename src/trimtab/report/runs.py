@@ -12,10 +12,12 @@ from statistics import fmean
 from typing import Any
 
 from trimtab.files import replace_file
+from trimtab.metrics.intervals import interval
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+REFERENCE = "full"  # the variant that others are compared with
 COUNTS = ("", "K", "M", "G", "T")
 BYTES = ("B", "kB", "MB", "GB", "TB")
 MILLISECONDS = ("ms",)
@@ -23,7 +25,7 @@ MILLISECONDS = ("ms",)
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One finished run, as its folder describes it."""
+    """One finished run, as its folder describes it; `credits` is what each test row gives to the primary metric."""
 
     path: Path
     info: dict[str, Any]
@@ -32,6 +34,7 @@ class RunRecord:
     samples: list[dict[str, Any]] = field(default_factory=list)
     plan: dict[str, Any] | None = None
     pruning: dict[str, Any] = field(default_factory=dict)
+    credits: list[float | None] = field(default_factory=list)
 
     def score(self, metric: str) -> float | None:
         """Return a test metric, or None if the run did not measure it."""
@@ -106,6 +109,33 @@ class Section:
         """Return the primary metric of a variant's seeds, in the units of ``metric_title``."""
         scale = 100 if self.is_fraction else 1
         return [scale * value for value in known(run.score(self.primary) for run in self.methods[variant])]
+
+    def interval(self, variant: str) -> tuple[float, float] | None:
+        """The 95 % interval over test rows of a variant that has one seed, in the units of ``metric_title``."""
+        runs = self.methods[variant]
+        found = runs[0].metrics.get("interval") if len(runs) == 1 else None
+        if not isinstance(found, list) or len(known(map(number, found))) != 2:
+            return None
+        scale = 100 if self.is_fraction else 1
+        return scale * found[0], scale * found[1]
+
+    def gaps(self, variant: str, reference: str = REFERENCE) -> list[float]:
+        """How much more each test row gives to a variant than to another one, mean over the seeds that both have, in
+        the units of ``metric_title``; nothing where that is not known."""
+        others = {run.info["seed"]: run.credits for run in self.methods.get(reference, ()) if variant != reference}
+        pairs = [(run.credits, others[run.info["seed"]]) for run in self.methods[variant] if run.info["seed"] in others]
+        counted = {tuple(c is not None for c in credits) for pair in pairs for credits in pair}
+        if len(counted) != 1:  # none, or not the same rows
+            return []
+        scale = 100 if self.is_fraction else 1
+        gaps = [[scale * (a - b) for a, b in zip(*pair, strict=True) if a is not None and b is not None]
+                for pair in pairs]  # fmt: skip
+        return [fmean(row) for row in zip(*gaps, strict=True)]
+
+    def beside(self, variant: str) -> tuple[float, float, float] | None:
+        """The mean of `gaps` to full tuning, and its 95 % interval over test rows."""
+        gaps = self.gaps(variant)
+        return (fmean(gaps), *interval(gaps)) if gaps else None
 
     def costs(self, variant: str, key: str) -> list[float]:
         """Return one cost of a variant's seeds, leaving out the seeds that lack it."""
@@ -213,11 +243,20 @@ def _read_run(folder: Path) -> RunRecord:
         samples=[sample for sample in samples if isinstance(sample, dict)],
         plan=states.get("skip"),
         pruning=_pruning(states.get("prune", {})),
+        credits=_credits(folder / "rows.json"),
     )
 
 
+def _credits(file: Path) -> list[float | None]:
+    """What each test row gave to the primary metric; nothing where a run does not tell, as of earlier versions."""
+    told = _read_json(file, dict).get("credits") if file.exists() else []
+    if not isinstance(told, list):
+        raise ValueError(f"{file.name} should give a list as 'credits'")
+    return [number(value) for value in told]
+
+
 def write_results(runs: Iterable[RunRecord], file: Path) -> None:
-    """Write what a report needs of runs into one file, a JSON object a line; samples and losses are left out."""
+    """Write what a report needs of runs into one file, a JSON object a line; samples, losses and rows are left out."""
     lines = []
     for run in runs:
         metrics = {key: value for key, value in run.metrics.items() if key != "history"}

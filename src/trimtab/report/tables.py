@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from trimtab.report.runs import COSTS, Cost, RunRecord, Section, group_runs
+from trimtab.report.runs import COSTS, REFERENCE, Cost, RunRecord, Section, group_runs
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,13 +41,13 @@ def summary_table(runs: Sequence[RunRecord]) -> Table:
     single = len(sections) == 1
     table = Table(title=Text(sections[0].name) if single else None)
     shown = measured(sections)
-    for index, title in enumerate(column_titles(sections[0] if single else None, shown)):
+    for index, title in enumerate(column_titles(sections, shown)):
         table.add_column(Text(title), justify="left" if index == 0 else "right")
     for section in sections:
         if not single:
             table.add_section()
             table.add_row(Text(section.name, style="bold italic"), Text(section.metric_title, style="italic"))
-        for row in table_rows(section, shown):
+        for row in table_rows(section, shown, compared(sections)):
             score, *costs = row.cells
             table.add_row(Text(row.variant), Text(score, style="bold" if row.best else ""), *map(Text, costs))
     return table
@@ -66,8 +66,9 @@ def markdown_table(runs: Sequence[RunRecord]) -> str:
     blocks = []
     for section in sections:
         shown = measured([section])
-        lines = [column_titles(section, shown), ["---"] + ["---:"] * (len(shown) + 1)]
-        for row in table_rows(section, shown):
+        titles = column_titles([section], shown)
+        lines = [titles, ["---"] + ["---:"] * (len(titles) - 1)]
+        for row in table_rows(section, shown, compared([section])):
             score, *costs = row.cells
             lines.append([row.variant, f"**{score}**" if row.best else score, *costs])
         lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
@@ -83,17 +84,32 @@ def measured(sections: Sequence[Section]) -> tuple[Cost, ...]:
     return tuple(cost for cost in COSTS if any(run.cost(cost.key) is not None for run in runs))
 
 
-def column_titles(section: Section | None, shown: Sequence[Cost]) -> list[str]:
+def compared(sections: Sequence[Section]) -> bool:
+    """Whether some method is compared with full tuning on the same test rows."""
+    return any(section.gaps(variant) for section in sections for variant in section.methods)
+
+
+def column_titles(sections: Sequence[Section], shown: Sequence[Cost]) -> list[str]:
     """Return the table's header, which names the primary metric if the table is one section's."""
-    return ["method", section.metric_title if section else "primary metric", *(cost.title for cost in shown)]
+    score = sections[0].metric_title if len(sections) == 1 else "primary metric"
+    beside = [f"beside {REFERENCE}"] if compared(sections) else []
+    return ["method", score, *beside, *(cost.title for cost in shown)]
 
 
-def table_rows(section: Section, shown: Sequence[Cost]) -> list[Row]:
-    """Return the rows that every form of the table shows; the highest mean score is marked."""
+def table_rows(section: Section, shown: Sequence[Cost], beside: bool = False) -> list[Row]:
+    """Return the rows that every form of the table shows; the highest mean score is marked.
+
+    Args:
+        section: the runs.
+        shown: columns of costs.
+        beside: show how far each score is from full tuning's, on the same test rows.
+    """
     rows = []
     for variant, runs in section.methods.items():
         scores = section.scores(variant)
-        cells = [_score_cell(scores, section.is_fraction)]
+        cells = [_score_cell(scores, section.is_fraction, section.interval(variant))]
+        if beside:
+            cells.append(_beside_cell(section, variant))
         for cost in shown:
             values = section.costs(variant, cost.key)
             text = amount(fmean(values), cost.units, spread(values)) if values else DASH
@@ -141,14 +157,27 @@ def _decimals(value: float, significant: int) -> int:
     return max(0, significant - 1 - math.floor(math.log10(abs(value)))) if value else 0
 
 
-def _score_cell(scores: Sequence[float], is_fraction: bool) -> str:
+def _beside_cell(section: Section, variant: str) -> str:
+    if variant == REFERENCE:
+        return ""
+    found = section.beside(variant)
+    if found is None:
+        return DASH
+    decimals = 1 if section.is_fraction else _decimals(max(map(abs, found)), 3)
+    gap, low, high = (f"{value:+,.{decimals}f}" for value in found)
+    return f"{gap} ({low} to {high})"
+
+
+def _score_cell(scores: Sequence[float], is_fraction: bool, interval: tuple[float, float] | None) -> str:
     if not scores:
         return DASH
     mean = fmean(scores)
     # A tenth of a percent is as fine as a test set of a thousand samples can resolve.
     decimals = 1 if is_fraction else _decimals(mean, 3)
     text = f"{mean:,.{decimals}f}"
-    return f"{text} ± {spread(scores):,.{decimals}f} ({len(scores)} seeds)" if len(scores) > 1 else text
+    if len(scores) > 1:
+        return f"{text} ± {spread(scores):,.{decimals}f} ({len(scores)} seeds)"
+    return f"{text} ({interval[0]:,.{decimals}f} to {interval[1]:,.{decimals}f})" if interval else text
 
 
 def _relative(runs: Sequence[RunRecord], key: str) -> str:

@@ -175,6 +175,8 @@ class Answer(Task):
             references = [self._references(row, i) for i, row in enumerate(table)]
             return {"cider": captions.cider(texts, references), "bleu@4": captions.bleu4(texts, references)}
         values = [self._value(text, row, i) for i, (text, row) in enumerate(zip(texts, table, strict=True))]
+        for record, value in zip(records, values, strict=True):
+            record["credit"] = value
         out = {self.primary: sum(values) / len(values)}
         if self.metric == "choice":
             read = [_chosen(text, row["choices"], self.choose) for text, row in zip(texts, table, strict=True)]

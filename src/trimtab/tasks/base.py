@@ -76,7 +76,10 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
-        """Metrics over all records of a table, fractions in 0..1; the one named `primary` is among them."""
+        """Metrics over all records of a table, fractions in 0..1; the one named `primary` is among them.
+
+        Where that is a mean over rows, each record gets `credit`, what its row gives to it; from these come intervals.
+        """
 
     def fold(self, backbone: Any, head: nn.Module) -> None:  # noqa: B027 (most heads stay with their task)
         """Move into the backbone what its own architecture has a place for, before it is exported without the head."""

@@ -119,6 +119,8 @@ class Captioning(Task):
         captions: dict[Hashable, str] = dict(enumerate(r["caption"] for r in records))
         references: dict[Hashable, Sequence[str]] = dict(enumerate(rows["captions"]))
         found = official.evaluate(captions, references, java=self.java)
+        for record, credit in zip(records, found["by_caption"]["CIDEr"], strict=True):
+            record["credit"] = credit
         out = {"cider": found["CIDEr"], **{f"bleu@{n}": found[f"BLEU-{n}"] for n in (4, 3, 2, 1)}}
         out |= {
             "rouge-l": found["ROUGE-L"],

@@ -146,6 +146,8 @@ class Grounding(Task):
 
     def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
         overlap = torch.tensor([r["iou"] for r in records])
+        for record, credit in zip(records, (overlap >= 0.5).double().tolist(), strict=True):
+            record["credit"] = credit
         return {"accuracy@0.5": (overlap >= 0.5).float().mean().item(), "mean IoU": overlap.mean().item()}
 
     def gallery(self, records: list[dict[str, Any]], rows: Any, indices: Sequence[int]) -> list[dict[str, Any]]:

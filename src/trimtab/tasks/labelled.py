@@ -90,14 +90,14 @@ class Labelled(Task):
         if not any(table["label"]):
             raise ValueError(f"task {self.name!r}: no row of the table has a label, so that nothing can be scored")
 
-    def known(self, records: list[dict[str, Any]], rows: Any) -> list[tuple[str, str]]:
-        """Predicted and right label of every row whose label is known; ValueError if none is."""
-        Labelled.check_scored(self, rows)
-        return [(r["label"], label) for r, label in zip(records, rows["label"], strict=True) if label]
-
     def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
-        found = self.known(records, rows)
-        return {"accuracy": sum(a == b for a, b in found) / len(found)}
+        """Over the rows whose label is known; ValueError if none is."""
+        Labelled.check_scored(self, rows)
+        known = [(record, label) for record, label in zip(records, rows["label"], strict=True) if label]
+        right = [float(record["label"] == label) for record, label in known]
+        for (record, _), credit in zip(known, right, strict=True):
+            record["credit"] = credit
+        return {"accuracy": sum(right) / len(right)}
 
     def chance(self, rows: Any) -> float | None:
         """Always giving the commonest label."""

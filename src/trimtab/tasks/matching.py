@@ -132,7 +132,7 @@ class Matching(Task):
         mine = [self._similarity(backbone, blocks[i]) for i in shared(len(blocks))]  # processes divide the blocks
         for i, (block, similarity) in enumerate(zip(blocks, in_turn(mine, len(blocks)), strict=True)):
             start = i * self.pool
-            found.append(recalls(similarity, captions[start : start + self.pool]))
+            found.append(recalls(similarity, captions[start : start + self.pool], block))
             for record, best in zip(block, similarity.argmax(dim=1).tolist(), strict=True):
                 record["best"] = start + best
         return {key: sum(f[key] for f in found) / len(found) for key in found[0]}

@@ -43,6 +43,8 @@ class Pretraining(Task):
 
     def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
         right = [(r["own"] > r["other"]) + 0.5 * (r["own"] == r["other"]) for r in records]
+        for record, credit in zip(records, right, strict=True):
+            record["credit"] = credit
         return {"told apart": sum(right) / len(right)}
 
     def chance(self, rows: Any) -> float | None:

@@ -189,9 +189,15 @@ class Retrieval(Task):
     def score(self, backbone: Any, head: Any, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
         images, texts = torch.stack([r["image"] for r in records]), torch.cat([r["text"] for r in records])
         if self.captions == "first":
-            return recalls(images @ texts.T, [c[0] for c in rows["captions"]])
-        owner = owners([len(r["text"]) for r in records])
-        out = named(measured.evaluate(images, texts, owner))
+            return recalls(images @ texts.T, [c[0] for c in rows["captions"]], records)
+        counts = [len(r["text"]) for r in records]
+        owner = owners(counts)
+        ranks = measured.ranks_of_embeddings(images, texts, owner)
+        out = named(measured.both_ways(ranks))
+        found = (ranks.text_to_image == 0).double().split(counts)
+        share = len(records) / len(texts)  # a picture with more captions counts more in the mean over captions
+        for record, rank, own in zip(records, ranks.image_to_text.tolist(), found, strict=True):
+            record["credit"] = ((rank == 0) + share * float(own.sum())) / 2
         if self.folds > 1:
             folds = named(measured.evaluate(images, texts, owner, self.folds))
             out |= {f"{self.folds} folds: {name}": value for name, value in folds.items()}
@@ -263,17 +269,21 @@ def named(found: dict[str, Any]) -> dict[str, float]:
     return out
 
 
-def recalls(similarity: Tensor, captions: list[str]) -> dict[str, float]:
-    """Recall@1, 5 and 10 in both directions and their mean over directions, from (images, captions) similarities."""
+def recalls(similarity: Tensor, captions: list[str], records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Recall@1, 5 and 10 in both directions and their mean over directions, from (images, captions) similarities; each
+    record gets as `credit` what its row gives to the mean recall@1."""
     codes = {c: i for i, c in enumerate(dict.fromkeys(captions))}
     label = torch.tensor([codes[c] for c in captions])
-    out = {}
+    out, first = {}, torch.zeros(len(captions), dtype=torch.double)
     for direction, scores in (("image to text", similarity), ("text to image", similarity.T)):
         order = scores.argsort(dim=1, descending=True)[:, :10]
         hit = label[order] == label[:, None]
+        first += hit[:, 0].cpu() / 2
         for k in (1, 5, 10):
             out[f"{direction} recall@{k}"] = hit[:, :k].any(dim=1).float().mean().item()
     means = {
         f"recall@{k}": (out[f"image to text recall@{k}"] + out[f"text to image recall@{k}"]) / 2 for k in (1, 5, 10)
     }
+    for record, credit in zip(records, first.tolist(), strict=True):
+        record["credit"] = credit
     return {**means, **out}

@@ -129,13 +129,17 @@ class VQA(Task):
     def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
         """`soft score` is the mean target of the answers given, over all rows; ViLT prints it over rows whose answer is
         among the classes."""
-        out = self._official(records, rows) if "answers" in rows.column_names else None
-        if out is None:
+        told = self._official(records, rows) if "answers" in rows.column_names else None
+        if told is not None:
+            out, right = told
+        else:
             right = [float(r["answer"] == a) for r, a in zip(records, rows["answer"], strict=True)]
             out = {"accuracy": sum(right) / len(right)}
             if "kind" in rows.column_names:
                 total, hits = Counter(rows["kind"]), Counter(k for k, r in zip(rows["kind"], right, strict=True) if r)
                 out |= {f"accuracy: {k}": hits[k] / n for k, n in sorted(total.items())}
+        for record, credit in zip(records, right, strict=True):
+            record["credit"] = credit
         if records and all("soft score" in r for r in records):
             out["soft score"] = sum(r["soft score"] for r in records) / len(records)
         return out
@@ -163,8 +167,8 @@ class VQA(Task):
             raise ValueError(f"row {empty[0]}: no answers of people, which other rows have: VQA's accuracy is over all")
         return annotations
 
-    def _official(self, records: list[dict[str, Any]], rows: Any) -> dict[str, float] | None:
-        """VQA's own accuracy, as shares; None if no row has people's answers."""
+    def _official(self, records: list[dict[str, Any]], rows: Any) -> tuple[dict[str, float], list[float]] | None:
+        """VQA's own accuracy, as shares, and that of each row; None if no row has people's answers."""
         annotations = self._told(rows)
         if annotations is None:
             return None
@@ -173,13 +177,13 @@ class VQA(Task):
         for kind in ("answer_type", "question_type"):
             title = kind.replace("_", " ")
             out |= {f"accuracy, {title}: {k}": v / 100 for k, v in sorted(found[f"by_{kind}"].items())}
-        return out
+        return out, [found["by_question"][i] / 100 for i in annotations]
 
     def chance(self, rows: Any) -> float | None:
         """Always giving the commonest answer."""
         commonest, times = Counter(rows["answer"]).most_common(1)[0]
         if "answers" in rows.column_names and (out := self._official([{"answer": commonest}] * len(rows), rows)):
-            return out["accuracy"]
+            return out[0]["accuracy"]
         return times / len(rows)
 
     def gallery(self, records: list[dict[str, Any]], rows: Any, indices: Sequence[int]) -> list[dict[str, Any]]:

@@ -1,0 +1,44 @@
+"""Intervals over rows, against what theory gives for shares."""
+
+from __future__ import annotations
+
+import math
+import random
+from statistics import fmean
+
+import pytest
+
+from trimtab.metrics.intervals import difference, interval
+
+
+@pytest.mark.parametrize(("share", "rows"), [(0.5, 400), (0.2, 1000)])
+def test_the_interval_of_a_share_is_the_binomial_one(share, rows):
+    values = [1.0] * round(share * rows) + [0.0] * round((1 - share) * rows)
+    low, high = interval(values)
+    half = 1.96 * math.sqrt(share * (1 - share) / rows)
+    assert low == pytest.approx(share - half, abs=0.1 * half)
+    assert high == pytest.approx(share + half, abs=0.1 * half)
+    assert interval(values) == (low, high)
+
+
+def test_equal_rows_have_no_width():
+    assert interval([1.0] * 5) == (1.0, 1.0) and interval([0.3]) == (0.3, 0.3)
+
+
+@pytest.mark.parametrize(("values", "message"), [([], "found 0 numbers"), ([1.0, math.nan], "1 of them finite")])
+def test_what_has_no_mean_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        interval(values)
+
+
+def test_a_difference_on_the_same_rows_is_narrower_than_two_intervals():
+    draw = random.Random(0)
+    hard = [float(draw.random() < 0.5) for _ in range(600)]
+    better = [1.0 if draw.random() < 0.06 else x for x in hard]
+    gap, low, high = difference(better, hard)
+    assert gap == pytest.approx(fmean(better) - fmean(hard))
+    assert 0 < low < gap < high
+    assert interval(better)[0] < interval(hard)[1]  # the two alone would not tell
+    assert difference(hard, hard) == (0, 0, 0)
+    with pytest.raises(ValueError, match="the same rows, found 2 and 1"):
+        difference([1.0, 0.0], [1.0])
