@@ -219,7 +219,8 @@ def test_scores_have_intervals_over_rows_and_stand_beside_full_tuning(tmp_path: 
         told = json.loads((folder / "metrics.json").read_text())
         write_json(folder / "metrics.json", told | ({"interval": [0.41, 0.58]} if variant == "lora" else {}))
         if variant in credits:
-            write_json(folder / "rows.json", {"metric": "recall@1", "credits": credits[variant]})
+            told = {"metric": "recall@1", "table": "t", "credits": credits[variant]}
+            write_json(folder / "rows.json", told)
     rows = {row[0]: row[1:3] for row in markdown_rows(report.markdown_table(report.load_runs([tmp_path])))}
     assert rows["method"] == ["recall@1 (%)", "beside full"]
     assert rows["zero-shot"] == ["10.0", "—"]
@@ -230,6 +231,9 @@ def test_scores_have_intervals_over_rows_and_stand_beside_full_tuning(tmp_path: 
     assert rows["full"] == ["60.0", ""]
     page = report.write_report([tmp_path], tmp_path / "out").read_text()
     assert "95 % intervals over test rows" in page and "50.0 (41.0 to 58.0)" in page
+    other = {"metric": "recall@1", "table": "another", "credits": credits["lora"]}
+    write_json(tmp_path / "demo/retrieval/lora/seed-0/rows.json", other)
+    assert "beside" not in report.markdown_table(report.load_runs([tmp_path]))  # as many rows, of another table
     write_json(tmp_path / "demo/retrieval/lora/seed-0/rows.json", {"credits": 3})
     runs, omitted = report.find_runs([tmp_path])
     assert [o.reason for o in omitted] == ["rows.json should give a list as 'credits'"] and len(runs) == 3
@@ -238,7 +242,7 @@ def test_scores_have_intervals_over_rows_and_stand_beside_full_tuning(tmp_path: 
 def test_differences_are_means_over_the_seeds_that_both_have(tmp_path: Path) -> None:
     for variant, seed, credits in (("full", 0, [0, 1]), ("full", 1, [0, 0]), ("lora", 0, [1, 1]), ("lora", 2, [1, 1])):
         folder = write_run(tmp_path, "demo/retrieval", variant, seed)
-        write_json(folder / "rows.json", {"metric": "recall@1", "credits": credits})
+        write_json(folder / "rows.json", {"metric": "recall@1", "table": "t", "credits": credits})
     (section,) = group_runs(report.load_runs([tmp_path]))
     assert section.gaps("lora") == [100, 0] and section.gaps("full") == []
 

@@ -256,3 +256,11 @@ def test_test_rows_that_cannot_be_scored_end_a_run_before_it_trains(tiny_raw, tm
     raw = tiny_raw("tiny-vilt", {"name": "matching", "pool": 25})
     with pytest.raises(ValueError, match="blocks of 25 pictures, the table to evaluate on has 24 rows"):
         run.run(recipe.expand(raw, "test")[0], tmp_path / "run")
+
+
+def test_rows_that_do_not_add_up_to_the_metric_lose_no_run():
+    assert run._credits([{"credit": 1.0}, {}, {"credit": 0.0}], 0.5) == [1.0, None, 0.0]
+    assert run._credits([{}, {}], 0.5) == []
+    for credit in (0.2, float("nan")):
+        with pytest.warns(UserWarning, match="there is no interval"):
+            assert run._credits([{"credit": credit}], 0.5) == []

@@ -25,7 +25,8 @@ MILLISECONDS = ("ms",)
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One finished run, as its folder describes it; `credits` is what each test row gives to the primary metric."""
+    """One finished run, as its folder describes it; `rows` has the `credits` of the test rows, what each gives to the
+    `metric`, and a hash of their `table`."""
 
     path: Path
     info: dict[str, Any]
@@ -34,7 +35,7 @@ class RunRecord:
     samples: list[dict[str, Any]] = field(default_factory=list)
     plan: dict[str, Any] | None = None
     pruning: dict[str, Any] = field(default_factory=dict)
-    credits: list[float | None] = field(default_factory=list)
+    rows: dict[str, Any] = field(default_factory=dict)
 
     def score(self, metric: str) -> float | None:
         """Return a test metric, or None if the run did not measure it."""
@@ -122,14 +123,15 @@ class Section:
     def gaps(self, variant: str, reference: str = REFERENCE) -> list[float]:
         """How much more each test row gives to a variant than to another one, mean over the seeds that both have, in
         the units of ``metric_title``; nothing where that is not known."""
-        others = {run.info["seed"]: run.credits for run in self.methods.get(reference, ()) if variant != reference}
-        pairs = [(run.credits, others[run.info["seed"]]) for run in self.methods[variant] if run.info["seed"] in others]
-        counted = {tuple(c is not None for c in credits) for pair in pairs for credits in pair}
-        if len(counted) != 1:  # none, or not the same rows
+        others = {run.info["seed"]: run.rows for run in self.methods.get(reference, ()) if variant != reference}
+        pairs = [(run.rows, others[run.info["seed"]]) for run in self.methods[variant] if run.info["seed"] in others]
+        asked = {(rows.get("metric"), rows.get("table"), tuple(c is not None for c in rows.get("credits", ())))
+                 for pair in pairs for rows in pair}  # fmt: skip
+        if len(asked) != 1 or next(iter(asked))[:2] == (None, None):  # not the same rows, or nobody tells
             return []
         scale = 100 if self.is_fraction else 1
-        gaps = [[scale * (a - b) for a, b in zip(*pair, strict=True) if a is not None and b is not None]
-                for pair in pairs]  # fmt: skip
+        gaps = [[scale * (a - b) for a, b in zip(mine["credits"], other["credits"], strict=True) if a is not None]
+                for mine, other in pairs]  # fmt: skip
         return [fmean(row) for row in zip(*gaps, strict=True)]
 
     def beside(self, variant: str) -> tuple[float, float, float] | None:
@@ -243,16 +245,16 @@ def _read_run(folder: Path) -> RunRecord:
         samples=[sample for sample in samples if isinstance(sample, dict)],
         plan=states.get("skip"),
         pruning=_pruning(states.get("prune", {})),
-        credits=_credits(folder / "rows.json"),
+        rows=_rows(folder / "rows.json"),
     )
 
 
-def _credits(file: Path) -> list[float | None]:
+def _rows(file: Path) -> dict[str, Any]:
     """What each test row gave to the primary metric; nothing where a run does not tell, as of earlier versions."""
-    told = _read_json(file, dict).get("credits") if file.exists() else []
-    if not isinstance(told, list):
+    told = _read_json(file, dict) if file.exists() else {}
+    if not isinstance(told.get("credits", []), list):
         raise ValueError(f"{file.name} should give a list as 'credits'")
-    return [number(value) for value in told]
+    return {**told, "credits": [number(value) for value in told.get("credits", [])]} if told else {}
 
 
 def write_results(runs: Iterable[RunRecord], file: Path) -> None:
