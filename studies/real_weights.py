@@ -42,6 +42,7 @@ from torch import Tensor, nn
 import trimtab
 from trimtab.methods import METHODS
 from trimtab.methods.prune.masks import Masks
+from trimtab.metrics.intervals import interval
 
 RESULTS = Path(__file__).parent / "results" / "real_weights.jsonl"
 LEVELS = (0.5, 0.63, 0.75, 0.9)
@@ -207,8 +208,6 @@ def tables() -> Iterator[str]:
 
 def cell(mine: dict[int, np.ndarray], reference: dict[int, np.ndarray]) -> str:
     """Mean over seeds and photographs; the difference to the reference, over photographs drawn again."""
-    from scipy.stats import bootstrap
-
     if not mine:
         return "-"
     text = f"{100 * np.mean([v.mean() for v in mine.values()]):.1f}"
@@ -218,7 +217,7 @@ def cell(mine: dict[int, np.ndarray], reference: dict[int, np.ndarray]) -> str:
     gap = 100 * np.mean([mine[s] - reference[s] for s in seeds], axis=0)
     if not gap.any():
         return text + " (the same)"
-    low, high = bootstrap((gap,), np.mean, n_resamples=2000, rng=0, method="percentile").confidence_interval
+    low, high = interval(gap.tolist())
     return f"{text} ({low:+.1f} to {high:+.1f})"
 
 

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import yaml
 from each import MatchingEach
-from scipy.stats import bootstrap
 
 from trimtab import Masks
 from trimtab.experiments.recipe import expand, find
 from trimtab.experiments.run import run
+from trimtab.metrics.intervals import interval
 
 RESULTS = Path(__file__).parent / "results" / "shares.jsonl"
 MODELS = ("tiny-blip", "tiny-vilt")
@@ -114,7 +114,7 @@ def cell(rows: list[dict[str, Any]], pruner: str, shares: str, level: float) -> 
     gap = np.mean([np.subtract(of[shares][s]["each"], of["uniform"][s]["each"]) for s in seeds], axis=0) * 100
     if not gap.any():
         return text + " (the same)"
-    low, high = bootstrap((gap,), np.mean, n_resamples=2000, rng=0, method="percentile").confidence_interval
+    low, high = interval(gap.tolist())
     return f"{text} ({low:+.1f} to {high:+.1f})"
 
 

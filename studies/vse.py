@@ -30,12 +30,12 @@ from typing import Any
 import numpy as np
 from each import RetrievalEach
 from photographs import files
-from scipy.stats import bootstrap
 
 from trimtab.experiments.recipe import expand
 from trimtab.experiments.run import run
 from trimtab.methods import METHODS
 from trimtab.methods.tune.unipt import UniPT
+from trimtab.metrics.intervals import interval
 
 RESULTS = Path(__file__).parent / "results" / "vse.jsonl"
 EPOCH = 47
@@ -183,7 +183,7 @@ def apart(mine: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any]])
     gap = np.mean([np.subtract(mine[s]["each"], reference[s]["each"]) for s in seeds], axis=0) if seeds else np.zeros(1)
     if not gap.any():
         return "-"
-    low, high = bootstrap((gap,), np.mean, n_resamples=2000, rng=0, method="percentile").confidence_interval
+    low, high = interval(gap.tolist())
     return f"{gap.mean():+.1f} ({low:+.1f} to {high:+.1f})"
 
 
