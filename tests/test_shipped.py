@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from trimtab import cli
-from trimtab.experiments import assembly, recipe, run
+from trimtab.experiments import assembly, plateau, recipe, run
 from trimtab.experiments import folder as folder_of_runs
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +24,8 @@ FEW = {"search_steps": 4, "turn": 1, "batches": 1, "batch_size": 8, "steps": 1}
 def shrink(r: recipe.Recipe) -> recipe.Recipe:
     """The same recipe with little data and few steps."""
     methods = tuple({k: FEW.get(k, v) for k, v in {**m, **_needed(m)}.items()} for m in r.methods)
-    training = replace(r.training, steps=min(r.training.steps, 2), batch_size=8, save_every=None)
+    training = plateau.of_fixed_length(r.training)
+    training = replace(training, steps=min(training.steps, 2), batch_size=8, save_every=None)
     task = {**r.task, "pool": 10} if "pool" in r.task else r.task  # each picture is ranked with all texts of its pool
     return replace(r, methods=methods, training=training, task=task, data={**r.data, **SMALL})
 
