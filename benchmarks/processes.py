@@ -30,9 +30,10 @@ FIRST = 3  # steps that are not counted
 def here(name: str, variant: str, steps: int, out: Path) -> None:
     """Train in this process, alone or as one of several; write what its steps took."""
     import torch
+    from short import short
     from transformers import TrainerCallback, set_seed
 
-    from trimtab.experiments import assembly, many, recipe, training
+    from trimtab.experiments import assembly, many, training
 
     torch.set_num_threads(1)
     marks: list[tuple[float, float]] = []
@@ -42,7 +43,7 @@ def here(name: str, variant: str, steps: int, out: Path) -> None:
             marks.append((time.perf_counter(), time.process_time()))
 
     many.join()
-    r = recipe.read(name, [f"training.steps={steps}", f"variants=[{variant}]", "training.workers=0"])[0]
+    r = short(name, variant, steps, "training.workers=0")
     with many.one_by_one():
         parts = assembly.assemble(r)
         train, validation, _ = assembly.tables(r, parts)

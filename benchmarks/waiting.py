@@ -13,10 +13,11 @@ import os
 import sys
 import time
 
+from short import short
 from transformers import set_seed
 
 from trimtab.data.draws import Place
-from trimtab.experiments import assembly, feeding, recipe, training
+from trimtab.experiments import assembly, feeding, training
 
 DEFAULT = ("demo/retrieval=lora", "demo/retrieval=unipt", "demo/grounding=unipt", "demo/vqa=unipt", "demo/vqa=full")
 BATCHES = 20  # of the time of collating
@@ -26,8 +27,7 @@ def measured(name: str, variant: str, steps: int) -> dict[str, object]:
     out: dict[str, object] = {"recipe": name, "variant": variant, "steps": steps}
     losses = []
     for workers in (0, None):
-        overrides = [f"training.steps={steps}", f"variants=[{variant}]"]
-        r = recipe.read(name, [*overrides, *([] if workers is None else [f"training.workers={workers}"])])[0]
+        r = short(name, variant, steps, *([] if workers is None else [f"training.workers={workers}"]))
         parts = assembly.assemble(r)
         train, validation, _ = assembly.tables(r, parts)
         parts.pull(training.TrainingSession(parts.model, train, validation, r.training, r.seed, name))

@@ -212,6 +212,19 @@ def test_single_seed_missing_costs_and_odd_names(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "out").glob("*.png")] == ["demo-bold-x-pareto.png"]
 
 
+def test_steps_have_a_column_where_they_differ(tmp_path: Path) -> None:
+    def titles(**steps: int) -> list[str]:
+        for variant, count in steps.items():
+            file = write_run(tmp_path, "demo/retrieval", variant, 0) / "metrics.json"
+            write_json(file, json.loads(file.read_text()) | {"steps": count})
+        (head, *rows) = markdown_rows(report.markdown_table(report.load_runs([tmp_path])))
+        return [row[head.index("steps")] for row in rows] if "steps" in head else []
+
+    assert titles(full=70, lora=70, unipt=1125) == ["70", "70", "1,125"]
+    (tmp_path / "demo/retrieval/lora/seed-0/metrics.json").unlink()
+    assert titles(full=70, unipt=70) == []
+
+
 def test_scores_have_intervals_over_rows_and_stand_beside_full_tuning(tmp_path: Path) -> None:
     credits = {"full": [1, 1, 0, 1] * 50, "lora": [1, 0, 0, 1] * 50, "unipt": [1, 1, None, 1] * 50}
     for variant in ("zero-shot", *credits):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from trimtab import listing
 
-DEMO = ("demo/retrieval", "demo/grounding", "demo/easy-vqa", "demo/vqa")  # the last shows the levers composed
+DEMO = ("demo/retrieval", "demo/grounding", "demo/vqa")  # the last shows the levers composed
 
 
 def run(options: Namespace) -> int:

@@ -21,6 +21,7 @@ REFERENCE = "full"  # the variant that others are compared with
 COUNTS = ("", "K", "M", "G", "T")
 BYTES = ("B", "kB", "MB", "GB", "TB")
 MILLISECONDS = ("ms",)
+STEPS = "steps"  # told by the training itself; shown where methods took different numbers of them
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class RunRecord:
 
     def cost(self, key: str) -> float | None:
         """Return a cost, or its median if it was measured repeatedly, or None if it is unknown."""
-        value = self.costs.get(key)
+        value = self.metrics.get("steps") if key == STEPS else self.costs.get(key)
         return number(value.get("median") if isinstance(value, dict) else value)
 
 
@@ -57,7 +58,7 @@ class OmittedRun:
 
 @dataclass(frozen=True)
 class Cost:
-    """A column of the table, and a panel of the Pareto figure if it is ``plotted``."""
+    """A column of the table, and a panel of the Pareto figure if it is ``plotted``; without units a plain count."""
 
     title: str
     key: str
@@ -67,6 +68,7 @@ class Cost:
 
 
 COSTS = (
+    Cost("steps", STEPS, (), plotted=False),
     Cost("trained parameters", "trainable_params", COUNTS, log=True),
     Cost("saved activations", "saved_activation_bytes", BYTES),
     Cost("MACs", "macs", COUNTS),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from trimtab.report.runs import COSTS, REFERENCE, Cost, RunRecord, Section, group_runs
+from trimtab.report.runs import COSTS, REFERENCE, STEPS, Cost, RunRecord, Section, group_runs, known
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -79,9 +79,12 @@ def markdown_table(runs: Sequence[RunRecord]) -> str:
 
 
 def measured(sections: Sequence[Section]) -> tuple[Cost, ...]:
-    """Return the columns of costs: those that some run of the sections measured; none of them in many a sweep."""
+    """Return the columns of costs: those that some run of the sections measured; none of them in many a sweep. Steps
+    are left out where all that was trained took as many."""
     runs = [run for section in sections for run in section.runs]
-    return tuple(cost for cost in COSTS if any(run.cost(cost.key) is not None for run in runs))
+    told = {cost: known(run.cost(cost.key) for run in runs) for cost in COSTS}
+    same = all(len({run.cost(STEPS) for run in section.runs} - {None, 0}) <= 1 for section in sections)
+    return tuple(cost for cost, values in told.items() if values and not (same and cost.key == STEPS))
 
 
 def compared(sections: Sequence[Section]) -> bool:
@@ -123,12 +126,14 @@ def amount(mean: float, units: Sequence[str], deviation: float = 0.0) -> str:
 
     Args:
         mean: The amount.
-        units: The unit and its multiples by a thousand, in order.
+        units: The unit and its multiples by a thousand, in order; none for whole numbers that are written out.
         deviation: The standard deviation, written as finely as the mean.
 
     Returns:
         Text such as ``131 K`` or ``3.14 ± 0.04 ms``.
     """
+    if not units:
+        return f"{mean:,.0f}" + (f" ± {deviation:,.0f}" if deviation else "")
     value, unit, factor = in_unit(mean, units)
     whole = factor == 1 and value == int(value) and not deviation
     decimals = 0 if whole else _decimals(value, 3)
