@@ -244,6 +244,8 @@ def test_scores_have_intervals_over_rows_and_stand_beside_full_tuning(tmp_path: 
     assert rows["full"] == ["60.0", ""]
     page = report.write_report([tmp_path], tmp_path / "out").read_text()
     assert "95 % intervals over test rows" in page and "50.0 (41.0 to 58.0)" in page
+    kept = report.markdown_table(report.load_runs([tmp_path / "out" / "results.jsonl"]))
+    assert kept == report.markdown_table(report.load_runs([tmp_path])), "results hold the rows too"
     other = {"metric": "recall@1", "table": "another", "credits": credits["lora"]}
     write_json(tmp_path / "demo/retrieval/lora/seed-0/rows.json", other)
     assert "beside" not in report.markdown_table(report.load_runs([tmp_path]))  # as many rows, of another table

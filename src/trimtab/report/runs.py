@@ -260,12 +260,12 @@ def _rows(file: Path) -> dict[str, Any]:
 
 
 def write_results(runs: Iterable[RunRecord], file: Path) -> None:
-    """Write what a report needs of runs into one file, a JSON object a line; samples, losses and rows are left out."""
+    """Write what a report needs of runs into one file, a JSON object a line; samples and losses are left out."""
     lines = []
     for run in runs:
         metrics = {key: value for key, value in run.metrics.items() if key != "history"}
         kept = {"path": run.path.as_posix(), "info": run.info, "metrics": metrics, "costs": run.costs,
-                "plan": run.plan, "pruning": run.pruning}  # fmt: skip
+                "plan": run.plan, "pruning": run.pruning, "rows": run.rows}  # fmt: skip
         lines.append(json.dumps(kept, ensure_ascii=False))
     with replace_file(file) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
