@@ -145,6 +145,14 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=torch.int64)
 
 
+def size_augmented(tokens: Tensor, most: float = 0.2) -> Tensor:
+    """Which of the tokens (B, L, D) stay in a training step, (B, L): in four of five samples each goes with a chance
+    that is drawn for the sample, up to `most` (VSE-infinity's size augmentation, section 5.1, as its authors coded it).
+    """
+    rate = torch.rand(len(tokens), 1, device=tokens.device)
+    return (rate <= 0.2) | (torch.rand(tokens.shape[:2], device=tokens.device) > most * rate)
+
+
 def _all(rows: Tensor, like: Tensor) -> Tensor:
     """Rows (B, L) as indices of all channels for `gather`, (B, L, D)."""
     return rows[..., None].expand_as(like)

@@ -78,6 +78,27 @@ def test_a_pooled_side_maps_valid_tokens_alone_to_the_same(monkeypatch):
     assert torch.allclose(few, side(tokens, mask), atol=1e-6)
 
 
+def test_size_augmentation_leaves_out_up_to_its_share_of_four_samples_in_five():
+    torch.manual_seed(0)
+    share = 1 - pooling.size_augmented(torch.zeros(2000, 500, 1), 0.3).double().mean(dim=1)
+    assert (share == 0).double().mean() == pytest.approx(0.2, abs=0.03)
+    gone = share[share > 0]  # rates from 0.2 to 1 times the share, each token by itself
+    assert gone.mean() == pytest.approx(0.6 * 0.3, abs=0.005) and 0.3 < gone.max() < 0.4
+
+
+def test_a_pooled_side_leaves_out_tokens_in_training_alone():
+    torch.manual_seed(0)
+    side, tokens, mask = retrieval.PooledSide(4, 6, drop=0.9), torch.randn(9, 7, 4), mask_of("front").long()
+    plain = retrieval.PooledSide(4, 6)
+    plain.load_state_dict(side.state_dict())
+    assert not torch.equal(side(tokens, mask), plain(tokens, mask))
+    assert not torch.equal(side(tokens, None), plain(tokens, None))
+    hidden = tokens.masked_fill(mask[..., None] == 0, float("nan"))
+    assert side(hidden, mask).isfinite().all()  # what padding hides stays hidden
+    side.eval()
+    assert torch.equal(side(tokens, mask), plain(tokens, mask)) and torch.equal(side(tokens, None), plain(tokens, None))
+
+
 def test_lengths_are_not_asked_of_tensors_without_values():
     with FakeTensorMode():
         assert lengths_of(torch.ones(2, 3, dtype=torch.bool)) is None

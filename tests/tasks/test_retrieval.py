@@ -109,6 +109,12 @@ def test_retrieval_names_the_words_it_knows(settings):
         Retrieval(**settings)
 
 
+@pytest.mark.parametrize("settings", [{"pooling": "gpo", "drop": 1.0}, {"pooling": "gpo", "drop": -0.1}, {"drop": 0.2}])
+def test_a_share_of_tokens_that_cannot_be_left_out(settings):
+    with pytest.raises(ValueError, match="drop leaves out tokens"):
+        Retrieval(**settings)
+
+
 def test_pooled_heads_need_tokens():
     space = SimpleNamespace(
         name="vectors", width=4, example=lambda n: {"pixel_values": torch.zeros(n, 3, 2, 2)},

@@ -18,7 +18,7 @@ from trimtab import divided
 from trimtab.data.draws import choose
 from trimtab.data.images import decode_rows
 from trimtab.metrics import retrieval as measured
-from trimtab.pooling import GPO, lengths_of
+from trimtab.pooling import GPO, lengths_of, size_augmented
 from trimtab.tasks.base import TASKS, Batch, Task
 
 
@@ -36,14 +36,19 @@ class Projections(nn.Module):
 
 
 class PooledSide(nn.Module):
-    """Tokens (B, L, F) and which are valid, (B, L) or None -> vectors (B, D): a linear map, then GPO."""
+    """Tokens (B, L, F) and which are valid, (B, L) or None -> vectors (B, D): a linear map, then GPO. In training up to
+    the share `drop` of a sample's tokens is left out."""
 
-    def __init__(self, features: int, width: int):
+    def __init__(self, features: int, width: int, drop: float = 0.0):
         super().__init__()
         self.linear = nn.Linear(features, width)
         self.pool = GPO()
+        self.drop = drop
 
     def forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        if self.drop and self.training:
+            kept = size_augmented(tokens, self.drop)
+            mask = kept if mask is None else kept & (mask != 0)
         if mask is None:
             return self.pool(self.linear(tokens))
         if lengths := lengths_of(mask != 0):  # of some captions half is padding
@@ -54,10 +59,10 @@ class PooledSide(nn.Module):
 class PooledSides(nn.Module):
     """VSE-infinity's heads, one a side; `scale` as in `Projections`."""
 
-    def __init__(self, backbone: Any, scale: float):
+    def __init__(self, backbone: Any, scale: float, drop: float = 0.0):
         super().__init__()
-        image, text = (_token_width(backbone, side) for side in ("image", "text"))
-        self.image, self.text = PooledSide(image, backbone.width), PooledSide(text, backbone.width)
+        image, text = (PooledSide(_token_width(backbone, side), backbone.width, drop) for side in ("image", "text"))
+        self.image, self.text = image, text
         self.scale = nn.Parameter(torch.tensor(scale))
 
 
@@ -70,6 +75,8 @@ class Retrieval(Task):
     Args:
         pooling: `own` takes the backbone's vectors, a linear map a side behind them; `gpo` pools its tokens by
             VSE-infinity's learned operator. Side networks must then hand on tokens (`unipt` with `form: token`).
+        drop: in training up to this share of a sample's tokens is left out of `gpo`, anew each time (VSE-infinity's
+            size augmentation; its authors' share is 0.2).
         objective: `contrastive` (CLIP) or `triplet` (VSE++: the hardest negative of the batch, hinge at `margin`).
         margin: of the triplets, in units of cosine similarity.
         all_negatives: so many training batches at first count all negatives of a triplet, not the hardest alone, from
@@ -99,6 +106,7 @@ class Retrieval(Task):
         captions: Literal["all", "first"] = "all",
         most: int = 0,
         folds: int = 1,
+        drop: float = 0.0,
     ):
         for field, found, known in (
             ("pooling", pooling, ("own", "gpo")), ("objective", objective, ("contrastive", "triplet")),
@@ -110,13 +118,18 @@ class Retrieval(Task):
             raise ValueError(f"expected most >= 0 and folds >= 1, found {most} and {folds}")
         if captions == "first" and (most or folds > 1):
             raise ValueError("captions 'first' ranks one caption a picture: leave out `most` and `folds`")
-        self.captions, self.most, self.folds = captions, most, folds
+        if not 0 <= drop < 1 or (drop and pooling == "own"):
+            raise ValueError(
+                "drop leaves out tokens that `pooling: gpo` pools: expected 0 <= drop < 1, and 0 with another pooling, "
+                f"found {drop} with {pooling!r}"
+            )
+        self.captions, self.most, self.folds, self.drop = captions, most, folds, drop
         self.pooling, self.objective, self.margin, self.all_negatives = pooling, objective, margin, all_negatives
 
     def head(self, backbone: Any) -> nn.Module:
         scale = getattr(backbone, "logit_scale", None)
         start = float(scale.detach()) if scale is not None else 2.6592
-        head = Projections(backbone.width, start) if self.pooling == "own" else PooledSides(backbone, start)
+        head = Projections(backbone.width, start) if self.pooling == "own" else PooledSides(backbone, start, self.drop)
         if self.objective == "triplet":
             head.register_buffer("seen", torch.zeros((), dtype=torch.long))  # training batches so far
         return head

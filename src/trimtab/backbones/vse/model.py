@@ -10,7 +10,7 @@ from transformers import AutoConfig, BertConfig, BertModel, PretrainedConfig, Pr
 
 from trimtab.backbones.base import check_sizes
 from trimtab.backbones.vse.resnet import ResNet, ResNetSizes
-from trimtab.pooling import GPO
+from trimtab.pooling import GPO, size_augmented
 
 
 class VseConfig(PretrainedConfig):
@@ -106,9 +106,7 @@ class GridEncoder(nn.Module):
         tokens = self.image_encoder.fc(self.tokens(pixels))
         if not self.training:
             return self.image_encoder.pool(tokens)
-        # Size augmentation (section 5.1): in four of five images each token goes with up to 20 %, anew in each image.
-        rate = torch.rand(len(tokens), 1, device=tokens.device)
-        kept = (rate <= 0.2) | (torch.rand(tokens.shape[:2], device=tokens.device) > 0.2 * rate)
+        kept = size_augmented(tokens)
         order = (~kept).long().argsort(dim=1, stable=True)  # what is kept moves to the front
         tokens = tokens.gather(1, order[..., None].expand_as(tokens))
         return self.image_encoder.pool(tokens, kept.gather(1, order))
