@@ -8,6 +8,8 @@
 
 One table a recipe: the primary metric, mean ± standard deviation over seeds. Where labels end in a number (`omp-0.63`,
 `das-2`), the rows are what stands before it and the columns are the numbers. Other labels follow, with their costs.
+`--against LABELS`: instead, how far every label is from these on the test rows and seeds that both have, with 95 %
+intervals over test rows.
 `--metrics`: other metrics than the primary one, of recipes that have them, with the seeds of each row.
 `--seconds`: how long each pruner took to find its masks, mean over sparsities and backbones' recipes apart.
 """
@@ -24,6 +26,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from trimtab.metrics.intervals import interval
 from trimtab.report.runs import Section, find_runs, group_runs
 
 
@@ -99,6 +102,22 @@ def measured(section: Section, metrics: list[str]) -> str:
     return "\n".join(lines)
 
 
+def against(section: Section, references: list[str]) -> str:
+    """Rows: labels; columns: score, steps to the plateau, and paired differences to each of the references."""
+    beside = " | ".join(f"beside {r}" for r in references)
+    lines = [f"| | seeds | {section.metric_title} | steps | {beside} | MACs, M |"]
+    lines += ["|---|---:|---:|---:|" + "---:|" * (len(references) + 1)]
+    for label, runs in section.methods.items():
+        steps = round(fmean(run.metrics["steps"] for run in runs))
+        cells = [f"{len(runs)}", cell(section.scores(label)), f"{steps}"]
+        for reference in references:
+            gaps = section.gaps(label, reference)
+            low, high = interval(gaps) if any(gaps) else (0.0, 0.0)
+            cells.append(f"{fmean(gaps):+.1f} ({low:+.1f} to {high:+.1f})" if any(gaps) else "-")
+        lines.append(f"| {label} | {' | '.join(cells)} | {amount(section.costs(label, 'macs'), 1e6)} |")
+    return "\n".join(lines)
+
+
 def seconds(sections: list[Section]) -> str:
     """How long pruners took, a column a recipe that found masks."""
     found = [s for s in sections if "/find_" in s.name]
@@ -127,7 +146,7 @@ def shares(run: Path, count: int = 4) -> str:
     return f"{run}: {100 * (1 - state['sparsity']):.1f} % of all\n" + "\n".join(rows)
 
 
-def main(files: list[Path], with_seconds: bool, numbers: list[str], metrics: list[str]) -> None:
+def main(files: list[Path], with_seconds: bool, numbers: list[str], metrics: list[str], references: list[str]) -> None:
     for run in (f for f in files if (f / "fit.json").exists()):
         print(shares(run))
         return
@@ -142,6 +161,9 @@ def main(files: list[Path], with_seconds: bool, numbers: list[str], metrics: lis
         counts = {label: len(runs) for label, runs in section.methods.items()}
         several = sorted(set(counts.values()))
         print(f"### {section.name} ({' or '.join(map(str, several))} seeds)\n")
+        if references:
+            print(against(section, references) + "\n")
+            continue
         if metrics:
             print(measured(section, metrics) + "\n")
             continue
@@ -163,5 +185,6 @@ if __name__ == "__main__":
         "--number", nargs="*", default=[], metavar="N", help="recipes side by side, for labels ending so"
     )
     parser.add_argument("--metrics", nargs="*", default=[], metavar="NAME", help="instead of the primary one")
+    parser.add_argument("--against", nargs="*", default=[], metavar="LABEL", help="paired differences to these")
     options = parser.parse_args()
-    main(options.files, options.seconds, options.number, options.metrics)
+    main(options.files, options.seconds, options.number, options.metrics, options.against)
