@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from tests.tasks.parts import rows_of
+from trimtab.backbones.base import Backbone
+from trimtab.backbones.siglip.features import SiglipBackbone
 from trimtab.metrics import retrieval as measured
-from trimtab.tasks.retrieval import Retrieval, recalls
+from trimtab.tasks.retrieval import Retrieval, by_length, recalls
 
 
 @pytest.mark.parametrize(("place", "expected"), [(0, (1, 1, 1)), (2, (0, 1, 1)), (7, (0, 0, 1)), (11, (0, 0, 0))])
@@ -101,6 +103,37 @@ def test_pooled_heads_read_valid_tokens_only(clip):
     batch = task.collate(clip, rows_of("retrieval", 4), train=True)
     task.loss(clip, head, batch).backward()
     assert head.image.linear.weight.grad.any() and head.text.pool.linear.weight.grad.any()
+
+
+def test_captions_of_like_length_are_read_together_and_give_the_same_vectors(clip):
+    words = ["red", "a red star left of two blue moons and a tree", "star", "one tree below the sun", "sun and moon"]
+    texts = clip.texts([" and ".join([words[i % 5]] * (i % 4 + 1)) for i in range(40)])
+    ids, mask, lengths = texts["input_ids"], texts["attention_mask"], []
+
+    def read(ids, mask):
+        lengths.append(ids.shape[1])
+        return clip.text(ids, mask).pooled
+
+    with torch.no_grad():
+        found = by_length(read, ids, mask, rows=8)
+        assert lengths == sorted(lengths) and len(set(lengths)) > 2 and lengths[-1] == ids.shape[1]
+        assert torch.allclose(found, clip.text(ids, mask).pooled, atol=1e-5)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["padded to the longest", "padded as the model asks"])
+def test_padding_is_left_out_where_it_tells_the_model_nothing(clip, own, monkeypatch):
+    lengths, text = [], type(clip).text
+    monkeypatch.setattr(
+        type(clip), "text", lambda self, ids, mask: lengths.append(ids.shape[1]) or text(self, ids, mask)
+    )
+    if own:  # as SigLIP's
+        monkeypatch.setattr(type(clip), "texts", lambda self, sentences: Backbone.texts(self, sentences))
+    task, rows = Retrieval(), [{**r, "captions": [*r["captions"]] * 5} for r in rows_of("retrieval", 4)]
+    rows[0]["captions"].append("a star and " * 6)
+    batch = task.collate(clip, rows, train=False)
+    task.predict(clip, task.head(clip), batch)
+    assert (min(lengths) == batch["input_ids"].shape[2]) == own
+    assert SiglipBackbone.texts is not Backbone.texts
 
 
 @pytest.mark.parametrize("settings", [{"pooling": "max"}, {"objective": "hinge"}, {"captions": "five"}])

@@ -123,6 +123,11 @@ class Backbone(nn.Module):
         bottom (`pixel_mask` tells padding from picture)."""
         return {"pixel_values": self.pictures(pictures)}
 
+    @property
+    def pads_to_longest(self) -> bool:
+        """Whether texts are padded to the longest of those together, so that padding tells the model nothing."""
+        return type(self).texts is Backbone.texts
+
     def texts(self, sentences: Sequence[str]) -> dict[str, Tensor]:
         """Strings -> `input_ids` and `attention_mask` (B, L), padded to the longest, cut at `max_text` tokens.
 

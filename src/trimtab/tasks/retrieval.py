@@ -7,7 +7,7 @@ CVPR 2021). Recall@K in both directions over all captions of every picture, as t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -148,18 +148,26 @@ class Retrieval(Task):
     def embed(self, backbone: Any, head: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """Unit vectors of pictures (B, D), and of texts: (B, D), or of all captions one after another (N, D)."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
+        seen = backbone.image(batch["pixel_values"])
+        image = self._pooled(head.image, seen)
+
+        def read(ids: Tensor, mask: Tensor) -> Tensor:
+            return self._pooled(head.text, backbone.text(ids, mask))
+
         if ids is not None and ids.ndim == 3:  # (B, C, L), rows with fewer captions padded
             there = mask.any(dim=-1)
             ids, mask = ids[there], mask[there]
-        seen = backbone.image(batch["pixel_values"])
-        read = backbone.text(ids, mask)
-        if self.pooling == "own":
-            image, text = head.image(seen.pooled), head.text(read.pooled)
-        elif seen.tokens is None or read.tokens is None:
-            raise ValueError("pooling 'gpo' reads tokens, but only vectors are given (as from a cache of activations)")
+            text = by_length(read, ids, mask) if getattr(backbone, "pads_to_longest", False) else read(ids, mask)
         else:
-            image, text = head.image(seen.tokens, seen.mask), head.text(read.tokens, read.mask)
+            text = read(ids, mask)
         return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+
+    def _pooled(self, side: Any, seen: Any) -> Tensor:
+        if self.pooling == "own":
+            return side(seen.pooled)
+        if seen.tokens is None:
+            raise ValueError("pooling 'gpo' reads tokens, but only vectors are given (as from a cache of activations)")
+        return side(seen.tokens, seen.mask)
 
     def loss(self, backbone: Any, head: Any, batch: Batch) -> Tensor:
         image, text = (divided.gathered(x) for x in self.embed(backbone, head, batch))
@@ -248,6 +256,17 @@ def many_texts(backbone: Any, texts: Sequence[Sequence[str]]) -> Batch:
         padded[place] = values
         out[name] = padded
     return out
+
+
+def by_length(read: Callable[[Tensor, Tensor], Tensor], ids: Tensor, mask: Tensor, rows: int = 64) -> Tensor:
+    """What `read` makes of texts (N, L) and their mask, padding behind the words: (N, D). Texts of like length are read
+    together, which leaves out most of the padding."""
+    if torch.compiler.is_compiling() or len(ids) <= rows:
+        return read(ids, mask)
+    lengths = (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)
+    order = lengths.argsort(stable=True)
+    parts = [read(ids[some, : lengths[some[-1]]], mask[some, : lengths[some[-1]]]) for some in order.split(rows)]
+    return torch.cat(parts)[order.argsort()]
 
 
 def owners(counts: Sequence[int]) -> Tensor:
