@@ -152,7 +152,7 @@ def write(**row: Any) -> None:
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-    print({k: v["score"] if isinstance(v, dict) else v for k, v in row.items()}, flush=True)
+    print({k: v.get("score", v) if isinstance(v, dict) else v for k, v in row.items()}, flush=True)
 
 
 def measure(options: argparse.Namespace) -> None:
