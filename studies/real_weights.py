@@ -252,6 +252,11 @@ def cell(mine: dict[int, np.ndarray], reference: dict[int, np.ndarray]) -> str:
 
 def compared(one: str, other: str) -> Iterator[str]:
     """How far one pruner, such as `wanda` or `wanda, uniform shares`, is from another on the draws that both have."""
+    known = {named(r) for r in lines()}
+    if unknown := {one, other} - known:
+        raise SystemExit(f"--compare: {min(unknown)!r} is not measured; known: {'; '.join(sorted(known))}")
+    if unknown := {one, other} - {named(r) for r in lines()}:
+        raise SystemExit(f"--compare: no row {min(unknown)!r} is measured; rows are named as --tables names them")
     for what in ("text", "vision"):
         each: dict[tuple[str, float], dict[int, np.ndarray]] = defaultdict(dict)
         for r in lines():

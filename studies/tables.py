@@ -153,6 +153,8 @@ def main(files: list[Path], with_seconds: bool, numbers: list[str], metrics: lis
     found = find_runs(files)[0]
     sections = group_runs(found)
     print(f"{len(found)} runs, {sum(run.info['seconds'] for run in found) / 60:.0f} minutes one after the other\n")
+    if unknown := set(references) - {label for section in sections for label in section.methods}:
+        raise SystemExit(f"--against: no run has the label {min(unknown)!r}")
     for number in numbers:
         print(side_by_side(sections, number) + "\n")
     if numbers:

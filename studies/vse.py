@@ -9,11 +9,10 @@ README.md: batches of 128, a constant learning rate until validation rSum, looke
 for two looks, then a linear fall over a quarter of the steps so far, 100 epochs at most. Each way is trained at three
 learning rates with seed 0; the rate with the best validation rSum at the end is taken for the other seeds.
 
-Frozen towers are computed once, on ten crops of each photograph with a caption drawn for each: of five whole ones
-every method learns the pairs by heart (the ways `..., whole` show it), and the more it trains the sooner. The draws
-are the same for all seeds: the spread over seeds leaves out what they add. One line a training in
-`studies/results/vse.jsonl`, with what each test photograph gives to rSum and the training loss of its last epoch;
-what is there is not trained again, and an interrupted training goes on.
+Frozen towers are computed once, on ten crops of each photograph with a caption drawn for each: five whole ones are
+soon learned by heart (the ways `..., whole`). The draws are the same for all seeds: the spread over seeds leaves out
+what they add. One line a training in `studies/results/vse.jsonl`, with what each test photograph gives to rSum and
+the training loss of its last epoch; what is there is not trained again, and an interrupted training goes on.
 """
 
 from __future__ import annotations
