@@ -1,7 +1,7 @@
 """UniPT and its rivals where UniPT's paper stands: real towers that never met learn to find photographs by captions.
 
     python studies/vse.py --root flickr8k [--ways linear-probe unipt-text] [--seeds 0 1 2 3 4]     train what is missing
-    python studies/vse.py --tables
+    python studies/vse.py --tables [--plot docs/images/flickr8k-vse.png]
 
 EfficientNet-Lite0 (96 pixels) and MiniLM, VSE-infinity's pooling and triplets, Flickr8K: 6,000 photographs to train on,
 320 for validation, 1,000 with their 5,000 captions to test on; rSum, the six recalls in percent added. By the rules of
@@ -21,9 +21,9 @@ import argparse
 import json
 import shutil
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -38,6 +38,10 @@ from trimtab.experiments.run import run
 from trimtab.methods import METHODS
 from trimtab.methods.tune.unipt import UniPT
 from trimtab.metrics.intervals import interval
+from trimtab.report.canvas import assign_styles
+from trimtab.report.plots import Panel, Point, pareto_figure
+from trimtab.report.runs import COSTS
+from trimtab.report.tables import amount, spread
 
 RESULTS = Path(__file__).parent / "results" / "vse.jsonl"
 EPOCH = 47
@@ -80,9 +84,17 @@ def _way(name: str, *more: Any, **settings: Any) -> Way:
     return Way(({"name": name, **settings},), *more)
 
 
+def _composed(*methods: dict[str, Any]) -> Way:
+    return Way(methods)
+
+
+UNIPT = {"name": "unipt", "form": "token", **TEXT}
+PRUNE = {"name": "multiflow", "sparsity": 0.63}
+SKIP = {"name": "das", "skip": 2, "search_steps": 60, "adapters": "none", **TEXT}
+
 WAYS = {
     "linear-probe": _way("linear-probe"),
-    "unipt-text": _way("unipt", form="token", **TEXT),
+    "unipt-text": _composed(UNIPT),
     "unipt": _way("unipt", form="token", layers=[1, 3, 5]),
     "lst-text": _way("lst", **TEXT),
     "sherl-text": _way("sherl", **TEXT),
@@ -96,9 +108,15 @@ WAYS = {
     "unipt-text, of means": _way("unipt-of-means", form="token", **TEXT),
     "unipt-text, no attention": _way("unipt-without-attention", form="token", **TEXT),
     "linear-probe, whole": replace(_way("linear-probe"), fresh=False),
-    "unipt-text, whole": replace(_way("unipt", form="token", **TEXT), fresh=False),
+    "unipt-text, whole": replace(_composed(UNIPT), fresh=False),
     "unipt-text-4": _way("unipt", form="token", reduction=4, **TEXT),
     "unipt-text-1": _way("unipt", form="token", reduction=1, **TEXT),
+    # Levers composed: MiniLM without most of its weights, two of its six layers gone, UniPT beside what is left
+    "prune, linear-probe": _composed(PRUNE, {"name": "linear-probe"}),
+    "prune, unipt-text": _composed(PRUNE, UNIPT),
+    "prune, lora-text": _composed(PRUNE, {"name": "lora", **TEXT}),
+    "skip, unipt-text": _composed(SKIP, UNIPT),
+    "prune, skip, unipt-text": _composed(PRUNE, SKIP, UNIPT),
 }
 
 
@@ -119,7 +137,7 @@ def recipe_of(way: str, rate: float, seed: int, data: dict[str, Any]) -> Any:
     }  # fmt: skip
     if WAYS[way].fresh:
         raw["task"]["drop"], raw["training"]["crop"] = 0.2, 0.5
-    if way != "full":
+    if WAYS[way].methods[-1]["name"] != "full":
         raw["training"] |= {"cache": "fp16", "cache_views": 10 if WAYS[way].fresh else 5}
     return expand(raw, "vse")[0]
 
@@ -161,29 +179,46 @@ def chosen(way: str) -> float:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
+def measured() -> Iterator[tuple[str, dict[int, dict[str, Any]], dict[str, Any]]]:
+    """Each way that is trained at all its rates: its name, its trainings at the chosen one by seed, and its costs."""
+    tried = {(r["way"], r["rate"]) for r in lines()}
+    for way in (w for w in WAYS if all((w, rate) in tried for rate in WAYS[w].rates)):
+        rate = chosen(way)
+        mine = {r["seed"]: r for r in lines() if (r["way"], r["rate"]) == (way, rate)}
+        yield way, mine, estimate(recipe_of(way, rate, 0, {"name": "files", "train": "none", "test": "none"}))
+
+
+SHOWN = [c for c in COSTS if c.key in ("trainable_params", "saved_activation_bytes", "nonzero_params", "macs")]
+
+
 def tables() -> Iterator[str]:
     """rSum of each way, and how far it is from that of the heads alone, paired, with a 95 % interval; beside it what is
-    trained, what autograd keeps for a batch of 128, and what is stored."""
-    trained = lines()
-    tried = {(r["way"], r["rate"]) for r in trained}
-    whole = {way for way in WAYS if all((way, rate) in tried for rate in WAYS[way].rates)}
-    rows: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
-    for r in trained:
-        if r["way"] in whole and r["rate"] == chosen(r["way"]):
-            rows[r["way"]][r["seed"]] = r
-    yield ("| | seeds | rate | steps | rSum | beside heads alone (95 %) | image to text R@1, % | text to image R@1, % "
-           "| trained, K | kept for backward, MB | on disk, MB |")  # fmt: skip
-    yield "|---|" + "---:|" * 10
-    for way in (w for w in WAYS if w in rows):
-        mine = rows[way]
-        cells = [mean([r["test"]["rsum"] for r in mine.values()]), apart(mine, rows["linear-probe"])]
-        cells += [mean([100 * r["test"][f"{d} recall@1"] for r in mine.values()])
+    trained, what autograd keeps for a batch of 128, what is left of the model, and what is stored."""
+    found = list(measured())
+    heads = next((mine for way, mine, _ in found if way == "linear-probe"), {})
+    columns = [*SHOWN, *(c for c in COSTS if c.key == "checkpoint_bytes")]
+    yield ("| | seeds | rate | steps | rSum | beside heads alone (95 %) | R@1 of texts, pictures (%) | "
+           + " | ".join(c.title for c in columns) + " |")  # fmt: skip
+    yield "|---|" + "---:|" * (6 + len(columns))
+    for way, mine, costs in found:
+        firsts = [fmean(100 * r["test"][f"{d} recall@1"] for r in mine.values())
                   for d in ("image to text", "text to image")]  # fmt: skip
-        costs = estimate(recipe_of(way, chosen(way), 0, {"name": "files", "train": "none", "test": "none"}))
-        units = {"trainable_params": 1e3, "saved_activation_bytes": 1e6, "checkpoint_bytes": 1e6}
-        cells += [f"{costs[key] / unit:.4g}" for key, unit in units.items()]
+        cells = [mean([r["test"]["rsum"] for r in mine.values()]), apart(mine, heads), "{:.1f}, {:.1f}".format(*firsts)]
+        cells += [amount(costs[c.key], c.units) for c in columns]
         steps = round(fmean(r["steps"] for r in mine.values()))
         yield f"| {way} | {len(mine)} | {chosen(way):g} | {steps} | {' | '.join(cells)} |"
+
+
+def draw(file: Path) -> None:
+    """rSum against each cost, of all ways that see ten crops."""
+    ways = {way: (mine, costs) for way, mine, costs in measured() if WAYS[way].fresh}
+    scores = {way: [r["test"]["rsum"] for r in mine.values()] for way, (mine, _) in ways.items()}
+    panels = [
+        Panel(cost.title, [Point(way, costs[cost.key], fmean(scores[way]), 0.0, spread(scores[way]))
+                           for way, (_, costs) in ways.items()], partial(amount, units=cost.units), cost.log)
+        for cost in SHOWN
+    ]  # fmt: skip
+    file.write_bytes(pareto_figure(panels, "rSum", assign_styles(ways)))
 
 
 def mean(values: list[float]) -> str:
@@ -207,9 +242,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--work", type=Path, default=Path("runs/vse-study"), help="for what trainings leave")
     parser.add_argument("--tables", action="store_true", help="print what was measured")
+    parser.add_argument("--plot", type=Path, help="draw what was measured into this PNG file")
     options = parser.parse_args()
-    if options.tables:
+    if options.tables or options.plot:
         print("\n".join(tables()))
+        if options.plot:
+            draw(options.plot)
         return
     data = files(options.root, options.work)
     for seed in options.seeds:
