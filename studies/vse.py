@@ -40,10 +40,11 @@ from trimtab.methods.tune.unipt import UniPT
 from trimtab.metrics.intervals import interval
 from trimtab.report.canvas import assign_styles
 from trimtab.report.plots import Panel, Point, pareto_figure
-from trimtab.report.runs import COSTS
+from trimtab.report.runs import BYTES, COSTS
 from trimtab.report.tables import amount, spread
 
 RESULTS = Path(__file__).parent / "results" / "vse.jsonl"
+ALONE = RESULTS.with_name("vse_alone.json")
 EPOCH = 47
 TEXT = {"towers": ["text"]}
 NEW = (5e-4, 1e-3, 2e-3)  # learning rates of what starts random
@@ -121,7 +122,11 @@ WAYS = {
 
 
 def recipe_of(way: str, rate: float, seed: int, data: dict[str, Any]) -> Any:
-    raw = {
+    return expand(raw_of(way, rate, seed, data), "vse")[0]
+
+
+def raw_of(way: str, rate: float, seed: int, data: dict[str, Any]) -> dict[str, Any]:
+    raw: dict[str, Any] = {
         "title": "VSE study",
         "backbone": {"name": "lite0-minilm"},
         "task": {"name": "retrieval-each", "pooling": "gpo", "objective": "triplet", "all_negatives": EPOCH},
@@ -139,7 +144,7 @@ def recipe_of(way: str, rate: float, seed: int, data: dict[str, Any]) -> Any:
         raw["task"]["drop"], raw["training"]["crop"] = 0.2, 0.5
     if WAYS[way].methods[-1]["name"] != "full":
         raw["training"] |= {"cache": "fp16", "cache_views": 10 if WAYS[way].fresh else 5}
-    return expand(raw, "vse")[0]
+    return raw
 
 
 def lines() -> list[dict[str, Any]]:
@@ -189,24 +194,36 @@ def measured() -> Iterator[tuple[str, dict[int, dict[str, Any]], dict[str, Any]]
 
 
 SHOWN = [c for c in COSTS if c.key in ("trainable_params", "saved_activation_bytes", "nonzero_params", "macs")]
+STORED = [*SHOWN, *(c for c in COSTS if c.key == "checkpoint_bytes")]
 
 
 def tables() -> Iterator[str]:
-    """rSum of each way, and how far it is from that of the heads alone, paired, with a 95 % interval; beside it what is
-    trained, what autograd keeps for a batch of 128, what is left of the model, and what is stored."""
+    """Two: rSum of each way, and how far it is from that of the heads alone, paired, with a 95 % interval; and costs:
+    what is trained, what autograd keeps for a batch of 128, what is left of the model, what is stored, and what a step
+    takes without a cache on a machine that does nothing else (`alone.py`)."""
     found = list(measured())
     heads = next((mine for way, mine, _ in found if way == "linear-probe"), {})
-    columns = [*SHOWN, *(c for c in COSTS if c.key == "checkpoint_bytes")]
-    yield ("| | seeds | rate | steps | rSum | beside heads alone (95 %) | R@1 of texts, pictures (%) | "
-           + " | ".join(c.title for c in columns) + " |")  # fmt: skip
-    yield "|---|" + "---:|" * (6 + len(columns))
-    for way, mine, costs in found:
+    yield ("| | seeds | rate | steps | minutes of a core | rSum | beside heads alone (95 %) "
+           "| R@1 of texts, pictures (%) |")  # fmt: skip
+    yield "|---|" + "---:|" * 7
+    for way, mine, _ in found:
         firsts = [fmean(100 * r["test"][f"{d} recall@1"] for r in mine.values())
                   for d in ("image to text", "text to image")]  # fmt: skip
-        cells = [mean([r["test"]["rsum"] for r in mine.values()]), apart(mine, heads), "{:.1f}, {:.1f}".format(*firsts)]
-        cells += [amount(costs[c.key], c.units) for c in columns]
-        steps = round(fmean(r["steps"] for r in mine.values()))
-        yield f"| {way} | {len(mine)} | {chosen(way):g} | {steps} | {' | '.join(cells)} |"
+        steps, minutes = (round(fmean(r[k] / n for r in mine.values())) for k, n in (("steps", 1), ("seconds", 60)))
+        yield (f"| {way} | {len(mine)} | {chosen(way):g} | {steps} | {minutes} | "
+               f"{mean([r['test']['rsum'] for r in mine.values()])} | {apart(mine, heads)} | "
+               f"{firsts[0]:.1f}, {firsts[1]:.1f} |")  # fmt: skip
+    alone = json.loads(ALONE.read_text()) if ALONE.exists() else {}
+    yield ""
+    yield "| | " + " | ".join(c.title for c in STORED) + " | peak memory, alone | a step, alone |"
+    yield "|---|" + "---:|" * (len(STORED) + 2)
+    for way, _, costs in found:
+        cells = [amount(costs[c.key], c.units) for c in STORED]
+        if way in alone:
+            cells += [amount(alone[way]["peak_memory_bytes"], BYTES), f"{alone[way]['step_seconds']:.2f} s"]
+        else:
+            cells += ["-", "-"]
+        yield f"| {way} | {' | '.join(cells)} |"
 
 
 def draw(file: Path) -> None:
