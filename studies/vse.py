@@ -140,6 +140,8 @@ def raw_of(way: str, rate: float, seed: int, data: dict[str, Any]) -> dict[str, 
         "costs": False,
         "seed": seed,
     }  # fmt: skip
+    if WAYS[way].methods[-1]["name"] in ("lora", "adapter", "bitfit", "full"):
+        raw["backbone"]["attention"] = "eager"  # on a CPU in bfloat16 its backward pass is several times as fast
     if WAYS[way].fresh:
         raw["task"]["drop"], raw["training"]["crop"] = 0.2, 0.5
     if WAYS[way].methods[-1]["name"] != "full":

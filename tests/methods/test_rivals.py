@@ -9,6 +9,7 @@ from torch import nn
 from trimtab.anatomy import Anatomy, Block, Tap, Tower
 from trimtab.counting import saved_bytes
 from trimtab.methods import METHODS
+from trimtab.methods.tune.blocks import attend, visible
 from trimtab.methods.tune.ladder import Ladder, linears
 from trimtab.methods.tune.listener import Seen
 from trimtab.methods.tune.prompt import widened
@@ -235,3 +236,19 @@ def test_side_tuning_blends_with_the_frozen_tower():
     with torch.no_grad():
         model.side_tuning["text"].alpha.fill_(100)
     assert torch.allclose(model(**words()).last_hidden_state, plain, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_side_blocks_attend_in_bfloat16_as_torchs_fused_kernel_does(causal):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 2, 7, 8, generator=generator).bfloat16().requires_grad_() for _ in range(3))
+    mask = (torch.arange(7)[None] < torch.tensor([[7], [4], [0]])).long()
+    seen = visible(torch.zeros(3, 7, 16), mask, causal)
+    whole = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    out, wanted = attend(q, k, v, seen), attend(*whole, seen)
+    assert out.dtype == torch.bfloat16
+    assert torch.allclose(out.float(), wanted, atol=2e-2)
+    out.float().pow(2).sum().backward()
+    wanted.pow(2).sum().backward()
+    for half, single in zip((q, k, v), whole, strict=True):
+        assert torch.allclose(half.grad.float(), single.grad, atol=8e-2)

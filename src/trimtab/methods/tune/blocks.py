@@ -30,9 +30,20 @@ class SideBlock(nn.Module):
         y = self.norm1(x)
         parts = (part(y).unflatten(-1, (self.heads, -1)) for part in (self.query, self.key, self.value))
         q, k, v = (part.transpose(1, 2) for part in parts)  # (B, heads, L, d / heads)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)  # (B, heads, L, d / heads)
+        mixed = attend(q, k, v, seen)  # (B, heads, L, d / heads)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+    """Scaled dot-product attention, all of (B, heads, L, d / heads). On a CPU the backward pass of torch's fused kernel
+    takes several times as long in bfloat16 as plain products do (`benchmarks/attention.py`): there, plain products."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
 
 
 def visible(tokens: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
