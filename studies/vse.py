@@ -33,6 +33,7 @@ from each import RetrievalEach
 from photographs import files
 
 from trimtab.experiments.estimate import estimate
+from trimtab.experiments.folder import BusyError
 from trimtab.experiments.recipe import expand
 from trimtab.experiments.run import run
 from trimtab.methods import METHODS
@@ -158,7 +159,11 @@ def train(way: str, rate: float, seed: int, data: dict[str, Any], work: Path) ->
     if any((r["way"], r["rate"], r["seed"]) == (way, rate, seed) for r in lines()):
         return
     folder, began = work / f"{way}-{rate:g}-{seed}", time.process_time()
-    run(recipe_of(way, rate, seed, data), folder)
+    try:
+        run(recipe_of(way, rate, seed, data), folder)
+    except BusyError as error:
+        print(f"passed over: {error}", flush=True)
+        return
     told = json.loads((folder / "metrics.json").read_text())
     row = {
         "way": way, "rate": rate, "seed": seed, "steps": told["steps"], "plateau": told["validation"]["plateau"],

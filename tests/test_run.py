@@ -8,9 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import trimtab
+from trimtab import commands
 from trimtab.experiments import assembly, recipe, run, training
 from trimtab.experiments import folder as folder_of_runs
 from trimtab.methods import saved
@@ -264,3 +266,16 @@ def test_rows_that_do_not_add_up_to_the_metric_lose_no_run():
     for credit in (0.2, float("nan")):
         with pytest.warns(UserWarning, match="there is no interval"):
             assert run._credits([{"credit": credit}], 0.5) == []
+
+
+def test_a_run_that_another_process_is_at_is_refused_alone_and_passed_over_among_others(tiny_raw, tmp_path, capsys):
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({**tiny_raw(steps=1), "costs": False, "seeds": [0, 1]}))
+    taken = tmp_path / "runs" / "two" / "default-seed0"
+    with folder_of_runs.claimed(taken):
+        with pytest.raises(folder_of_runs.BusyError, match="default-seed0: another process is at this run"):
+            run.run(recipe.read(str(tmp_path / "two.yaml"), [])[0], taken)
+        done, failed = commands._carry_out([str(tmp_path / "two.yaml")], [], tmp_path / "runs", False)
+    assert not taken.exists() and done == [taken.with_name("default-seed1")] and not failed
+    assert "seed 0: passed over: " in capsys.readouterr().err
+    with folder_of_runs.claimed(taken):  # the claim ends with its block
+        pass

@@ -62,8 +62,9 @@ def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) 
     """Run everything that recipes stand for; prints a line a run and the table of each recipe.
 
     One of several runs that fails does not keep the others from running, in one process or in many; those that failed
-    are listed at the end. A run by itself raises what it fails with, and so does one with divided weights in several
-    processes, which then end.
+    are listed at the end. A run that another process is at is passed over: the same command, started twice, divides
+    them. A run by itself raises what it fails with, and so does one with divided weights in several processes, which
+    then end.
 
     Returns:
         The folders of the finished runs, and whether one failed.
@@ -94,6 +95,11 @@ def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) 
         try:
             if fresh:
                 carry_out(r, folder)
+        except runs.BusyError as error:
+            if len(todo) == 1:
+                raise
+            print(f"{label}: passed over: {error}", file=sys.stderr, flush=True)
+            continue
         except Exception as error:
             # What divides a model keeps the connections open on which others would wait: all end together.
             whole = not r.training.shard or many.started() == 1

@@ -13,21 +13,25 @@ samples/              predictions on a few test rows, with pictures
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from trimtab.data.images import encoded, shown
 from trimtab.experiments.assembly import Assembly, assemble
 from trimtab.experiments.recipe import expand
 from trimtab.experiments.schema import Recipe
-from trimtab.files import replace_file
+from trimtab.files import cache_dir, replace_file
 from trimtab.methods.adapted import restore
 from trimtab.tasks import Task, TaskModel
 
@@ -36,6 +40,30 @@ FORMAT = 1
 
 class RunError(ValueError):
     """A run folder that cannot be used; the message names the file, what was expected and what was found."""
+
+
+class BusyError(RunError):
+    """A run that another process is carrying out at the moment."""
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Carry out a run that no other process of this user is at, on this machine; a claim ends with its process.
+
+    Raises:
+        BusyError: if another one is.
+    """
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    lock = FileLock(cache_dir() / "claims" / name, timeout=0)
+    Path(lock.lock_file).parent.mkdir(exist_ok=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BusyError(f"{folder}: another process is at this run: wait for it, or end it") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def is_finished(folder: Path, recipe: Recipe | None = None) -> bool:

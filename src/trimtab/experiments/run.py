@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean
@@ -55,7 +56,7 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True, watch: Watch |
         RecipeError: if the recipe's parts do not fit each other.
         ValueError: if the task cannot train on the training rows, or cannot score the test rows.
         ImportError: if a service of `training.report_to` is not installed.
-        RunError: if it is one of several processes that did not meet.
+        RunError: if it is one of several processes that did not meet; BusyError if another process is at this run.
     """
     many.join()
     check_services(recipe.training.report_to)
@@ -63,7 +64,8 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True, watch: Watch |
         many.part(recipe.training.batch_size)
         sharded.check(recipe.training)
     begun = any((folder / scratch).is_dir() for scratch in ("checkpoints", "search"))
-    with logged(folder, fresh=not begun and (folder / "run.json").is_file()):
+    alone = files.claimed(folder) if many.started() == 1 else nullcontext()
+    with alone, logged(folder, fresh=not begun and (folder / "run.json").is_file()):
         return _run(recipe, folder, measure_costs, watch)
 
 
