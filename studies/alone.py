@@ -3,8 +3,8 @@
     python studies/alone.py --root flickr8k [--ways linear-probe unipt-text]       on a machine that does nothing else
 
 Every way has a process of its own, which trains twelve steps of 128 photographs on one core: the median time of the
-last ten, and by how much the resident set grew in one more. Results are in `studies/results/vse_alone.json`, which
-`vse.py --tables` shows.
+last ten, and by how much the resident set grew in a forward and backward pass. Results are in
+`studies/results/vse_alone.json`, which `vse.py --tables` shows.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def measure(way: str, data: dict[str, Any], work: Path) -> dict[str, float]:
     raw = vse.raw_of(way, vse.WAYS[way].rates[0], 0, few(data, work))
     folder = run(expand(raw, "alone", CHANGES)[0], work / f"alone-{way}")
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    times = [datetime.fromisoformat(e["time"]).timestamp() for e in log if "loss" in e]
+    times = [datetime.fromisoformat(e["time"]).timestamp() for e in log if e["event"] == "train"][-STEPS:]
     costs = json.loads((folder / "costs.json").read_text())
     return {
         "step_seconds": round(median(b - a for a, b in pairwise(times[1:])), 3),
@@ -69,7 +69,7 @@ def main() -> None:
     for way in options.ways or [w for w in vse.WAYS if w in trained]:
         command = [sys.executable, "-W", "ignore", __file__, "--root", str(options.root), "--work", str(options.work)]
         told = subprocess.run([*command, "--one", way], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True,
-                              capture_output=True, text=True).stdout  # fmt: skip
+                              stdout=subprocess.PIPE, text=True).stdout  # fmt: skip
         found = json.loads(vse.ALONE.read_text()) if vse.ALONE.exists() else {}
         found[way] = json.loads(told.splitlines()[-1])
         vse.ALONE.write_text(json.dumps(found, indent=1) + "\n")

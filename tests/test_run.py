@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from dataclasses import replace
@@ -268,14 +269,42 @@ def test_rows_that_do_not_add_up_to_the_metric_lose_no_run():
             assert run._credits([{"credit": credit}], 0.5) == []
 
 
-def test_a_run_that_another_process_is_at_is_refused_alone_and_passed_over_among_others(tiny_raw, tmp_path, capsys):
+@pytest.fixture
+def two(tiny_raw, tmp_path):
+    """A recipe of two runs."""
     (tmp_path / "two.yaml").write_text(yaml.safe_dump({**tiny_raw(steps=1), "costs": False, "seeds": [0, 1]}))
+    return str(tmp_path / "two.yaml")
+
+
+def test_what_another_process_is_working_on_is_left_out(two, tmp_path, capsys):
     taken = tmp_path / "runs" / "two" / "default-seed0"
     with folder_of_runs.claimed(taken):
-        with pytest.raises(folder_of_runs.BusyError, match="default-seed0: another process is at this run"):
-            run.run(recipe.read(str(tmp_path / "two.yaml"), [])[0], taken)
-        done, failed = commands._carry_out([str(tmp_path / "two.yaml")], [], tmp_path / "runs", False)
-    assert not taken.exists() and done == [taken.with_name("default-seed1")] and not failed
-    assert "seed 0: passed over: " in capsys.readouterr().err
-    with folder_of_runs.claimed(taken):  # the claim ends with its block
+        with pytest.raises(folder_of_runs.BusyError, match="default-seed0: another process is working on it"):
+            run.run(recipe.read(two, [])[0], taken)
+        done, wrong = commands._carry_out([two], [], tmp_path / "runs", False)
+    assert not taken.exists() and done == [taken.with_name("default-seed1")] and wrong
+    told = capsys.readouterr().err
+    assert told.count("seed 0: left out: ") == 2 and "1 of 2 runs are another process's work" in told
+    assert sorted(p.name for p in taken.parent.iterdir()) == ["default-seed1"]  # claims leave nothing
+
+
+def test_what_another_process_has_let_go_is_carried_out_at_the_end(two, tmp_path, monkeypatch):
+    first = tmp_path / "runs" / "two" / "default-seed0"
+    held = contextlib.ExitStack()
+    held.enter_context(folder_of_runs.claimed(first))
+    whole = run.run
+
+    def released(r, folder):
+        if r.seed == 1:
+            held.close()
+        return whole(r, folder)
+
+    monkeypatch.setattr(run, "run", released)
+    done, wrong = commands._carry_out([two], [], tmp_path / "runs", False)
+    assert done == [first.with_name("default-seed1"), first] and not wrong
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_of_runs.FileLock, "acquire", lambda self: (_ for _ in ()).throw(OSError(37, "No locks")))
+    with pytest.warns(UserWarning, match="cannot be locked .*No locks"), folder_of_runs.claimed(tmp_path / "run"):
         pass

@@ -62,12 +62,12 @@ def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) 
     """Run everything that recipes stand for; prints a line a run and the table of each recipe.
 
     One of several runs that fails does not keep the others from running, in one process or in many; those that failed
-    are listed at the end. A run that another process is at is passed over: the same command, started twice, divides
-    them. A run by itself raises what it fails with, and so does one with divided weights in several processes, which
-    then end.
+    are listed at the end. A run that another process is working on is left out, and looked at once more at the end: the
+    same command, started twice, divides them. A run by itself raises what it fails with, and so does one with divided
+    weights in several processes, which then end.
 
     Returns:
-        The folders of the finished runs, and whether one failed.
+        The folders of the finished runs, and whether one failed or is not finished.
     """
     from rich.console import Console
 
@@ -87,10 +87,13 @@ def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) 
             assembly.check(r)
     done: dict[Path, str] = {}
     failed: dict[str, str] = {}
-    for number, r in enumerate(todo, 1):
+    busy: dict[int, str] = {}
+    queue = list(enumerate(todo, 1))
+    while queue:
+        number, r = queue.pop(0)
         folder = out / r.name / f"{r.variant}-seed{r.seed}"
         label = f"[{number}/{len(todo)}] {r.name} {r.variant} seed {r.seed}"
-        fresh = many.first_says(redo or not runs.is_finished(folder, r))
+        fresh = many.first_says((redo and number not in busy) or not runs.is_finished(folder, r))
         why, alone = None, False
         try:
             if fresh:
@@ -98,7 +101,10 @@ def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) 
         except runs.BusyError as error:
             if len(todo) == 1:
                 raise
-            print(f"{label}: passed over: {error}", file=sys.stderr, flush=True)
+            print(f"{label}: left out: {error}", file=sys.stderr, flush=True)
+            if number not in busy:  # looked at once more when all others are done
+                queue.append((number, r))
+            busy[number] = label
             continue
         except Exception as error:
             # What divides a model keeps the connections open on which others would wait: all end together.
@@ -112,6 +118,7 @@ def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) 
             if many.is_first():
                 print(f"{label}: failed: {why}", file=sys.stderr, flush=True)
             continue
+        busy.pop(number, None)
         done[folder] = r.name
         result, info = (json.loads((folder / f).read_text()) for f in ("metrics.json", "run.json"))
         score = f"{result['primary']} {100 * result['test'][result['primary']]:.1f} %"
@@ -122,7 +129,11 @@ def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) 
         print(f"{len(failed)} of {len(todo)} runs failed:", file=sys.stderr)
         for label, why in failed.items():
             print(f"  {label}: {why}", file=sys.stderr)
-    return list(done), bool(failed)
+    if busy:
+        print(f"{len(busy)} of {len(todo)} runs are another process's work, and not finished:", file=sys.stderr)
+        for label in busy.values():
+            print(f"  {label}", file=sys.stderr)
+    return list(done), bool(failed or busy)
 
 
 def _reason(error: Exception) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from trimtab.budgets.halving import Search, nearest, why
-from trimtab.budgets.limits import Budget, BudgetError, parse, shown
+from trimtab.budgets.limits import Budget, BudgetError, Limit, parse, shown
 from trimtab.budgets.measured import measured_bases
 from trimtab.budgets.page import title, write_page
 from trimtab.budgets.prices import Prices
@@ -31,7 +31,7 @@ from trimtab.budgets.shared import Shared
 from trimtab.budgets.space import TUNES, Candidate, Space
 from trimtab.budgets.trial import Clock, NoTime, Trial, tested
 from trimtab.experiments.assembly import assemble, tables
-from trimtab.experiments.folder import is_finished, load
+from trimtab.experiments.folder import claimed, is_finished, load
 from trimtab.experiments.recipe import expand
 from trimtab.experiments.run import run
 from trimtab.experiments.schema import Recipe
@@ -120,6 +120,7 @@ def fit(model: str | Path, task: str | Mapping[str, Any], data: str | Path | Map
     Raises:
         BudgetError: if the budget cannot be understood or met (with the least possible on each axis), all trials fail,
             or the time does not suffice for one.
+        BusyError: if another process searches in `out`.
         ValueError: if a name or setting is wrong, `out` holds another search, or there are too few rows.
     """
     limits = parse(budget)
@@ -129,7 +130,14 @@ def fit(model: str | Path, task: str | Mapping[str, Any], data: str | Path | Map
     recipe = _recipe(model, task, data, test, validation, overrides)
     space = (space or _space(recipe)).narrowed(only, without)
     asked = _asked(recipe, space, limits, trials)
-    _claim(folder, asked)
+    with claimed(folder):
+        _claim(folder, asked)
+        return _search(recipe, space, limits, folder, trials, until, tell, warm, reference)
+
+
+def _search(recipe: Recipe, space: Space, limits: tuple[Limit, ...], folder: Path, trials: int, until: float | None,
+            tell: Callable[[str], None], warm: bool, reference: bool) -> Found:  # fmt: skip
+    """All of `fit` in a folder that is its own."""
     _check_rows(recipe)
     measured = measured_bases(recipe, limits, folder / "measured.json")
     tell("counting what candidates cost")

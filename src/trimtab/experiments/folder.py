@@ -13,11 +13,11 @@ samples/              predictions on a few test rows, with pictures
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -31,7 +31,7 @@ from trimtab.data.images import encoded, shown
 from trimtab.experiments.assembly import Assembly, assemble
 from trimtab.experiments.recipe import expand
 from trimtab.experiments.schema import Recipe
-from trimtab.files import cache_dir, replace_file
+from trimtab.files import replace_file
 from trimtab.methods.adapted import restore
 from trimtab.tasks import Task, TaskModel
 
@@ -43,26 +43,32 @@ class RunError(ValueError):
 
 
 class BusyError(RunError):
-    """A run that another process is carrying out at the moment."""
+    """A run, or a search, that another process is carrying out at the moment."""
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Carry out a run that no other process of this user is at, on this machine; a claim ends with its process.
+    """Keep other processes of this machine from carrying out the same run. A claim ends with the process that has it,
+    and leaves nothing. Where the file system has no locks there is a warning and no claim.
 
     Raises:
-        BusyError: if another one is.
+        BusyError: if another process has claimed it.
     """
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    lock = FileLock(cache_dir() / "claims" / name, timeout=0)
-    Path(lock.lock_file).parent.mkdir(exist_ok=True)
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.claim"), timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise BusyError(f"{folder}: another process is at this run: wait for it, or end it") from None
+        raise BusyError(f"{folder}: another process is working on it: wait for that one, or end it") from None
+    except (OSError, NotImplementedError) as error:
+        warnings.warn(f"{folder}: cannot be locked ({error}): do not start another process for it", stacklevel=3)
+        yield
+        return
     try:
         yield
     finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 

@@ -36,8 +36,9 @@ class SideBlock(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
-    """Scaled dot-product attention, all of (B, heads, L, d / heads). On a CPU the backward pass of torch's fused kernel
-    takes several times as long in bfloat16 as plain products do (`benchmarks/attention.py`): there, plain products."""
+    """Scaled dot-product attention, all of (B, heads, L, d / heads); every query sees a key. On a CPU the backward pass
+    of torch's fused kernel takes several times as long in bfloat16 as plain products do (`benchmarks/attention.py`):
+    there, plain products."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
