@@ -1,7 +1,8 @@
 """Validation scores while a run trains, and the schedule that ends by them.
 
     rate    rises over the warm-up    stays                                          falls linearly to 0
-    scores                            better  better  equal  worse  (no rise for `patience` of them)
+    scores                            better  better  equal  worse  (no rise for `patience` of them,
+                                                                     and for `patience_share` of the steps to the best)
     steps   0 ....................................................| start ............ end, a quarter more
 
 This is the constant rate with a cool-down of warmup-stable-decay schedules (Haegele et al., Scaling Laws and
@@ -75,16 +76,17 @@ def cooldown(scores: Sequence[tuple[int, float]], spec: TrainingSpec) -> Cooldow
         RecipeError: if a score is not a finite number: it would look like one that does not rise.
     """
     assert spec.evaluate_every is not None and spec.patience is not None
-    best, since = -math.inf, 0
+    best, came, since = -math.inf, 0, 0
     for step, score in scores:
         if not math.isfinite(score):
             raise RecipeError(
                 f"training.schedule: plateau needs finite validation scores, found {score} after {step} steps: give "
                 "data.validation rows that the task can score, or take 'schedule: cosine'"
             )
-        best, since = (score, 0) if score > best else (best, since + 1)
-        if since >= spec.patience or step >= latest(spec):
-            return Cooldown(step, max(step // 4, spec.evaluate_every), since >= spec.patience)
+        best, came, since = (score, step, 0) if score > best else (best, came, since + 1)
+        over = since >= spec.patience and step - came >= spec.patience_share * came
+        if over or step >= latest(spec):
+            return Cooldown(step, max(step // 4, spec.evaluate_every), over)
     return None
 
 
@@ -101,7 +103,7 @@ def of_fixed_length(spec: TrainingSpec) -> TrainingSpec:
     """As a search trains, whose number of steps is given: without evaluations, and with a rate that falls linearly
     where the recipe waits for a plateau."""
     if spec.schedule == "plateau":
-        return replace(spec, schedule="linear", patience=None, evaluate_every=None)
+        return replace(spec, schedule="linear", patience=None, patience_share=0.0, evaluate_every=None)
     return replace(spec, evaluate_every=None)
 
 

@@ -65,6 +65,9 @@ class TrainingSpec:
     """Steps between evaluations on the validation rows; another one comes at the end. None evaluates none."""
     patience: int | None = None
     """Evaluations without a score greater than all before, after which `schedule: plateau` ends."""
+    patience_share: float = 0.0
+    """`schedule: plateau` waits this share of the steps at which the best score came too: with 0.5, a best score after
+    1,000 steps is waited for until 1,500. Scores of few rows are noisy, and late in training rises are rare."""
     warmup: float = 0.1
     """Share of the steps in which the learning rate rises from 0; under `plateau` of `evaluate_every` * `patience`."""
     weight_decay: float = 0.01
@@ -133,6 +136,9 @@ class TrainingSpec:
     def _check_plateau(self) -> None:
         """RecipeError if the settings of `schedule: plateau` do not go together."""
         if self.schedule != "plateau":
+            if self.patience_share:
+                raise RecipeError("patience_share: is for 'schedule: plateau', found it with "
+                                  f"'schedule: {self.schedule}': leave it out, or set the schedule")  # fmt: skip
             if self.patience is not None:
                 raise RecipeError(
                     f"patience: is for 'schedule: plateau', found {self.patience} with 'schedule: {self.schedule}': "
@@ -146,6 +152,8 @@ class TrainingSpec:
                 "validation rows and how many of them without a rise end training, "
                 "{evaluate_every: 50, patience: 4}"
             )
+        if not self.patience_share >= 0:
+            raise RecipeError(f"patience_share must be at least 0, found {self.patience_share}")
         if not 0 <= self.warmup <= 1:
             raise RecipeError(
                 "warmup: under 'schedule: plateau' a share of evaluate_every * patience, from 0 to 1, found "
