@@ -48,6 +48,20 @@ def test_the_rate_falls_when_no_score_has_risen(scores, wanted):
     assert found == wanted and (found is None or found.end <= SPEC.steps)
 
 
+@pytest.mark.parametrize(
+    ("scores", "wanted"),
+    [([0.1, 0.1, 0.1], Cooldown(30, 10, True)),  # two looks are more than half of ten steps
+     ([0.1, 0.2, 0.3, 0.4, 0.3, 0.3], Cooldown(60, 15, True)),  # two looks, and half of forty steps
+     ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.5, 0.5], None),
+     ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.5, 0.5, 0.5], Cooldown(90, 22, True)),
+     ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.5, 0.5, 0.7], None),  # as seen after 90 steps: the best score came late
+     ([0.1] + 7 * [0.0] + 8 * [0.2], Cooldown(30, 10, True))],
+)  # fmt: skip
+def test_a_late_best_score_is_waited_for_longer(scores, wanted):
+    spec = replace(SPEC, steps=400, patience_share=0.5)
+    assert cooldown([(10 * (i + 1), score) for i, score in enumerate(scores)], spec) == wanted
+
+
 def test_a_score_that_is_no_number_is_no_plateau():
     with pytest.raises(RecipeError, match="finite validation scores, found nan after 20 steps"):
         cooldown([(10, 0.1), (20, float("nan"))], SPEC)
@@ -73,6 +87,8 @@ def test_it_ends_within_its_steps_wherever_the_plateau_comes(steps, every):
      ({**PLATEAU, "warmup": 1.5}, "warmup: under 'schedule: plateau'.*found 1.5"),
      ({**PLATEAU, "drops": (0.5,)}, "drops: 'schedule: step' needs them"),
      ({"evaluate_every": 0}, "evaluate_every must be at least 1"),
+     ({"patience_share": 0.5}, "patience_share: is for 'schedule: plateau', found it with 'schedule: cosine'"),
+     ({**PLATEAU, "patience_share": -0.5}, "patience_share must be at least 0, found -0.5"),
      ({**PLATEAU, "patience": 0}, "patience must be at least 1")],
 )  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused(settings, message):
@@ -91,6 +107,7 @@ def test_searches_and_budgets_have_steps_of_their_own():
     assert (searching.schedule, searching.evaluate_every, searching.patience) == ("linear", None, None)
     assert warmup_steps(searching, 40) == 10 and warmup_steps(replace(SPEC, warmup=0.25), 100) == 5
     assert of_fixed_length(TrainingSpec(evaluate_every=5)) == TrainingSpec()
+    assert of_fixed_length(replace(SPEC, patience_share=0.5)) == of_fixed_length(SPEC)
     settings = [f"training.{name}={value}" for name, value in PLATEAU.items()]
     with pytest.raises(ValueError, match=r"training.schedule: plateau: trials are compared after the same steps"):
         budget._recipe("tiny-clip", "retrieval", "pictograms", None, None, settings)
