@@ -113,12 +113,12 @@ def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) 
                 raise
             alone = many.left_alone(error)
             why = "another process has ended the run" if alone else _reason(error)
+        busy.pop(number, None)
         if len(todo) > 1 and (why := many.agreed(number, why, alone)):
             failed[label] = why
             if many.is_first():
                 print(f"{label}: failed: {why}", file=sys.stderr, flush=True)
             continue
-        busy.pop(number, None)
         done[folder] = r.name
         result, info = (json.loads((folder / f).read_text()) for f in ("metrics.json", "run.json"))
         score = f"{result['primary']} {100 * result['test'][result['primary']]:.1f} %"
