@@ -195,12 +195,14 @@ def chosen(way: str) -> float:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def measured() -> Iterator[tuple[str, dict[int, dict[str, Any]], dict[str, Any]]]:
-    """Each way that is trained at all its rates: its name, its trainings at the chosen one by seed, and its costs."""
+def costs_of(way: str) -> dict[str, Any]:
+    return estimate(recipe_of(way, WAYS[way].rates[0], 0, {"name": "files", "train": "none", "test": "none"}))
+
+
+def measured() -> Iterator[tuple[str, dict[int, dict[str, Any]]]]:
+    """Each way that is trained at all its rates: its name, and its trainings at the chosen one by seed."""
     for way in (w for w in WAYS if not untried(w)):
-        rate = chosen(way)
-        mine = {r["seed"]: r for r in lines() if (r["way"], r["rate"]) == (way, rate)}
-        yield way, mine, estimate(recipe_of(way, rate, 0, {"name": "files", "train": "none", "test": "none"}))
+        yield way, {r["seed"]: r for r in lines() if (r["way"], r["rate"]) == (way, chosen(way))}
 
 
 SHOWN = [c for c in COSTS if c.key in ("trainable_params", "saved_activation_bytes", "nonzero_params", "macs")]
@@ -208,14 +210,15 @@ STORED = [*SHOWN, *(c for c in COSTS if c.key == "checkpoint_bytes")]
 
 
 def tables() -> Iterator[str]:
-    """Two: rSum of each way, and how far it is from that of the heads alone, paired, with a 95 % interval; and costs:
-    what is trained, what autograd keeps for a batch of 128, what is left of the model, what is stored, and what a step
-    takes without a cache on a machine that does nothing else (`alone.py`)."""
-    found = list(measured())
-    heads = next((mine for way, mine, _ in found if way == "linear-probe"), {})
+    """Two: rSum of each way, and how far it is from that of the heads alone, paired, with a 95 % interval; and costs,
+    also of ways that no training was carried out with: what is trained, what autograd keeps for a batch of 128, what is
+    left of the model, what is stored, and what a step takes without a cache on a machine that does nothing else
+    (`alone.py`)."""
+    found = dict(measured())
+    heads = found.get("linear-probe", {})
     yield "| | seeds | rate | steps | rSum | beside heads alone (95 %) | R@1 of texts, pictures (%) |"
     yield "|---|" + "---:|" * 6
-    for way, mine, _ in found:
+    for way, mine in found.items():
         firsts = [fmean(100 * r["test"][f"{d} recall@1"] for r in mine.values())
                   for d in ("image to text", "text to image")]  # fmt: skip
         steps = round(fmean(r["steps"] for r in mine.values()))
@@ -226,7 +229,8 @@ def tables() -> Iterator[str]:
     yield ""
     yield "| | " + " | ".join(c.title for c in STORED) + " | peak memory, alone | a step, alone |"
     yield "|---|" + "---:|" * (len(STORED) + 2)
-    for way, _, costs in found:
+    for way in (w for w in WAYS if w in alone or w in found):
+        costs = costs_of(way)
         cells = [amount(costs[c.key], c.units) for c in STORED]
         if way in alone:
             cells += [amount(alone[way]["peak_memory_bytes"], BYTES), f"{alone[way]['step_seconds']:.2f} s"]
@@ -237,14 +241,14 @@ def tables() -> Iterator[str]:
 
 def draw(file: Path) -> None:
     """rSum against each cost, of all ways that see ten crops."""
-    ways = {way: (mine, costs) for way, mine, costs in measured() if WAYS[way].fresh}
-    scores = {way: [r["test"]["rsum"] for r in mine.values()] for way, (mine, _) in ways.items()}
+    scores = {way: [r["test"]["rsum"] for r in mine.values()] for way, mine in measured() if WAYS[way].fresh}
+    costs = {way: costs_of(way) for way in scores}
     panels = [
-        Panel(cost.title, [Point(way, costs[cost.key], fmean(scores[way]), 0.0, spread(scores[way]))
-                           for way, (_, costs) in ways.items()], partial(amount, units=cost.units), cost.log)
+        Panel(cost.title, [Point(way, costs[way][cost.key], fmean(scores[way]), 0.0, spread(scores[way]))
+                           for way in scores], partial(amount, units=cost.units), cost.log)
         for cost in SHOWN
     ]  # fmt: skip
-    file.write_bytes(pareto_figure(panels, "rSum", assign_styles(ways)))
+    file.write_bytes(pareto_figure(panels, "rSum", assign_styles(scores)))
 
 
 def mean(values: list[float]) -> str:
@@ -272,7 +276,7 @@ def main() -> None:
     parser.add_argument("--compare", nargs=2, choices=list(WAYS), help="how far the first is from the second")
     options = parser.parse_args()
     if options.compare:
-        one, other = ({way: mine for way, mine, _ in measured()}[way] for way in options.compare)
+        one, other = (dict(measured())[way] for way in options.compare)
         print(f"{' beside '.join(options.compare)}: {apart(one, other)}")
         return
     if options.tables or options.plot:
