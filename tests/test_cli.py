@@ -220,8 +220,8 @@ def test_a_path_that_is_not_there_is_named(trimtab, words, message):
 
 def test_cost_counts_a_variant_once_whatever_its_seeds(capsys):
     overrides = ["seeds=[0, 1, 2]", "variants=[linear-probe, full]"]
-    assert cli.main(["cost", "study/retrieval", *overrides, "--json"]) == 0
-    assert [row["variant"] for row in json.loads(capsys.readouterr().out)] == ["linear-probe", "full"]
+    assert cli.main(["cost", "compose/retrieval", *overrides, "--json"]) == 0
+    assert [row["variant"] for row in json.loads(capsys.readouterr().out)] == ["full", "linear-probe"]
 
 
 def test_list_prints_brackets_as_they_are(capsys):
