@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +100,19 @@ def nlvr2(root: Path) -> Path:
     for side in (0, 1):
         picture(root / f"dev/dev-6-1-img{side}.png", "PNG")
     return root
+
+
+def write_illustrator(
+    folder: Path, illustrator: str, names: dict[str, str], icons: dict[str, Any], version: str = "1.0.0", **more: Any
+) -> Path:
+    """A package of drawings as npm would fetch it: their names by code points, and SVG."""
+    folder.mkdir(exist_ok=True)
+    file = folder / f"iconify-json-{illustrator}-{version}.tgz"
+    content = {"chars.json": names, "icons.json": {"icons": icons, "width": 32, "height": 32, **more}}
+    with tarfile.open(file, "w:gz") as packed:
+        for name, value in content.items():
+            data = json.dumps(value).encode()
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(data)
+            packed.addfile(member, io.BytesIO(data))
+    return file

