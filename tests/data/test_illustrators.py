@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.data.made_sets import write_illustrator
+from trimtab.data import pictograms
 from trimtab.data.pictograms import concepts as world
 from trimtab.data.pictograms import illustrators
 
@@ -100,3 +101,19 @@ def test_another_package_gives_other_art(cache):
         world.art.cache_clear()
         sizes.append(world.art("illustrators-varied", 2)[0][world.REDRAWN["illustrators-varied"]].shape)
     assert sizes[0] != sizes[1]
+
+
+def test_another_package_gives_another_table(cache):
+    for name in illustrators.ILLUSTRATORS:
+        write_illustrator(cache / "art", name, {}, {})
+    settings = {"style": "illustrators-varied", "rows": 2, "count": 60, "progress": False}
+    pictograms.load("retrieval", **settings)
+    newer = write_illustrator(cache / "art", "noto", {}, {}, "1.0.1")
+    os.utime(newer, (2**31, 2**31))
+    pictograms.load("retrieval", **settings)
+    assert len(list(cache.glob("pictograms-retrieval-*"))) == 2
+
+
+def test_a_name_without_a_drawing_gives_none(cache):
+    write_illustrator(cache / "art", "noto", {"1f34e": "apple"}, {})
+    assert illustrators.svg("noto", "1F34E") is None

@@ -64,6 +64,7 @@ def load(
     Raises:
         ValueError: if a name is unknown.
         ImportError: if the extra `world` is not installed.
+        FileNotFoundError: if a further illustrator's drawings are not there; it says how to fetch them.
     """
     from datasets import Dataset, Features, load_from_disk
 
@@ -73,7 +74,8 @@ def load(
         "kind": kind, "style": style, "split": split, "rows": rows, "seed": seed, "size": size,
         "per_scene": per_scene, "count": count, "questions": list(questions or ()),
     }  # fmt: skip
-    stamp = hashlib.sha256(json.dumps([settings, _code_stamp(schema)], sort_keys=True).encode()).hexdigest()[:16]
+    made_of = [settings, _code_stamp(schema), *_concepts.packages(style)]
+    stamp = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_dir() / f"pictograms-{kind}-{style}-{split}-{rows}-{stamp}"
     if not folder.is_dir():
         _concepts.art(style, count)  # drawn once here, so that no worker draws it

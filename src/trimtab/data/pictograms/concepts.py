@@ -164,6 +164,16 @@ def _draw(concept: Concept, artist: str) -> np.ndarray | None:
     return np.asarray(image.crop(image.getchannel("A").point(lambda a: 255 * (a > 32)).getbbox()))
 
 
+def packages(style: str) -> list[str]:
+    """Names and versions of the packages of further illustrators that a style needs; art and tables made with others
+    are not read again.
+
+    Raises:
+        FileNotFoundError: if one is not there; it says how to fetch it.
+    """
+    return [package(artist).name for artist in ARTISTS[style] if artist in ILLUSTRATORS]
+
+
 @cache
 def art(style: str, count: int = 240) -> tuple[tuple[np.ndarray, ...], ...]:
     """The drawings of `concepts(count)` in one style, drawn once and then read from the cache folder.
@@ -183,7 +193,7 @@ def art(style: str, count: int = 240) -> tuple[tuple[np.ndarray, ...], ...]:
     names = concepts(count)
     varied = style in REDRAWN
     recipe = [c.code for c in names] + [inspect.getsource(m) for m in (sys.modules[__name__], variation)[: 1 + varied]]
-    recipe += [package(artist).name for artist in ARTISTS[style] if artist in ILLUSTRATORS]
+    recipe += packages(style)
     stamp = hashlib.sha256(" ".join(recipe).encode()).hexdigest()[:12]
     path = cache_dir() / f"art-{style}-{stamp}.npz"
     if not path.exists():

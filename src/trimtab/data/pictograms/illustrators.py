@@ -51,7 +51,10 @@ def svg(illustrator: str, code: str) -> str | None:
     name = names.get(code.replace("-FE0F", "").lower())
     if name is None:
         return None
-    icon = icons["icons"].get(name) or icons["icons"][icons["aliases"][name]["parent"]]
+    drawn, aliases = icons["icons"], icons.get("aliases", {})
+    icon = drawn.get(name) or drawn.get(aliases.get(name, {}).get("parent"))
+    if icon is None:
+        return None
     left, top, width, height = (
         icon.get(key, icons.get(key, default))
         for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
