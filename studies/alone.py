@@ -65,7 +65,7 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(options.one, data, options.work)))
         return
-    trained = {r["way"] for r in vse.lines()}
+    trained = {r["way"] for r in vse.trials().lines()}
     for way in options.ways or [w for w in vse.WAYS if w in trained]:
         command = [sys.executable, "-W", "ignore", __file__, "--root", str(options.root), "--work", str(options.work)]
         told = subprocess.run([*command, "--one", way], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True,

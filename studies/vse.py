@@ -20,30 +20,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-import numpy as np
 from each import RetrievalEach
 from photographs import files
+from protocol import Trials, apart, mean, picture
 
 from trimtab.experiments.estimate import estimate
-from trimtab.experiments.folder import BusyError
 from trimtab.experiments.recipe import expand
-from trimtab.experiments.run import run
 from trimtab.methods import METHODS
 from trimtab.methods.tune.unipt import UniPT
-from trimtab.metrics.intervals import interval
-from trimtab.report.canvas import assign_styles
-from trimtab.report.plots import Panel, Point, pareto_figure
 from trimtab.report.runs import BYTES, COSTS
-from trimtab.report.tables import amount, spread
+from trimtab.report.tables import amount
 
 RESULTS = Path(__file__).parent / "results" / "vse.jsonl"
 ALONE = RESULTS.with_name("vse_alone.json")
@@ -151,45 +144,11 @@ def raw_of(way: str, rate: float, seed: int, data: dict[str, Any]) -> dict[str, 
     return raw
 
 
-def lines() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-
-
-def train(way: str, rate: float, seed: int, data: dict[str, Any], work: Path) -> None:
-    """One training, and its line."""
-    if any((r["way"], r["rate"], r["seed"]) == (way, rate, seed) for r in lines()):
-        return
-    folder, began = work / f"{way}-{rate:g}-{seed}", time.process_time()
-    try:
-        run(recipe_of(way, rate, seed, data), folder)
-    except BusyError as error:
-        print(f"left out: {error}", flush=True)
-        return
-    told = json.loads((folder / "metrics.json").read_text())
-    row = {
-        "way": way, "rate": rate, "seed": seed, "steps": told["steps"], "plateau": told["validation"]["plateau"],
-        "seconds": round(time.process_time() - began), "validation": told["validation"]["scores"][-1]["rsum"],
-        "loss": round(told["history"][-1]["loss"], 2),
-        "curve": [[s["step"], round(s["rsum"], 1)] for s in told["validation"]["scores"]],
-        "test": {k: round(v, 4) for k, v in told["test"].items() if "rank" not in k}, "each": RetrievalEach.each,
-    }  # fmt: skip
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    print(f"{way} {rate:g} seed {seed}: {row['steps']} steps, validation {row['validation']:.1f}, test "
-          f"{row['test']['rsum']:.1f}, {row['seconds']} s", flush=True)  # fmt: skip
-    shutil.rmtree(folder)
-
-
-def untried(way: str) -> set[float]:
-    """Learning rates at which seed 0 is not trained."""
-    return set(WAYS[way].rates) - {r["rate"] for r in lines() if (r["way"], r["seed"]) == (way, 0)}
-
-
-def chosen(way: str) -> float:
-    """The rate with the best validation score of seed 0."""
-    tried = {r["rate"]: r["validation"] for r in lines() if r["way"] == way and r["seed"] == 0}
-    return max(tried, key=lambda rate: tried[rate])
+def trials(data: dict[str, Any] | None = None) -> Trials:
+    """Of these photographs; of none to see what was measured."""
+    data = data or {"name": "files", "train": "none", "test": "none"}
+    return Trials(RESULTS, {way: WAYS[way].rates for way in WAYS}, partial(recipe_of, data=data),
+                  lambda folder: RetrievalEach.each)  # fmt: skip
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -197,12 +156,6 @@ def chosen(way: str) -> float:
 
 def costs_of(way: str) -> dict[str, Any]:
     return estimate(recipe_of(way, WAYS[way].rates[0], 0, {"name": "files", "train": "none", "test": "none"}))
-
-
-def measured() -> Iterator[tuple[str, dict[int, dict[str, Any]]]]:
-    """Each way that is trained at all its rates: its name, and its trainings at the chosen one by seed."""
-    for way in (w for w in WAYS if not untried(w)):
-        yield way, {r["seed"]: r for r in lines() if (r["way"], r["rate"]) == (way, chosen(way))}
 
 
 SHOWN = [c for c in COSTS if c.key in ("trainable_params", "saved_activation_bytes", "nonzero_params", "macs")]
@@ -214,7 +167,7 @@ def tables() -> Iterator[str]:
     also of ways that no training was carried out with: what is trained, what autograd keeps for a batch of 128, what is
     left of the model, what is stored, and what a step takes without a cache on a machine that does nothing else
     (`alone.py`)."""
-    found = dict(measured())
+    found, chosen = trials().measured(), trials().chosen
     heads = found.get("linear-probe", {})
     yield "| | seeds | rate | steps | rSum | beside heads alone (95 %) | R@1 of texts, pictures (%) |"
     yield "|---|" + "---:|" * 6
@@ -241,28 +194,10 @@ def tables() -> Iterator[str]:
 
 def draw(file: Path) -> None:
     """rSum against each cost, of all ways that see ten crops."""
-    scores = {way: [r["test"]["rsum"] for r in mine.values()] for way, mine in measured() if WAYS[way].fresh}
+    scores = {way: [r["test"]["rsum"] for r in mine.values()] for way, mine in trials().measured().items()
+              if WAYS[way].fresh}  # fmt: skip
     costs = {way: costs_of(way) for way in scores}
-    panels = [
-        Panel(cost.title, [Point(way, costs[way][cost.key], fmean(scores[way]), 0.0, spread(scores[way]))
-                           for way in scores], partial(amount, units=cost.units), cost.log)
-        for cost in SHOWN
-    ]  # fmt: skip
-    file.write_bytes(pareto_figure(panels, "rSum", assign_styles(scores)))
-
-
-def mean(values: list[float]) -> str:
-    return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
-
-
-def apart(mine: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any]]) -> str:
-    """The difference on the same test photographs and seeds, with an interval over photographs drawn again."""
-    seeds = sorted(mine.keys() & reference.keys())
-    gap = np.mean([np.subtract(mine[s]["each"], reference[s]["each"]) for s in seeds], axis=0) if seeds else np.zeros(1)
-    if not gap.any():
-        return "-"
-    low, high = interval(gap.tolist())
-    return f"{gap.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+    file.write_bytes(picture(scores, lambda way, key: costs[way][key], SHOWN, "rSum"))
 
 
 def main() -> None:
@@ -276,7 +211,7 @@ def main() -> None:
     parser.add_argument("--compare", nargs=2, choices=list(WAYS), help="how far the first is from the second")
     options = parser.parse_args()
     if options.compare:
-        one, other = (dict(measured())[way] for way in options.compare)
+        one, other = (trials().measured()[way] for way in options.compare)
         print(f"{' beside '.join(options.compare)}: {apart(one, other)}")
         return
     if options.tables or options.plot:
@@ -284,14 +219,7 @@ def main() -> None:
         if options.plot:
             draw(options.plot)
         return
-    data = files(options.root, options.work)
-    for seed in options.seeds:
-        for way in options.ways:
-            if seed and (missing := untried(way)):
-                print(f"{way} seed {seed}: left out: seed 0 is not trained at {min(missing):g} yet", flush=True)
-                continue
-            for rate in WAYS[way].rates if seed == 0 else (chosen(way),):
-                train(way, rate, seed, data, options.work)
+    trials(files(options.root, options.work)).fill(options.ways, options.seeds, options.work)
 
 
 if __name__ == "__main__":

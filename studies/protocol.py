@@ -1,0 +1,226 @@
+"""A recipe carried out by the rules of README.md: each variant at as many learning rates, with as many seeds.
+
+    python studies/protocol.py compose/retrieval [--ways full lora] [--seeds 0 1 2 3 4]         train what is missing
+    python studies/protocol.py compose/retrieval --tables [--against full lora] [--plot docs/images/FILE.png]
+    python studies/protocol.py compose/retrieval --compare prune-skip-full full
+
+Each variant is trained with seed 0 at the learning rate that the recipe gives it, at half and at twice that one; the
+rate with the best validation score at the end is taken for the other seeds. One line a training in `studies/results`,
+in a file named like the recipe, with its costs and with what each test row gives to the score: what is there is not
+trained again, so a study may end and go on. Differences are paired on test rows, means over the seeds that both have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+from trimtab.experiments.folder import BusyError, is_finished
+from trimtab.experiments.recipe import read
+from trimtab.experiments.run import run
+from trimtab.metrics.intervals import interval
+from trimtab.report.canvas import assign_styles
+from trimtab.report.plots import Panel, Point, pareto_figure
+from trimtab.report.runs import COSTS, Cost
+from trimtab.report.tables import amount, spread
+
+HERE = Path(__file__).parent / "results"
+TRIALS = (0.5, 1.0, 2.0)  # times the recipe's learning rate
+SHOWN = [c for c in COSTS if c.key not in ("steps", "latency_ms")]  # counted, not measured: other work is no matter
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trials:
+    """The trainings of a study: its file of results, the learning rates of each way, the recipe of one training, and
+    what each test row of a finished run gives to the score."""
+
+    results: Path
+    rates: Mapping[str, tuple[float, ...]]
+    recipe: Callable[[str, float, int], Any]
+    each: Callable[[Path], list[float]]
+
+    def lines(self) -> list[Row]:
+        return [json.loads(line) for line in self.results.read_text().splitlines()] if self.results.exists() else []
+
+    def fill(self, ways: list[str], seeds: list[int], work: Path) -> None:
+        """Train what is missing, seed after seed."""
+        for seed in seeds:
+            for way in ways:
+                if seed and (missing := self.untried(way)):
+                    print(f"{way} seed {seed}: left out: seed 0 is not trained at {min(missing):g} yet", flush=True)
+                    continue
+                for rate in self.rates[way] if seed == 0 else (self.chosen(way),):
+                    self.train(way, rate, seed, work)
+
+    def train(self, way: str, rate: float, seed: int, work: Path) -> None:
+        """One training, and its line; nothing if the line is there, or another process is at it."""
+        if any((r["way"], r["rate"], r["seed"]) == (way, rate, seed) for r in self.lines()):
+            return
+        recipe, folder, began = self.recipe(way, rate, seed), work / f"{way}-{rate:g}-{seed}", time.process_time()
+        try:
+            if not is_finished(folder, recipe):
+                run(recipe, folder)
+        except BusyError as error:
+            print(f"left out: {error}", flush=True)
+            return
+        row = self.row(way, rate, seed, folder, time.process_time() - began)
+        self.results.parent.mkdir(parents=True, exist_ok=True)
+        with self.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{way} {rate:g} seed {seed}: {row['steps']} steps, validation {row['validation']:.4g}, test "
+              f"{row['test'][row['metric']]:.4g}, {row['seconds']} s", flush=True)  # fmt: skip
+        shutil.rmtree(folder)
+
+    def row(self, way: str, rate: float, seed: int, folder: Path, seconds: float) -> Row:
+        told = json.loads((folder / "metrics.json").read_text())
+        costs = json.loads((folder / "costs.json").read_text()) if (folder / "costs.json").exists() else {}
+        metric = told["primary"]
+        curve = [[s["step"], round(s[metric], 4)] for s in told["validation"]["scores"]]
+        return {
+            "way": way, "rate": rate, "seed": seed, "steps": told["steps"], "plateau": told["validation"]["plateau"],
+            "seconds": round(seconds), "metric": metric, "validation": curve[-1][1],
+            "loss": round(told["history"][-1]["loss"], 4), "curve": curve,
+            "test": {k: round(v, 4) for k, v in told["test"].items() if "rank" not in k},
+            **({"costs": {c.key: costs[c.key] for c in SHOWN if c.key in costs}} if costs else {}),
+            "each": self.each(folder),
+        }  # fmt: skip
+
+    def untried(self, way: str) -> set[float]:
+        """Learning rates at which seed 0 is not trained."""
+        return set(self.rates[way]) - {r["rate"] for r in self.lines() if (r["way"], r["seed"]) == (way, 0)}
+
+    def chosen(self, way: str) -> float:
+        """The rate with the best validation score of seed 0."""
+        tried = {r["rate"]: r["validation"] for r in self.lines() if r["way"] == way and r["seed"] == 0}
+        return max(tried, key=lambda rate: tried[rate])
+
+    def measured(self) -> dict[str, dict[int, Row]]:
+        """Each way that is trained at all its rates: its trainings at the chosen one by seed."""
+        rows = self.lines()
+        done = [way for way in self.rates if not self.untried(way)]
+        best = {way: self.chosen(way) for way in done}
+        return {way: {r["seed"]: r for r in rows if (r["way"], r["rate"]) == (way, best[way])} for way in done}
+
+    def hours(self) -> float:
+        """What all trainings took of one processor."""
+        return sum(r["seconds"] for r in self.lines()) / 3600
+
+
+def apart(mine: dict[int, Row], other: dict[int, Row]) -> str:
+    """The difference on the same test rows and seeds, with a 95 % interval over rows drawn again."""
+    seeds = sorted(mine.keys() & other.keys())
+    gap = np.mean([np.subtract(mine[s]["each"], other[s]["each"]) for s in seeds], axis=0) if seeds else np.zeros(1)
+    if not gap.any():
+        return "-"
+    low, high = interval(gap.tolist())
+    return f"{gap.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def mean(values: list[float]) -> str:
+    return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def picture(scores: dict[str, list[float]], costs: Callable[[str, str], float], shown: list[Cost], title: str) -> bytes:
+    """A PNG: the scores of ways against each of some costs."""
+    panels = [
+        Panel(cost.title, [Point(way, costs(way, cost.key), fmean(scores[way]), 0.0, spread(scores[way]))
+                           for way in scores], partial(amount, units=cost.units), cost.log)
+        for cost in shown
+    ]  # fmt: skip
+    return pareto_figure(panels, title, assign_styles(scores))
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def credits(folder: Path) -> list[float]:
+    """What each test row gives to the primary metric, in percent."""
+    return [round(100 * c, 2) for c in json.loads((folder / "rows.json").read_text())["credits"] if c is not None]
+
+
+def of_recipe(name: str) -> Trials:
+    variants = {r.variant: r.training.learning_rate for r in read(name, ["seeds=[0]"])}
+
+    def recipe(way: str, rate: float, seed: int) -> Any:
+        return read(name, [f"variants=[{way}]", f"seeds=[{seed}]", f"training.learning_rate={rate}"])[0]
+
+    rates = {way: tuple(rate * t for t in TRIALS) for way, rate in variants.items()}
+    return Trials(HERE / f"{name.replace('/', '-')}.jsonl", rates, recipe, credits)
+
+
+def scores_of(rows: dict[int, Row]) -> list[float]:
+    return [fmean(r["each"]) for r in rows.values()]
+
+
+def costs_of(rows: dict[int, Row], key: str) -> float:
+    return fmean(r["costs"][key] for r in rows.values())
+
+
+def tables(trials: Trials, references: list[str]) -> Iterator[str]:
+    """Two: the score of each way in percent, with paired differences; and what it costs."""
+    found = trials.measured()
+    if not found:
+        yield "no way is trained at all its learning rates yet"
+        return
+    metric = next(iter(next(iter(found.values())).values()))["metric"]
+    beside = " | ".join(f"beside {r} (95 %)" for r in references)
+    yield f"| | seeds | rate | {metric} (%) | steps | {beside} |"
+    yield "|---|" + "---:|" * (4 + len(references))
+    for way, mine in found.items():
+        gaps = [apart(mine, found.get(r, {})) if way != r else "-" for r in references]
+        yield (f"| {way} | {len(mine)} | {trials.chosen(way):g} | {mean(scores_of(mine))} | "
+               f"{fmean(r['steps'] for r in mine.values()):.0f} | {' | '.join(gaps)} |")  # fmt: skip
+    yield ""
+    yield "| | " + " | ".join(c.title for c in SHOWN) + " |"
+    yield "|---|" + "---:|" * len(SHOWN)
+    for way, mine in found.items():
+        yield f"| {way} | {' | '.join(amount(costs_of(mine, c.key), c.units) for c in SHOWN)} |"
+    yield ""
+    yield f"{len(trials.lines())} trainings, {trials.hours():.1f} hours of one processor"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("recipe", help="as of trimtab run, with variants and `schedule: plateau`")
+    parser.add_argument("--ways", nargs="+", help="these variants")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--work", type=Path, default=Path("runs/studies"), help="for what trainings leave")
+    parser.add_argument("--tables", action="store_true", help="print what was measured")
+    parser.add_argument("--against", nargs="+", default=["full"], help="variants that others stand beside")
+    parser.add_argument("--plot", type=Path, help="draw what was measured into this PNG file")
+    parser.add_argument("--compare", nargs=2, help="how far the first is from the second")
+    options = parser.parse_args()
+    trials = of_recipe(options.recipe)
+    named = {*(options.ways or ()), *(options.compare or ()), *(options.against if options.tables else ())}
+    if unknown := named - trials.rates.keys():
+        parser.error(f"{options.recipe} has no variant {min(unknown)!r}: it has {', '.join(trials.rates)}")
+    if options.compare:
+        found = trials.measured()
+        print(f"{' beside '.join(options.compare)}: {apart(*(found.get(way, {}) for way in options.compare))}")
+    elif options.tables or options.plot:
+        if options.tables:
+            print("\n".join(tables(trials, options.against)))
+        if options.plot:
+            found = trials.measured()
+            metric = next(iter(next(iter(found.values())).values()))["metric"]
+            scores = {way: scores_of(mine) for way, mine in found.items()}
+            drawn = picture(scores, lambda way, key: costs_of(found[way], key), SHOWN, f"{metric} (%)")
+            options.plot.write_bytes(drawn)
+    else:
+        trials.fill(options.ways or list(trials.rates), options.seeds, options.work / options.recipe.replace("/", "-"))
+
+
+if __name__ == "__main__":
+    main()
