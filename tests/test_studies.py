@@ -2,49 +2,46 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shlex
-import subprocess
 import sys
-from collections import defaultdict
-from itertools import groupby
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-MARK = re.compile(r"<!-- python (studies/\S+ .*(?:--tables|\.jsonl.*)) -->")
+sys.path.insert(0, str(Path(__file__).parent.parent / "studies"))
 
+import pages
 
-def tables(lines: list[str]) -> list[list[str]]:
-    """The tables in a text, each as its lines."""
-    runs = groupby(lines, lambda line: line.startswith("|"))
-    return [list(run) for is_table, run in runs if is_table]
-
-
-def marked() -> dict[str, list[tuple[str, list[str]]]]:
-    """By command: each page and the lines of the table that follows the mark."""
-    found = defaultdict(list)
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        lines = page.read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(lines):
-            if mark := MARK.fullmatch(line):
-                found[mark[1]].append((page.name, tables(lines[number:])[0]))
-    return found
+TOLD = "| | a |\n|---|---:|\n| x | 1 |\n| y | 2 |\n\n| | b |\n|---|---:|\n| x | 3 |\n"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", sorted(marked()))
-def test_a_table_in_the_docs_is_what_its_command_prints(command: str) -> None:
-    told = subprocess.run([sys.executable, "-W", "ignore", *shlex.split(command)], cwd=ROOT, check=True, text=True,
-                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout  # fmt: skip
-    printed = [set(lines) for lines in tables(told.splitlines())]
-    for page, table in marked()[command]:  # which may leave rows out
-        assert any(set(table) <= lines for lines in printed), (
-            f"docs: {page}: python {command} prints no such table: {table}"
-        )
+@pytest.mark.parametrize("page", pages.pages(), ids=lambda page: page.stem)
+def test_tables_of_a_page_are_what_its_commands_print(page: Path) -> None:
+    assert pages.drawn(page, pictures=False) == page.read_text(encoding="utf-8"), "python studies/pages.py mends it"
 
 
 def test_the_pages_of_studies_are_marked() -> None:
-    assert {page for tables in marked().values() for page, _ in tables} >= {"flickr8k.md", "prune.md"}
+    assert {page.stem for page in pages.pages()} >= {"flickr8k", "prune", "pretraining"}
+
+
+def test_a_table_keeps_its_rows_and_takes_named_ones_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "printed", lambda command: TOLD)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- python studies/x.py --tables -->\n| | b |\n|---|---:|\n| x | 9 |\n\ntext\n"
+                    "<!-- python studies/x.py --tables -->\n\n| | a |\n|---|---:|\n| y |\n")  # fmt: skip
+    assert pages.drawn(page, pictures=False) == (
+        "<!-- python studies/x.py --tables -->\n| | b |\n|---|---:|\n| x | 3 |\n\ntext\n"
+        "<!-- python studies/x.py --tables -->\n\n| | a |\n|---|---:|\n| y | 2 |\n"
+    )
+
+
+@pytest.mark.parametrize(("table", "told"), [("| | c |\n|---|---:|\n| x |", "no table with the head"),
+                                             ("| | a |\n|---|---:|\n| z |", "no row 'z': it has x, y")])  # fmt: skip
+def test_a_table_that_is_not_printed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str, told: str
+) -> None:
+    monkeypatch.setattr(pages, "printed", lambda command: TOLD)
+    page = tmp_path / "page.md"
+    page.write_text(f"<!-- python studies/x.py --tables -->\n{table}\n")
+    with pytest.raises(pages.PageError, match=told):
+        pages.drawn(page, pictures=False)
