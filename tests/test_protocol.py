@@ -1,0 +1,84 @@
+"""Studies keep their rules: equal trials, the rate chosen on validation rows, nothing trained twice."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "studies"))
+
+import protocol
+
+RATES = {"full": (1.0, 2.0), "lora": (3.0,)}
+
+
+def row(way: str, rate: float, seed: int, validation: float, each: tuple[float, ...] = (0.0, 100.0)) -> protocol.Row:
+    return {"way": way, "rate": rate, "seed": seed, "validation": validation, "steps": 100, "seconds": 1800,
+            "metric": "accuracy", "each": list(each), "test": {"accuracy": 0.5},
+            "costs": {c.key: 10 for c in protocol.SHOWN}}  # fmt: skip
+
+
+def trials(file: Path, *rows: protocol.Row) -> protocol.Trials:
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return protocol.Trials(file, RATES, lambda way, rate, seed: (way, rate, seed), lambda folder: [0.0, 100.0])
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, int]]:
+    """What is trained, by something that takes no time; the second rate is the better one."""
+    found = []
+
+    def run(recipe: tuple[str, float, int], folder: Path) -> None:
+        found.append(recipe)
+        told = {"primary": "accuracy", "steps": 7, "test": {"accuracy": 0.5}, "history": [{"loss": 1.0}],
+                "validation": {"plateau": True, "scores": [{"step": 5, "accuracy": recipe[1]}]}}  # fmt: skip
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps(told))
+
+    monkeypatch.setattr(protocol, "run", run)
+    return found
+
+
+def test_seed_0_tries_every_rate_and_other_seeds_take_the_best(tmp_path: Path, trained: list) -> None:
+    study = trials(tmp_path / "x.jsonl", row("full", 1.0, 0, 0.5))
+    study.fill(["full"], [0, 1], tmp_path / "work")
+    assert trained == [("full", 2.0, 0), ("full", 2.0, 1)]  # the first rate was there
+    study.fill(["full"], [0, 1], tmp_path / "work")
+    assert len(trained) == 2
+    assert sorted(study.measured()["full"]) == [0, 1]
+    assert not list((tmp_path / "work").iterdir())  # what a training leaves goes when its line is written
+
+
+def test_other_seeds_wait_for_all_rates_of_seed_0(tmp_path: Path, trained: list, capsys: pytest.CaptureFixture) -> None:
+    study = trials(tmp_path / "x.jsonl", row("full", 1.0, 0, 0.5))
+    study.fill(["full"], [1], tmp_path / "work")
+    assert not trained
+    assert "seed 0 is not trained at 2 yet" in capsys.readouterr().out
+    assert study.measured() == {}
+
+
+def test_tables_show_the_chosen_rate_and_differences_of_the_seeds_that_both_have(tmp_path: Path) -> None:
+    study = trials(
+        tmp_path / "x.jsonl",
+        row("full", 1.0, 0, 0.9, (0, 0)), row("full", 2.0, 0, 0.1, (100, 100)),
+        row("lora", 3.0, 0, 0.5, (100, 50)), row("lora", 3.0, 1, 0.5, (0, 0)),
+    )  # fmt: skip
+    told = list(protocol.tables(study, ["full"]))
+    assert told[2].startswith("| full | 1 | 1 | 0.0 | 100 | - |")
+    assert told[3].startswith("| lora | 2 | 3 | 37.5 ± 53.0 | 100 | +75.0 (")
+    assert told[-1] == "4 trainings, 2.0 hours of one processor"
+
+
+def test_rows_without_a_difference_are_not_given_an_interval() -> None:
+    assert protocol.apart({0: row("full", 1.0, 0, 0.5)}, {1: row("full", 1.0, 1, 0.5)}) == "-"  # no seed in common
+    assert protocol.apart({0: row("full", 1.0, 0, 0.5)}, {0: row("lora", 1.0, 0, 0.5)}) == "-"
+
+
+def test_trials_of_a_recipe_lie_around_its_learning_rate() -> None:
+    study = protocol.of_recipe("compose/retrieval")
+    assert study.rates["full"] == (0.0005, 0.001, 0.002)
+    recipe = study.recipe("lora", 0.008, 3)
+    assert (recipe.variant, recipe.seed, recipe.training.learning_rate) == ("lora", 3, 0.008)
