@@ -79,6 +79,6 @@ def test_rows_without_a_difference_are_not_given_an_interval() -> None:
 
 def test_trials_of_a_recipe_lie_around_its_learning_rate() -> None:
     study = protocol.of_recipe("compose/retrieval")
-    assert study.rates["full"] == (0.0005, 0.001, 0.002)
+    assert study.rates["full"] == (0.00025, 0.0005, 0.001)
     recipe = study.recipe("lora", 0.008, 3)
     assert (recipe.variant, recipe.seed, recipe.training.learning_rate) == ("lora", 3, 0.008)
