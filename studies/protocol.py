@@ -4,10 +4,10 @@
     python studies/protocol.py compose/retrieval --tables [--against full lora] [--plot docs/images/FILE.png]
     python studies/protocol.py compose/retrieval --compare prune-skip-full full
 
-Each variant is trained with seed 0 at the learning rate that the recipe gives it, at half and at twice that one; the
-rate with the best validation score at the end is taken for the other seeds. One line a training in `studies/results`,
-in a file named like the recipe, with its costs and with what each test row gives to the score: what is there is not
-trained again, so a study may end and go on. Differences are paired on test rows, means over the seeds that both have.
+Each variant is trained with seed 0 at the learning rate that the recipe gives it and at half of that; the rate with the
+best validation score at the end is taken for the other seeds. One line a training in `studies/results`, in a file named
+like the recipe, with its costs and with what each test row gives to the score: what is there is not trained again, so a
+study may end and go on. Differences are paired on test rows, means over the seeds that both have.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from trimtab.report.runs import COSTS, Cost
 from trimtab.report.tables import amount, spread
 
 HERE = Path(__file__).parent / "results"
-TRIALS = (0.5, 1.0, 2.0)  # times the recipe's learning rate
+TRIALS = (0.5, 1.0)  # times the recipe's learning rate
 SHOWN = [c for c in COSTS if c.key not in ("steps", "latency_ms")]  # counted, not measured: other work is no matter
 
 Row = dict[str, Any]

@@ -77,8 +77,8 @@ def test_rows_without_a_difference_are_not_given_an_interval() -> None:
     assert protocol.apart({0: row("full", 1.0, 0, 0.5)}, {0: row("lora", 1.0, 0, 0.5)}) == "-"
 
 
-def test_trials_of_a_recipe_lie_around_its_learning_rate() -> None:
+def test_trials_of_a_recipe_are_its_learning_rate_and_half() -> None:
     study = protocol.of_recipe("compose/retrieval")
-    assert study.rates["full"] == (0.00025, 0.0005, 0.001)
+    assert study.rates["full"] == (0.00025, 0.0005)
     recipe = study.recipe("lora", 0.008, 3)
     assert (recipe.variant, recipe.seed, recipe.training.learning_rate) == ("lora", 3, 0.008)
