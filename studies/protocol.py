@@ -113,9 +113,10 @@ class Trials:
         best = {way: self.chosen(way) for way in done}
         return {way: {r["seed"]: r for r in rows if (r["way"], r["rate"]) == (way, best[way])} for way in done}
 
-    def hours(self) -> float:
-        """What all trainings took of one processor."""
-        return sum(r["seconds"] for r in self.lines()) / 3600
+    def effort(self) -> str:
+        """How many trainings there are, and what they took of one processor."""
+        rows = self.lines()
+        return f"{len(rows)} trainings, {sum(r['seconds'] for r in rows) / 3600:.1f} hours of one processor"
 
 
 def apart(mine: dict[int, Row], other: dict[int, Row]) -> str:
@@ -188,7 +189,7 @@ def tables(trials: Trials, references: list[str]) -> Iterator[str]:
     for way, mine in found.items():
         yield f"| {way} | {' | '.join(amount(costs_of(mine, c.key), c.units) for c in SHOWN)} |"
     yield ""
-    yield f"{len(trials.lines())} trainings, {trials.hours():.1f} hours of one processor"
+    yield trials.effort()
 
 
 def main() -> None:

@@ -190,6 +190,8 @@ def tables() -> Iterator[str]:
         else:
             cells += ["-", "-"]
         yield f"| {way} | {' | '.join(cells)} |"
+    yield ""
+    yield trials().effort()
 
 
 def draw(file: Path) -> None:
