@@ -35,8 +35,16 @@ class PageError(ValueError):
 
 @cache
 def printed(command: str) -> str:
-    return subprocess.run([sys.executable, "-W", "ignore", *shlex.split(command)], cwd=ROOT, check=True, text=True,
-                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout  # fmt: skip
+    """What a command prints.
+
+    Raises:
+        PageError: if it fails.
+    """
+    told = subprocess.run([sys.executable, "-W", "ignore", *shlex.split(command)], cwd=ROOT, check=False, text=True,
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    if told.returncode:
+        raise PageError(f"python {command} failed: {told.stderr.strip()}")
+    return told.stdout
 
 
 def tables(lines: list[str]) -> list[list[str]]:
@@ -77,6 +85,8 @@ def drawn(page: Path, pictures: bool) -> str:
             while number < len(lines) and not lines[number].startswith("|"):
                 out.append(lines[number])
                 number += 1
+            if number == len(lines):
+                raise PageError(f"{page.name}: no table follows the mark of python {mark[1]}: write its head and a row")
             shown = tables(lines[number:])[0]
             table, left = filled(shown, mark[1], page.name)
             out += table
@@ -99,7 +109,10 @@ def main() -> None:
     options = parser.parse_args()
     stale = []
     for page in options.pages or pages():
-        text = drawn(page, not options.check)
+        try:
+            text = drawn(page, not options.check)
+        except (PageError, OSError) as error:
+            parser.error(str(error))
         if text == page.read_text(encoding="utf-8"):
             continue
         stale.append(page.name)

@@ -20,12 +20,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import numpy as np
+from tables import cell
 
-from trimtab.experiments.folder import BusyError, is_finished
+from trimtab.experiments.folder import BusyError
 from trimtab.experiments.recipe import read
 from trimtab.experiments.run import run
 from trimtab.metrics.intervals import interval
@@ -44,7 +45,7 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Trials:
     """The trainings of a study: its file of results, the learning rates of each way, the recipe of one training, and
-    what each test row of a finished run gives to the score."""
+    what each test row of the run that has just finished gives to the score."""
 
     results: Path
     rates: Mapping[str, tuple[float, ...]]
@@ -70,8 +71,7 @@ class Trials:
             return
         recipe, folder, began = self.recipe(way, rate, seed), work / f"{way}-{rate:g}-{seed}", time.process_time()
         try:
-            if not is_finished(folder, recipe):
-                run(recipe, folder)
+            run(recipe, folder)
         except BusyError as error:
             print(f"left out: {error}", flush=True)
             return
@@ -129,10 +129,6 @@ def apart(mine: dict[int, Row], other: dict[int, Row]) -> str:
     return f"{gap.mean():+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def mean(values: list[float]) -> str:
-    return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
-
-
 def picture(scores: dict[str, list[float]], costs: Callable[[str, str], float], shown: list[Cost], title: str) -> bytes:
     """A PNG: the scores of ways against each of some costs."""
     panels = [
@@ -148,17 +144,29 @@ def picture(scores: dict[str, list[float]], costs: Callable[[str, str], float], 
 
 def credits(folder: Path) -> list[float]:
     """What each test row gives to the primary metric, in percent."""
-    return [round(100 * c, 2) for c in json.loads((folder / "rows.json").read_text())["credits"] if c is not None]
+    found = json.loads((folder / "rows.json").read_text())["credits"]
+    if not found:
+        raise SystemExit(f"{folder}: its task does not tell what each test row gives to the score: there is nothing to "
+                         "pair; its own metrics are there")  # fmt: skip
+    return [round(100 * c, 2) for c in found if c is not None]
 
 
 def of_recipe(name: str) -> Trials:
-    variants = {r.variant: r.training.learning_rate for r in read(name, ["seeds=[0]"])}
+    recipes = read(name, ["seeds=[0]"])
+    if fixed := [r.variant for r in recipes if r.training.schedule != "plateau"]:
+        raise ValueError(f"{name}: expected `schedule: plateau` in training, variant {fixed[0]!r} has another one: a "
+                         "study trains until the validation score stops rising")  # fmt: skip
+    variants = {r.variant: r.training.learning_rate for r in recipes}
 
     def recipe(way: str, rate: float, seed: int) -> Any:
         return read(name, [f"variants=[{way}]", f"seeds=[{seed}]", f"training.learning_rate={rate}"])[0]
 
     rates = {way: tuple(rate * t for t in TRIALS) for way, rate in variants.items()}
     return Trials(HERE / f"{name.replace('/', '-')}.jsonl", rates, recipe, credits)
+
+
+def metric_of(found: dict[str, dict[int, Row]]) -> str:
+    return f"{next(iter(next(iter(found.values())).values()))['metric']} (%)"
 
 
 def scores_of(rows: dict[int, Row]) -> list[float]:
@@ -172,16 +180,12 @@ def costs_of(rows: dict[int, Row], key: str) -> float:
 def tables(trials: Trials, references: list[str]) -> Iterator[str]:
     """Two: the score of each way in percent, with paired differences; and what it costs."""
     found = trials.measured()
-    if not found:
-        yield "no way is trained at all its learning rates yet"
-        return
-    metric = next(iter(next(iter(found.values())).values()))["metric"]
     beside = " | ".join(f"beside {r} (95 %)" for r in references)
-    yield f"| | seeds | rate | {metric} (%) | steps | {beside} |"
+    yield f"| | seeds | rate | {metric_of(found)} | steps | {beside} |"
     yield "|---|" + "---:|" * (4 + len(references))
     for way, mine in found.items():
         gaps = [apart(mine, found.get(r, {})) if way != r else "-" for r in references]
-        yield (f"| {way} | {len(mine)} | {trials.chosen(way):g} | {mean(scores_of(mine))} | "
+        yield (f"| {way} | {len(mine)} | {trials.chosen(way):g} | {cell(scores_of(mine))} | "
                f"{fmean(r['steps'] for r in mine.values()):.0f} | {' | '.join(gaps)} |")  # fmt: skip
     yield ""
     yield "| | " + " | ".join(c.title for c in SHOWN) + " |"
@@ -203,21 +207,24 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw what was measured into this PNG file")
     parser.add_argument("--compare", nargs=2, help="how far the first is from the second")
     options = parser.parse_args()
-    trials = of_recipe(options.recipe)
+    try:
+        trials = of_recipe(options.recipe)
+    except ValueError as error:
+        parser.error(str(error))
     named = {*(options.ways or ()), *(options.compare or ()), *(options.against if options.tables else ())}
     if unknown := named - trials.rates.keys():
         parser.error(f"{options.recipe} has no variant {min(unknown)!r}: it has {', '.join(trials.rates)}")
+    found = trials.measured()
+    if not found and (options.compare or options.tables or options.plot):
+        parser.error(f"{trials.results}: no variant is trained at all its learning rates yet")
     if options.compare:
-        found = trials.measured()
         print(f"{' beside '.join(options.compare)}: {apart(*(found.get(way, {}) for way in options.compare))}")
     elif options.tables or options.plot:
         if options.tables:
             print("\n".join(tables(trials, options.against)))
         if options.plot:
-            found = trials.measured()
-            metric = next(iter(next(iter(found.values())).values()))["metric"]
             scores = {way: scores_of(mine) for way, mine in found.items()}
-            drawn = picture(scores, lambda way, key: costs_of(found[way], key), SHOWN, f"{metric} (%)")
+            drawn = picture(scores, lambda way, key: costs_of(found[way], key), SHOWN, metric_of(found))
             options.plot.write_bytes(drawn)
     else:
         trials.fill(options.ways or list(trials.rates), options.seeds, options.work / options.recipe.replace("/", "-"))

@@ -29,7 +29,8 @@ from typing import Any
 
 from each import RetrievalEach
 from photographs import files
-from protocol import Trials, apart, mean, picture
+from protocol import Trials, apart, picture
+from tables import cell
 
 from trimtab.experiments.estimate import estimate
 from trimtab.experiments.recipe import expand
@@ -176,7 +177,7 @@ def tables() -> Iterator[str]:
                   for d in ("image to text", "text to image")]  # fmt: skip
         steps = round(fmean(r["steps"] for r in mine.values()))
         yield (f"| {way} | {len(mine)} | {chosen(way):g} | {steps} | "
-               f"{mean([r['test']['rsum'] for r in mine.values()])} | {apart(mine, heads)} | "
+               f"{cell([r['test']['rsum'] for r in mine.values()])} | {apart(mine, heads)} | "
                f"{firsts[0]:.1f}, {firsts[1]:.1f} |")  # fmt: skip
     alone = json.loads(ALONE.read_text()) if ALONE.exists() else {}
     yield ""

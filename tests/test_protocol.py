@@ -82,3 +82,8 @@ def test_trials_of_a_recipe_are_its_learning_rate_and_half() -> None:
     assert study.rates["full"] == (0.00025, 0.0005)
     recipe = study.recipe("lora", 0.008, 3)
     assert (recipe.variant, recipe.seed, recipe.training.learning_rate) == ("lora", 3, 0.008)
+
+
+def test_a_recipe_that_trains_for_a_fixed_time_is_refused() -> None:
+    with pytest.raises(ValueError, match="demo/vqa: expected `schedule: plateau`"):
+        protocol.of_recipe("demo/vqa")
