@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import pytest
 from jsonargparse import ArgumentParser
 
@@ -99,6 +101,17 @@ def test_settings_that_are_missing_are_named():
         build(Point, {"y": 1}, "here")
     with pytest.raises(SettingsError, match="here: unknown key 'z'"):
         build(Point, {"z": 1}, "here", "key")
+
+
+def test_a_null_is_refused_where_the_type_has_none():
+    class Point:
+        def __init__(self, x: int, y: int | None = 0, z: Any = 0, way: Literal["up", "down"] = "up"):
+            self.all = x, y, z, way
+
+    assert build(Point, {"x": 1, "y": None, "z": None}, "here").all == (1, None, None, "up")
+    for name, wanted in (("x", "int"), ("way", r"Literal\['up', 'down'\]")):
+        with pytest.raises(SettingsError, match=f"here: {name}: expected {wanted}, found null: leave it out for its"):
+            build(Point, {"x": 1, name: None}, "here")
 
 
 def test_thousands_of_texts_are_taken_as_they_stand_and_one_that_is_no_text_is_refused(monkeypatch):

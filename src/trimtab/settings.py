@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from trimtab.registry import unknown
 
@@ -29,13 +29,26 @@ def _parser(cls: type) -> Any:
 
 
 @cache
-def _texts(cls: type) -> frozenset[str]:
-    """Settings of a class that are rows of texts and nothing else."""
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of a class's settings by name; none where a type is one that only a checker of types imports."""
     try:
-        hints = get_type_hints(cls.__init__)  # type: ignore[misc]
-    except NameError:  # a type that only a checker of types imports
-        return frozenset()
-    return frozenset(name for name, hint in hints.items() if hint == Sequence[str])
+        return get_type_hints(cls.__init__)  # type: ignore[misc]
+    except NameError:
+        return {}
+
+
+def _texts(cls: type) -> set[str]:
+    """Settings of a class that are rows of texts and nothing else."""
+    return {name for name, hint in _hints(cls).items() if hint == Sequence[str]}
+
+
+def _no_nulls(cls: type, values: Mapping[str, Any], where: str) -> None:
+    """SettingsError for a null where the type has none: jsonargparse lets it through."""
+    for name, value in values.items():
+        hint = _hints(cls).get(name, Any)
+        if value is None and hint is not Any and not {None, type(None)} & {hint, *get_args(hint)}:
+            wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            raise SettingsError(f"{where}: {name}: expected {wanted}, found null: leave it out for its default")
 
 
 def build(cls: type, values: Mapping[str, Any], where: str, what: str = "setting") -> Any:
@@ -56,6 +69,7 @@ def build(cls: type, values: Mapping[str, Any], where: str, what: str = "setting
     for key in values:
         if key not in known:
             raise SettingsError(f"{where}: {unknown(what, key, known)}")
+    _no_nulls(cls, values, where)
     # Texts are right as they stand. jsonargparse copies all of them for each of them: 5 s for 3,129 answers.
     texts = {k: list(v) for k, v in values.items() if k in _texts(cls) and _all_texts(v)}
     try:
