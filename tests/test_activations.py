@@ -295,7 +295,7 @@ def test_a_recipe_augments_with_and_without_a_cache(tiny_raw, tmp_path, monkeypa
         run.run(recipe.expand(raw, "test")[0], tmp_path / f"run-{cache}", measure_costs=False)
         assert seen and set(seen) == {Augmentation(0.6, 0.2)}
         seen.clear()
-    with pytest.raises(recipe.RecipeError, match=r"training: crop must be above 0 and at most 1, found 2"):
+    with pytest.raises(recipe.RecipeError, match=r"training: crop must lie in \(0, 1\], found 2"):
         recipe.expand(tiny_raw("tiny-clip", "retrieval", ["unipt"], crop=2.0), "test")
 
 

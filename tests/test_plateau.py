@@ -84,7 +84,7 @@ def test_it_ends_within_its_steps_wherever_the_plateau_comes(steps, every):
      ({"schedule": "plateau", "evaluate_every": 3}, "patience: 'schedule: plateau' needs it"),
      ({**PLATEAU, "steps": 7}, "steps: 7 are over before.* the earliest is after 6 steps.*give at least 8 steps"),
      ({**PLATEAU, "patience": 9, "steps": 24}, "the earliest is after 20 steps.*give at least 25 steps"),
-     ({**PLATEAU, "warmup": 1.5}, "warmup: under 'schedule: plateau'.*found 1.5"),
+     ({**PLATEAU, "warmup": 1.5}, r"warmup must lie in \[0, 1\], found 1.5"),
      ({**PLATEAU, "drops": (0.5,)}, "drops: 'schedule: step' needs them"),
      ({"evaluate_every": 0}, "evaluate_every must be at least 1"),
      ({"patience_share": 0.5}, "patience_share: is for 'schedule: plateau', found it with 'schedule: cosine'"),

@@ -5,10 +5,11 @@ from typing import Any, Literal
 import pytest
 from jsonargparse import ArgumentParser
 
+from trimtab.data.sources import SOURCES
 from trimtab.methods import METHODS
 from trimtab.methods.base import Method
 from trimtab.registry import Registry, unknown
-from trimtab.settings import SettingsError, build
+from trimtab.settings import SettingsError, build, within
 from trimtab.tasks import TASKS
 
 
@@ -112,6 +113,45 @@ def test_a_null_is_refused_where_the_type_has_none():
     for name, wanted in (("x", "int"), ("way", r"Literal\['up', 'down'\]")):
         with pytest.raises(SettingsError, match=f"here: {name}: expected {wanted}, found null: leave it out for its"):
             build(Point, {"x": 1, name: None}, "here")
+
+
+@pytest.mark.parametrize(
+    ("interval", "inside", "outside", "message"),
+    [
+        ("[1, inf)", (1, 7, None), (0, -1), "n must be at least 1, found"),
+        ("(0, inf)", (0.1,), (0, 0.0), "n must be above 0, found"),
+        ("[0, 1)", (0, 0.5), (-0.1, 1), r"n must lie in \[0, 1\), found"),
+        ("(0, 1]", (1,), (0, 1.1), r"n must lie in \(0, 1\], found"),
+        ("[0, inf)", (0,), (float("nan"), float("inf")), r"n must lie in \[0, inf\), found"),
+    ],
+)
+def test_numbers_lie_within_their_intervals(interval, inside, outside, message):
+    for value in inside:
+        within({"n": value, "m": "of no matter"}, n=interval)
+    for value in outside:
+        with pytest.raises(ValueError, match=f"{message} {value}"):
+            within({"n": value}, n=interval)
+
+
+@pytest.mark.parametrize(
+    ("registry", "name", "settings", "message"),
+    [
+        (SOURCES, "pictograms", {"train": -3}, "train must be at least 1, found -3"),
+        (SOURCES, "pictograms", {"validation": None}, "validation: expected int, found null"),
+        (SOURCES, "easy-vqa", {"train": -3}, "train must be at least 1, found -3"),
+        (SOURCES, "flickr8k", {"root": "f", "rows": 0}, "rows must be at least 1, found 0"),
+        (SOURCES, "flickr8k", {"root": None}, "root: expected Path, found null"),
+        (TASKS, "retrieval", {"margin": -1.0}, "margin must be at least 0, found -1"),
+        (TASKS, "captioning", {"longest": 5, "shortest": 6}, r"shortest must lie in \[0, 5\], found 6"),
+        (METHODS, "lora", {"alpha": 0.0}, "alpha must be above 0, found 0"),
+        (METHODS, "wanda", {"sparsity": float("nan")}, r"sparsity must lie in \[0, 1\), found nan"),
+        (METHODS, "wanda", {"batches": None}, "batches: expected int, found null"),
+        (METHODS, "das", {"subsets": 1}, "subsets must be at least 2, found 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_by_name(registry, name, settings, message):
+    with pytest.raises(SettingsError, match=f"here: {message}"):
+        build(registry[name].Settings if registry is METHODS else registry[name], settings, "here")
 
 
 def test_thousands_of_texts_are_taken_as_they_stand_and_one_that_is_no_text_is_refused(monkeypatch):

@@ -7,7 +7,9 @@ same message everywhere. The types and defaults stand in the classes alone; json
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
@@ -32,7 +34,8 @@ def _parser(cls: type) -> Any:
 def _hints(cls: type) -> dict[str, Any]:
     """The types of a class's settings by name; none where a type is one that only a checker of types imports."""
     try:
-        return get_type_hints(cls.__init__)  # type: ignore[misc]
+        # of a dataclass every field is looked up in the module that defines it
+        return get_type_hints(cls if is_dataclass(cls) else cls.__init__)  # type: ignore[misc]
     except NameError:
         return {}
 
@@ -77,6 +80,25 @@ def build(cls: type, values: Mapping[str, Any], where: str, what: str = "setting
         return cls(**{k: getattr(parsed, k) for k in known if hasattr(parsed, k)} | texts)
     except (ArgumentError, TypeError, ValueError) as error:
         raise SettingsError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def within(values: Mapping[str, Any], **limits: str) -> None:
+    """Check numbers against intervals, written as in mathematics: `within(vars(self), rank="[1, inf)")`.
+
+    None is passed over: whether it may be is for the type to say. NaN and infinity lie in no interval.
+
+    Raises:
+        ValueError: that names the first number outside, and its interval.
+    """
+    for name, interval in limits.items():
+        low, high = map(float, interval[1:-1].split(","))
+        value, opens, closes = values[name], interval[0], interval[-1]
+        if value is None or ((value >= low if opens == "[" else value > low)
+                             and (value <= high if closes == "]" else value < high)):  # fmt: skip
+            continue
+        if math.isfinite(high) or not math.isfinite(value):
+            raise ValueError(f"{name} must lie in {interval}, found {value}")
+        raise ValueError(f"{name} must be {'at least' if opens == '[' else 'above'} {low:g}, found {value}")
 
 
 def _all_texts(value: Any) -> bool:

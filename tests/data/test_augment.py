@@ -64,9 +64,9 @@ def test_the_same_seed_draws_the_same_and_nothing_asked_for_changes_nothing():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"crop": 0.0}, "crop must be above 0"),
+        ({"crop": 0.0}, r"crop must lie in \(0, 1\]"),
         ({"crop": 1.5}, "found 1.5"),
-        ({"light": 1.0}, "light must be at least 0"),
+        ({"light": 1.0}, r"light must lie in \[0, 1\)"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

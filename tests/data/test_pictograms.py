@@ -89,11 +89,10 @@ def test_a_table_of_some_kinds_of_question():
         pictograms.load("vqa", rows=3, questions=("how mny",), progress=False)
 
 
-def test_no_rows_are_an_empty_table_or_a_clear_error():
-    try:
-        assert len(pictograms.load("vqa", rows=0, progress=False)) == 0
-    except ValueError as error:
-        assert "rows" in str(error)
+@pytest.mark.parametrize("settings", [{"rows": 0}, {"size": 0}, {"per_scene": 0}, {"count": 0}, {"seed": -1}])
+def test_a_world_of_nothing_is_refused(settings):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} must be at least"):
+        pictograms.load("vqa", **{"rows": 2, "progress": False, **settings})
 
 
 def test_a_second_load_reads_what_the_first_wrote(tmp_path, monkeypatch):

@@ -145,8 +145,8 @@ def test_what_is_told_is_saved(tmp_path):
     [
         ("multiflow", 1, {"until": 0.01}, "needs at least 2 calibration batches, found 1"),
         ("multiflow", 0, {"until": 0.01}, "the calibration data are empty"),
-        ("multiflow", 2, {"until": 0}, "until must lie between 0 and 1, such as 0.005, found 0"),
-        ("multiflow", 2, {"until": 2}, "until must lie between 0 and 1"),
+        ("multiflow", 2, {"until": 0}, r"until must lie in \(0, 1\), found 0"),
+        ("multiflow", 2, {"until": 2}, r"until must lie in \(0, 1\)"),
         ("omp", 2, {"until": 0.01}, "until: omp needs no calibration data; leave it out"),
         ("tamt", 2, {"until": 0.01}, "each batch is a step of TAMT's optimiser"),
     ],

@@ -209,7 +209,7 @@ def test_a_run_reranks_and_answers(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"objective": "hinge"}, "must be one of rank, contrast"), ({"k": -1}, "expected k >= 0"),
+    [({"objective": "hinge"}, "must be one of rank, contrast"), ({"k": -1}, "k must be at least 0"),
      ({"k": 5, "folds": 2}, "leave out `folds`")],
 )  # fmt: skip
 def test_settings_that_cannot_be(settings, message):

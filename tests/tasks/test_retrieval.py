@@ -144,7 +144,7 @@ def test_retrieval_names_the_words_it_knows(settings):
 
 @pytest.mark.parametrize("settings", [{"pooling": "gpo", "drop": 1.0}, {"pooling": "gpo", "drop": -0.1}, {"drop": 0.2}])
 def test_a_share_of_tokens_that_cannot_be_left_out(settings):
-    with pytest.raises(ValueError, match="drop leaves out tokens"):
+    with pytest.raises(ValueError, match="drop (must lie in|leaves out tokens)"):
         Retrieval(**settings)
 
 
@@ -240,7 +240,7 @@ def test_evaluation_takes_all_captions_or_as_many_as_are_asked_for(clip):
         Retrieval().collate(clip, [rows[0], {**rows[1], "captions": []}], train=False)
 
 
-@pytest.mark.parametrize("settings", [{"most": -1}, {"folds": 0}, {"captions": "first", "folds": 2}])
+@pytest.mark.parametrize("settings", [{"most": -1}, {"folds": 0}, {"folds": 2, "captions": "first"}])
 def test_numbers_that_cannot_be(settings):
-    with pytest.raises(ValueError, match="folds"):
+    with pytest.raises(ValueError, match=next(iter(settings))):
         Retrieval(**settings)

@@ -111,7 +111,7 @@ def test_one_sentence_a_video_is_scored_as_such():
 
 def test_wrong_settings_and_rows_are_named():
     for settings, message in (({"keep": "some"}, "keep must be one of first, last, spread, found 'some'"),
-                              ({"frames": 0}, "must be at least 1, found 0 and 1")):  # fmt: skip
+                              ({"frames": 0}, "frames must be at least 1, found 0")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             VideoRetrieval(**settings)
     for head, most in (("seqTransf", 8), ("tightTransf", 7)):

@@ -15,6 +15,7 @@ import torch
 from trimtab.data import draws
 from trimtab.data.images import decode_rows
 from trimtab.data.randaugment import Dialect, operations, randaugment
+from trimtab.settings import within
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,7 @@ class Augmentation:
     randaugment: Dialect | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.crop <= 1:
-            raise ValueError(f"crop must be above 0 and at most 1, found {self.crop}")
-        if not 0 <= self.light < 1:
-            raise ValueError(f"light must be at least 0 and below 1, found {self.light}")
+        within(vars(self), crop="(0, 1]", light="[0, 1)")
         if self.randaugment is not None:
             operations(self.randaugment)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trimtab.data.reading import DataError, Kept, OnError, Pictures
 from trimtab.registry import Registry, unknown
+from trimtab.settings import within
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -107,6 +108,7 @@ class Published(ABC):
     sizes: ClassVar[dict[str, int]] = {}
 
     def __post_init__(self) -> None:
+        within(vars(self), rows="[1, inf)")
         for split in ("train", "validation", "test"):
             names = getattr(self, split, None)
             for name in names if isinstance(names, tuple) else ():  # some sets have a number of rows there

@@ -10,6 +10,7 @@ from trimtab.data import formats  # noqa: F401 (fills SOURCES)
 from trimtab.data.base import SOURCES
 from trimtab.data.formats.users import Files
 from trimtab.registry import unknown
+from trimtab.settings import within
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,6 +52,9 @@ class Pictograms:
     """Compositional questions with programs, as in GQA, in a VQA task."""
     label: Literal["category", "name"] = "category"
     """What a classification tells: one of five Unicode categories, or the name of the thing."""
+
+    def __post_init__(self) -> None:
+        within(vars(self), train="[1, inf)", test="[1, inf)", validation="[1, inf)")
 
     tasks = {
         "retrieval": "retrieval", "matching": "retrieval", "captioning": "retrieval",
@@ -103,12 +107,15 @@ class EasyVQA:
     drop_bad_images: bool = False
     """Leave out images that cannot be decoded instead of stopping."""
 
+    def __post_init__(self) -> None:
+        within(vars(self), train="[1, inf)", test="[1, inf)", validation="[0, inf)", seed="[0, inf)")
+
     def load(self, task: str, split: Literal["train", "validation", "test"]) -> Dataset:
         """Columns `image`, `question`, `answer`.
 
         Raises:
             ImportError: if the package `easy-vqa` (extra `world`) is not installed.
-            ValueError: for a task other than `vqa`.
+            ValueError: for a task other than `vqa`, or if `validation` leaves no row to train on.
         """
         if task != "vqa":
             raise ValueError(f"data 'easy-vqa': {unknown('task', task, ['vqa'])}")
@@ -120,6 +127,9 @@ class EasyVQA:
         from datasets import Dataset, Features, Image, Value
 
         order = np.random.default_rng(self.seed).permutation(len(questions))
+        if published == "train" and self.validation >= len(order):
+            raise ValueError(f"data 'easy-vqa': validation: expected fewer than the {len(order)} published training "
+                             f"rows, found {self.validation}")  # fmt: skip
         if split == "validation":
             order = order[len(order) - self.validation :]
         elif split == "train":

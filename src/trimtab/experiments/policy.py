@@ -18,6 +18,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from trimtab.registry import unknown
+from trimtab.settings import within
 
 if TYPE_CHECKING:  # recipes are read, and refused, before torch is there
     from torch import nn
@@ -40,8 +41,7 @@ class Rule:
     def __post_init__(self) -> None:
         if not self.match:
             raise ValueError("match: expected a pattern, found ''")
-        if self.rate < 0:
-            raise ValueError(f"rate must be at least 0, found {self.rate}")
+        within(vars(self), rate="[0, inf)")
 
 
 class Row(NamedTuple):

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from trimtab.settings import within
+
 if TYPE_CHECKING:
     from trimtab.data.augment import Augmentation
 
@@ -36,6 +38,15 @@ class BackboneSpec:
     pictures: Literal["own", "squash"] = "own"
     """`own`: pictures resized, cropped and padded as the model's authors, or the image processor in its folder, do it;
     `squash`: whole pictures resized to a square, whatever their shape."""
+
+
+_LIMITS = {
+    **dict.fromkeys(("steps", "learning_rate", "head_multiplier", "weight_decay", "clip"), "[0, inf)"),
+    **dict.fromkeys(("workers", "patience_share"), "[0, inf)"),
+    **dict.fromkeys(("batch_size", "accumulate", "log_every", "save_every", "evaluation_batch", "buffer"), "[1, inf)"),
+    **dict.fromkeys(("evaluate_every", "patience", "cache_views"), "[1, inf)"),
+    "warmup": "[0, 1]", "beta2": "[0, 1)",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,11 +126,11 @@ class TrainingSpec:
     """How many collations of the training table are cached, each with captions and augmentation drawn anew."""
 
     def __post_init__(self) -> None:
-        least = {"steps": 0, "batch_size": 1, "accumulate": 1, "log_every": 1, "evaluation_batch": 1,
-                 "cache_views": 1, "workers": 0, "buffer": 1, "evaluate_every": 1, "patience": 1}  # fmt: skip
-        for name, smallest in least.items():
-            if getattr(self, name) is not None and getattr(self, name) < smallest:
-                raise RecipeError(f"{name} must be at least {smallest}, found {getattr(self, name)}")
+        try:
+            within(vars(self), **_LIMITS)
+            _ = self.augmentation
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
         if bool(self.drops) != (self.schedule == "step"):
             raise RecipeError(
                 f"drops: 'schedule: step' needs them and no other schedule has them, found {list(self.drops)} with "
@@ -128,10 +139,6 @@ class TrainingSpec:
         if list(self.drops) != sorted(set(self.drops)) or not all(0 < share < 1 for share in self.drops):
             raise RecipeError(f"drops: expected rising shares between 0 and 1, found {list(self.drops)}")
         self._check_plateau()
-        try:
-            _ = self.augmentation
-        except ValueError as error:
-            raise RecipeError(str(error)) from error
 
     def _check_plateau(self) -> None:
         """RecipeError if the settings of `schedule: plateau` do not go together."""
@@ -151,13 +158,6 @@ class TrainingSpec:
                 f"{missing}: 'schedule: plateau' needs it, found none: give the steps between evaluations on the "
                 "validation rows and how many of them without a rise end training, "
                 "{evaluate_every: 50, patience: 4}"
-            )
-        if not self.patience_share >= 0:
-            raise RecipeError(f"patience_share must be at least 0, found {self.patience_share}")
-        if not 0 <= self.warmup <= 1:
-            raise RecipeError(
-                "warmup: under 'schedule: plateau' a share of evaluate_every * patience, from 0 to 1, found "
-                f"{self.warmup}"
             )
         first = self.evaluate_every * (self.patience + 1)
         if self.steps and self.latest_cooldown < first:

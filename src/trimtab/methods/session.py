@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from trimtab.anatomy import Anatomy
 from trimtab.methods.fitting import Loop, again
 from trimtab.methods.sources import Ready, Rows
+from trimtab.settings import within
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -120,8 +121,7 @@ class BatchSession:
         folder: str | Path | None = None,
         trainer: Any = None,
     ):
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+        within(locals(), batch_size="[1, inf)", learning_rate="[0, inf)", weight_decay="[0, inf)")
         self.with_task: Any = plain if with_task is None else with_task
         self.plain, self.anatomy, self.seed = plain, anatomy, seed
         self.folder = None if folder is None else Path(folder)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from trimtab import divided
 from trimtab.data.images import decode, encoded
 from trimtab.metrics import captions, vqa
+from trimtab.settings import within
 from trimtab.sizes import as_usual
 from trimtab.tasks.base import TASKS, Batch, Task
 
@@ -70,11 +71,8 @@ class Answer(Task):
         self.metric, self.wording, self.template, self.system = metric, wording, template, system
         self.choose, self.smoothing, self.by = choose, smoothing, tuple(by)
         self.primary = _PRIMARY[metric]  # type: ignore[misc]  # by which runs of these settings are compared
-        if not 0 <= shortest <= longest or longest < 1 or beams < 1:
-            raise ValueError(
-                f"expected 0 <= shortest <= longest, longest and beams at least 1; found shortest {shortest}, longest "
-                f"{longest}, beams {beams}"
-            )
+        within(locals(), longest="[1, inf)", shortest=f"[0, {longest}]", beams="[1, inf)", smoothing="[0, 1)",
+               length_penalty="(-inf, inf)")  # fmt: skip
         self.how = {"longest": longest, "shortest": shortest, "beams": beams, "length_penalty": length_penalty}
         _filled("wording", wording or "", question="", hint="", choices="")
         _filled("template", template or "", question="", images="")

@@ -13,6 +13,7 @@ from trimtab import divided
 from trimtab.data.draws import choose
 from trimtab.data.images import decode_rows
 from trimtab.metrics import captions as official
+from trimtab.settings import within
 from trimtab.tasks.base import TASKS, Batch, Task
 from trimtab.tasks.words import IGNORED, Words, next_words
 from trimtab.tasks.writing import Limits, write
@@ -57,9 +58,8 @@ class Captioning(Task):
         length_penalty: float = 1.0,
         java: bool = False,
     ):
-        if longest < 1 or not 0 <= shortest <= longest or beams < 1 or no_repeat < 0:
-            raise ValueError("captioning: expected longest >= 1, 0 <= shortest <= longest, beams >= 1, no_repeat >= 0, "
-                             f"found {longest}, {shortest}, {beams}, {no_repeat}")  # fmt: skip
+        within(locals(), longest="[1, inf)", shortest=f"[0, {longest}]", beams="[1, inf)", no_repeat="[0, inf)",
+               smoothing="[0, 1)", length_penalty="(-inf, inf)")  # fmt: skip
         self.longest, self.smoothing, self.prompt, self.shortest = longest, smoothing, prompt, shortest
         self.beams, self.no_repeat, self.length_penalty = beams, no_repeat, length_penalty
         self.java = java

@@ -19,6 +19,7 @@ from trimtab import divided
 from trimtab.data.draws import choose, coin, uniform
 from trimtab.data.images import decode_rows
 from trimtab.processes import in_turn, shared
+from trimtab.settings import within
 from trimtab.tasks.base import TASKS, Batch, Task
 from trimtab.tasks.retrieval import recalls
 from trimtab.tasks.words import IGNORED, Words, next_words
@@ -38,8 +39,7 @@ class Matching(Task):
     together = True
 
     def __init__(self, mask_share: float = 0.3, pool: int = 50, words: Literal["masked", "next"] = "masked"):
-        if pool < 1:
-            raise ValueError(f"pool: expected at least 1 picture a block, found {pool}")
+        within(locals(), mask_share="[0, 1]", pool="[1, inf)")
         if words not in ("masked", "next"):
             raise ValueError(f"words must be 'masked' or 'next', found {words!r}")
         self.mask_share = mask_share

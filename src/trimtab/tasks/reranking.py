@@ -22,6 +22,7 @@ from trimtab.data.draws import choose, shuffled
 from trimtab.data.images import decode_rows, encoded
 from trimtab.metrics import retrieval as measured
 from trimtab.processes import in_turn, shared
+from trimtab.settings import within
 from trimtab.tasks.base import TASKS, Batch, Task
 from trimtab.tasks.retrieval import many_texts, named, owners
 
@@ -76,9 +77,8 @@ class Reranking(Task):
     ):
         if objective not in ("rank", "contrast"):
             raise ValueError(f"objective must be one of rank, contrast, found {objective!r}")
-        if k < 0 or negatives < 1 or pairs < 1 or folds < 1:
-            raise ValueError("reranking: expected k >= 0 and negatives, pairs, folds >= 1, found "
-                             f"{k}, {negatives}, {pairs}, {folds}")  # fmt: skip
+        within(locals(), k="[0, inf)", negatives="[1, inf)", pairs="[1, inf)", folds="[1, inf)",
+               temperature="(0, inf)")  # fmt: skip
         if k and folds > 1:
             raise ValueError("reranking: candidates are chosen among all pictures: with k leave out `folds`")
         self.objective, self.k, self.negatives, self.pairs = objective, k, negatives, pairs

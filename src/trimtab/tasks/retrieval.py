@@ -19,6 +19,7 @@ from trimtab.data.draws import choose
 from trimtab.data.images import decode_rows
 from trimtab.metrics import retrieval as measured
 from trimtab.pooling import GPO, lengths_of, size_augmented
+from trimtab.settings import within
 from trimtab.tasks.base import TASKS, Batch, Task
 
 
@@ -114,15 +115,11 @@ class Retrieval(Task):
         ):  # fmt: skip
             if found not in known:
                 raise ValueError(f"{field} must be one of {', '.join(known)}, found {found!r}")
-        if most < 0 or folds < 1:
-            raise ValueError(f"expected most >= 0 and folds >= 1, found {most} and {folds}")
+        within(locals(), margin="[0, inf)", all_negatives="[0, inf)", most="[0, inf)", folds="[1, inf)", drop="[0, 1)")
         if captions == "first" and (most or folds > 1):
             raise ValueError("captions 'first' ranks one caption a picture: leave out `most` and `folds`")
-        if not 0 <= drop < 1 or (drop and pooling == "own"):
-            raise ValueError(
-                "drop leaves out tokens that `pooling: gpo` pools: expected 0 <= drop < 1, and 0 with another pooling, "
-                f"found {drop} with {pooling!r}"
-            )
+        if drop and pooling == "own":
+            raise ValueError(f"drop leaves out tokens that `pooling: gpo` pools: found {drop} with {pooling!r}")
         self.captions, self.most, self.folds, self.drop = captions, most, folds, drop
         self.pooling, self.objective, self.margin, self.all_negatives = pooling, objective, margin, all_negatives
 

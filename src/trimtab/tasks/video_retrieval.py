@@ -22,6 +22,7 @@ from trimtab import divided
 from trimtab.data import video as videos
 from trimtab.data.draws import choose
 from trimtab.metrics.videos import one_sentence, several_sentences
+from trimtab.settings import within
 from trimtab.tasks.base import TASKS, Batch, Task
 from trimtab.tasks.classification import Scale
 
@@ -48,8 +49,7 @@ class VideoRetrieval(Task):
     kinds = ("dual", "video")
 
     def __init__(self, frames: int = 12, per_second: int = 1, keep: Literal["first", "last", "spread"] = "spread"):
-        if frames < 1 or per_second < 1:
-            raise ValueError(f"frames and per_second must be at least 1, found {frames} and {per_second}")
+        within(locals(), frames="[1, inf)", per_second="[1, inf)")
         if keep not in videos.KEEP:
             raise ValueError(f"keep must be one of {', '.join(videos.KEEP)}, found {keep!r}")
         self.frames, self.per_second, self.keep = frames, per_second, keep

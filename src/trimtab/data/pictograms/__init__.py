@@ -22,6 +22,7 @@ from trimtab.data.pictograms.kinds import KINDS, Kind
 from trimtab.data.pictograms.language import answers
 from trimtab.files import cache_dir, replace_folder
 from trimtab.registry import unknown
+from trimtab.settings import within
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,7 +69,8 @@ def load(
     """
     from datasets import Dataset, Features, load_from_disk
 
-    _check(kind, style, split, rows, questions)
+    _check(kind, style, split, questions)
+    within(locals(), rows="[1, inf)", seed="[0, inf)", size="[8, inf)", per_scene="[1, inf)", count="[1, inf)")
     schema = KINDS[kind]
     settings = {
         "kind": kind, "style": style, "split": split, "rows": rows, "seed": seed, "size": size,
@@ -90,8 +92,8 @@ def load(
     return load_from_disk(str(folder))
 
 
-def _check(kind: str, style: str, split: str, rows: int, questions: Sequence[str] | None) -> None:
-    """Raise the ValueError of a wrong argument of `load`."""
+def _check(kind: str, style: str, split: str, questions: Sequence[str] | None) -> None:
+    """Raise the ValueError of a wrong word among the arguments of `load`."""
     for value, valid, what in ((style, _concepts.STYLES, "style"), (split, scenes.SPLITS, "split")):
         if value not in valid:
             raise ValueError(unknown(what, value, valid))
@@ -100,8 +102,6 @@ def _check(kind: str, style: str, split: str, rows: int, questions: Sequence[str
     for question in questions or ():
         if question not in language.QUESTION_KINDS:
             raise ValueError(unknown("kind of question", question, language.QUESTION_KINDS))
-    if rows < 1:
-        raise ValueError(f"rows must be at least 1, found {rows}")
 
 
 def _files(videos: Sequence[bytes], names: Sequence[str], written: Path, read: Path) -> list[str]:

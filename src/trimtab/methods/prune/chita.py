@@ -32,6 +32,7 @@ from trimtab.methods.prune.scores import borrowed
 from trimtab.methods.prune.selection import largest
 from trimtab.methods.prune.settings import PruneSettings, StepSettings
 from trimtab.methods.prune.settle import Settling
+from trimtab.settings import within
 
 _HALVINGS, _DOUBLINGS, _EVEN = 100, 10, 1e-10
 
@@ -184,8 +185,7 @@ def check_chita(allocation: str | None, ridge: float, block_size: int) -> None:
         raise ValueError(
             f"allocation: CHITA divides the weights among tensors itself, found {allocation!r}; leave it out"
         )
-    if ridge <= 0 or block_size < 1:
-        raise ValueError(f"ridge must be above 0 and block_size at least 1, found {ridge} and {block_size}")
+    within(locals(), ridge="(0, inf)", block_size="[1, inf)")
 
 
 @METHODS.register("chita")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trimtab.methods.prune.allocations import ALLOCATIONS
+from trimtab.settings import within
 
 DEFAULT_SPARSITY = 0.63
 
@@ -50,12 +51,7 @@ class PruneSettings:
             raise ValueError("masks: expected the path of a file or folder, found an empty text; leave it out")
         if self.sparsity is None and (self.masks is None or self.n_of_m):
             object.__setattr__(self, "sparsity", share)  # from here on it is a number
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity must lie in [0, 1), found {self.sparsity}")
-        if self.batches < 1 or self.batch_size < 1:
-            raise ValueError(f"batches and batch_size must be at least 1, found {self.batches} and {self.batch_size}")
-        if self.until is not None and not 0 < self.until < 1:
-            raise ValueError(f"until must lie between 0 and 1, such as 0.005, found {self.until}")
+        within(vars(self), sparsity="[0, 1)", batches="[1, inf)", batch_size="[1, inf)", until="(0, 1)")
         if self.until is not None and self.masks is not None:
             raise ValueError("until: masks that were found before are not calibrated; leave out `until` or `masks`")
         if self.precision not in ("fp32", "bf16", "auto"):
@@ -114,8 +110,7 @@ class StepSettings(PruneSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, found {self.steps}")
+        within(vars(self), steps="[1, inf)")
         if self.schedule not in ("exponential", "linear"):
             raise ValueError(f"schedule must be 'exponential' or 'linear', found {self.schedule!r}")
 

@@ -31,6 +31,7 @@ from trimtab.methods.prune.scores import SCORES, Scores, borrowed, score
 from trimtab.methods.prune.selection import largest, largest_of_each
 from trimtab.methods.prune.settings import PruneSettings
 from trimtab.methods.prune.settle import apart
+from trimtab.settings import within
 
 _DAMPING = 0.01
 
@@ -108,10 +109,7 @@ class SparseGPTSettings(PruneSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.damping <= 0 or self.block_size < 1:
-            raise ValueError(
-                f"damping must be above 0 and block_size at least 1, found {self.damping} and {self.block_size}"
-            )
+        within(vars(self), damping="(0, inf)", block_size="[1, inf)")
         if self.sequential and self.allocation in ("global", "modality", "ecoflap"):
             raise ValueError(
                 f"allocation {self.allocation!r} compares the scores of all tensors, which are known one block at a "

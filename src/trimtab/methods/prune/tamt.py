@@ -26,6 +26,7 @@ from trimtab.methods.prune.masks import Masks
 from trimtab.methods.prune.scores import borrowed
 from trimtab.methods.prune.selection import kth_smallest
 from trimtab.methods.prune.settings import PruneSettings
+from trimtab.settings import within
 
 Values = dict[Weight, Tensor]
 
@@ -54,8 +55,7 @@ class TAMTSettings(PruneSettings):
                 "until: each batch is a step of TAMT's optimiser, whose learning rate falls over all of them, so that "
                 "they cannot be halved; leave it out and set `batches`"
             )
-        if self.learning_rate <= 0 or self.alpha <= 0:
-            raise ValueError(f"learning_rate and alpha must be above 0, found {self.learning_rate} and {self.alpha}")
+        within(vars(self), learning_rate="(0, inf)", alpha="(0, inf)")
 
 
 @METHODS.register("tamt")

@@ -38,6 +38,7 @@ from trimtab.methods.skip.search.journal import Journal
 from trimtab.methods.skip.search.supernet import Supernet
 from trimtab.methods.skip.shorten import close_gaps, hand_on_positions, take_out
 from trimtab.registry import unknown
+from trimtab.settings import within
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,7 @@ class SkipSettings:
     def __post_init__(self) -> None:
         if isinstance(self.plan, os.PathLike):
             object.__setattr__(self, "plan", os.fspath(self.plan))
-        if self.skip_width is not None and self.skip_width < 1:
-            raise ValueError(f"skip_width must be at least 1, found {self.skip_width}")
-        if self.skip < 0 or self.reduction < 1:
-            raise ValueError(
-                f"skip must be at least 0 and reduction at least 1, found {self.skip} and {self.reduction}"
-            )
+        within(vars(self), skip="[0, inf)", reduction="[1, inf)", skip_width="[1, inf)")
         if self.budget is not None:
             parse(self.budget)
 

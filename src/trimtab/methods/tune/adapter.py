@@ -23,6 +23,7 @@ from trimtab.anatomy import Anatomy, Block, Sublayer, read, rewrite
 from trimtab.anatomy.structure import mark_added
 from trimtab.methods.base import METHODS, Method, placed
 from trimtab.methods.skip.adapters import Adapter
+from trimtab.settings import within
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class AdapterSettings:
     """Which towers; None for all."""
 
     def __post_init__(self) -> None:
-        _positive("bottleneck", self.bottleneck)
+        within(vars(self), bottleneck="[1, inf)")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class ParallelAdapterSettings:
     """Which towers; None for all."""
 
     def __post_init__(self) -> None:
-        _positive("bottleneck", self.bottleneck)
+        within(vars(self), bottleneck="[1, inf)")
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,9 @@ class ScaledParallelAdapterSettings(ParallelAdapterSettings):
     parts: Literal["all", "attention", "mlp"] = "mlp"
     """Beside which parts of a block they stand (He et al.: the feed-forward part)."""
 
-
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, found {value}")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within(vars(self), scale="(0, inf)")
 
 
 class _Adapters(Method):

@@ -17,6 +17,7 @@ from trimtab.methods.base import METHODS, Method
 from trimtab.methods.tune.fused import FUSED, is_fused, transparent
 from trimtab.methods.tune.roles import is_linear, queries_and_values, silent_attentions, wrappers
 from trimtab.registry import unknown
+from trimtab.settings import within
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,7 @@ class LoRASettings:
     """Which towers; None for all."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, found {self.rank}")
+        within(vars(self), rank="[1, inf)", alpha="(0, inf)", dropout="[0, 1)")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from trimtab.anatomy import Anatomy
 from trimtab.anatomy.structure import plain_parameters
 from trimtab.methods.base import METHODS, Method
 from trimtab.methods.tune.full import train
+from trimtab.settings import within
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,7 @@ class PartialSettings:
     """Which towers; None for all."""
 
     def __post_init__(self) -> None:
-        if self.blocks < 1:
-            raise ValueError(f"blocks must be at least 1, found {self.blocks}")
+        within(vars(self), blocks="[1, inf)")
 
 
 @METHODS.register("partial")

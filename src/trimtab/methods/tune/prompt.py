@@ -24,6 +24,7 @@ from trimtab.anatomy.calls import signature
 from trimtab.methods.base import METHODS, Method
 from trimtab.methods.tune.beside import keep_modules, token_width, without_cache
 from trimtab.methods.tune.listener import check_blocks, holds_tokens
+from trimtab.settings import within
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,7 @@ class PromptSettings:
     """Which towers; None for all."""
 
     def __post_init__(self) -> None:
-        if self.prompts < 1:
-            raise ValueError(f"prompts must be at least 1, found {self.prompts}")
+        within(vars(self), prompts="[1, inf)")
 
 
 class _Prompts(Method):

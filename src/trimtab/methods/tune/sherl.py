@@ -24,6 +24,7 @@ from trimtab.anatomy import Anatomy, Tap, Tower
 from trimtab.methods.base import METHODS
 from trimtab.methods.tune.beside import Beside, Stand, token_width
 from trimtab.methods.tune.listener import Seen
+from trimtab.settings import within
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,7 @@ class SHERLSettings:
     """Which towers; None for all."""
 
     def __post_init__(self) -> None:
-        if self.reduction < 1:
-            raise ValueError(f"reduction must be at least 1, found {self.reduction}")
+        within(vars(self), reduction="[1, inf)")
 
 
 class GatedDown(nn.Module):

@@ -19,6 +19,7 @@ from trimtab.methods.base import METHODS
 from trimtab.methods.tune.beside import Beside, Stand, token_width
 from trimtab.methods.tune.blocks import SideBlock, visible
 from trimtab.methods.tune.listener import Seen
+from trimtab.settings import within
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,7 @@ class SideTuningSettings:
     """Which towers; None for all."""
 
     def __post_init__(self) -> None:
-        if self.reduction < 1 or self.blocks < 1:
-            raise ValueError(f"reduction and blocks must be at least 1, found {self.reduction} and {self.blocks}")
+        within(vars(self), reduction="[1, inf)", blocks="[1, inf)")
 
 
 class Blended(nn.Module):

@@ -31,6 +31,7 @@ from trimtab.methods.base import METHODS
 from trimtab.methods.skip.budget import Goal, Indices
 from trimtab.methods.skip.search.influence import block_influence, costs_at_first
 from trimtab.methods.skip.search.searched import Found, Losses, Searched, SearchedSettings, validation_batch
+from trimtab.settings import within
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,7 @@ class BanditSettings(SearchedSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.draws < 2 or self.evaluations < self.draws or self.patience < 1 or self.prior < 0:
-            raise ValueError(
-                f"draws must be at least 2, evaluations at least as many, patience at least 1 and prior at least 0, "
-                f"found {self.draws}, {self.evaluations}, {self.patience} and {self.prior:g}"
-            )
+        within(vars(self), draws="[2, inf)", evaluations=f"[{self.draws}, inf)", patience="[1, inf)", prior="[0, inf)")
 
 
 def log_probability(theta: Tensor, order: Sequence[int]) -> Tensor:

@@ -32,6 +32,7 @@ from trimtab.methods.skip.budget import Goal, Indices
 from trimtab.methods.skip.search.evaluate import PlanLosses, check_finite, choose
 from trimtab.methods.skip.search.journal import Journal
 from trimtab.methods.skip.search.supernet import Supernet
+from trimtab.settings import within
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,9 @@ class DASSettings(SkipSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.turn < 1 or self.subsets < 2:
-            raise ValueError(
-                f"turn must be at least 1 and subsets at least 2, found {self.turn} and {self.subsets}: a plan is "
-                "judged against the mean of the others"
-            )
+        # a plan is judged against the mean of the others: one alone tells nothing
+        within(vars(self), search_steps="[1, inf)", warmup="[0, 1]", turn="[1, inf)", subsets="[2, inf)",
+               gate_rate="(0, inf)")  # fmt: skip
 
 
 class Gates:

@@ -23,6 +23,7 @@ from trimtab.methods.base import METHODS
 from trimtab.methods.skip.budget import Goal, Indices
 from trimtab.methods.skip.search.influence import block_influence, costs_at_first
 from trimtab.methods.skip.search.searched import Found, Losses, Searched, SearchedSettings, validation_batch
+from trimtab.settings import within
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,8 @@ class LinearSettings(SearchedSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.evaluations < 1 or self.patience < 1 or self.noise <= 0 or self.pairs <= 0 or self.prior < 0:
-            raise ValueError(
-                f"evaluations and patience must be at least 1, noise and pairs above 0, prior at least 0, found "
-                f"{self.evaluations}, {self.patience}, {self.noise:g}, {self.pairs:g} and {self.prior:g}"
-            )
+        within(vars(self), evaluations="[1, inf)", patience="[1, inf)", noise="(0, inf)", pairs="(0, inf)",
+               prior="[0, inf)")  # fmt: skip
 
 
 def linear(losses: Losses, goal: Goal, generator: torch.Generator, settings: LinearSettings,

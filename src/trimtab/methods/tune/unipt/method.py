@@ -13,6 +13,7 @@ from trimtab.methods.base import METHODS
 from trimtab.methods.tune.beside import Beside, Stand
 from trimtab.methods.tune.unipt.forms import Form, Site, form_of, serves
 from trimtab.methods.tune.unipt.sides import initialise
+from trimtab.settings import within
 
 _KEPT = {"exact": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -52,8 +53,7 @@ class UniPTSettings:
     numbers; recipes refuse it for tasks that do."""
 
     def __post_init__(self) -> None:
-        if self.reduction < 1:
-            raise ValueError(f"reduction must be at least 1, found {self.reduction}")
+        within(vars(self), reduction="[1, inf)")
 
     @property
     def kept(self) -> torch.dtype | None:
