@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import trimtab
-from trimtab.budgets import halving, trial
+from trimtab.budgets import fit, halving, trial
 from trimtab.budgets.limits import BudgetError
 from trimtab.budgets.space import TUNES, Candidate, Space
 from trimtab.experiments import estimate
@@ -215,6 +215,18 @@ def test_own_rows_without_a_file_for_validation_are_held_out(tmp_path):
         _data(tmp_path / "a.jsonl", None, None)
     with pytest.raises(ValueError, match="no file or folder, nor a source"):
         _data("nothing", None, None)
+
+
+@pytest.mark.parametrize(("time", "seconds"), [("20m", 1200), ("90s", 90), (".5h", 1800), (" 2 min ", 120), (2.5, 2.5)])
+def test_times_are_read(time, seconds):
+    assert fit._seconds(time) == seconds
+
+
+@pytest.mark.parametrize("time", ["0m", 0, -5, "xx", "1.2.3"])
+def test_no_time_is_refused(tmp_path, time):
+    with pytest.raises(ValueError, match=f"time: expected '20m'.* more than none, found {time!r}"):
+        search(tmp_path / "found", time=time)
+    assert not (tmp_path / "found").exists()
 
 
 def test_too_few_rows_are_told_before_anything_is_counted(tmp_path):

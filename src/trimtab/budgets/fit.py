@@ -215,12 +215,14 @@ def _folder(path: Path) -> dict[str, Any]:
 
 
 def _seconds(time: str | float | None) -> float | None:
-    if time is None or isinstance(time, (int, float)):
-        return time
-    match = re.fullmatch(r"\s*([0-9.]+)\s*(s|m|min|h)?\s*", str(time))
-    if match is None:
-        raise ValueError(f"time: expected '20m', '90s', '2h' or seconds, found {time!r}")
-    return float(match[1]) * {"s": 1, None: 1, "m": 60, "min": 60, "h": 3600}[match[2]]
+    """Raises ValueError for another form, and for no time at all."""
+    if time is None:
+        return None
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(s|m|min|h)?\s*", str(time))
+    seconds = float(match[1]) * {"s": 1, None: 1, "m": 60, "min": 60, "h": 3600}[match[2]] if match else time
+    if isinstance(seconds, str) or not seconds > 0:
+        raise ValueError(f"time: expected '20m', '90s', '2h' or seconds, more than none, found {time!r}")
+    return seconds
 
 
 def _space(recipe: Recipe) -> Space:
