@@ -1,10 +1,11 @@
-"""Peak memory and time of a training step of the ways of `vse.py`, through the frozen towers, without a cache.
+"""Peak memory and time of a training step of what a study compares, without a cache.
 
-    python studies/alone.py --root flickr8k [--ways linear-probe unipt-text]       on a machine that does nothing else
+    python studies/alone.py vse --root flickr8k [--ways linear-probe unipt-text]   on a machine that does nothing else
+    python studies/alone.py compose/vqa [--ways full lora]
 
-Every way has a process of its own, which trains twelve steps of 128 photographs on one core: the median time of the
-last ten, and by how much the resident set grew in a forward and backward pass. Results are in
-`studies/results/vse_alone.json`, which `vse.py --tables` shows.
+Every way has a process of its own, which trains twelve steps on one core: the median time of the last ten, and by how
+much the resident set grew in a forward and backward pass. Results stand in `studies/results` beside those of the study,
+whose `--tables` show them.
 """
 
 from __future__ import annotations
@@ -20,31 +21,41 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import protocol
 import vse
 from photographs import files
 
-from trimtab.experiments.recipe import expand
+from trimtab.experiments.recipe import expand, read
 from trimtab.experiments.run import run
 
 STEPS = 12
 CHANGES = [f"training.steps={STEPS}", "training.log_every=1", "training.schedule=linear", "training.cache=null",
            "training.cache_views=1", "training.evaluate_every=null", "training.patience=null",
-           "costs=true"]  # fmt: skip
+           "training.patience_share=0", "costs=true"]  # fmt: skip
+ROWS = {"train": 512, "validation": 128, "test": 32}  # hardly any to score
 
 
 def few(data: dict[str, Any], work: Path) -> dict[str, Any]:
-    """The study's data, cut: some rows to train on, and hardly any to score."""
+    """The photographs, cut to some rows."""
     cut: dict[str, Any] = {"name": "files"}
-    for split, rows in (("train", 512), ("validation", 128), ("test", 32)):
+    for split, rows in ROWS.items():
         file = work / f"few-{split}.jsonl"
         file.write_text("".join(Path(data[split]).read_text().splitlines(keepends=True)[:rows]), encoding="utf-8")
         cut[split] = str(file.absolute())
     return cut
 
 
-def measure(way: str, data: dict[str, Any], work: Path) -> dict[str, float]:
-    raw = vse.raw_of(way, vse.WAYS[way].rates[0], 0, few(data, work))
-    folder = run(expand(raw, "alone", CHANGES)[0], work / f"alone-{way}")
+def recipe_of(study: str, way: str, root: Path, work: Path) -> Any:
+    """A short training of a way, at the first of its learning rates."""
+    if study == "vse":
+        raw = vse.raw_of(way, vse.WAYS[way].rates[0], 0, few(files(root, work), work))
+        return expand(raw, "alone", CHANGES)[0]
+    rows = [f"data.{split}={count}" for split, count in ROWS.items()]
+    return read(study, [f"variants=[{way}]", "seeds=[0]", *CHANGES, *rows])[0]
+
+
+def measure(recipe: Any, folder: Path) -> dict[str, float]:
+    folder = run(recipe, folder)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     times = [datetime.fromisoformat(e["time"]).timestamp() for e in log if e["event"] == "train"][-STEPS:]
     costs = json.loads((folder / "costs.json").read_text())
@@ -56,23 +67,28 @@ def measure(way: str, data: dict[str, Any], work: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--root", type=Path, default=Path("flickr8k"), help="Flickr8K in its official layout")
-    parser.add_argument("--ways", nargs="+", choices=list(vse.WAYS), help="all that are trained, if left out")
-    parser.add_argument("--work", type=Path, default=Path("runs/vse-study"), help="for what trainings leave")
-    parser.add_argument("--one", choices=list(vse.WAYS), help=argparse.SUPPRESS)
+    parser.add_argument("study", help="vse, or a recipe of protocol.py")
+    parser.add_argument("--root", type=Path, default=Path("flickr8k"), help="Flickr8K in its official layout, for vse")
+    parser.add_argument("--ways", nargs="+", help="all that are trained, if left out")
+    parser.add_argument("--work", type=Path, default=Path("runs/alone"), help="for what trainings leave")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    data = files(options.root, options.work)
+    options.work.mkdir(parents=True, exist_ok=True)
     if options.one:
-        print(json.dumps(measure(options.one, data, options.work)))
+        recipe = recipe_of(options.study, options.one, options.root, options.work)
+        print(json.dumps(measure(recipe, options.work / f"{options.study.replace('/', '-')}-{options.one}")))
         return
-    trained = {r["way"] for r in vse.trials().lines()}
-    for way in options.ways or [w for w in vse.WAYS if w in trained]:
-        command = [sys.executable, "-W", "ignore", __file__, "--root", str(options.root), "--work", str(options.work)]
-        told = subprocess.run([*command, "--one", way], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True,
-                              stdout=subprocess.PIPE, text=True).stdout  # fmt: skip
-        found = json.loads(vse.ALONE.read_text()) if vse.ALONE.exists() else {}
+    trials = vse.trials() if options.study == "vse" else protocol.of_recipe(options.study)
+    ways = options.ways or [w for w in trials.rates if w in {r["way"] for r in trials.lines()}]
+    if unknown := set(ways) - trials.rates.keys():
+        parser.error(f"{options.study} has no way {min(unknown)!r}: it has {', '.join(trials.rates)}")
+    for way in ways:
+        command = [sys.executable, "-W", "ignore", __file__, options.study, "--root", str(options.root)]
+        told = subprocess.run([*command, "--work", str(options.work), "--one", way], check=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE).stdout  # fmt: skip
+        found = json.loads(trials.alone.read_text()) if trials.alone.exists() else {}
         found[way] = json.loads(told.splitlines()[-1])
-        vse.ALONE.write_text(json.dumps(found, indent=1) + "\n")
+        trials.alone.write_text(json.dumps(found, indent=1) + "\n")
         print(way, found[way], flush=True)
 
 

@@ -32,7 +32,7 @@ from trimtab.experiments.run import run
 from trimtab.metrics.intervals import interval
 from trimtab.report.canvas import assign_styles
 from trimtab.report.plots import Panel, Point, pareto_figure
-from trimtab.report.runs import COSTS, Cost
+from trimtab.report.runs import BYTES, COSTS, Cost
 from trimtab.report.tables import amount, spread
 
 HERE = Path(__file__).parent / "results"
@@ -113,10 +113,30 @@ class Trials:
         best = {way: self.chosen(way) for way in done}
         return {way: {r["seed"]: r for r in rows if (r["way"], r["rate"]) == (way, best[way])} for way in done}
 
+    @property
+    def alone(self) -> Path:
+        """What `alone.py` measured of a training step, {way: {peak_memory_bytes, step_seconds}}."""
+        return self.results.with_name(f"{self.results.stem}_alone.json")
+
     def effort(self) -> str:
         """How many trainings there are, and what they took of one processor."""
         rows = self.lines()
         return f"{len(rows)} trainings, {sum(r['seconds'] for r in rows) / 3600:.1f} hours of one processor"
+
+
+ALONE = ["peak memory, alone", "a step, alone"]
+
+
+def alone_cells(trials: Trials) -> Callable[[str], list[str]]:
+    """Of a way: what its columns `ALONE` hold."""
+    found = json.loads(trials.alone.read_text()) if trials.alone.exists() else {}
+
+    def cells(way: str) -> list[str]:
+        if way not in found:
+            return ["-", "-"]
+        return [amount(found[way]["peak_memory_bytes"], BYTES), f"{found[way]['step_seconds']:.3g} s"]
+
+    return cells
 
 
 def apart(mine: dict[int, Row], other: dict[int, Row]) -> str:
@@ -178,7 +198,8 @@ def costs_of(rows: dict[int, Row], key: str) -> float:
 
 
 def tables(trials: Trials, references: list[str]) -> Iterator[str]:
-    """Two: the score of each way in percent, with paired differences; and what it costs."""
+    """Two: the score of each way in percent, with paired differences; and what it costs, counted, and measured on a
+    machine that does nothing else (`alone.py`)."""
     found = trials.measured()
     beside = " | ".join(f"beside {r} (95 %)" for r in references)
     yield f"| | seeds | rate | {metric_of(found)} | steps | {beside} |"
@@ -188,10 +209,12 @@ def tables(trials: Trials, references: list[str]) -> Iterator[str]:
         yield (f"| {way} | {len(mine)} | {trials.chosen(way):g} | {cell(scores_of(mine))} | "
                f"{fmean(r['steps'] for r in mine.values()):.0f} | {' | '.join(gaps)} |")  # fmt: skip
     yield ""
-    yield "| | " + " | ".join(c.title for c in SHOWN) + " |"
-    yield "|---|" + "---:|" * len(SHOWN)
+    yield "| | " + " | ".join([*(c.title for c in SHOWN), *ALONE]) + " |"
+    yield "|---|" + "---:|" * (len(SHOWN) + 2)
+    alone = alone_cells(trials)
     for way, mine in found.items():
-        yield f"| {way} | {' | '.join(amount(costs_of(mine, c.key), c.units) for c in SHOWN)} |"
+        cells = [amount(costs_of(mine, c.key), c.units) for c in SHOWN]
+        yield f"| {way} | {' | '.join([*cells, *alone(way)])} |"
     yield ""
     yield trials.effort()
 

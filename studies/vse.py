@@ -19,7 +19,6 @@ the training loss of its last epoch; what is there is not trained again, and an 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,18 +28,17 @@ from typing import Any
 
 from each import RetrievalEach
 from photographs import files
-from protocol import Trials, apart, picture
+from protocol import ALONE, Trials, alone_cells, apart, picture
 from tables import cell
 
 from trimtab.experiments.estimate import estimate
 from trimtab.experiments.recipe import expand
 from trimtab.methods import METHODS
 from trimtab.methods.tune.unipt import UniPT
-from trimtab.report.runs import BYTES, COSTS
+from trimtab.report.runs import COSTS
 from trimtab.report.tables import amount
 
 RESULTS = Path(__file__).parent / "results" / "vse.jsonl"
-ALONE = RESULTS.with_name("vse_alone.json")
 EPOCH = 47
 TEXT = {"towers": ["text"]}
 NEW = (5e-4, 1e-3, 2e-3)  # learning rates of what starts random
@@ -180,18 +178,14 @@ def tables() -> Iterator[str]:
         yield (f"| {way} | {len(mine)} | {chosen(way):g} | {steps} | "
                f"{cell([r['test']['rsum'] for r in mine.values()])} | {apart(mine, heads)} | "
                f"{firsts[0]:.1f}, {firsts[1]:.1f} |")  # fmt: skip
-    alone = json.loads(ALONE.read_text()) if ALONE.exists() else {}
+    alone = alone_cells(trials())
     yield ""
-    yield "| | " + " | ".join(c.title for c in STORED) + " | peak memory, alone | a step, alone |"
+    yield "| | " + " | ".join([*(c.title for c in STORED), *ALONE]) + " |"
     yield "|---|" + "---:|" * (len(STORED) + 2)
-    for way in (w for w in WAYS if w in alone or w in found):
+    for way in (w for w in WAYS if w in found or "-" not in alone(w)):
         costs = costs_of(way)
         cells = [amount(costs[c.key], c.units) for c in STORED]
-        if way in alone:
-            cells += [amount(alone[way]["peak_memory_bytes"], BYTES), f"{alone[way]['step_seconds']:.2f} s"]
-        else:
-            cells += ["-", "-"]
-        yield f"| {way} | {' | '.join(cells)} |"
+        yield f"| {way} | {' | '.join([*cells, *alone(way)])} |"
     yield ""
     yield trials().effort()
 

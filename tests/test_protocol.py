@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "studies"))
 
+import alone
 import protocol
 
 RATES = {"full": (1.0, 2.0), "lora": (3.0,)}
@@ -70,6 +71,21 @@ def test_tables_show_the_chosen_rate_and_differences_of_the_seeds_that_both_have
     assert told[2].startswith("| full | 1 | 1 | 0.0 | 100 | - |")
     assert told[3].startswith("| lora | 2 | 3 | 37.5 ± 53.0 | 100 | +75.0 (")
     assert told[-1] == "4 trainings, 2.0 hours of one processor"
+
+
+def test_what_was_measured_alone_stands_beside_what_is_counted(tmp_path: Path) -> None:
+    study = trials(tmp_path / "x.jsonl", row("full", 1.0, 0, 0.9), row("full", 2.0, 0, 0.1), row("lora", 3.0, 0, 0.5))
+    study.alone.write_text(json.dumps({"lora": {"peak_memory_bytes": 2_000_000, "step_seconds": 0.085}}))
+    assert study.alone == tmp_path / "x_alone.json"
+    told = list(protocol.tables(study, ["full"]))
+    assert [line.split(" | ")[-2:] for line in told[-4:-2]] == [["-", "- |"], ["2.00 MB", "0.085 s |"]]
+
+
+def test_a_training_alone_is_short_and_without_a_cache(tmp_path: Path) -> None:
+    found = alone.recipe_of("compose/vqa", "prune-skip-unipt", Path("none"), tmp_path)
+    assert [m["name"] for m in found.methods] == ["multiflow", "das", "unipt"]
+    assert (found.training.steps, found.training.schedule, found.training.cache) == (12, "linear", None)
+    assert (found.data["train"], found.data["test"]) == (512, 32)
 
 
 def test_rows_without_a_difference_are_not_given_an_interval() -> None:
