@@ -226,7 +226,7 @@ def test_a_folder_without_a_processor_says_what_to_put_there(folder):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"longest": 0}, "longest and beams at least 1"),
+        ({"longest": 0}, "longest must be at least 1"),
         ({"wording": "{question} {choice}"}, "wording: unknown field {choice}"),
         ({"template": "Question: {images}"}, "template: expected '{question}' in it"),
         ({"template": "{question}", "system": "be short"}, "system: a plain `template` has no place"),
