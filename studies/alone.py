@@ -46,7 +46,7 @@ def few(data: dict[str, Any], work: Path) -> dict[str, Any]:
 
 
 def recipe_of(study: str, way: str, root: Path, work: Path) -> Any:
-    """A short training of a way, at the first of its learning rates."""
+    """A short training of a way; at which of its learning rates is no matter here."""
     if study == "vse":
         raw = vse.raw_of(way, vse.WAYS[way].rates[0], 0, few(files(root, work), work))
         return expand(raw, "alone", CHANGES)[0]
@@ -78,7 +78,10 @@ def main() -> None:
         recipe = recipe_of(options.study, options.one, options.root, options.work)
         print(json.dumps(measure(recipe, options.work / f"{options.study.replace('/', '-')}-{options.one}")))
         return
-    trials = vse.trials() if options.study == "vse" else protocol.of_recipe(options.study)
+    try:
+        trials = vse.trials() if options.study == "vse" else protocol.of_recipe(options.study)
+    except ValueError as error:
+        parser.error(str(error))
     ways = options.ways or [w for w in trials.rates if w in {r["way"] for r in trials.lines()}]
     if unknown := set(ways) - trials.rates.keys():
         parser.error(f"{options.study} has no way {min(unknown)!r}: it has {', '.join(trials.rates)}")
@@ -86,8 +89,7 @@ def main() -> None:
         command = [sys.executable, "-W", "ignore", __file__, options.study, "--root", str(options.root)]
         told = subprocess.run([*command, "--work", str(options.work), "--one", way], check=True, text=True,
                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE).stdout  # fmt: skip
-        found = json.loads(trials.alone.read_text()) if trials.alone.exists() else {}
-        found[way] = json.loads(told.splitlines()[-1])
+        found = {**trials.steps_alone(), way: json.loads(told.splitlines()[-1])}
         trials.alone.write_text(json.dumps(found, indent=1) + "\n")
         print(way, found[way], flush=True)
 

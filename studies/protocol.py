@@ -118,6 +118,10 @@ class Trials:
         """What `alone.py` measured of a training step, {way: {peak_memory_bytes, step_seconds}}."""
         return self.results.with_name(f"{self.results.stem}_alone.json")
 
+    def steps_alone(self) -> dict[str, Row]:
+        """What stands there, by way."""
+        return json.loads(self.alone.read_text()) if self.alone.exists() else {}
+
     def effort(self) -> str:
         """How many trainings there are, and what they took of one processor."""
         rows = self.lines()
@@ -127,16 +131,9 @@ class Trials:
 ALONE = ["peak memory, alone", "a step, alone"]
 
 
-def alone_cells(trials: Trials) -> Callable[[str], list[str]]:
-    """Of a way: what its columns `ALONE` hold."""
-    found = json.loads(trials.alone.read_text()) if trials.alone.exists() else {}
-
-    def cells(way: str) -> list[str]:
-        if way not in found:
-            return ["-", "-"]
-        return [amount(found[way]["peak_memory_bytes"], BYTES), f"{found[way]['step_seconds']:.3g} s"]
-
-    return cells
+def alone_cells(step: Row | None) -> list[str]:
+    """The columns `ALONE` of a way: what was measured of its step, if it was."""
+    return [amount(step["peak_memory_bytes"], BYTES), f"{step['step_seconds']:.3g} s"] if step else ["-", "-"]
 
 
 def apart(mine: dict[int, Row], other: dict[int, Row]) -> str:
@@ -211,10 +208,10 @@ def tables(trials: Trials, references: list[str]) -> Iterator[str]:
     yield ""
     yield "| | " + " | ".join([*(c.title for c in SHOWN), *ALONE]) + " |"
     yield "|---|" + "---:|" * (len(SHOWN) + 2)
-    alone = alone_cells(trials)
+    alone = trials.steps_alone()
     for way, mine in found.items():
         cells = [amount(costs_of(mine, c.key), c.units) for c in SHOWN]
-        yield f"| {way} | {' | '.join([*cells, *alone(way)])} |"
+        yield f"| {way} | {' | '.join([*cells, *alone_cells(alone.get(way))])} |"
     yield ""
     yield trials.effort()
 

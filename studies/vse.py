@@ -178,14 +178,14 @@ def tables() -> Iterator[str]:
         yield (f"| {way} | {len(mine)} | {chosen(way):g} | {steps} | "
                f"{cell([r['test']['rsum'] for r in mine.values()])} | {apart(mine, heads)} | "
                f"{firsts[0]:.1f}, {firsts[1]:.1f} |")  # fmt: skip
-    alone = alone_cells(trials())
+    alone = trials().steps_alone()
     yield ""
     yield "| | " + " | ".join([*(c.title for c in STORED), *ALONE]) + " |"
     yield "|---|" + "---:|" * (len(STORED) + 2)
-    for way in (w for w in WAYS if w in found or "-" not in alone(w)):
+    for way in (w for w in WAYS if w in alone or w in found):
         costs = costs_of(way)
         cells = [amount(costs[c.key], c.units) for c in STORED]
-        yield f"| {way} | {' | '.join([*cells, *alone(way)])} |"
+        yield f"| {way} | {' | '.join([*cells, *alone_cells(alone.get(way))])} |"
     yield ""
     yield trials().effort()
 

@@ -142,9 +142,14 @@ def test_retrieval_names_the_words_it_knows(settings):
         Retrieval(**settings)
 
 
-@pytest.mark.parametrize("settings", [{"pooling": "gpo", "drop": 1.0}, {"pooling": "gpo", "drop": -0.1}, {"drop": 0.2}])
-def test_a_share_of_tokens_that_cannot_be_left_out(settings):
-    with pytest.raises(ValueError, match="drop (must lie in|leaves out tokens)"):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"pooling": "gpo", "drop": 1.0}, r"drop must lie in \[0, 1\), found 1"),
+     ({"pooling": "gpo", "drop": -0.1}, r"drop must lie in \[0, 1\), found -0.1"),
+     ({"drop": 0.2}, "drop leaves out tokens that `pooling: gpo` pools: found 0.2 with 'own'")],
+)  # fmt: skip
+def test_a_share_of_tokens_that_cannot_be_left_out(settings, message):
+    with pytest.raises(ValueError, match=message):
         Retrieval(**settings)
 
 

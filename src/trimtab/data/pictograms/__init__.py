@@ -63,7 +63,7 @@ def load(
         lies beside the table.
 
     Raises:
-        ValueError: if a name is unknown.
+        ValueError: if a name is unknown, or a number is too small.
         ImportError: if the extra `world` is not installed.
         FileNotFoundError: if a further illustrator's drawings are not there; it says how to fetch them.
     """
