@@ -99,6 +99,7 @@ WAYS = {
     "partial-3": _way("partial", MOVED, 10.0, blocks=3, **TEXT),
     "bitfit-text": _way("bitfit", **TEXT),
     "lora-text": _way("lora", **TEXT),
+    "lora-text-all-16": _way("lora", rank=16, alpha=32, targets="all-linear", **TEXT),  # of UniPT's size
     "adapter-text": _way("adapter", **TEXT),
     "full": _way("full", MOVED, 10.0),
     "unipt-text, of means": _way("unipt-of-means", form="token", **TEXT),

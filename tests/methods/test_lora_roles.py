@@ -12,6 +12,7 @@ from torch import nn
 import trimtab
 from tests.models.zoo import ZOO
 from trimtab import Anatomy, Block, Tap, Tower
+from trimtab.methods import METHODS
 from trimtab.methods.tune.roles import ATTENTIONS, queries_and_values
 
 WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
@@ -313,3 +314,81 @@ def test_a_shared_layer_is_not_tuned_for_one_tower_alone():
         fit.tune("lora", towers=("vision",))
     fit.tune("lora", towers=("vision",), targets=("v_proj",))
     assert {p for p, m in model.named_modules() if hasattr(m, "lora_A")} == {"pictures.0.v_proj", "pictures.1.v_proj"}
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+
+def wrapped_by(model: nn.Module) -> set[str]:
+    return {p for p, m in model.named_modules() if hasattr(m, "lora_A")}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_linear_takes_every_linear_layer_of_the_blocks(name):
+    model = FAMILIES[name][0]()
+    blocks = [b.path + "." for b in Anatomy.of(model).blocks()]
+    every = {p for p, m in model.named_modules()
+             if p.startswith(tuple(blocks)) and (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D")}  # fmt: skip
+    trimtab.tune(model, "lora", targets="all-linear")
+    assert wrapped_by(model) == every != set()
+
+
+def test_all_linear_of_torchs_attention_is_its_fused_weight_and_what_it_calls():
+    block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = Blocks(lambda: copy.deepcopy(block), lambda: copy.deepcopy(block))
+    trimtab.tune(model, "lora", anatomy=model.anatomy(), targets="all-linear")
+    assert wrapped_by(model) == {f"blocks.{i}.{m}" for i in range(2) for m in ("self_attn", "linear1", "linear2")}
+    model(torch.randn(2, 3, 8)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_all_linear_of_blocks_without_one_is_refused():
+    model = Blocks(lambda: nn.Conv1d(8, 8, 1), lambda: nn.Conv1d(8, 8, 1))
+    with pytest.raises(ValueError, match="blocks of tower 'text' have no linear layer that could get an update"):
+        trimtab.tune(model, "lora", anatomy=model.anatomy(), targets="all-linear")
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_prj"), ("v_prj",)])
+def test_a_target_that_no_layer_has_is_refused(targets):
+    model = Blocks(named("q_proj", "v_proj"), named("q_proj", "v_proj"))
+    with pytest.raises(ValueError, match="unknown target 'v_prj'.*did you mean 'v_proj'"):
+        trimtab.tune(model, "lora", anatomy=model.anatomy(), targets=targets)
+    assert not wrapped_by(model)
+
+
+def test_targets_are_all_linear_or_names():
+    assert METHODS.make("lora", targets="all-linear").settings.targets == "all-linear"
+    assert METHODS.make("lora", targets=["q_proj"]).settings.targets == ("q_proj",)
+    with pytest.raises(ValueError, match="targets"):
+        METHODS.make("lora", targets="all-lineer")
+
+
+def test_a_tower_whose_paths_are_the_ends_of_anothers_is_tuned_alone():
+    model = Blocks(named("q_proj", "k_proj", "v_proj"))
+    model.inner = Blocks(named("q_proj", "k_proj", "v_proj"))
+    towers = [Tower(name, name, (Block(f"{at}.0", 8),), (at,), Tap(f"{at}.0"))
+              for name, at in (("text", "blocks"), ("vision", "inner.blocks"))]  # fmt: skip
+    trimtab.tune(model, "lora", anatomy=Anatomy(tuple(towers)), towers=("text",))
+    assert wrapped_by(model) == {"blocks.0.q_proj", "blocks.0.v_proj"}
+
+
+def test_layers_beside_experts_are_not_taken_for_them():
+    """PEFT knows these names from when the experts were layers, too, and would change the experts of every block."""
+    config = hf.DeepseekV2Config(**WIDE, num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8,
+                                 qk_nope_head_dim=8, v_head_dim=8, head_dim=8, first_k_dense_replace=1,
+                                 n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)  # fmt: skip
+    model = hf.DeepseekV2Model(config)
+    trimtab.tune(model, "lora", targets=("gate_proj", "up_proj"))
+    every = {p for p, _ in model.named_modules() if p.endswith(("gate_proj", "up_proj"))}
+    assert wrapped_by(model) == every and len(every) == 4  # of the first block, and shared by all tokens in the second
+    model(torch.arange(6)[None]).last_hidden_state.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("layer", ["x_proj", "dt_proj", "out_proj"])
+def test_a_layer_whose_weight_a_mixer_reads_gets_no_update(layer):
+    model = hf.MambaModel(hf.MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, state_size=4))
+    with pytest.raises(ValueError, match=f"'layers.0.mixer.{layer}' belongs to a MambaMixer, which reads its weight"):
+        trimtab.tune(model, "lora", targets=(layer,))
+    trimtab.tune(model, "lora", targets="all-linear")
+    assert {p.rpartition(".")[2] for p in wrapped_by(model)} == {"in_proj"}

@@ -5,9 +5,8 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -30,10 +29,11 @@ class LoRASettings:
     """The update is scaled by alpha / r."""
     dropout: float = 0.0
     """Dropout of the input of A."""
-    targets: tuple[str, ...] | None = None
+    targets: Literal["all-linear"] | tuple[str, ...] | None = None
     """Last names, or longer ends of paths, of the linear layers (and torch's attentions) inside the towers that get an
-    update; those a model lacks are passed over. None: the layers that give an attention's queries and values, in every
-    tower. A fused layer gets one update for all three, as does the fused weight of an nn.MultiheadAttention."""
+    update. `all-linear`: every linear layer of the towers' blocks, but those whose weight is read without calling them
+    (in an nn.MultiheadAttention, a Mamba's mixer). None: the layers that give an attention's queries and values, in
+    every tower. A fused layer gets one update for all three, as does the fused weight of an nn.MultiheadAttention."""
     towers: tuple[str, ...] | None = None
     """Which towers; None for all."""
 
@@ -41,19 +41,8 @@ class LoRASettings:
         within(vars(self), rank="[1, inf)", alpha="(0, inf)", dropout="[0, 1)")
 
 
-@contextmanager
-def _naming_its_embeddings(model: Any) -> Iterator[None]:
-    """Let PEFT ask which layers share the input embeddings' weights, also of classes that cannot tell (detectors)."""
-    try:
-        getattr(model, "get_input_embeddings", lambda: None)()
-    except NotImplementedError:
-        model.get_input_embeddings = nn.Identity  # no parameters, none shared
-        try:
-            yield
-        finally:
-            del model.get_input_embeddings
-    else:
-        yield
+ROOT = "the whole model"  # no module has a name like this, so that a path from here is the end of no other path
+READ_BY_MIXERS = {"x_proj", "dt_proj", "out_proj"}  # layers of a Mamba whose weights its fused kernels take
 
 
 @METHODS.register("lora")
@@ -73,15 +62,16 @@ class LoRA(Method):
         self.wrapped = tuple(chosen)
         places = _places(model, chosen)
         trainable = [n for n, p in model.named_parameters() if p.requires_grad]
-        # Whole paths: PEFT takes a list entry as the end of a name, and a full path ends only itself.
+        # PEFT takes a target as the end of a path, `blocks.0` as `text.blocks.0` too: so paths begin at ROOT. Of a
+        # model of experts it takes a layer named `gate_proj` as the experts' one tensor: ROOT is of no kind it knows.
         config = LoraConfig(
             r=s.rank, lora_alpha=s.alpha, lora_dropout=s.dropout,
-            target_modules=[path for path, m in chosen.items() if is_linear(m)],
-            target_parameters=[f"{path}.{FUSED}" for path, m in chosen.items() if not is_linear(m)] or None,
+            target_modules=[f"{ROOT}.{path}" for path, m in chosen.items() if is_linear(m)],
+            target_parameters=[f"{ROOT}.{path}.{FUSED}" for path, m in chosen.items() if not is_linear(m)] or None,
         )  # fmt: skip
-        with _naming_its_embeddings(model), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # PEFT sets it by each layer's kind itself
-            inject_adapter_in_model(config, model)
+            inject_adapter_in_model(config, nn.ModuleDict({ROOT: model}))
         for name, parameter in model.named_parameters():  # PEFT froze everything, also what an earlier method trains
             if name in trainable:
                 parameter.requires_grad_(True)
@@ -97,7 +87,8 @@ class LoRA(Method):
         """The layers that get an update, by path.
 
         Raises:
-            ValueError: if there are none, or none in one of the towers, or one is never called or no plain layer.
+            ValueError: if a target names none, or a tower that must have some has none, or one is never called or no
+                plain layer.
         """
         s = self.settings
         towers = [anatomy.tower(name) for name in s.towers or [t.name for t in anatomy.towers]]
@@ -111,12 +102,13 @@ class LoRA(Method):
             own = linears[tower.name]
             if s.targets is None:
                 paths = self._by_role(model, anatomy, tower, linears, towers)
+            elif s.targets == "all-linear":
+                paths = _all_linear(model, anatomy, tower, own)
             else:
-                paths = [p for p in own if any(p == t or p.endswith("." + t) for t in s.targets)]
+                paths = [p for p in own if any(_ends(p, target) for target in s.targets)]
             chosen |= {first[id(own[path])]: own[path] for path in paths}
-        if not chosen:
-            valid = sorted({p.rsplit(".", 1)[-1] for t in towers for p in linears[t.name]})
-            raise ValueError(f"lora found none of its targets: {unknown('target', (s.targets or ('',))[0], valid)}")
+        if isinstance(s.targets, tuple):
+            _all_named(s.targets, [path for t in towers for path in linears[t.name]])
         for other in [t for t in anatomy.towers if t not in towers]:
             ids = {id(m) for m in linears[other.name].values()}
             if shared := [path for path, m in chosen.items() if id(m) in ids]:
@@ -176,10 +168,9 @@ class LoRA(Method):
                     f"input cannot be dropped: set dropout to 0 (found {self.settings.dropout}), or name layers in "
                     "`targets`"
                 )
-            owner = model.get_submodule(path.rpartition(".")[0])
-            if isinstance(owner, nn.MultiheadAttention):
+            if reader := _reader(model, path):
                 raise ValueError(
-                    f"lora: '{path}' belongs to an nn.MultiheadAttention, which reads its weight and never calls it: "
+                    f"lora: '{path}' belongs to {reader}, which reads its weight and never calls it: "
                     "an update would not be computed; name longer ends of the other paths in `targets`"
                 )
             if is_wrapped(module_at(model, path)):
@@ -227,6 +218,41 @@ def _queries_and_values(model: nn.Module, anatomy: Anatomy, tower: Tower, linear
     known += [path for path in inside if path not in layers]  # torch's attentions
     severed = [path for path in known if under(path, anatomy.severed)]
     return [path for path in known if path not in severed], severed
+
+
+def _all_linear(model: nn.Module, anatomy: Anatomy, tower: Tower, linears: Mapping[str, nn.Module]) -> list[str]:
+    """Every linear layer of a tower's blocks that is called and has a gradient; ValueError if there is none."""
+    blocks = [b.path for b in tower.blocks]
+    found = [path for path in linears if under(path, blocks) and not under(path, anatomy.severed)]
+    found = [path for path in found if _reader(model, path) is None]
+    if not found:
+        raise ValueError(
+            f"lora: the blocks of tower {tower.name!r} have no linear layer that could get an update: leave the tower "
+            f"out: towers {[t.name for t in anatomy.towers if t is not tower]}, or tune it in another way"
+        )
+    return found
+
+
+def _reader(model: nn.Module, path: str) -> str | None:
+    """What reads the weight of a layer without calling it, in words; None if the layer is called."""
+    at, _, name = path.rpartition(".")
+    owner = model.get_submodule(at)
+    if isinstance(owner, nn.MultiheadAttention):
+        return "an nn.MultiheadAttention"
+    mixer = {"A_log", "D"} <= owner._parameters.keys()  # of a selective state space
+    return f"a {type(owner).__name__}" if mixer and name in READ_BY_MIXERS else None
+
+
+def _all_named(targets: tuple[str, ...], paths: list[str]) -> None:
+    """ValueError for a target that is the end of no path."""
+    for target in targets or ("",):
+        if not any(_ends(path, target) for path in paths):
+            names = sorted({path.rpartition(".")[2] for path in paths})
+            raise ValueError(f"lora: no layer of the towers has this name: {unknown('target', target, names)}")
+
+
+def _ends(path: str, target: str) -> bool:
+    return path == target or path.endswith("." + target)
 
 
 def _every_name(model: nn.Module, first: Mapping[int, str]) -> Iterator[tuple[str, nn.Module]]:
