@@ -146,6 +146,14 @@ def apart(mine: dict[int, Row], other: dict[int, Row]) -> str:
     return f"{gap.mean():+.1f} ({low:+.1f} to {high:+.1f})"
 
 
+def compared(found: dict[str, dict[int, Row]], one: str, other: str) -> str:
+    """How far one way is from another, as `apart` and seed by seed; "-" if they have no seed in common."""
+    mine, theirs = found.get(one, {}), found.get(other, {})
+    gaps = [np.subtract(mine[s]["each"], theirs[s]["each"]).mean() for s in sorted(mine.keys() & theirs.keys())]
+    seeds = f"; by seed {', '.join(f'{gap:+.1f}' for gap in gaps)}" if gaps else ""
+    return f"{one} beside {other}: {apart(mine, theirs)}{seeds}"
+
+
 def picture(scores: dict[str, list[float]], costs: Callable[[str, str], float], shown: list[Cost], title: str) -> bytes:
     """A PNG: the scores of ways against each of some costs."""
     panels = [
@@ -238,7 +246,7 @@ def main() -> None:
     if not found and (options.compare or options.tables or options.plot):
         parser.error(f"{trials.results}: no variant is trained at all its learning rates yet")
     if options.compare:
-        print(f"{' beside '.join(options.compare)}: {apart(*(found.get(way, {}) for way in options.compare))}")
+        print(compared(found, *options.compare))
     elif options.tables or options.plot:
         if options.tables:
             print("\n".join(tables(trials, options.against)))

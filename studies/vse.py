@@ -28,7 +28,7 @@ from typing import Any
 
 from each import RetrievalEach
 from photographs import files
-from protocol import ALONE, Trials, alone_cells, apart, picture
+from protocol import ALONE, Trials, alone_cells, apart, compared, picture
 from tables import cell
 
 from trimtab.experiments.estimate import estimate
@@ -210,8 +210,7 @@ def main() -> None:
     parser.add_argument("--compare", nargs=2, choices=list(WAYS), help="how far the first is from the second")
     options = parser.parse_args()
     if options.compare:
-        one, other = (trials().measured()[way] for way in options.compare)
-        print(f"{' beside '.join(options.compare)}: {apart(one, other)}")
+        print(compared(trials().measured(), *options.compare))
         return
     if options.tables or options.plot:
         print("\n".join(tables()))

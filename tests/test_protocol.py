@@ -98,6 +98,14 @@ def test_rows_without_a_difference_are_not_given_an_interval() -> None:
     assert protocol.apart({0: row("full", 1.0, 0, 0.5)}, {0: row("lora", 1.0, 0, 0.5)}) == "-"
 
 
+def test_two_ways_are_compared_seed_by_seed_too() -> None:
+    full = {seed: row("full", 1.0, seed, 0.5, (0, 0)) for seed in (0, 1)}
+    lora = {0: row("lora", 3.0, 0, 0.5, (100, 50)), 1: row("lora", 3.0, 1, 0.5, (0, 50)), 2: row("lora", 3.0, 2, 0.5)}
+    told = protocol.compared({"full": full, "lora": lora}, "lora", "full")
+    assert told.startswith("lora beside full: +50.0 (") and told.endswith("); by seed +75.0, +25.0")
+    assert protocol.compared({"full": full}, "lora", "full") == "lora beside full: -"
+
+
 def test_trials_of_a_recipe_are_its_learning_rate_and_half() -> None:
     study = protocol.of_recipe("compose/retrieval")
     assert study.rates["full"] == (0.00025, 0.0005)
