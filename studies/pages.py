@@ -7,8 +7,9 @@ A page names the command above the table, or above the picture that the command 
     <!-- python studies/vse.py --tables -->
     <!-- python studies/vse.py --plot docs/images/flickr8k-vse.png -->
 
-A table keeps its rows and their order: a page may leave rows out, and a line `| unipt |` with nothing but the name
-takes that row in. Rows that are printed and not shown are named. `--check` writes nothing and fails where a page is not
+A table keeps its rows and columns and their order: a page may leave some out, and a line `| unipt |` with nothing but
+the name takes that row in. `| heads alone <!-- linear-probe --> |` shows a row under another name. Rows that are
+printed and not shown are named. `--check` writes nothing and fails where a page is not
 what its commands print; pictures are left out of it. Only commands that read files of results are carried out: those
 that measure (`one_side.py`) are not.
 """
@@ -26,7 +27,8 @@ from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-MARK = re.compile(r"<!-- python (studies/\S+ .*(?:--tables|--plot|\.jsonl).*) -->")
+ALIAS = re.compile(r".*<!-- (.+) -->")
+MARK = re.compile(r"<!-- python (studies/\S+ .*(?:--tables|--summary|--plot|\.jsonl).*) -->")
 
 
 class PageError(ValueError):
@@ -52,24 +54,39 @@ def tables(lines: list[str]) -> list[list[str]]:
     return [list(run) for is_table, run in groupby(lines, lambda line: line.startswith("|")) if is_table]
 
 
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.split("|")[1:-1]]
+
+
 def name(row: str) -> str:
-    return row.split("|")[1].strip()
+    first = row.split("|")[1].strip()
+    alias = ALIAS.fullmatch(first)
+    return alias[1] if alias else first
 
 
 def filled(shown: list[str], command: str, page: str) -> tuple[list[str], list[str]]:
     """A page's table with the rows that its command prints, and the names of printed rows that it does not show.
 
-    Of the tables that are printed it is the one that shares most lines with the page's; at least the heads agree.
+    Of the tables that are printed it is one with all columns of the page's, with no others if there is such a one, and
+    the one that shares most lines with the page's.
     """
-    found = [t for t in tables(printed(command).splitlines()) if t[0] == shown[0]]
+    head = cells(shown[0])
+    found = [t for t in tables(printed(command).splitlines()) if set(head) <= set(cells(t[0]))]
     if not found:
         raise PageError(f"{page}: python {command} prints no table with the head {shown[0]}")
-    table = max(found, key=lambda t: len(set(t) & set(shown)))
-    rows = {name(row): row for row in table[2:]}
+    table = max(found, key=lambda t: (cells(t[0]) == head, len(set(t) & set(shown))))
+    taken = [cells(table[0]).index(title) for title in head]
+    rows = {name(row): [cells(row)[i] for i in taken[1:]] for row in table[2:]}
     if missing := [name(row) for row in shown[2:] if name(row) not in rows]:
         raise PageError(f"{page}: python {command} prints no row {missing[0]!r}: it has {', '.join(rows)}")
-    wanted = [name(row) for row in shown[2:]]
-    return [*table[:2], *(rows[row] for row in wanted)], [row for row in rows if row not in wanted]
+    lines = [[row.split("|")[1].strip(), *rows[name(row)]] for row in shown[2:]]
+    rule = [cells(table[1])[i] for i in taken]
+    out = [
+        shown[0],
+        f"|{'|'.join(rule)}|",
+        *("|" + "|".join(f" {c} " if c else " " for c in line) + "|" for line in lines),
+    ]
+    return out, [row for row in rows if row not in {name(line) for line in shown[2:]}]
 
 
 def drawn(page: Path, pictures: bool) -> str:

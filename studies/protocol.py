@@ -2,6 +2,7 @@
 
     python studies/protocol.py compose/retrieval [--ways full lora] [--seeds 0 1 2 3 4]         train what is missing
     python studies/protocol.py compose/retrieval --tables [--against full lora] [--plot docs/images/FILE.png]
+    python studies/protocol.py compose/retrieval --summary
     python studies/protocol.py compose/retrieval --compare prune-skip-full full
 
 Each variant is trained with seed 0 at the learning rate that the recipe gives it and at half of that; the rate with the
@@ -136,6 +137,16 @@ def alone_cells(step: Row | None) -> list[str]:
     return [amount(step["peak_memory_bytes"], BYTES), f"{step['step_seconds']:.3g} s"] if step else ["-", "-"]
 
 
+def summary(scores: dict[str, list[float]], title: str, costs: Callable[[str, str], float], shown: list[Cost],
+            alone: dict[str, Row]) -> Iterator[str]:  # fmt: skip
+    """One table for who reads no other: the score of each way, and its costs."""
+    yield f"| | {title} | " + " | ".join([*(c.title for c in shown), *ALONE]) + " |"
+    yield "|---|" + "---:|" * (len(shown) + 3)
+    for way, mine in scores.items():
+        cells = [cell(mine), *(amount(costs(way, c.key), c.units) for c in shown), *alone_cells(alone.get(way))]
+        yield f"| {way} | {' | '.join(cells)} |"
+
+
 def apart(mine: dict[int, Row], other: dict[int, Row]) -> str:
     """The difference on the same test rows and seeds, with a 95 % interval over rows drawn again."""
     seeds = sorted(mine.keys() & other.keys())
@@ -231,6 +242,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--work", type=Path, default=Path("runs/studies"), help="for what trainings leave")
     parser.add_argument("--tables", action="store_true", help="print what was measured")
+    parser.add_argument("--summary", action="store_true", help="print scores and costs in one table")
     parser.add_argument("--against", nargs="+", default=["full"], help="variants that others stand beside")
     parser.add_argument("--plot", type=Path, help="draw what was measured into this PNG file")
     parser.add_argument("--compare", nargs=2, help="how far the first is from the second")
@@ -243,17 +255,21 @@ def main() -> None:
     if unknown := named - trials.rates.keys():
         parser.error(f"{options.recipe} has no variant {min(unknown)!r}: it has {', '.join(trials.rates)}")
     found = trials.measured()
-    if not found and (options.compare or options.tables or options.plot):
+    if not found and (options.compare or options.tables or options.summary or options.plot):
         parser.error(f"{trials.results}: no variant is trained at all its learning rates yet")
     if options.compare:
         print(compared(found, *options.compare))
-    elif options.tables or options.plot:
+    elif options.tables or options.summary or options.plot:
         if options.tables:
             print("\n".join(tables(trials, options.against)))
+        scores, costs = (
+            {way: scores_of(mine) for way, mine in found.items()},
+            lambda way, key: costs_of(found[way], key),
+        )
+        if options.summary:
+            print("\n".join(summary(scores, metric_of(found), costs, SHOWN, trials.steps_alone())))
         if options.plot:
-            scores = {way: scores_of(mine) for way, mine in found.items()}
-            drawn = picture(scores, lambda way, key: costs_of(found[way], key), SHOWN, metric_of(found))
-            options.plot.write_bytes(drawn)
+            options.plot.write_bytes(picture(scores, costs, SHOWN, metric_of(found)))
     else:
         trials.fill(options.ways or list(trials.rates), options.seeds, options.work / options.recipe.replace("/", "-"))
 

@@ -1,7 +1,7 @@
 """UniPT and its rivals where UniPT's paper stands: real towers that never met learn to find photographs by captions.
 
     python studies/vse.py --root flickr8k [--ways linear-probe unipt-text] [--seeds 0 1 2 3 4]     train what is missing
-    python studies/vse.py --tables [--plot docs/images/flickr8k-vse.png]
+    python studies/vse.py --tables [--summary] [--plot docs/images/flickr8k-vse.png]
     python studies/vse.py --compare partial-1 unipt-text
 
 EfficientNet-Lite0 (96 pixels) and MiniLM, VSE-infinity's pooling and triplets, Flickr8K: 6,000 photographs to train on,
@@ -28,7 +28,7 @@ from typing import Any
 
 from each import RetrievalEach
 from photographs import files
-from protocol import ALONE, Trials, alone_cells, apart, compared, picture
+from protocol import ALONE, Trials, alone_cells, apart, compared, picture, summary
 from tables import cell
 
 from trimtab.experiments.estimate import estimate
@@ -191,12 +191,10 @@ def tables() -> Iterator[str]:
     yield trials().effort()
 
 
-def draw(file: Path) -> None:
-    """rSum against each cost, of all ways that see ten crops."""
-    scores = {way: [r["test"]["rsum"] for r in mine.values()] for way, mine in trials().measured().items()
-              if WAYS[way].fresh}  # fmt: skip
-    costs = {way: costs_of(way) for way in scores}
-    file.write_bytes(picture(scores, lambda way, key: costs[way][key], SHOWN, "rSum"))
+def scores() -> dict[str, list[float]]:
+    """rSum of all ways that see ten crops."""
+    return {way: [r["test"]["rsum"] for r in mine.values()] for way, mine in trials().measured().items()
+            if WAYS[way].fresh}  # fmt: skip
 
 
 def main() -> None:
@@ -206,16 +204,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--work", type=Path, default=Path("runs/vse-study"), help="for what trainings leave")
     parser.add_argument("--tables", action="store_true", help="print what was measured")
+    parser.add_argument("--summary", action="store_true", help="print scores and costs in one table")
     parser.add_argument("--plot", type=Path, help="draw what was measured into this PNG file")
     parser.add_argument("--compare", nargs=2, choices=list(WAYS), help="how far the first is from the second")
     options = parser.parse_args()
     if options.compare:
         print(compared(trials().measured(), *options.compare))
         return
-    if options.tables or options.plot:
+    if options.tables:
         print("\n".join(tables()))
-        if options.plot:
-            draw(options.plot)
+    if options.summary or options.plot:
+        costs = {way: costs_of(way) for way in scores()}
+    if options.summary:
+        found = summary(scores(), "rSum", lambda way, key: costs[way][key], STORED, trials().steps_alone())
+        print("\n".join(found))
+    if options.plot:
+        options.plot.write_bytes(picture(scores(), lambda way, key: costs[way][key], SHOWN, "rSum"))
+    if options.tables or options.summary or options.plot:
         return
     trials(files(options.root, options.work)).fill(options.ways, options.seeds, options.work)
 

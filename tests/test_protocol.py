@@ -74,6 +74,13 @@ def test_tables_show_the_chosen_rate_and_differences_of_the_seeds_that_both_have
     assert told[-1] == "4 trainings, 2.0 hours of one processor"
 
 
+def test_a_summary_has_scores_and_costs_in_one_table() -> None:
+    told = protocol.summary({"lora": [1.0, 2.0]}, "rSum", lambda way, key: 4e6, protocol.SHOWN[:1], {})
+    title = protocol.SHOWN[0].title
+    assert list(told) == [f"| | rSum | {title} | peak memory, alone | a step, alone |", "|---|---:|---:|---:|---:|",
+                          "| lora | 1.5 ± 0.7 | 4.00 M | - | - |"]  # fmt: skip
+
+
 def test_what_was_measured_alone_stands_beside_what_is_counted(tmp_path: Path) -> None:
     study = trials(tmp_path / "x.jsonl", row("full", 1.0, 0, 0.9), row("full", 2.0, 0, 0.1), row("lora", 3.0, 0, 0.5))
     study.alone.write_text(json.dumps({"lora": {"peak_memory_bytes": 2_000_000, "step_seconds": 0.085}}))

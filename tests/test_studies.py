@@ -35,6 +35,17 @@ def test_a_table_keeps_its_rows_and_takes_named_ones_in(tmp_path: Path, monkeypa
     )
 
 
+def test_a_table_keeps_its_columns_and_its_own_names_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "| | a | b | c |\n|---|---:|---:|---|\n| x | 1 | 2 | 3 |\n| y | 4 | 5 | 6 |\n"
+    monkeypatch.setattr(pages, "printed", lambda command: told)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- python studies/x.py --summary -->\n| | c | a |\n|---|\n| **Y** <!-- y --> | old |\n| x |\n")
+    text = pages.drawn(page, pictures=False)
+    assert text.splitlines()[1:] == ["| | c | a |", "|---|---|---:|", "| **Y** <!-- y --> | 6 | 4 |", "| x | 3 | 1 |"]
+    page.write_text(text)
+    assert pages.drawn(page, pictures=False) == text
+
+
 @pytest.mark.parametrize(("table", "told"), [("| | c |\n|---|---:|\n| x |", "no table with the head"),
                                              ("| | a |\n|---|---:|\n| z |", "no row 'z': it has x, y")])  # fmt: skip
 def test_a_table_that_is_not_printed_is_refused(
