@@ -89,9 +89,10 @@ class Trials:
         costs = json.loads((folder / "costs.json").read_text()) if (folder / "costs.json").exists() else {}
         metric = told["primary"]
         curve = [[s["step"], round(s[metric], 4)] for s in told["validation"]["scores"]]
+        kept = told["validation"].get("kept_step", curve[-1][0])
         return {
             "way": way, "rate": rate, "seed": seed, "steps": told["steps"], "plateau": told["validation"]["plateau"],
-            "seconds": round(seconds), "metric": metric, "validation": curve[-1][1],
+            "seconds": round(seconds), "metric": metric, "validation": dict(curve)[kept],
             "loss": round(told["history"][-1]["loss"], 4), "curve": curve,
             "test": {k: round(v, 4) for k, v in told["test"].items() if "rank" not in k},
             **({"costs": {c.key: costs[c.key] for c in SHOWN if c.key in costs}} if costs else {}),

@@ -12,21 +12,17 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from PIL import Image
-from safetensors.torch import load_file
 
-from tests.models.official import tokenizer
+from tests.small_run import PRUNE, made_in, recipe, same_weights, told
 from trimtab.budgets import fit as budget
 from trimtab.experiments import run as carry
 from trimtab.experiments import training
 from trimtab.experiments.plateau import Cooldown, cooldown, of_fixed_length, undisturbed, warmup_steps
-from trimtab.experiments.recipe import expand
 from trimtab.experiments.run import run
 from trimtab.experiments.schema import RecipeError, TrainingSpec
 from trimtab.report.watch import Watcher
 
 PLATEAU: dict[str, Any] = {"schedule": "plateau", "evaluate_every": 2, "patience": 2, "steps": 20}
-PRUNE = {"name": "multiflow", "sparsity": 0.5, "batches": 2, "batch_size": 4}
 SPEC = TrainingSpec(schedule="plateau", evaluate_every=10, patience=2, steps=100)
 
 # --- the rule ---
@@ -89,7 +85,8 @@ def test_it_ends_within_its_steps_wherever_the_plateau_comes(steps, every):
      ({"evaluate_every": 0}, "evaluate_every must be at least 1"),
      ({"patience_share": 0.5}, "patience_share: is for 'schedule: plateau', found it with 'schedule: cosine'"),
      ({**PLATEAU, "patience_share": -0.5}, "patience_share must be at least 0, found -0.5"),
-     ({**PLATEAU, "patience": 0}, "patience must be at least 1")],
+     ({**PLATEAU, "patience": 0}, "patience must be at least 1"),
+     ({"keep": "best"}, "keep: 'best' needs scores in training, found no evaluate_every")],
 )  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused(settings, message):
     with pytest.raises(RecipeError, match=message):
@@ -107,9 +104,12 @@ def test_searches_and_budgets_have_steps_of_their_own():
     assert (searching.schedule, searching.evaluate_every, searching.patience) == ("linear", None, None)
     assert warmup_steps(searching, 40) == 10 and warmup_steps(replace(SPEC, warmup=0.25), 100) == 5
     assert of_fixed_length(TrainingSpec(evaluate_every=5)) == TrainingSpec()
-    assert of_fixed_length(replace(SPEC, patience_share=0.5)) == of_fixed_length(SPEC)
+    assert of_fixed_length(replace(SPEC, patience_share=0.5, keep="best")) == of_fixed_length(SPEC)
     settings = [f"training.{name}={value}" for name, value in PLATEAU.items()]
     with pytest.raises(ValueError, match=r"training.schedule: plateau: trials are compared after the same steps"):
+        budget._recipe("tiny-clip", "retrieval", "pictograms", None, None, settings)
+    with pytest.raises(ValueError, match=r"training.keep: best: trials are compared by the weights"):
+        settings = ["training.keep=best", "training.evaluate_every=2"]
         budget._recipe("tiny-clip", "retrieval", "pictograms", None, None, settings)
 
 
@@ -134,43 +134,7 @@ def test_random_numbers_are_those_that_would_have_come():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A tiny ViLT that drops out, and pictures with questions."""
-    folder = tmp_path_factory.mktemp("plateau")
-    torch.manual_seed(0)
-    config = hf.ViltConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-                           vocab_size=40, image_size=16, patch_size=4, max_position_embeddings=12,
-                           hidden_dropout_prob=0.2)  # fmt: skip
-    hf.ViltForImageAndTextRetrieval(config).save_pretrained(folder / "vilt")
-    hf.ViltImageProcessorPil(size={"shortest_edge": 16}, size_divisor=4).save_pretrained(folder / "vilt")
-    tokenizer(folder / "vilt", 40)
-    for split, count in (("train", 20), ("validation", 9), ("test", 5)):
-        rows = []
-        for i in range(count):
-            noise = random.Random(f"{split} {i}").randbytes(3 * 16 * 16)
-            Image.frombytes("RGB", (16, 16), noise).save(folder / f"{split}-{i}.png")
-            rows.append({"image": f"{split}-{i}.png", "question": "is it " + ["red", "blue"][i % 2],
-                         "answer": "yes" if i % 3 else "no"})  # fmt: skip
-        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
-
-
-def recipe(place: Path, methods: list[Any], **settings: Any) -> Any:
-    raw = {
-        "backbone": {"name": str(place / "vilt"), **({"pictures": "squash"} if "cache" in settings else {})},
-        "task": "vqa", "methods": methods, "costs": False,
-        "data": {"name": "files", **{s: str(place / f"{s}.jsonl") for s in ("train", "validation", "test")}},
-        "training": {"steps": 6, "batch_size": 8, "evaluation_batch": 4, "log_every": 1, "workers": 0, **settings},
-    }  # fmt: skip
-    return expand(raw, "plateau")[0]
-
-
-def told(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def same_weights(one: Path, two: Path) -> bool:
-    a, b = (load_file(folder / "weights.safetensors") for folder in (one, two))
-    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+    return made_in(tmp_path_factory.mktemp("plateau"))
 
 
 @pytest.mark.parametrize(("methods", "settings"), [
@@ -295,3 +259,5 @@ def test_without_validation_rows_there_is_no_score():
 def test_a_training_that_nothing_evaluates_is_refused():
     with pytest.raises(RecipeError, match="plateau: nothing evaluates in this training: pass `judge`"):
         training.fit(SimpleNamespace(), [], SPEC, 0)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="keep: best: nothing evaluates in this training: pass `judge`"):
+        training.fit(SimpleNamespace(), [], TrainingSpec(evaluate_every=2, keep="best"), 0)  # type: ignore[arg-type]

@@ -103,8 +103,8 @@ def of_fixed_length(spec: TrainingSpec) -> TrainingSpec:
     """As a search trains, whose number of steps is given: without evaluations, and with a rate that falls linearly
     where the recipe waits for a plateau."""
     if spec.schedule == "plateau":
-        return replace(spec, schedule="linear", patience=None, patience_share=0.0, evaluate_every=None)
-    return replace(spec, evaluate_every=None)
+        spec = replace(spec, schedule="linear", patience=None, patience_share=0.0)
+    return replace(spec, evaluate_every=None, keep="last")
 
 
 @contextmanager
@@ -182,13 +182,16 @@ class Judge(TrainerCallback):
     def told(self) -> dict[str, Any]:
         """What a run's metrics.json says of it."""
         out: dict[str, Any] = {"best_step": self.best(), "scores": self.scores}
+        if self.spec.keep == "best":
+            out["kept_step"] = self.best()
         if self.cooldown is not None:
             out |= {"plateau": self.cooldown.plateau, "cooldown_start": self.cooldown.start}
         return out
 
     def sentence(self) -> str:
         """For a person."""
-        best = f"the best validation {self.primary} came after {self.best()} of {self.steps} steps"
+        kept = ", from where the weights were kept" if self.spec.keep == "best" else ""
+        best = f"the best validation {self.primary} came after {self.best()} of {self.steps} steps{kept}"
         if self.cooldown is None:
             return best
         end = f"the rate fell from step {self.cooldown.start} on"
@@ -198,10 +201,12 @@ class Judge(TrainerCallback):
 
 
 def check(spec: TrainingSpec, judge: Judge | None) -> None:
-    """RecipeError if nobody would see the plateau that a training waits for."""
+    """RecipeError if nobody would see the scores that decide in a training."""
     if judge is None and spec.schedule == "plateau":
         raise RecipeError("training.schedule: plateau: nothing evaluates in this training: pass `judge`, or take a "
                           "schedule of fixed length, such as cosine")  # fmt: skip
+    if judge is None and spec.keep == "best":
+        raise RecipeError("training.keep: best: nothing evaluates in this training: pass `judge`, or keep the last")
 
 
 class Judged(_Base):

@@ -33,6 +33,7 @@ from trimtab.divided import divided, norms
 from trimtab.experiments import many, plateau, sharded
 from trimtab.experiments.failures import check_finite
 from trimtab.experiments.feeding import AHEAD, Fed, Feed, Order, Places, workers_for
+from trimtab.experiments.keeping import Best
 from trimtab.experiments.plateau import Judge, Judged, of_fixed_length, warmup_steps
 from trimtab.experiments.resuming import Resumable
 from trimtab.experiments.schema import TrainingSpec
@@ -171,10 +172,11 @@ def fit(
         cache: a filled `ActivationCache` of the table, from which `model`, a `CachedModel`, trains.
         reports: the run's folder: its numbers go to `spec.report_to` as well, TensorBoard's into `tensorboard/` there;
             None hands them to nobody.
-        judge: evaluates every `spec.evaluate_every` steps and at the end, and decides under `schedule: plateau`.
+        judge: evaluates every `spec.evaluate_every` steps and at the end, and decides under `schedule: plateau` and
+            `keep: best`.
 
     Raises:
-        RecipeError: if the schedule is `plateau` and there is no judge.
+        RecipeError: if there is no judge and one must decide.
 
     Returns:
         One dict a logged step: `step`, `loss`, `learning_rate`, `grad_norm`, and `waiting`, the share of the time since
@@ -207,6 +209,9 @@ def fit(
             callbacks=[*(callbacks or []), told],
         )
         trainer.judged_by(judge)
+        if judge is not None and spec.keep == "best":
+            best = Best(judge, model, Path(str(args.output_dir)), saving)
+            trainer.callback_handler.callbacks.insert(1, best)  # behind the judge, who has the scores
         trainer.remove_callback(PrinterCallback)  # it prints every log; progress shows the last
         with sharded.sharded(model, spec), norms(model):
             if spec.shard and processes.world()[1] > 1:  # torch divides the model, Accelerate shall not copy it
