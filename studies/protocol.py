@@ -214,6 +214,10 @@ def costs_of(rows: dict[int, Row], key: str) -> float:
     return fmean(r["costs"][key] for r in rows.values())
 
 
+def cost_in(found: dict[str, dict[int, Row]], way: str, key: str) -> float:
+    return costs_of(found[way], key)
+
+
 def tables(trials: Trials, references: list[str]) -> Iterator[str]:
     """Two: the score of each way in percent, with paired differences; and what it costs, counted, and measured on a
     machine that does nothing else (`alone.py`)."""
@@ -263,10 +267,7 @@ def main() -> None:
     elif options.tables or options.summary or options.plot:
         if options.tables:
             print("\n".join(tables(trials, options.against)))
-        scores, costs = (
-            {way: scores_of(mine) for way, mine in found.items()},
-            lambda way, key: costs_of(found[way], key),
-        )
+        scores, costs = {way: scores_of(mine) for way, mine in found.items()}, partial(cost_in, found)
         if options.summary:
             print("\n".join(summary(scores, metric_of(found), costs, SHOWN, trials.steps_alone())))
         if options.plot:

@@ -15,7 +15,7 @@ from trimtab.experiments import training
 from trimtab.experiments.run import run
 from trimtab.experiments.schema import RecipeError
 
-BEST: dict[str, Any] = {"keep": "best", "evaluate_every": 2, "steps": 8, "learning_rate": 1e-2}
+BEST: dict[str, Any] = {"load_best_model_at_end": True, "evaluate_every": 2, "steps": 8, "learning_rate": 1e-2}
 SCORES = {2: 0.3, 4: 0.7, 6: 0.7, 8: 0.1}  # the first of equal ones is kept
 METHODS = [([PRUNE, "full"], {}), (["linear-probe"], {"cache": "fp32"})]
 

@@ -38,13 +38,8 @@ DAS = {"name": "das", "skip": 1, "search_steps": 4, "turn": 1, "warmup": 0.2, "g
        "dropout_in_rewards": False}  # fmt: skip
 PRUNE = {"name": "multiflow", "sparsity": 0.5, "batches": 4}
 RANK = {"name": "reranking", "negatives": 2}
-PLATEAU = {
-    "schedule": "plateau",
-    "evaluate_every": 2,
-    "patience": 1,
-    "steps": 8,
-    "keep": "best",
-}  # which the search does not see
+PLATEAU = {"schedule": "plateau", "evaluate_every": 2, "patience": 1, "steps": 8,
+           "load_best_model_at_end": True}  # which the search does not see  # fmt: skip
 RECIPES: dict[str, tuple[str, Any, list[Any], dict[str, Any]]] = {
     "tune": ("clip", "retrieval", ["lora"], {}),  # rows are compared with those of the other process
     "prune": ("vilt", "vqa", [PRUNE, "full"], {"accumulate": 2}),

@@ -86,7 +86,7 @@ def test_it_ends_within_its_steps_wherever_the_plateau_comes(steps, every):
      ({"patience_share": 0.5}, "patience_share: is for 'schedule: plateau', found it with 'schedule: cosine'"),
      ({**PLATEAU, "patience_share": -0.5}, "patience_share must be at least 0, found -0.5"),
      ({**PLATEAU, "patience": 0}, "patience must be at least 1"),
-     ({"keep": "best"}, "keep: 'best' needs scores in training, found no evaluate_every")],
+     ({"load_best_model_at_end": True}, "load_best_model_at_end: needs scores in training, found no evaluate_every")],
 )  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused(settings, message):
     with pytest.raises(RecipeError, match=message):
@@ -104,12 +104,12 @@ def test_searches_and_budgets_have_steps_of_their_own():
     assert (searching.schedule, searching.evaluate_every, searching.patience) == ("linear", None, None)
     assert warmup_steps(searching, 40) == 10 and warmup_steps(replace(SPEC, warmup=0.25), 100) == 5
     assert of_fixed_length(TrainingSpec(evaluate_every=5)) == TrainingSpec()
-    assert of_fixed_length(replace(SPEC, patience_share=0.5, keep="best")) == of_fixed_length(SPEC)
+    assert of_fixed_length(replace(SPEC, patience_share=0.5, load_best_model_at_end=True)) == of_fixed_length(SPEC)
     settings = [f"training.{name}={value}" for name, value in PLATEAU.items()]
     with pytest.raises(ValueError, match=r"training.schedule: plateau: trials are compared after the same steps"):
         budget._recipe("tiny-clip", "retrieval", "pictograms", None, None, settings)
-    with pytest.raises(ValueError, match=r"training.keep: best: trials are compared by the weights"):
-        settings = ["training.keep=best", "training.evaluate_every=2"]
+    with pytest.raises(ValueError, match=r"training.load_best_model_at_end: trials are compared by the weights"):
+        settings = ["training.load_best_model_at_end=true", "training.evaluate_every=2"]
         budget._recipe("tiny-clip", "retrieval", "pictograms", None, None, settings)
 
 
@@ -259,5 +259,5 @@ def test_without_validation_rows_there_is_no_score():
 def test_a_training_that_nothing_evaluates_is_refused():
     with pytest.raises(RecipeError, match="plateau: nothing evaluates in this training: pass `judge`"):
         training.fit(SimpleNamespace(), [], SPEC, 0)  # type: ignore[arg-type]
-    with pytest.raises(RecipeError, match="keep: best: nothing evaluates in this training: pass `judge`"):
-        training.fit(SimpleNamespace(), [], TrainingSpec(evaluate_every=2, keep="best"), 0)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="load_best_model_at_end: nothing evaluates in this training: pass `judge`"):
+        training.fit(SimpleNamespace(), [], TrainingSpec(evaluate_every=2, load_best_model_at_end=True), 0)  # type: ignore[arg-type]

@@ -182,10 +182,11 @@ def _recipe(model: str | Path, task: Any, data: Any, test: Any, validation: Any,
             "own: leave it out, with training.patience, and set training.steps; train found.yaml to its plateau "
             "afterwards, trimtab run found.yaml training.schedule=plateau training.evaluate_every=N training.patience=N"
         )
-    if recipe.training.keep == "best":
+    if recipe.training.load_best_model_at_end:
         raise ValueError(
-            "training.keep: best: trials are compared by the weights that they have after the same steps: leave it "
-            "out; train found.yaml so afterwards, trimtab run found.yaml training.keep=best training.evaluate_every=N"
+            "training.load_best_model_at_end: trials are compared by the weights that they have after the same steps: "
+            "leave it out; train found.yaml so afterwards, trimtab run found.yaml training.load_best_model_at_end=true "
+            "training.evaluate_every=N"
         )
     return recipe
 

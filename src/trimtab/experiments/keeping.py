@@ -1,5 +1,4 @@
-"""`keep: best`: a training ends with the weights that had the best validation score, as transformers' trainer does with
-`load_best_model_at_end`.
+"""`load_best_model_at_end`: a training ends with the weights that had the best validation score.
 
     evaluation    step 50     step 100    step 150    end
     score         0.31        0.42        0.40        0.42 (of the weights after step 100)
@@ -43,7 +42,7 @@ class Best(TrainerCallback):
         if self.judge.scores and not self._file().is_file():
             raise RecipeError(
                 f"{self._file()}: the weights with the best score so far are missing, which this training goes on with "
-                f"(training.keep: best): delete {self.folder} to begin anew"
+                f"(training.load_best_model_at_end): delete {self.folder} to begin anew"
             )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

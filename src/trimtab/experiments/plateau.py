@@ -104,7 +104,7 @@ def of_fixed_length(spec: TrainingSpec) -> TrainingSpec:
     where the recipe waits for a plateau."""
     if spec.schedule == "plateau":
         spec = replace(spec, schedule="linear", patience=None, patience_share=0.0)
-    return replace(spec, evaluate_every=None, keep="last")
+    return replace(spec, evaluate_every=None, load_best_model_at_end=False)
 
 
 @contextmanager
@@ -182,7 +182,7 @@ class Judge(TrainerCallback):
     def told(self) -> dict[str, Any]:
         """What a run's metrics.json says of it."""
         out: dict[str, Any] = {"best_step": self.best(), "scores": self.scores}
-        if self.spec.keep == "best":
+        if self.spec.load_best_model_at_end:
             out["kept_step"] = self.best()
         if self.cooldown is not None:
             out |= {"plateau": self.cooldown.plateau, "cooldown_start": self.cooldown.start}
@@ -190,7 +190,7 @@ class Judge(TrainerCallback):
 
     def sentence(self) -> str:
         """For a person."""
-        kept = ", from where the weights were kept" if self.spec.keep == "best" else ""
+        kept = ", from where the weights were kept" if self.spec.load_best_model_at_end else ""
         best = f"the best validation {self.primary} came after {self.best()} of {self.steps} steps{kept}"
         if self.cooldown is None:
             return best
@@ -205,8 +205,9 @@ def check(spec: TrainingSpec, judge: Judge | None) -> None:
     if judge is None and spec.schedule == "plateau":
         raise RecipeError("training.schedule: plateau: nothing evaluates in this training: pass `judge`, or take a "
                           "schedule of fixed length, such as cosine")  # fmt: skip
-    if judge is None and spec.keep == "best":
-        raise RecipeError("training.keep: best: nothing evaluates in this training: pass `judge`, or keep the last")
+    if judge is None and spec.load_best_model_at_end:
+        raise RecipeError("training.load_best_model_at_end: nothing evaluates in this training: pass `judge`, or leave "
+                          "it out")  # fmt: skip
 
 
 class Judged(_Base):

@@ -79,9 +79,9 @@ class TrainingSpec:
     patience_share: float = 0.0
     """`schedule: plateau` waits this share of the steps at which the best score came too: with 0.5, a best score after
     1,000 steps is waited for until 1,500. Scores of few rows are noisy, and late in training rises are rare."""
-    keep: Literal["last", "best"] = "last"
-    """Weights with which training ends: those after the last step, or those with the best score on the validation rows
-    (the first of equal ones), as `load_best_model_at_end` of transformers; `best` needs `evaluate_every`."""
+    load_best_model_at_end: bool = False
+    """Training ends with the weights that had the best score on the validation rows (the first of equal ones), not with
+    those after the last step; as in transformers' trainer. It needs `evaluate_every`."""
     warmup: float = 0.1
     """Share of the steps in which the learning rate rises from 0; under `plateau` of `evaluate_every` * `patience`."""
     weight_decay: float = 0.01
@@ -141,9 +141,9 @@ class TrainingSpec:
             )
         if list(self.drops) != sorted(set(self.drops)) or not all(0 < share < 1 for share in self.drops):
             raise RecipeError(f"drops: expected rising shares between 0 and 1, found {list(self.drops)}")
-        if self.keep == "best" and self.evaluate_every is None:
-            raise RecipeError("keep: 'best' needs scores in training, found no evaluate_every: give the steps between "
-                              "evaluations on the validation rows")  # fmt: skip
+        if self.load_best_model_at_end and self.evaluate_every is None:
+            raise RecipeError("load_best_model_at_end: needs scores in training, found no evaluate_every: give the "
+                              "steps between evaluations on the validation rows")  # fmt: skip
         self._check_plateau()
 
     def _check_plateau(self) -> None:

@@ -173,7 +173,7 @@ def fit(
         reports: the run's folder: its numbers go to `spec.report_to` as well, TensorBoard's into `tensorboard/` there;
             None hands them to nobody.
         judge: evaluates every `spec.evaluate_every` steps and at the end, and decides under `schedule: plateau` and
-            `keep: best`.
+            which weights are the best.
 
     Raises:
         RecipeError: if there is no judge and one must decide.
@@ -209,7 +209,7 @@ def fit(
             callbacks=[*(callbacks or []), told],
         )
         trainer.judged_by(judge)
-        if judge is not None and spec.keep == "best":
+        if judge is not None and spec.load_best_model_at_end:
             best = Best(judge, model, Path(str(args.output_dir)), saving)
             trainer.callback_handler.callbacks.insert(1, best)  # behind the judge, who has the scores
         trainer.remove_callback(PrinterCallback)  # it prints every log; progress shows the last
