@@ -1,12 +1,13 @@
 """A recipe carried out by the rules of README.md: each variant at as many learning rates, with as many seeds.
 
     python studies/protocol.py compose/retrieval [--ways full lora] [--seeds 0 1 2 3 4]         train what is missing
+    python studies/protocol.py compose/retrieval --ways full --seeds 0 --rates 5e-4             at one rate more
     python studies/protocol.py compose/retrieval --tables [--against full lora] [--plot docs/images/FILE.png]
     python studies/protocol.py compose/retrieval --summary
     python studies/protocol.py compose/retrieval --compare prune-skip-full full
 
-Each variant is trained with seed 0 at the learning rate that the recipe gives it and at half of that; the rate with the
-best validation score at the end is taken for the other seeds. One line a training in `studies/results`, in a file named
+Each variant is trained with seed 0 at the learning rate that the recipe gives it and at half of that, and at those that
+`--rates` adds; the rate with the best validation score at the end is taken for the other seeds. One line a training in `studies/results`, in a file named
 like the recipe, with its costs and with what each test row gives to the score: what is there is not trained again, so a
 study may end and go on. Differences are paired on test rows, means over the seeds that both have.
 """
@@ -56,14 +57,14 @@ class Trials:
     def lines(self) -> list[Row]:
         return [json.loads(line) for line in self.results.read_text().splitlines()] if self.results.exists() else []
 
-    def fill(self, ways: list[str], seeds: list[int], work: Path) -> None:
-        """Train what is missing, seed after seed."""
+    def fill(self, ways: list[str], seeds: list[int], work: Path, more: tuple[float, ...] = ()) -> None:
+        """Train what is missing, seed after seed; seed 0 at these learning rates too."""
         for seed in seeds:
             for way in ways:
                 if seed and (missing := self.untried(way)):
                     print(f"{way} seed {seed}: left out: seed 0 is not trained at {min(missing):g} yet", flush=True)
                     continue
-                for rate in self.rates[way] if seed == 0 else (self.chosen(way),):
+                for rate in (*self.rates[way], *more) if seed == 0 else (self.chosen(way),):
                     self.train(way, rate, seed, work)
 
     def train(self, way: str, rate: float, seed: int, work: Path) -> None:
@@ -245,6 +246,7 @@ def main() -> None:
     parser.add_argument("recipe", help="as of trimtab run, with variants and `schedule: plateau`")
     parser.add_argument("--ways", nargs="+", help="these variants")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--rates", type=float, nargs="+", default=[], help="learning rates at which seed 0 is trained too")
     parser.add_argument("--work", type=Path, default=Path("runs/studies"), help="for what trainings leave")
     parser.add_argument("--tables", action="store_true", help="print what was measured")
     parser.add_argument("--summary", action="store_true", help="print scores and costs in one table")
@@ -273,7 +275,8 @@ def main() -> None:
         if options.plot:
             options.plot.write_bytes(picture(scores, costs, SHOWN, metric_of(found)))
     else:
-        trials.fill(options.ways or list(trials.rates), options.seeds, options.work / options.recipe.replace("/", "-"))
+        work = options.work / options.recipe.replace("/", "-")
+        trials.fill(options.ways or list(trials.rates), options.seeds, work, tuple(options.rates))
 
 
 if __name__ == "__main__":

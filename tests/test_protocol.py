@@ -54,6 +54,12 @@ def test_seed_0_tries_every_rate_and_other_seeds_take_the_best(tmp_path: Path, t
     assert not list((tmp_path / "work").iterdir())  # what a training leaves goes when its line is written
 
 
+def test_a_rate_more_is_tried_with_seed_0_and_taken_if_it_is_the_best(tmp_path: Path, trained: list) -> None:
+    study = trials(tmp_path / "x.jsonl", row("full", 1.0, 0, 0.5), row("full", 2.0, 0, 0.6))
+    study.fill(["full"], [0, 1], tmp_path / "work", more=(4.0,))
+    assert trained == [("full", 4.0, 0), ("full", 4.0, 1)]
+
+
 def test_other_seeds_wait_for_all_rates_of_seed_0(tmp_path: Path, trained: list, capsys: pytest.CaptureFixture) -> None:
     study = trials(tmp_path / "x.jsonl", row("full", 1.0, 0, 0.5))
     study.fill(["full"], [1], tmp_path / "work")
