@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import random
 import time
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from trimtab import counting
 from trimtab.experiments import assembly, recipe
 from trimtab.experiments import estimate as cost
+from trimtab.experiments.run import run
 from trimtab.methods import METHODS
 from trimtab.sizes import sizes_only
 
@@ -150,7 +152,7 @@ def test_the_estimate_is_what_a_run_measures(backbone, task, methods, tiny_raw, 
     parts = assembly.assemble(r)
     parts.attach()
     save_file(parts.fit.stored(), tmp_path / "weights")
-    measured = cost.measure(parts, cost.dense(r), 4, tmp_path / "weights")
+    measured = cost.measure(parts, cost.dense(r), r.training, tmp_path / "weights")
     for key in ("params", "trainable_params", "macs", "dense_macs", "checkpoint_bytes", "batch_size"):
         assert estimated[key] == measured[key], key
     assert estimated["saved_activation_bytes"] == pytest.approx(measured["saved_activation_bytes"], rel=0.02)
@@ -168,6 +170,13 @@ def test_the_estimate_is_what_a_run_measures(backbone, task, methods, tiny_raw, 
         assert estimated["saved_activation_bytes"] < 1e5
     assert estimated["macs"] == estimated["dense_macs"] > 1e7
     assert all(p.grad is None for p in parts.model.parameters())
+
+
+def test_training_in_half_precision_leaves_the_counts_of_a_run_as_estimated(tiny_raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "latency", lambda function: {})
+    (r,) = recipe.expand(tiny_raw("tiny-vilt", "vqa", ["full"], batch_size=4, precision="bf16"), "test")
+    costs = json.loads((run(r, tmp_path / "run") / "costs.json").read_text())
+    assert costs["saved_activation_bytes"] == pytest.approx(cost.estimate(r)["saved_activation_bytes"], rel=0.02)
 
 
 def test_the_estimate_grows_with_the_batch(tiny_raw):

@@ -4,13 +4,15 @@ params, trainable_params       numbers; what is called trained gets a gradient
 nonzero_params, dense_params   those that no mask makes zero, with the methods; all of them, without
 macs, dense_macs               multiply-adds of one forward pass of one sample, with and without the methods; one
                                multiply-add is 1 MAC (torch counts 2 FLOPs); matrix products, convolutions, attention
-saved_activation_bytes         what autograd keeps for backward in one training batch, each storage once, without
-                               parameters and buffers
+saved_activation_bytes         what autograd keeps for backward in one training batch, in the precision of the weights
+                               whatever the training's, each storage once, without parameters and buffers
 checkpoint_bytes               the learned part as safetensors
 training_peak_bytes            estimated before: weights, gradients, AdamW's two moments and whatever else lives at the
                                worst moment of one training step, from the sizes of tensors; no kernel's workspace
-peak_memory_bytes              of one training step: CUDA's peak, or without a GPU the growth of the resident set
-latency_ms                     one sample, one forward pass: median, and the 10th and 90th percentile
+peak_memory_bytes              of one training step, in the training's precision: CUDA's peak, or without a GPU the growth
+                               of the resident set
+latency_ms                     one sample, one forward pass in the precision of the weights: median, and the 10th and
+                               90th percentile
 """
 
 from __future__ import annotations
@@ -20,13 +22,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy
 from trimtab.counting import count_macs, latency, peak_memory, safetensors_size, saved_bytes, training_step
 from trimtab.experiments.assembly import Assembly, assemble, method_of
-from trimtab.experiments.schema import Recipe, RecipeError
+from trimtab.experiments.schema import Recipe, RecipeError, TrainingSpec
 from trimtab.methods import Session
+from trimtab.precision import half_of
 from trimtab.sizes import sizes_only
 from trimtab.tasks.base import TaskModel
 
@@ -34,22 +38,23 @@ MOST_REAL = 2 * 10**9
 """Bytes of random weights on which costs are counted where sizes do not tell them."""
 
 
-def measure(parts: Assembly, whole: dict[str, int], batch_size: int, weights: Path) -> dict[str, Any]:
+def measure(parts: Assembly, whole: dict[str, int], spec: TrainingSpec, weights: Path) -> dict[str, Any]:
     """All costs of an assembled, attached model.
 
     Args:
         parts: attached.
         whole: what `dense` gives.
-        batch_size: of training.
+        spec: of its training: the batch size, and the precision in which a step's memory is measured.
         weights: the file of its learned part.
     """
     model = parts.model
-    device = next(model.parameters()).device
-    one, batch = ({k: v.to(device) for k, v in model.example(n).items()} for n in (parts.task.least, batch_size))
+    device, half = next(model.parameters()).device, half_of(spec.precision)
+    one, batch = ({k: v.to(device) for k, v in model.example(n).items()} for n in (parts.task.least, spec.batch_size))
     model.train()
 
     def step() -> None:
-        loss = model(**batch)["loss"]
+        with torch.autocast(device.type, half, enabled=half is not None):
+            loss = model(**batch)["loss"]
         if loss.requires_grad:
             loss.backward()
         model.zero_grad(set_to_none=True)
@@ -58,7 +63,7 @@ def measure(parts: Assembly, whole: dict[str, int], batch_size: int, weights: Pa
     costs = {
         **_counts(parts, one),
         "saved_activation_bytes": saved,
-        "batch_size": batch_size,
+        "batch_size": spec.batch_size,
         **whole,
         "checkpoint_bytes": weights.stat().st_size,
         "peak_memory_bytes": peak_memory(step),

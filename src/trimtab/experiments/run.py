@@ -31,7 +31,7 @@ from trimtab.experiments.schema import Recipe, RecipeError, TrainingSpec
 from trimtab.experiments.watching import check_services, logged
 from trimtab.methods.saved import WEIGHTS
 from trimtab.metrics.intervals import interval
-from trimtab.precision import native_bf16
+from trimtab.precision import half_of
 from trimtab.tasks.base import TaskModel
 
 Watch = Callable[[TaskModel, Any], TrainerCallback]
@@ -151,7 +151,7 @@ def _write(recipe: Recipe, parts: Assembly, folder: Path, result: dict[str, Any]
     write_json(folder / "metrics.json", result)
     if measure_costs and recipe.costs:
         dense = estimate.dense(recipe)
-        write_json(folder / "costs.json", estimate.measure(parts, dense, recipe.training.batch_size, folder / WEIGHTS))
+        write_json(folder / "costs.json", estimate.measure(parts, dense, recipe.training, folder / WEIGHTS))
 
 
 def _train(parts: Assembly, train: Any, recipe: Recipe, label: str, folder: Path,
@@ -213,11 +213,10 @@ def _from_cache(parts: Assembly, train: Any, spec: TrainingSpec, label: str) -> 
     if isinstance(train, Streamed):
         raise RecipeError("training.cache: a cache reads its table often and in any order, a stream cannot: leave out "
                           "data.stream, or the cache")  # fmt: skip
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16, "auto": torch.bfloat16 if native_bf16() else None}
     try:
         # Drawn alike whatever the recipe's seed: its seeds share a cache; their order and what starts random differ.
         cache = cached.TableCache(parts.model, parts.methods, train, None, spec.cache, spec.cache_views, 0,
-                                  spec.augmentation or None, half.get(spec.precision))  # fmt: skip
+                                  spec.augmentation or None, half_of(spec.precision))  # fmt: skip
     except ValueError as error:
         raise RecipeError(str(error)) from error
     held, blocks = cache.held

@@ -38,7 +38,7 @@ from trimtab.experiments.plateau import Judge, Judged, of_fixed_length, warmup_s
 from trimtab.experiments.resuming import Resumable
 from trimtab.experiments.schema import TrainingSpec
 from trimtab.experiments.watching import Told, tensorboard_in
-from trimtab.precision import native_bf16
+from trimtab.precision import half_of
 from trimtab.tasks.base import TaskModel
 
 
@@ -216,7 +216,11 @@ def fit(
         with sharded.sharded(model, spec), norms(model):
             if spec.shard and processes.world()[1] > 1:  # torch divides the model, Accelerate shall not copy it
                 trainer.accelerator.prepare_model = lambda model, **_: model
-            trainer.train(resume_from_checkpoint=trainer.last_checkpoint(table) if saving else None)
+            try:
+                trainer.train(resume_from_checkpoint=trainer.last_checkpoint(table) if saving else None)
+            finally:  # Accelerate leaves mixed precision in the model, which is counted and used in its own hereafter
+                for name in ("forward", "_original_forward"):
+                    vars(model).pop(name, None)
     model.zero_grad(set_to_none=True)
     keep = ("step", "loss", "learning_rate", "grad_norm", "waiting")
     return [{k: float(e[k]) for k in keep if k in e} for e in trainer.state.log_history if "loss" in e]
@@ -237,8 +241,8 @@ def _arguments(spec: TrainingSpec, steps: int, seed: int, folder: Path, saving: 
         lr_scheduler_type="constant_with_warmup" if spec.schedule in ("step", "plateau") else spec.schedule,
         warmup_steps=warmup_steps(spec, steps),
         max_grad_norm=spec.clip,
-        bf16=spec.precision == "bf16" or (spec.precision == "auto" and native_bf16()),
-        fp16=spec.precision == "fp16",
+        bf16=half_of(spec.precision) == torch.bfloat16,
+        fp16=half_of(spec.precision) == torch.float16,
         use_cpu=not torch.cuda.is_available(),
         logging_steps=min(spec.log_every, max(1, steps // 10)),
         logging_nan_inf_filter=False,

@@ -17,7 +17,7 @@ from trimtab.anatomy.weights import bare
 from trimtab.methods.fitting import evaluating
 from trimtab.methods.prune.products import Products, one_by_one
 from trimtab.methods.session import Session, own_loss
-from trimtab.precision import native_bf16
+from trimtab.precision import half_of
 from trimtab.progress import progress
 
 Batch = dict[str, Any]
@@ -83,8 +83,8 @@ class Calibration:
 
     def output(self, batch: Batch) -> Any:
         """What the model makes of a batch."""
-        half = self.precision == "bf16" or (self.precision == "auto" and native_bf16())
-        with torch.autocast(next(self.with_task.parameters()).device.type, torch.bfloat16, enabled=half):
+        half = half_of(self.precision)
+        with torch.autocast(next(self.with_task.parameters()).device.type, half, enabled=half is not None):
             return self.with_task(**batch)
 
     def seen(self, weights: list[Weight]) -> list[Weight]:
