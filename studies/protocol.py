@@ -7,9 +7,10 @@
     python studies/protocol.py compose/retrieval --compare prune-skip-full full
 
 Each variant is trained with seed 0 at the learning rate that the recipe gives it and at half of that, and at those that
-`--rates` adds; the rate with the best validation score at the end is taken for the other seeds. One line a training in `studies/results`, in a file named
-like the recipe, with its costs and with what each test row gives to the score: what is there is not trained again, so a
-study may end and go on. Differences are paired on test rows, means over the seeds that both have.
+`--rates` adds; the rate with the best validation score at the end is taken for the other seeds. One line a training in
+`studies/results`, in a file named like the recipe, with its costs and with what each test row gives to the score: what
+is there is not trained again, so a study may end and go on. Differences are paired on test rows, means over the seeds
+that both have.
 """
 
 from __future__ import annotations
@@ -246,7 +247,7 @@ def main() -> None:
     parser.add_argument("recipe", help="as of trimtab run, with variants and `schedule: plateau`")
     parser.add_argument("--ways", nargs="+", help="these variants")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--rates", type=float, nargs="+", default=[], help="learning rates at which seed 0 is trained too")
+    parser.add_argument("--rates", type=float, nargs="+", default=[], help="rates at which seed 0 is trained too")
     parser.add_argument("--work", type=Path, default=Path("runs/studies"), help="for what trainings leave")
     parser.add_argument("--tables", action="store_true", help="print what was measured")
     parser.add_argument("--summary", action="store_true", help="print scores and costs in one table")

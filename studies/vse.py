@@ -93,7 +93,7 @@ WAYS = {
     "unipt-text": _composed(UNIPT),
     "unipt": _way("unipt", form="token", layers=[1, 3, 5]),
     "lst-text": _way("lst", **TEXT),
-    "lst-text, random": _way("lst", (2e-3,), initialise="random", **TEXT),  # at the learning rate that LST's trials chose
+    "lst-text, random": _way("lst", (2e-3,), initialise="random", **TEXT),  # at the rate that LST's trials chose
     "sherl-text": _way("sherl", **TEXT),
     "side-tuning": _way("side-tuning", **TEXT),
     "partial-1": _way("partial", MOVED, 10.0, blocks=1, **TEXT),

@@ -9,8 +9,8 @@ saved_activation_bytes         what autograd keeps for backward in one training 
 checkpoint_bytes               the learned part as safetensors
 training_peak_bytes            estimated before: weights, gradients, AdamW's two moments and whatever else lives at the
                                worst moment of one training step, from the sizes of tensors; no kernel's workspace
-peak_memory_bytes              of one training step, in the training's precision: CUDA's peak, or without a GPU the growth
-                               of the resident set
+peak_memory_bytes              of one training step, in the training's precision: CUDA's peak, or without a GPU the
+                               growth of the resident set
 latency_ms                     one sample, one forward pass in the precision of the weights: median, and the 10th and
                                90th percentile
 """
