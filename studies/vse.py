@@ -1,6 +1,7 @@
 """UniPT and its rivals where UniPT's paper stands: real towers that never met learn to find photographs by captions.
 
     python studies/vse.py --root flickr8k [--ways linear-probe unipt-text] [--seeds 0 1 2 3 4]     train what is missing
+    python studies/vse.py --root flickr8k --ways lst-text --seeds 0 --rates 4e-3       at one learning rate more
     python studies/vse.py --tables [--summary] [--plot docs/images/flickr8k-vse.png]
     python studies/vse.py --compare partial-1 unipt-text
 
@@ -9,7 +10,7 @@ EfficientNet-Lite0 (96 pixels) and MiniLM, VSE-infinity's pooling and triplets, 
 README.md: batches of 128, a constant learning rate until validation rSum, looked at every fifth epoch, has not risen
 for two looks, then a linear fall over a quarter of the steps so far, 100 epochs at most. Each way is trained at three
 learning rates with seed 0; the rate with the best validation rSum at the end is taken for the other seeds. What LST's
-start gives is asked at one, LST's own.
+start gives is asked at one, LST's own; `--rates` adds some where the best is the highest or lowest.
 
 Frozen towers are computed once, on ten crops of each photograph with a caption drawn for each: five whole ones are
 soon learned by heart (the ways `..., whole`). The draws are the same for all seeds: the spread over seeds leaves out
@@ -203,6 +204,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("flickr8k"), help="Flickr8K in its official layout")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--rates", type=float, nargs="+", default=[], help="rates at which seed 0 is trained too")
     parser.add_argument("--work", type=Path, default=Path("runs/vse-study"), help="for what trainings leave")
     parser.add_argument("--tables", action="store_true", help="print what was measured")
     parser.add_argument("--summary", action="store_true", help="print scores and costs in one table")
@@ -223,7 +225,7 @@ def main() -> None:
         options.plot.write_bytes(picture(scores(), lambda way, key: costs[way][key], SHOWN, "rSum"))
     if options.tables or options.summary or options.plot:
         return
-    trials(files(options.root, options.work)).fill(options.ways, options.seeds, options.work)
+    trials(files(options.root, options.work)).fill(options.ways, options.seeds, options.work, tuple(options.rates))
 
 
 if __name__ == "__main__":
