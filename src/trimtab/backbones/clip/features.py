@@ -84,5 +84,5 @@ def load(folder: Path, name: str, pretrained: bool = True) -> ClipBackbone:
 
 
 def tiny_clip(pretrained: bool = True) -> ClipBackbone:
-    """8 vision and 4 text blocks, 128 wide, 64 px, patch 8; pretrained by us on Twemoji (docs/pretraining.md)."""
+    """8 vision and 4 text blocks, 128 wide, 64 px, patch 8; pretrained by us on drawn scenes (docs/pretraining.md)."""
     return load(WEIGHTS / "tiny-clip", "tiny-clip", pretrained)

@@ -193,5 +193,5 @@ def load(folder: Path, name: str, pretrained: bool = True) -> ViltBackbone:
 
 
 def tiny_vilt(pretrained: bool = True) -> ViltBackbone:
-    """8 blocks, 128 wide, 64 px, patch 8; pretrained by us on Twemoji scenes (docs/pretraining.md)."""
+    """8 blocks, 128 wide, 64 px, patch 8; pretrained by us on drawn scenes (docs/pretraining.md)."""
     return load(WEIGHTS / "tiny-vilt", "tiny-vilt", pretrained)
