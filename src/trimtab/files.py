@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 def cache_dir() -> Path:
@@ -20,9 +24,19 @@ def cache_dir() -> Path:
     return path
 
 
-def _not_written(path: Path, error: OSError) -> OSError:
-    reason = error.strerror or str(error)
-    return OSError(error.errno, f"{path}: not written ({reason}); what was there before stands")
+def system_error(error: Exception) -> OSError:
+    """A failure to write as the system's error; safetensors gives the system's number as text only."""
+    if isinstance(error, OSError):
+        return error
+    found = re.search(r"os error (\d+)", str(error))
+    code = int(found[1]) if found else errno.EIO
+    return OSError(code, os.strerror(code) if found else str(error))
+
+
+def _not_written(path: Path, error: Exception) -> OSError:
+    found = system_error(error)
+    reason = found.strerror or str(found)
+    return OSError(found.errno, f"{path}: not written ({reason}); what was there before stands")
 
 
 @contextmanager
@@ -39,7 +53,7 @@ def replace_file(path: Path) -> Iterator[Path]:
         yield partial
         partial.chmod(0o644)  # mkstemp makes private files; these are ordinary ones
         partial.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _not_written(path, error) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -61,7 +75,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
         except OSError:
             if not path.is_dir():
                 raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _not_written(path, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -41,7 +41,17 @@ def repeated(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
 
 def multiplies(module: nn.Module) -> bool:
     """Whether a module multiplies by weights: linear, convolution, or transformers' transposed linear (`Conv1D`)."""
-    return isinstance(module, (nn.Linear, nn.Conv2d)) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Conv2d) or is_linear(module)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, transformers' transposed one (`Conv1D`, weight (in, out)) among them."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module is transformers' `Conv1D`, by its name: a class of one's own so called may be a convolution."""
+    return type(module).__name__ == "Conv1D" and getattr(module.weight, "ndim", 0) == 2
 
 
 def under(path: str, prefixes: Iterable[str]) -> bool:

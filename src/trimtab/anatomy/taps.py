@@ -8,8 +8,10 @@ the original's. They serve for hooks that are taken away again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ from torch.utils.hooks import RemovableHandle
 from trimtab.anatomy.calls import arguments, passed, signature
 from trimtab.anatomy.parts import Block, Tap
 from trimtab.anatomy.structure import AnatomyError, module_at, plain_module
+
+if TYPE_CHECKING:
+    from trimtab.anatomy.description import Anatomy
 
 
 def pick(value: Any, key: int | str) -> Any:
@@ -193,6 +198,28 @@ def _called(model: nn.Module, path: str) -> nn.Module:
 def read_stream(model: nn.Module, block: Block, then: Callable[[Tensor], Any]) -> RemovableHandle:
     """Call `then` with the stream that enters a block at every forward pass (`Block.stream_of`)."""
     return module_at(model, block.path).register_forward_pre_hook(_ReadStream(block, then), with_kwargs=True)
+
+
+@contextmanager
+def entering(model: nn.Module, anatomy: Anatomy) -> Iterator[dict[str, int]]:
+    """How many samples were given to each tower in the pass before, by its name; without towers that do not tell."""
+    found: dict[str, int] = {}
+    with ExitStack() as stack:
+        for tower in anatomy.towers:
+            if tower.samples is not None:
+                handle = read(model, tower.samples, partial(_note_samples, found, tower.name, 1))
+            elif tower.blocks:
+                handle = read_stream(model, tower.blocks[0], partial(_note_samples, found, tower.name, 3))
+            else:
+                continue
+            stack.callback(handle.remove)
+        yield found
+
+
+def _note_samples(found: dict[str, int], name: str, axes: int, value: Any) -> None:
+    """Note how many rows a value has; of a stream of two axes it cannot be told whether these are samples or tokens."""
+    if isinstance(value, Tensor) and value.ndim >= axes:
+        found[name] = len(value)
 
 
 def rewrite(model: nn.Module, tap: Tap, change: Callable[[Tensor], Tensor]) -> RemovableHandle:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from trimtab.anatomy.parts import Block, Modality, Tower, Weight
-from trimtab.anatomy.structure import AnatomyError, plain_modules, trained_copies, under
+from trimtab.anatomy.structure import AnatomyError, is_linear, plain_modules, trained_copies, under
 
 
 class Described(Protocol):
@@ -82,7 +82,7 @@ def own_matrices(path: str, module: nn.Module, convolutions: bool = False) -> li
     """
     if isinstance(module, nn.MultiheadAttention):
         own = [Weight(path, name, "vision") for name in _IN_ATTENTION]
-    elif isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+    elif is_linear(module):
         own = [Weight(path, "weight", "vision", not isinstance(module, nn.Linear))]
     elif convolutions and isinstance(module, _CONVOLUTIONS):
         own = [Weight(path, "weight", "vision", kernel=tuple(module.weight.shape[1:]))]

@@ -178,9 +178,9 @@ class Adapted(Stack):
         if is_fake(self.model) and (sparsity is not None or given is not None or settings.get("pattern") is not None):
             pruner.assume(self.model, self.anatomy)  # sizes alone: which weights go does not change what they cost
         elif isinstance(given, Masks):
-            pruner.take(given, self.anatomy, given=sparsity is not None)
+            pruner.take(given, self.anatomy, self.model, sparsity)
         elif given is not None:
-            pruner.take(Masks.read(given, self.model), self.anatomy)
+            pruner.take(Masks.read(given, self.model), self.anatomy, self.model, sparsity)
         elif sparsity is None and settings.get("pattern") is None:
             raise ValueError(
                 f"{method}: expected `sparsity`, a number in [0, 1), or `pattern`, such as '2:4'; found none"

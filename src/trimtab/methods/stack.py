@@ -258,10 +258,11 @@ class Stack(Learned):
 
     # --- stored and restored ---
 
-    def _check_zeros(self) -> None:
+    def _check_zeros(self, held: Mapping[str, Tensor] | None = None) -> None:
+        """ValueError if pruned weights of the model, or those that are held under another name, are not zero."""
         if is_fake(self.model):
             return
-        if self.masks is not None and (revived := self.masks.revived(self.model)):
+        if self.masks is not None and (revived := self.masks.revived(self.model, held or {})):
             raise ValueError(
                 f"{len(revived)} of {len(self.masks)} pruned matrices have regained non-zeros, first '{revived[0]}': "
                 "the training loop did not keep the zeros: give `callbacks=fit.callbacks()` to the trainer, or call "
@@ -274,10 +275,11 @@ class Stack(Learned):
 
     def saved(self, name: str | None = None) -> Saved:
         """What `save` writes; errors as there."""
-        self._check_zeros()
+        learned = self.tensors(name)
+        held = {} if name in (None, self.active) else learned
+        self._check_zeros({key.partition(".")[2]: t for key, t in held.items() if not key.startswith("task.")})
         methods = [{"name": m.name, "lever": m.lever, "settings": m.plain_settings(), "state": m.state}
                    for m in self.methods]  # fmt: skip
-        learned = self.tensors(name)
         return Saved(self.base, methods, [dict(m.tensors) for m in self.methods], learned, name or self.active)
 
     def restore(self, saved: Saved, where: str) -> None:

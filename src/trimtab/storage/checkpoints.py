@@ -71,11 +71,28 @@ def write_pretrained(model: Any, folder: Path, sparse: bool, max_shard_size: int
     with quiet():
         model.save_pretrained(dense, max_shard_size=max_shard_size)
     if sparse:
+        _check_named(model, DenseReader(dense))
         _write(DenseReader(dense), folder, "sparse", max_shard_size, consume=True)
         _copy_others(dense, folder)
         shutil.rmtree(dense)
     for file in folder.glob("model*.safetensors"):
         file.chmod(0o644)
+
+
+def _check_named(model: Any, written: DenseReader) -> None:
+    """ValueError if what transformers wrote cannot be read back with each weight's own type."""
+    if not written.files:
+        raise ValueError(f"{type(model).__name__}.save_pretrained wrote no weights of the model beside its config: "
+                         "merge adapters into it first (PEFT: `merge_and_unload()`)")  # fmt: skip
+    own = model.state_dict()
+    kinds = {t.dtype for t in own.values() if t.is_floating_point()}
+    names = (name for file in written.files for name in sorted(open_safetensors(file).keys()))
+    if len(kinds) > 1 and (other := next((name for name in names if name not in own), None)):
+        raise ValueError(
+            f"{type(model).__name__} has weights of several types ({', '.join(sorted(map(str, kinds)))}), and "
+            f"transformers writes them under other names than the model's ('{other}'), so that each one's type would "
+            "be lost in the sparse layout: give all one type first (`model.to(torch.float32)`), or leave out `sparse`"
+        )
 
 
 def load_weights(model_class: Any, folder: Path, config: Any, dtype: torch.dtype | None, **options: Any) -> nn.Module:

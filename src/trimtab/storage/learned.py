@@ -115,8 +115,8 @@ class Trace:
     """What is remembered of a tensor, to see whether it was changed.
 
     Attributes:
-        sums: type -> the sum of the tensor's bits in that type, for the types to which a model may be cast; empty if
-            they cannot be read (fake, quantised or sharded tensors).
+        sums: type -> the sum of the tensor's bits, weighted by place, in that type, for the types to which a model may
+            be cast; empty if they cannot be read (fake, quantised or sharded tensors).
         trained: whether it was to be trained.
     """
 
@@ -141,7 +141,8 @@ def trace(tensor: Tensor) -> Trace:
 
 @torch.no_grad()
 def _sum_of_bits(tensor: Tensor) -> int | None:
-    """The bits of all elements in sum, read as integers of eight bytes; None of tensors that have none to read."""
+    """The bits of all elements in sum, read as integers of eight bytes and weighted by where they stand, so that
+    numbers that changed places are seen (modulo 2^64); None of tensors that have none to read."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     if not plain or tensor.is_meta or tensor.is_quantized:
         return None
@@ -149,4 +150,11 @@ def _sum_of_bits(tensor: Tensor) -> int | None:
     whole = bits.numel() // 8 * 8
     if bits.storage_offset() % 8:
         bits = bits.clone()
-    return int(bits[:whole].view(torch.int64).sum()) + int(bits[whole:].sum(dtype=torch.int64))
+    words, total = bits[:whole].view(torch.int64), int(bits[whole:].sum(dtype=torch.int64))
+    weights = 2 * torch.arange(min(len(words), _PIECE), device=bits.device) + 1
+    for piece in words.split(_PIECE):  # stays in a core's cache
+        total = (total * _STEP + int((piece * weights[: len(piece)]).sum())) % 2**64
+    return total
+
+
+_PIECE, _STEP = 1 << 15, 0x9E3779B97F4A7C15  # numbers at a time; an odd factor with bits all over

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trimtab.files import replace_file
+from trimtab.files import replace_file, system_error
 
 DENSE = ".safetensors"
 SHARD_SIZE = "2GB"
@@ -189,9 +189,8 @@ class ShardWriter:
         try:
             save_file(self.parts, partial, self.metadata(self.notes))
         except (SafetensorError, OSError) as error:
-            found = re.search(r"os error (\d+)", str(error))  # safetensors gives the system's number as text only
-            code = int(found[1]) if found else getattr(error, "errno", None) or errno.EIO
-            raise OSError(code, os.strerror(code), str(self.folder)) from error
+            found = system_error(error)
+            raise OSError(found.errno or errno.EIO, found.strerror or str(found), str(self.folder)) from error
         partial.chmod(0o644)  # mkstemp makes private files; these are ordinary ones
         self._clear()
 

@@ -191,6 +191,7 @@ class SparseWriter:
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Add tensors; those among them that are one and the same are stored once."""
+        tensors = dict(tensors)  # what a mapping makes when it is looked at must live while addresses are compared
         same = aliases(tensors)
         for name, tensor in tensors.items():
             if name in same:

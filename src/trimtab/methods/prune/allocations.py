@@ -114,7 +114,7 @@ def floored(counts: Mapping[Weight, int], known: Mapping[Weight, int], floor: fl
     Args:
         counts: number of weights that each tensor gives.
         known: number of weights that it has.
-        floor: the least share that it keeps, at most what all keep together.
+        floor: the least share that it keeps, to within one weight, at most what all keep together.
 
     Returns:
         Counts with the same sum.
@@ -123,7 +123,11 @@ def floored(counts: Mapping[Weight, int], known: Mapping[Weight, int], floor: fl
         ValueError: if less than the floor is kept of all tensors together.
     """
     most = {w: n - math.ceil(floor * n - 1e-9) for w, n in known.items()}
-    if sum(counts.values()) > sum(most.values()):
+    excess = sum(counts.values()) - sum(most.values())
+    for w, n in known.items():  # a floor that is all that is kept: rounded up in every tensor it would be more
+        if excess > 0 and n - most[w] > floor * n:
+            most[w], excess = most[w] + 1, excess - 1
+    if excess > 0:
         kept = 1 - sum(counts.values()) / sum(known.values())
         raise ValueError(f"floor: expected at most the share of all weights that is kept, {kept:.4g}, found {floor}")
     given = {w: min(counts[w], most[w]) for w in known}

@@ -224,7 +224,8 @@ class Pruner(Method):
     def prepare(self, session: Session) -> None:
         """Find the masks, or read those that the setting `masks` names."""
         if self.settings.masks is not None:
-            self.take(Masks.read(self.settings.masks, session.plain), session.anatomy)
+            found = Masks.read(self.settings.masks, session.plain)
+            self.take(found, session.anatomy, session.plain, self.settings.sparsity)
             self.state["from"] = self.settings.masks
             return
         s = self.settings
@@ -243,36 +244,51 @@ class Pruner(Method):
         """The sparsity that the settings ask for."""
         return DEFAULT_SPARSITY if self.settings.sparsity is None else self.settings.sparsity
 
-    def take(self, masks: Masks, anatomy: Anatomy, given: bool = False) -> None:
+    def take(self, masks: Masks, anatomy: Anatomy, given: nn.Module | None = None, asked: float | None = None) -> None:
         """Take masks over as what this pruner found, with the numbers that a run keeps.
 
         Args:
             masks: what was found.
             anatomy: of the model.
-            given: found before, not just now by this pruner: then the settings must not contradict them.
+            given: the model to which they are given, if they were found before and not just now by this pruner: then
+                the settings must not contradict them, and a prunable weight without a mask is warned of.
+            asked: the sparsity that they should have.
 
         Raises:
-            ValueError: if another pruner found them, or they are of another sparsity than the settings say.
+            ValueError: if another pruner found them, or they are not what the settings say.
         """
         settings = self.settings
         where = "masks" if settings.masks is None else f"masks: those of '{settings.masks}'"
         if masks.found_by not in ("", self.name):
             raise ValueError(f"{where} were found by {masks.found_by!r}, not by {self.name!r}: name {masks.found_by!r}")
-        # A threshold with ties, or shares that are cut to integers, give a little more or less than was asked for.
-        if (
-            (given or settings.masks)
-            and settings.sparsity is not None
-            and abs(masks.sparsity - settings.sparsity) > 0.05
-        ):
-            raise ValueError(
-                f"{where} have the sparsity {masks.sparsity:.4f}, the settings say {settings.sparsity}: leave out "
-                "`sparsity`, or name other masks"
-            )
+        if given is not None:
+            self._check_given(masks, where, asked)
+            own = list(dict.fromkeys(w.path for w in self.matrices(given, anatomy)))
+            if bare := [path for path in own if path not in masks]:
+                warnings.warn(
+                    f"{where}: {len(bare)} of {len(own)} prunable weights have no mask and stay as they are, first "
+                    f"'{bare[0]}'; the sparsity that is told is of the others",
+                    stacklevel=3,
+                )
         self.tensors = masks.packed()
         shapes = {path: list(shape) for path, shape in masks.shapes.items()}
         self.state = {"pruner": masks.found_by, **summary(masks, anatomy), "shapes": shapes}
         if masks.calibration:
             self.state["calibration"] = masks.calibration
+
+    def _check_given(self, masks: Masks, where: str, asked: float | None) -> None:
+        """ValueError if masks that were found before are not what the settings say."""
+        settings, found, pattern = self.settings, masks.sparsity, self.settings.n_of_m
+        # Shares that are cut to integers, and groups of a pattern, give a little more or less than was asked for.
+        if asked is not None and abs(found - asked) > 0.05:
+            raise ValueError(f"{where} have the sparsity {found:.4f}, the settings say {asked}: leave out "
+                             "`sparsity`, or name other masks")  # fmt: skip
+        if named := next((k for k in ("allocation", "floor", "until") if getattr(settings, k)), None):
+            raise ValueError(f"{named}: {where} have their shares already; leave out `{named}` or `masks`")
+        for path, bits in masks.bits.items() if pattern else ():
+            if pattern and not any(_in_groups(m, *pattern) for m in (bits.mask, bits.mask.transpose(-1, -2))):
+                raise ValueError(f"pattern {settings.pattern!r}: {where} do not have it, first '{path}': leave out "
+                                 "`pattern`, or name other masks")  # fmt: skip
 
     def assume(self, model: nn.Module, anatomy: Anatomy, session: Session | None = None) -> None:
         """Masks that keep everything, of the size of real ones: zeros change no cost but the number of non-zeros.
@@ -348,6 +364,11 @@ class Pruner(Method):
 
     def fold(self, model: nn.Module) -> None:
         self.attached.enforce(model)  # an update that a later method merged is multiplied by the mask
+
+
+def _in_groups(mask: Tensor, kept: int, size: int) -> bool:
+    """Whether `kept` of every `size` neighbours along the last axis are True."""
+    return mask.shape[-1] % size == 0 and bool((mask.reshape(-1, size).sum(dim=1) == kept).all())
 
 
 def summary(masks: Masks, anatomy: Anatomy) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from trimtab.anatomy import entering
 from trimtab.methods.base import METHODS
 from trimtab.methods.prune.allocations import Matrices
 from trimtab.methods.prune.base import Pruner, found_masks
@@ -236,10 +237,13 @@ class Chita(Pruner):
         """The model of the loss around the current weights, from a round's batches; only `alive` ones (P,) can move."""
         samples: list[int] = []
 
-        def counted() -> Iterator[Batch]:
+        def noted() -> Iterator[Batch]:
             for batch in batches:
-                samples.append(len(next(v for v in batch.values() if isinstance(v, Tensor))))
+                first = next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
                 yield batch
+                # A row may have several pictures, or as many patches as it likes; then the texts tell.
+                samples.append(min(entered.values(), default=first))
+                entered.clear()
 
         flat = torch.cat([t.flatten() for t in weights.values()]).float()
         rows: list[Tensor] = []
@@ -248,11 +252,12 @@ class Chita(Pruner):
             stacked = torch.stack(list(own))
             return Quadratic(stacked, flat, stacked.sum(dim=0) / samples[0], len(own) * self.settings.ridge / 2)
 
-        source: Iterable[Batch | None] = counted()
+        source: Iterable[Batch | None] = noted()
         if settling is not None:
             source = settling.over(source, lambda: [model(rows[::2]), model(rows[1::2])])
-        for g in gradients(calibration, weights, source):
-            rows.append(torch.cat([g[w].flatten() for w in weights]).float() * alive)
+        with entering(calibration.plain, calibration.anatomy) as entered:
+            for g in gradients(calibration, weights, source):
+                rows.append(torch.cat([g[w].flatten() for w in weights]).float() * alive)
         return model(rows)
 
 

@@ -166,13 +166,19 @@ class Masks(Mapping[str, Tensor]):
             parameter.masked_fill_(gone, 0)  # a product with the mask would leave -0.0
 
     @torch.no_grad()
-    def revived(self, model: nn.Module) -> list[str]:
+    def revived(self, model: nn.Module, held: Mapping[str, Tensor] | None = None) -> list[str]:
         """Paths of the weights that are not zero where they were pruned: something has trained or loaded them.
+
+        Args:
+            model: that was pruned.
+            held: values by the names of the model's parameters, which count in place of its own.
 
         Raises:
             ValueError: if the masks are for another model.
         """
-        revived = (path for path, p, gone in self._pruned(model) if p.masked_fill(~gone, 0).any())
+        names = {id(p): name for name, p in model.named_parameters()} if held else {}
+        values = ((path, (held or {}).get(names.get(id(p), ""), p), gone) for path, p, gone in self._pruned(model))
+        revived = (path for path, p, gone in values if p.to(gone.device).masked_fill(~gone, 0).any())
         return list(dict.fromkeys(revived))
 
     def keep(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[RemovableHandle]:

@@ -107,7 +107,7 @@ def check_stored(model: nn.Module, anatomy: Anatomy, convolutions: bool = False)
 def _numbers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A module's own matrices: parameters, and the buffers that quantised layers keep theirs in."""
     yield from ((n, p) for n, p in module._parameters.items() if p is not None and p.ndim > 1)
-    for name, buffer in module._buffers.items():
+    for name, buffer in () if module._modules else module._buffers.items():  # a block's own are masks, not weights
         stored = buffer is not None and name not in module._non_persistent_buffers_set
         if stored and buffer.ndim > 1 and buffer.dtype in _PACKED:  # type: ignore[union-attr]
             yield name, buffer  # type: ignore[misc]

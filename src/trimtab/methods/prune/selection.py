@@ -37,7 +37,9 @@ def kth_smallest(scores: Sequence[Tensor], count: int) -> Tensor:
         raise ValueError(f"the {count}-th smallest of {total} scores was asked for: expected 1 to {total}")
     if total <= _SMALL:
         return torch.cat([s.flatten() for s in scores]).kthvalue(count).values
-    bits = 64 if scores[0].dtype == torch.float64 else 32
+    bits = 64 if any(s.dtype == torch.float64 for s in scores) else 32
+    if bits == 64:
+        scores = [s.double() for s in scores]  # the same tensors, unless types are mixed
     found = shift = 0
     for width in [_DIGIT] * (bits // _DIGIT) + [bits % _DIGIT]:
         above = bits - shift
@@ -158,7 +160,7 @@ def smallest(scores: Tensor, count: int, weights: Tensor | None = None) -> Tenso
     if count < 1:
         return torch.ones_like(scores, dtype=torch.bool)
     threshold = kth_smallest([scores], count)
-    mask = scores > threshold
+    mask = (scores > threshold).contiguous()  # a weight stored (in, out) is a view with other strides
     tied = (scores == threshold).flatten().nonzero()[:, 0]
     stay = len(tied) - (count - int((scores < threshold).count_nonzero()))  # a sum copies into 8 bytes a number
     if stay:

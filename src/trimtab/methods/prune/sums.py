@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from trimtab import processes
 from trimtab.anatomy import Anatomy, Block, Tap, Tower, Weight, read, read_stream
 from trimtab.anatomy.calls import arguments
-from trimtab.anatomy.structure import plain_module, plain_modules
+from trimtab.anatomy.structure import is_linear, plain_module, plain_modules
 from trimtab.methods.prune.attention import batch_first, projecting_outside
 from trimtab.methods.prune.calibration import Batch
 from trimtab.methods.prune.convolutions import Convolutions, patch_sums
@@ -50,12 +50,12 @@ class _Sum:
 
 
 class _Reduced(NamedTuple):
-    """What an input was reduced to: its samples, and the sum over its valid tokens of x_j^2 or of x x^T."""
+    """What an input was reduced to: its samples if it tells, and the sum over its valid tokens of x_j^2 or of x x^T."""
 
     input: weakref.ref[Tensor]
     version: int
     mask: Tensor | None
-    samples: int
+    samples: int | None
     total: Tensor
 
 
@@ -63,10 +63,10 @@ class _Reduced(NamedTuple):
 class InputSums:
     """Sums over the inputs of matrices while the model is called, in forward hooks: nothing of a batch is kept.
 
-    Padding tokens are left out where an input is as long as its tower's mask, and where it is what a block reads of
-    another tower (`Tower.memory`, `Tower.memories`), by that tower's mask. Any other input is counted whole. Without a
-    described memory nothing tells image tokens that a text tower attends to from text of the same length: the text's
-    mask is applied.
+    Padding tokens are left out where an input is as long as its tower's mask, be it (B, L, in) or all tokens in one row
+    (B L, in), and where it is what a block reads of another tower (`Tower.memory`, `Tower.memories`), by that tower's
+    mask. Any other input is counted whole. Without a described memory nothing tells image tokens that a text tower
+    attends to from text of the same length: the text's mask is applied.
 
     A context manager: the hooks are gone and the model is as before when it is left.
 
@@ -90,15 +90,17 @@ class InputSums:
         self.attention_masks: dict[str, Tensor | None] = {}
         self.sources: dict[str, Tensor | None] = {}
         self.samples: dict[str, int] = {}
+        self.entered: dict[str, int] = {}  # samples in a tower's stream, where nothing else tells them
         self.memories: dict[str, dict[tuple[int, torch.Size], str]] = {}
         self.valid: dict[str, bool] = {}  # whether a masked tower was given a valid token in any batch
         self.last: _Reduced | None = None
         self.number = 1  # of the batch that the model is given
         self.stack = ExitStack()
-        self.holders: dict[int, list[nn.Module]] = {}
-        for _, module in plain_modules(self.model):
-            if (own := module._parameters.get("weight")) is not None:
-                self.holders.setdefault(id(own), []).append(module)
+        self.holders: dict[int, list[str]] = {}  # paths of the layers that hold a weight: several may share it
+        for path, module in plain_modules(self.model):
+            for own in module._parameters.values():
+                if own is not None:
+                    self.holders.setdefault(id(own), []).append(path)
         sizes = {w: rows_and_columns(self.model, w) for w in self.weights}
         self.rows = {w: rows for w, (rows, _) in sizes.items()}
         # Room for sums of squares is taken before any pass: small tensors that stay, among a pass's large ones that
@@ -106,8 +108,10 @@ class InputSums:
         self.room = {} if self.gram else {w: torch.zeros(columns, dtype=torch.float64)
                                           for w, (_, columns) in sizes.items() if w.of(self.model).is_cpu}  # fmt: skip
         self.towers = {w: tower for w in self.weights if (tower := self.anatomy.owner(w.module))}
-        names = {t.name for t in self.towers.values()} | {t.memory for t in self.towers.values() if t.memory}
-        names |= {read for t in self.towers.values() for _, read in t.memories}
+        places = {path for w in self.weights for path in self.holders.get(id(w.of(self.model)), [])}
+        towers = [*self.towers.values(), *filter(None, map(self.anatomy.owner, sorted(places)))]
+        names = {t.name for t in towers} | {t.memory for t in towers if t.memory}
+        names |= {read for t in towers for _, read in t.memories}
         self.watched = [t for t in self.anatomy.towers if t.name in names]
         for tower in self.watched:
             tower.need("calibration", "samples")
@@ -123,6 +127,8 @@ class InputSums:
                     self._hold(read_stream(self.model, tower.blocks[0], partial(self._widen, tower.name, tower.mask)))
             if tower.samples is not None:
                 self._hold(read(self.model, tower.samples, partial(self._count, tower.name)))
+            elif tower.blocks:
+                self._hold(read_stream(self.model, tower.blocks[0], partial(self._enter, tower.name)))
             for block in tower.blocks if tower.memory else ():
                 hook = partial(self._memory, tower, block)
                 self._hold(self.model.get_submodule(block.path).register_forward_pre_hook(hook, with_kwargs=True))
@@ -157,6 +163,10 @@ class InputSums:
     def _count(self, tower: str, value: Tensor) -> None:
         self.samples[tower] = len(value)
 
+    def _enter(self, tower: str, stream: Tensor) -> None:
+        if stream.ndim > 2:
+            self.entered[tower] = len(stream)
+
     def _memory(self, tower: Tower, block: Block, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note of which tower is what a block is given beside its stream, by where it lies."""
         stream = block.stream_of(module, args, kwargs)
@@ -170,20 +180,23 @@ class InputSums:
         }
 
     def _watch(self, weight: Weight) -> None:
-        owner, _, name = weight.module.rpartition(".")
-        parent, module = plain_module(self.model, owner), plain_module(self.model, weight.module)
-        if isinstance(module, nn.MultiheadAttention):
-            hook = partial(self._attention, weight)
-            self._hold(module.register_forward_pre_hook(hook, with_kwargs=True))
-        elif isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
-            self.stack.enter_context(projecting_outside(parent, module, lambda x: self._add(weight, [x])))
-        else:
-            for layer in self.holders[id(weight.of(self.model))]:  # several layers may share a weight
-                self._hold(layer.register_forward_pre_hook(partial(self._layer, weight), with_kwargs=True))
+        """Look at a weight in every layer that holds it: each has its own tower, whose mask and samples count."""
+        for path in self.holders[id(weight.of(self.model))]:
+            owner, _, name = path.rpartition(".")
+            parent, module = plain_module(self.model, owner), plain_module(self.model, path)
+            tower = self.anatomy.owner(path)
+            if isinstance(module, nn.MultiheadAttention):
+                hook = partial(self._attention, weight, tower)
+                self._hold(module.register_forward_pre_hook(hook, with_kwargs=True))
+            elif isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
+                self.stack.enter_context(projecting_outside(parent, module, partial(self._add_one, weight, tower)))
+            elif _called(module):
+                hook = partial(self._layer, weight, tower)
+                self._hold(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _layer(self, weight: Weight, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _layer(self, weight: Weight, tower: Tower | None, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Add what a linear layer, which has one argument, is given."""
-        self._add(weight, [args[0] if args else next(iter(kwargs.values()))])
+        self._add(weight, tower, [args[0] if args else next(iter(kwargs.values()))])
 
     def _product(self, product: Product) -> None:
         """Add what a bare parameter, or an expert, is multiplied with."""
@@ -194,21 +207,28 @@ class InputSums:
                 f"'{weight}' was expected as {'(in, out)' if weight.transposed else '(out, in)'}, and is multiplied as "
                 f"{stored}: leave '{weight.module}' out of the towers' scopes"
             )
-        self._add(weight, [product.input])
+        self._add(weight, self.towers.get(weight), [product.input])
 
-    def _attention(self, weight: Weight, module: nn.MultiheadAttention, args: tuple, kwargs: dict) -> None:
+    def _attention(self, weight: Weight, tower: Tower | None, module: nn.MultiheadAttention, args: tuple,
+                   kwargs: dict) -> None:  # fmt: skip
         names = ("query", "key", "value")
         given = [args[i] if i < len(args) else kwargs[n] for i, n in enumerate(names)]
         if weight.parameter != "in_proj_weight":  # q_proj_weight and so on: key and value have widths of their own
             given = [given["qkv".index(weight.parameter[0])]]
         elif given[0] is given[1] is given[2]:
             given = given[:1]
-        self._add(weight, [batch_first(x, module) for x in given])
+        self._add(weight, tower, [batch_first(x, module) for x in given])
 
-    def _add(self, weight: Weight, inputs: list[Tensor]) -> None:
-        """Add the inputs (..., in) of a weight's parts."""
-        found = [self._reduced(given, self._mask(weight, given)) for given in inputs]
-        self._sum(weight, [f.total for f in found], found[0].samples)
+    def _add_one(self, weight: Weight, tower: Tower | None, given: Tensor) -> None:
+        self._add(weight, tower, [given])
+
+    def _add(self, weight: Weight, tower: Tower | None, inputs: list[Tensor]) -> None:
+        """Add the inputs (..., in) of a weight's parts, in a layer of a tower."""
+        found = [self._reduced(given, self._mask(tower, given)) for given in inputs]
+        samples = found[0].samples
+        if samples is None:
+            samples = self.entered.get(tower.name if tower else "", len(inputs[0]) if inputs[0].ndim > 1 else 1)
+        self._sum(weight, tower, [f.total for f in found], samples)
 
     def _reduced(self, given: Tensor, mask: Tensor | None) -> _Reduced:
         """The sums of an input. Linear layers that are called on one tensor after another (query, key and value) share
@@ -217,9 +237,12 @@ class InputSums:
         if last and last.input() is given and last.version == version >= 0 and last.mask is mask:
             return last
         x = given.detach()
-        samples = len(x) if x.ndim > 1 else 1
-        if mask is not None and x.ndim == 3 and mask.shape == x.shape[:2] and not mask.all():
-            x = x[mask.bool()]
+        samples = None if x.ndim < 3 else len(x)  # a layer that is given all tokens in one row does not say how many
+        if mask is not None and not mask.all():
+            if x.ndim == 3 and mask.shape == x.shape[:2]:
+                x = x[mask.bool()]
+            elif x.ndim == 2 and mask.numel() == len(x):
+                x = x[mask.flatten().bool()]
         x = x.reshape(-1, x.shape[-1])
         total = gram(x) if self.gram else squares(x)
         self.last = _Reduced(weakref.ref(given), version, mask, samples, total)
@@ -229,21 +252,23 @@ class InputSums:
         """Add the patches that a convolution is about to read; of a padded text (B, C, L) those of padding are zero."""
         x = single(call["input"].detach())
         x = x if x.ndim == call["weight"].ndim else x[None]
-        mask = self._mask(weight, x)
+        tower = self.towers.get(weight)
+        mask = self._mask(tower, x)
         if mask is not None and x.ndim == 3 and mask.shape == (x.shape[0], x.shape[2]):
             x = x.masked_fill(~mask.bool()[:, None], 0)
         with torch.no_grad():
-            self._sum(weight, patch_sums({**call, "input": x}, self.gram), len(x))
+            self._sum(weight, tower, patch_sums({**call, "input": x}, self.gram), len(x))
 
-    def _mask(self, weight: Weight, x: Tensor) -> Tensor | None:
-        """The mask of the tower that an input comes from: its weight's own, or the one whose output is read."""
-        tower = self.towers.get(weight)
+    def _mask(self, tower: Tower | None, x: Tensor) -> Tensor | None:
+        """The mask of the tower that an input comes from: its layer's own, or the one whose output is read."""
         if tower is None:
             return None
         return self.attention_masks.get(self.memories.get(tower.name, {}).get((x.data_ptr(), x.shape), tower.name))
 
-    def _sum(self, weight: Weight, totals: list[Tensor], samples: int) -> None:
+    def _sum(self, weight: Weight, tower: Tower | None, totals: list[Tensor], samples: int) -> None:
         """Add the sums of a weight's parts, among which its rows are divided evenly."""
+        if tower is not None:
+            samples = self.samples.get(tower.name, samples)
         self._add_to(self.sums, weight, totals, samples)
         if self.halved and self.number % 2:
             self._add_to(self.first, weight, totals, samples)
@@ -259,9 +284,8 @@ class InputSums:
         if len(sums) != len(totals):
             raise ValueError(f"'{weight.module}' attends to its own input in one call and to another in the next; "
                              f"leave it out of the towers' scopes: one weight cannot be scored for both")  # fmt: skip
-        tower = self.towers.get(weight)
         for part, total in zip(sums, totals, strict=True):
-            part.samples += self.samples.get(tower.name, samples) if tower else samples
+            part.samples += samples
             part.dtype = torch.promote_types(part.dtype, total.dtype)
             wide = torch.float32 if total.is_mps else torch.float64  # Apple's GPUs have no double precision
             if part.total.shape == total.shape and part.total.device == total.device:
@@ -279,6 +303,7 @@ class InputSums:
             self.attention_masks.clear()
             self.sources.clear()
             self.samples.clear()
+            self.entered.clear()
             self.number = number = processes.number(own)
             yield batch
             if batch is None:
@@ -405,4 +430,4 @@ class InputSums:
 
 def _called(module: nn.Module) -> bool:
     """Whether a module's inputs are what it is called with, or torch's attention, which is read around."""
-    return isinstance(module, (nn.Linear, nn.MultiheadAttention)) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.MultiheadAttention) or is_linear(module)

@@ -11,10 +11,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Tower
-from trimtab.anatomy.structure import is_wrapped, module_at, plain_modules, replace_module, under
+from trimtab.anatomy.structure import is_linear, is_wrapped, module_at, plain_modules, replace_module, under
 from trimtab.methods.base import METHODS, Method
 from trimtab.methods.tune.fused import FUSED, is_fused, transparent
-from trimtab.methods.tune.roles import is_linear, queries_and_values, silent_attentions, wrappers
+from trimtab.methods.tune.roles import queries_and_values, silent_attentions, wrappers
 from trimtab.registry import unknown
 from trimtab.settings import within
 

@@ -61,11 +61,6 @@ ATTENTIONS: tuple[Attention, ...] = (
 )
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, transformers' transposed one (`Conv1D`) among them."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
 def queries_and_values(linears: Mapping[str, nn.Module], wrapped: Mapping[str, str] | None = None) -> list[str]:
     """The paths of those linear layers that give queries and values of an attention.
 
