@@ -1,4 +1,4 @@
-"""Statistics of inputs are those of valid tokens, a sample each, wherever a layer stands and whatever shares its weight."""
+"""Statistics of inputs are of valid tokens and by samples, wherever a layer stands and whatever shares its weight."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def means(model: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def opt() -> nn.Module:
     torch.manual_seed(0)
-    return OPTForCausalLM(OPTConfig(hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2,
-                                    vocab_size=40, word_embed_proj_dim=16, max_position_embeddings=64)).eval()  # fmt: skip
+    config = OPTConfig(hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=40,
+                       word_embed_proj_dim=16, max_position_embeddings=64)  # fmt: skip
+    return OPTForCausalLM(config).eval()
 
 
 def test_layers_that_are_given_all_tokens_in_one_row_leave_padding_out_and_count_samples(opt):
