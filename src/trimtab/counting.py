@@ -12,6 +12,7 @@ latency               median, 10th and 90th percentile of repeated calls
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 import weakref
@@ -39,12 +40,39 @@ def count_inside(modules: Sequence[nn.Module], function: Callable[[], Any]) -> t
     """Multiply-adds of a call, and those inside each of some modules that it runs."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    # The counter knows the matrix products inside the plain attention kernel, but not the CPU's fused one.
-    counter: Any = FlopCounterMode(display=False)
+    # The counter knows the matrix products inside plain kernels, but not the fused ones of attention and of torch's
+    # encoder layers.
+    counter: Any = FlopCounterMode(display=False, custom_mapping=_more_products())
     counter.mod_tracker = _NoModules()
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        inside = _inside(modules, counter.get_total_flops, function)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            inside = _inside(modules, counter.get_total_flops, function)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops() // 2, [int(flops) // 2 for flops in inside]
+
+
+def _more_products() -> dict[Any, Callable[..., int]]:
+    """FLOPs of products that torch's counter does not know, from the shapes of what they are given."""
+
+    def grouped(a: Sequence[int], b: Sequence[int], *rest: Any, **more: Any) -> int:
+        """Experts: (rows, in) by (experts, in, out), each row by one, and the other ways to divide a product."""
+        return 2 * (a[0] if len(a) == len(b) == 3 else 1) * a[-2] * a[-1] * b[-1]
+
+    def vector(a: Sequence[int], *rest: Any, **more: Any) -> int:
+        return 2 * a[0] * a[1]
+
+    def added(bias: Sequence[int], a: Sequence[int], *rest: Any, **more: Any) -> int:
+        return vector(a)
+
+    def recurrent(x: Sequence[int], w: Sequence[int], u: Sequence[int], *rest: Any, **more: Any) -> int:
+        """One direction of an LSTM's layer: inputs (steps, batch, in), weights (4 out, in) and (4 out, out)."""
+        return 2 * math.prod(x[:-1]) * (math.prod(w) + math.prod(u))
+
+    aten = torch.ops.aten
+    return {aten._grouped_mm: grouped, aten.mv: vector, aten.addmv: added, aten.mkldnn_rnn_layer: recurrent}
 
 
 class _NoModules:

@@ -323,10 +323,9 @@ class Search:
 
     @property
     def best(self) -> Trial:
-        """The trial of the highest validation score among those that were trained to the end from a cold start."""
-        return max(
-            (t for t in self.done if t.status == "whole" and t.start is None), key=lambda t: (t.score, -t.number)
-        )
+        """The trial of the highest validation score among those that keep this budget (a folder may hold trials of
+        another one) and were trained to the end from a cold start."""
+        return max((t for t in self.done if self._kept(t) and t.start is None), key=lambda t: (t.score, -t.number))
 
     @property
     def paid(self) -> int:

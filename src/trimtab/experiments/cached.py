@@ -27,6 +27,7 @@ from trimtab.data.augment import Augmentation
 from trimtab.experiments import collation
 from trimtab.experiments.collation import SOME, Collation, longer, table_print, tensors_print
 from trimtab.files import cache_dir
+from trimtab.methods.saved import configuration
 from trimtab.methods.tune import cache
 from trimtab.methods.tune.cache import ActivationCache, Column, Precision
 from trimtab.methods.tune.frozen import Playing, Recording
@@ -91,6 +92,7 @@ class TableCache(ActivationCache):
             "table": table_print(self.collation.table), "augmentation": str(augmentation) if augmentation else None,
             "forward": str(autocast) if autocast else None, "backbone": self._frozen_print(),
             "leaves": self.plan.told(), "inputs": tensors_print(sorted(self.example.items())),
+            "rows of inputs": self.collation.inputs_print, "configuration": configuration(model.backbone.model),
         }  # fmt: skip
         if folder is None:
             name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]

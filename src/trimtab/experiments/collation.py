@@ -93,20 +93,30 @@ class Collation:
 
     # --- what is ragged -------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def _shapes(self) -> list[dict[str, tuple[int, ...]]]:
-        """Shapes of all batches of all views, without their pictures' contents, and of single rows."""
-        found, count = [], len(self.table)
+        return self._looked_at[0]
+
+    @property
+    def inputs_print(self) -> str:
+        """A hash of what the task makes of all rows but their pictures: words as they are cut and padded, targets."""
+        return self._looked_at[1]
+
+    @cached_property
+    def _looked_at(self) -> tuple[list[dict[str, tuple[int, ...]]], str]:
+        """Shapes of all batches of all views, and of single rows; a hash of all but pictures in these batches."""
+        found, count, digest = [], len(self.table), hashlib.sha256()
         for view in range(self.views):
             for start in range(0, count, RUN_ROWS):
                 rows = [blanked(row) for row in self.rows(start, min(start + RUN_ROWS, count), view)]
                 batch = self.collated(rows, augmented=False)
                 found.append({k: tuple(v.shape[1:]) for k, v in batch.items()})
+                digest.update(tensors_print(sorted((k, v) for k, v in batch.items() if v.ndim < 4)).encode())
         least = self.model.task.least
         for i in {(i * count) // 8 for i in range(8)}:
             rows = [blanked(self.row(i + j)) for j in range(least)]
             found.append({k: tuple(v.shape[1:]) for k, v in self.collated(rows, augmented=False).items()})
-        return found
+        return found, digest.hexdigest()[:16]
 
     @cached_property
     def ragged(self) -> dict[str, Ragged]:

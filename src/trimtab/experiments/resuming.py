@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,8 @@ else:
     _Base = object
 
 
-def training_key(model: nn.Module, spec: TrainingSpec, seed: int, steps: int, rows: int, table: str) -> dict[str, Any]:
+def training_key(model: nn.Module, spec: TrainingSpec, seed: int, steps: int, rows: int, table: str,
+                 made_of: Mapping[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
     """To which training a checkpoint belongs, as plain JSON.
 
     Args:
@@ -51,14 +53,19 @@ def training_key(model: nn.Module, spec: TrainingSpec, seed: int, steps: int, ro
         steps: in all.
         rows: of the table.
         table: its print (`cached.table_print`).
+        made_of: what the model was made of beside its parameters' shapes: base, methods, task.
     """
     shapes = [(n, list(p.shape), p.requires_grad) for n, p in model.named_parameters()]
     return {
         **{k: v for k, v in json.loads(json.dumps(asdict(spec))).items() if k not in FREE}, "steps": steps,
         "seed": seed, "rows": rows, "table": table, "draws": draws.VERSION,
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "parameters": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16],
+        "parameters": _print(shapes), **{k: _print(v) for k, v in (made_of or {}).items()},
     }  # fmt: skip
+
+
+def _print(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def mark_whole(folder: Path, key: dict[str, Any], running: dict[str, float]) -> None:
@@ -116,6 +123,7 @@ class Resumable(_Base):
     spec: TrainingSpec
     judge: Judge | None
     key: dict[str, Any]
+    made_of: Mapping[str, Any] | None
     _tr_loss: torch.Tensor
     _globalstep_last_logged: int
 
@@ -125,7 +133,7 @@ class Resumable(_Base):
 
         assert self.model is not None
         self.key = training_key(self.model, self.spec, self.args.seed, self.args.max_steps, len(table),
-                                table_print(encoded(table)))  # fmt: skip
+                                table_print(encoded(table)), self.made_of)  # fmt: skip
         self.key |= {} if self.judge is None else self.judge.key()
         found = last_whole(Path(str(self.args.output_dir)), self.key)
         if found is not None:

@@ -168,7 +168,14 @@ def _train(parts: Assembly, train: Any, recipe: Recipe, label: str, folder: Path
         learner, cache, own = _from_cache(parts, train, spec, label)
     callbacks = [*own, *callbacks]
     return training.fit(learner, train, spec, recipe.seed, callbacks, label, checkpoints=folder / "checkpoints",
-                        rates=rates, cache=cache, reports=folder, judge=judge)  # fmt: skip
+                        rates=rates, cache=cache, reports=folder, judge=judge,
+                        made_of=_made_of(recipe, parts))  # fmt: skip
+
+
+def _made_of(recipe: Recipe, parts: Assembly) -> dict[str, Any]:
+    """Of a recipe what decides which function is trained, for checkpoints."""
+    told = recipe.to_dict()
+    return {"base": parts.fit.base, **{k: told.get(k) for k in ("backbone", "task", "data", "methods", "policy")}}
 
 
 def _judge(parts: Assembly, validation: Any, spec: TrainingSpec) -> Judge | None:

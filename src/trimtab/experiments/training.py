@@ -156,6 +156,7 @@ def fit(
     cache: Any = None,
     reports: Path | None = None,
     judge: Judge | None = None,
+    made_of: Mapping[str, Any] | None = None,
 ) -> list[dict[str, float]]:
     """Train what requires gradients and return the logged history.
 
@@ -174,6 +175,7 @@ def fit(
             None hands them to nobody.
         judge: evaluates every `spec.evaluate_every` steps and at the end, and decides under `schedule: plateau` and
             which weights are the best.
+        made_of: what the model was made of, plain JSON by name: a checkpoint of another one is not taken up.
 
     Raises:
         RecipeError: if there is no judge and one must decide.
@@ -208,6 +210,7 @@ def fit(
             data_collator=feed,
             callbacks=[*(callbacks or []), told],
         )
+        trainer.made_of = made_of
         trainer.judged_by(judge)
         if judge is not None and spec.load_best_model_at_end:
             best = Best(judge, model, Path(str(args.output_dir)), saving)

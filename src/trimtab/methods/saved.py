@@ -144,6 +144,24 @@ def identity(model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:
     return found | ({"seen": to_plain(anatomy)} if anatomy.seen else {})
 
 
+def configuration(model: nn.Module) -> dict[str, Any]:
+    """What a model's configuration says of what it computes, as plain JSON; empty without one."""
+    config: Any = getattr(model, "config", None)
+    said = config.to_dict() if hasattr(config, "to_dict") else {}
+    return _without(json.loads(json.dumps(said, sort_keys=True, default=str)))
+
+
+def _without(value: Any) -> Any:
+    """A configuration without names, versions and types of numbers, its parts' too: they change no output."""
+    if not isinstance(value, dict):
+        return value
+    return {k: _without(v) for k, v in value.items() if k not in _NAMES and not k.startswith("_attn")}
+
+
+_NAMES = {"_name_or_path", "name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache",
+          "_commit_hash", "output_attentions", "output_hidden_states", "return_dict"}  # fmt: skip
+
+
 def seen_before(folder: Path, model: nn.Module) -> Anatomy | None:
     """The anatomy that a folder keeps of a model that nobody described; None if it keeps none.
 

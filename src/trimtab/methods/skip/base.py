@@ -82,6 +82,7 @@ class Skipping(Method):
     changes = "tree"
     teaches: ClassVar[bool] = False  # whether its search trains adapters
     settings: SkipSettings
+    drawn: int | None = None  # from which seed adapters are drawn; None: from torch's own state
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
@@ -194,13 +195,13 @@ class Skipping(Method):
             if (found := journal.read("found")) is not None:
                 self.state, self.trained = found, journal.tensors("found") or {}
             else:
-                torch.manual_seed(session.seed)  # the same search, whatever was drawn before
-                self._search(session, candidates, journal)
+                with torch.random.fork_rng():
+                    torch.manual_seed(session.seed)  # the same search, whatever was drawn before
+                    self._search(session, candidates, journal)
                 if self.trained:
                     journal.keep("found", self.trained)
                 journal.write("found", self.state)
-        # However the plan was found, the adapters that `attach` draws are the same.
-        torch.manual_seed(session.seed)
+        self.drawn = session.seed
 
     def _search(self, session: Session, candidates: list[Block], journal: Journal) -> None:
         """Search, and put what the blocks cost into the plan."""
@@ -273,6 +274,20 @@ class Skipping(Method):
         chosen = goal.fill(range(len(candidates))[::-1])
         self.set_plan(Plan.of(model, anatomy, candidates, chosen, method=self.name, target=self.wanted))
 
+    def _put(self, model: nn.Module, block: Block, skipped: set[str], tower: tuple[Block, ...], handed: Handed) -> None:
+        """Take a block out, or set adapters in it."""
+        bottleneck = max(1, block.width // self.settings.reduction)
+        if block.path in skipped:
+            hand_on_positions(model, block.path, [b.path for b in tower if b.path not in skipped])
+            gone = Skipped(model, block, bottleneck, self.settings.adapters, self.settings.skip_width, handed)
+            replace_module(model, block.path, gone)
+            return
+        add_adapters(model, block, bottleneck, self.settings.adapters)
+        if skipped:
+            hands_on = HandsOn(block, handed)
+            model.get_submodule(block.path).register_forward_pre_hook(hands_on.before, with_kwargs=True)
+            model.get_submodule(block.path).register_forward_hook(hands_on.after)
+
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
         """Take the plan's blocks out, and set new adapters in their places and in the kept blocks.
 
@@ -295,19 +310,11 @@ class Skipping(Method):
             raise PlanError(f"{self.name}: the plan skips '{strange[0]}', which is no block that can be skipped here")
         tower_of = {b.path: t.blocks for t in anatomy.towers for b in t.blocks}
         handed = {t.blocks: Handed() for t in anatomy.towers}
-        for block in candidates:
-            bottleneck = max(1, block.width // self.settings.reduction)
-            if block.path in skipped:
-                hand_on_positions(model, block.path, [b.path for b in tower_of[block.path] if b.path not in skipped])
-                gone = Skipped(model, block, bottleneck, self.settings.adapters, self.settings.skip_width,
-                               handed[tower_of[block.path]])  # fmt: skip
-                replace_module(model, block.path, gone)
-            else:
-                add_adapters(model, block, bottleneck, self.settings.adapters)
-                if skipped:
-                    hands_on = HandsOn(block, handed[tower_of[block.path]])
-                    model.get_submodule(block.path).register_forward_pre_hook(hands_on.before, with_kwargs=True)
-                    model.get_submodule(block.path).register_forward_hook(hands_on.after)
+        with torch.random.fork_rng():
+            if self.drawn is not None:
+                torch.manual_seed(self.drawn)  # however the plan was found, the adapters are the same
+            for block in candidates:
+                self._put(model, block, skipped, tower_of[block.path], handed[tower_of[block.path]])
         close_gaps(model, anatomy, skipped)
         if self.settings.adapters != "none":
             train_adapters(model, anatomy.heads)
