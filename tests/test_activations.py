@@ -130,6 +130,18 @@ def test_several_processes_divide_a_fill(filled, monkeypatch):
         assert written[:3] == own and len(written) == 6, "then those that another has not written yet"
 
 
+def test_texts_that_are_cut_elsewhere_and_another_configuration_have_another_cache(tiny_raw):
+    raw = tiny_raw("tiny-vilt", "vqa", ["unipt"])
+    folders = []
+    for longest, heads in ((6, 4), (40, 4), (40, 2)):
+        parts = assembly.assemble(recipe.expand({**raw, "backbone": {**raw["backbone"], "max_text": longest}}, "x")[0])
+        parts.attach()
+        parts.model.backbone.model.config.num_attention_heads = heads
+        table = parts.source.load("vqa", "train")
+        folders.append(TableCache(parts.model, parts.methods, table, None).folder)
+    assert len(set(folders)) == 3
+
+
 def test_a_disk_that_is_too_small_is_said_beforehand(clip, tmp_path, monkeypatch):
     cache = TableCache(clip[0].model, clip[0].methods, clip[1], tmp_path / "cache")
     usage = namedtuple("usage", "total used free")

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from trimtab import counting
 from trimtab.experiments import assembly, recipe
@@ -128,6 +129,24 @@ def test_latency_gives_ordered_percentiles_in_milliseconds():
     assert 2 <= found["p10"] <= found["median"] <= found["p90"]
     assert found["median"] < 50
     assert len(calls) == 13 and all(calls)
+
+
+def test_macs_of_torchs_fused_layers_and_of_experts():
+    x = torch.randn(2, 5, 16)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1).eval()
+    assert counting.count_macs(lambda: encoder(x)) == 10 * (4 * 16 * 16 + 2 * 16 * 32) + 2 * 2 * 5 * 5 * 16
+    lstm = nn.LSTM(16, 8, batch_first=True).eval()
+    assert counting.count_macs(lambda: lstm(x)) == 10 * 4 * 8 * (16 + 8)
+    assert counting.count_macs(lambda: torch.ones(3, 4) @ torch.ones(4)) == 12
+    found = set()
+    for kind in ("grouped_mm", "eager"):
+        config = MixtralConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                               num_key_value_heads=2, num_local_experts=4, vocab_size=40)  # fmt: skip
+        config._experts_implementation = kind
+        model = MixtralForCausalLM(config).eval()
+        found.add(counting.count_macs(lambda model=model: model(input_ids=torch.arange(10).view(2, 5))))
+    assert len(found) == 1 and found.pop() > 10 * 2 * 3 * 16 * 32  # each token is read by two experts
 
 
 def test_peak_memory_sees_what_a_call_needs():

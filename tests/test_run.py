@@ -187,6 +187,28 @@ def test_an_interrupted_training_resumes_from_its_checkpoint(tiny_raw, tmp_path,
     assert first == second
 
 
+def test_a_checkpoint_of_other_methods_is_not_taken_up(tiny_raw, tmp_path, monkeypatch):
+    def made(alpha):
+        settings = {"steps": 4, "save_every": 2, "log_every": 1}
+        return recipe.expand(tiny_raw("tiny-vilt", "vqa", [{"name": "lora", "alpha": alpha}], **settings), "test")[0]
+
+    step = training._Trainer.training_step
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Trainer, "training_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run.run(made(8), tmp_path / "run", measure_costs=False)
+    run.run(made(64), tmp_path / "run", measure_costs=False)
+    run.run(made(64), tmp_path / "fresh", measure_costs=False)
+    first, second = (load_file(tmp_path / name / "weights.safetensors") for name in ("run", "fresh"))
+    assert all(torch.equal(first[name], second[name]) for name in second)
+
+
 def test_a_side_network_of_one_token_is_refused_where_others_are_read(tiny_raw, tmp_path):
     method = {"name": "unipt", "tokens": "first"}
     for task in ("grounding", "matching"):

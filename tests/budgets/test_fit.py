@@ -87,6 +87,14 @@ def test_a_budget_that_nothing_meets_says_what_would_be_possible(found, tmp_path
     assert not (tmp_path / "found" / "trials").exists()
 
 
+def test_the_best_trial_keeps_this_budget_and_not_that_of_an_earlier_search(found):
+    again, best = replace_search(found), found.best
+    over = {key: 10 * value if isinstance(value, (int, float)) else value for key, value in best.costs.items()}
+    again.done.append(trial.Trial(8, best.candidate, best.costs, status="whole", scores={100: 0.1}))
+    again.done.append(trial.Trial(9, best.candidate, over, status="whole", scores={100: 1.0}, budget="a looser one"))
+    assert again.best.number == 8
+
+
 def test_a_trial_that_fails_is_kept_with_its_reason(found, monkeypatch):
     calls = []
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import ViltConfig, ViltModel
 
+import trimtab
 from tests.comparisons.skip import fusion_block
 from tests.methods.skipping import vilt
 from trimtab import Anatomy
@@ -238,3 +239,13 @@ def test_a_run_without_adapters_is_exported_as_an_ordinary_shorter_model(tiny_ra
     batch = {k: v for k, v in trained.example(2).items() if k != "labels"}
     with torch.no_grad():
         torch.testing.assert_close(again.eval().pair(**batch).tokens, trained.backbone.pair(**batch).tokens)
+
+
+@pytest.mark.parametrize("adapters", ["none", "parallel"])
+def test_torchs_random_state_is_as_before(adapters):
+    model = trimtab.load("tiny-vilt").model
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    trimtab.adapt(model).skip("das", plan=["vilt.encoder.layer.3"], adapters=adapters)
+    assert torch.equal(torch.rand(1), expected)

@@ -15,8 +15,9 @@ from trimtab.budgets.limits import Base, BudgetError, Limit
 from trimtab.budgets.prices import Costs
 from trimtab.counting import latency, peak_memory
 from trimtab.experiments.assembly import assemble
-from trimtab.experiments.schema import Recipe
+from trimtab.experiments.schema import Recipe, TrainingSpec
 from trimtab.files import replace_file
+from trimtab.precision import half_of
 from trimtab.tasks.base import TaskModel
 
 
@@ -35,10 +36,11 @@ def measure(model: TaskModel, recipe: Recipe, keys: set[str]) -> Costs:
             model.eval()
             found["latency_ms"] = latency(lambda: model(**one))["median"] / least
         if "training_seconds" in keys:
-            found["training_seconds"] = recipe.training.steps * _step_seconds(model, recipe.training.batch_size)
+            passes = recipe.training.steps * recipe.training.accumulate  # an optimiser's step is counted with each
+            found["training_seconds"] = passes * _step_seconds(model, recipe.training)
         if "peak_memory_bytes" in keys:
             batch = _example(model, recipe.training.batch_size)
-            peak = peak_memory(lambda: _step(model, batch))
+            peak = peak_memory(lambda: _step(model, batch, recipe.training.precision))
             if peak is None:
                 raise BudgetError(
                     "budget: measured memory: this system does not tell a process' peak; use 'train memory'"
@@ -99,11 +101,12 @@ def _example(model: TaskModel, rows: int) -> dict[str, torch.Tensor]:
     return {name: value.to(device) for name, value in model.example(rows).items()}
 
 
-def _step(model: TaskModel, batch: dict[str, torch.Tensor]) -> None:
-    """One training step; its rate of 0 leaves the weights as they are."""
+def _step(model: TaskModel, batch: dict[str, torch.Tensor], precision: str) -> None:
+    """One training step, in the precision in which it trains; its rate of 0 leaves the weights as they are."""
     model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    loss = model(**batch)["loss"]
+    trained, half = [p for p in model.parameters() if p.requires_grad], half_of(precision)
+    with torch.autocast(next(model.parameters()).device.type, half, enabled=half is not None):
+        loss = model(**batch)["loss"]
     if loss.requires_grad:
         loss.backward()
         torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0).step()
@@ -111,13 +114,13 @@ def _step(model: TaskModel, batch: dict[str, torch.Tensor]) -> None:
         torch.cuda.synchronize()
 
 
-def _step_seconds(model: TaskModel, rows: int, repeats: int = 3) -> float:
+def _step_seconds(model: TaskModel, spec: TrainingSpec, repeats: int = 3) -> float:
     """Seconds of a training step: the median of a few, after one that does not count."""
-    batch = _example(model, rows)
+    batch = _example(model, spec.batch_size)
     times: list[float] = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()
-        _step(model, batch)
+        _step(model, batch, spec.precision)
         times.append(time.perf_counter() - begin)
         model.zero_grad(set_to_none=True)
     return sorted(times[1:])[repeats // 2]

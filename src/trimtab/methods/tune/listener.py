@@ -268,12 +268,13 @@ class Listener:
                 f"{self.method}: block '{last}' has run, but the mask of its tower {tower.name!r} was not seen: it is "
                 f"described at '{tower.mask.path}' ({tower.mask.side} {tower.mask.key!r}), which was not called"
             )
-        if mask is not None and tower.mask is not None:
+        if isinstance(mask, Tensor) and tower.mask is not None:
             mask = tower.mask.whole(mask, shape[1])
-        if mask is not None and tuple(mask.shape) != shape:
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        if mask is not None and found != shape:
             raise AnatomyError(
                 f"{self.method}: block '{last}' works on (B, L) = {shape}, but the mask of its tower {tower.name!r} is "
-                f"{tuple(mask.shape)}; give a mask of all tokens, and use no key-value cache in generation "
+                f"{found}; give a mask of all tokens, and use no key-value cache in generation "
                 "(use_cache=False)"
             )
         return None if mask is None else (mask != 0).to(self.dtype)
