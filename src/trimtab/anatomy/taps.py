@@ -208,7 +208,7 @@ def entering(model: nn.Module, anatomy: Anatomy) -> Iterator[dict[str, int]]:
         for tower in anatomy.towers:
             if tower.samples is not None:
                 handle = read(model, tower.samples, partial(_note_samples, found, tower.name, 1))
-            elif tower.blocks:
+            elif tower.blocks and tower.blocks[0].knows("blocks"):
                 handle = read_stream(model, tower.blocks[0], partial(_note_samples, found, tower.name, 3))
             else:
                 continue

@@ -127,7 +127,7 @@ class InputSums:
                     self._hold(read_stream(self.model, tower.blocks[0], partial(self._widen, tower.name, tower.mask)))
             if tower.samples is not None:
                 self._hold(read(self.model, tower.samples, partial(self._count, tower.name)))
-            elif tower.blocks:
+            elif tower.blocks and tower.blocks[0].knows("blocks"):
                 self._hold(read_stream(self.model, tower.blocks[0], partial(self._enter, tower.name)))
             for block in tower.blocks if tower.memory else ():
                 hook = partial(self._memory, tower, block)
