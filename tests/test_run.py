@@ -160,6 +160,21 @@ def test_an_interrupted_save_leaves_no_finished_run(broken, finished, copy, monk
     assert not list(copy.rglob(".*")), "no temporary files stay behind"
 
 
+def stopped(monkeypatch, after, r, folder):
+    """A run that is interrupted after some training steps."""
+    step = training._Trainer.training_step
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == after:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Trainer, "training_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run.run(r, folder, measure_costs=False)
+
+
 @pytest.mark.parametrize(("backbone", "task", "methods"), [
     ("tiny-clip", "retrieval", [{"name": "multiflow", "sparsity": 0.5, "batches": 2}, "full"]),
     ("tiny-blip", "vqa", ["lora"]),  # which drops out, and ties its word embeddings
@@ -167,17 +182,7 @@ def test_an_interrupted_save_leaves_no_finished_run(broken, finished, copy, monk
 def test_an_interrupted_training_resumes_from_its_checkpoint(tiny_raw, tmp_path, backbone, task, methods, monkeypatch):
     r = recipe.expand(tiny_raw(backbone, task, methods, steps=6, save_every=2, log_every=1), "test")[0]
     whole = run.run(r, tmp_path / "whole", measure_costs=False)
-    step = training._Trainer.training_step
-
-    def stop(self, *args, **kwargs):
-        if self.state.global_step == 5:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training._Trainer, "training_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run.run(r, tmp_path / "stopped", measure_costs=False)
+    stopped(monkeypatch, 5, r, tmp_path / "stopped")
     assert not folder_of_runs.is_finished(tmp_path / "stopped")
     assert (tmp_path / "stopped" / "checkpoints" / "checkpoint-4").is_dir()
     run.run(r, tmp_path / "stopped", measure_costs=False)
@@ -192,17 +197,7 @@ def test_a_checkpoint_of_other_methods_is_not_taken_up(tiny_raw, tmp_path, monke
         settings = {"steps": 4, "save_every": 2, "log_every": 1}
         return recipe.expand(tiny_raw("tiny-vilt", "vqa", [{"name": "lora", "alpha": alpha}], **settings), "test")[0]
 
-    step = training._Trainer.training_step
-
-    def stop(self, *args, **kwargs):
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training._Trainer, "training_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run.run(made(8), tmp_path / "run", measure_costs=False)
+    stopped(monkeypatch, 3, made(8), tmp_path / "run")
     run.run(made(64), tmp_path / "run", measure_costs=False)
     run.run(made(64), tmp_path / "fresh", measure_costs=False)
     first, second = (load_file(tmp_path / name / "weights.safetensors") for name in ("run", "fresh"))

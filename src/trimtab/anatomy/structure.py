@@ -51,7 +51,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether a module is transformers' `Conv1D`, by its name: a class of one's own so called may be a convolution."""
-    return type(module).__name__ == "Conv1D" and getattr(module.weight, "ndim", 0) == 2
+    return type(module).__name__ == "Conv1D" and getattr(getattr(module, "weight", None), "ndim", 0) == 2
 
 
 def under(path: str, prefixes: Iterable[str]) -> bool:
