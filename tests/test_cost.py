@@ -139,6 +139,8 @@ def test_macs_of_torchs_fused_layers_and_of_experts():
     lstm = nn.LSTM(16, 8, batch_first=True).eval()
     assert counting.count_macs(lambda: lstm(x)) == 10 * 4 * 8 * (16 + 8)
     assert counting.count_macs(lambda: torch.ones(3, 4) @ torch.ones(4)) == 12
+    pairs = nn.Bilinear(6, 8, 5)
+    assert counting.count_macs(lambda: pairs(torch.randn(2, 3, 6), torch.randn(2, 3, 8))) == 6 * 5 * 6 * 8
     found = set()
     for kind in ("grouped_mm", "eager"):
         config = MixtralConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,

@@ -71,8 +71,13 @@ def _more_products() -> dict[Any, Callable[..., int]]:
         """One direction of an LSTM's layer: inputs (steps, batch, in), weights (4 out, in) and (4 out, out)."""
         return 2 * math.prod(x[:-1]) * (math.prod(w) + math.prod(u))
 
+    def bilinear(x: Sequence[int], w: Sequence[int], *rest: Any, **more: Any) -> int:
+        """`nn.Bilinear`: inputs (rows, in) and (rows, other in), weights (out, in, other in)."""
+        return 2 * x[0] * math.prod(w)
+
     aten = torch.ops.aten
-    return {aten._grouped_mm: grouped, aten.mv: vector, aten.addmv: added, aten.mkldnn_rnn_layer: recurrent}
+    return {aten._grouped_mm: grouped, aten.mv: vector, aten.addmv: added, aten.mkldnn_rnn_layer: recurrent,
+            aten._trilinear: bilinear}  # fmt: skip
 
 
 class _NoModules:

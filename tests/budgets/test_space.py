@@ -49,7 +49,7 @@ def test_composed_costs_are_those_that_are_counted():
     prices = Prices(recipe(), space)
     prices.count_all()
     for candidate in (Candidate(0.75, 0, "lora-2"), Candidate(0.75, 1, "lora-2")):
-        exact = prices.exact(candidate, space.methods(candidate))
+        exact = prices.exact(candidate)
         composed = prices(candidate)
         assert composed is not None and not prices.predicted(candidate)
         assert composed.pop("nonzero_params") == pytest.approx(exact.pop("nonzero_params"), abs=2)
@@ -119,3 +119,20 @@ def test_what_cannot_be_folded_has_no_exported_bytes():
     budget = Budget.of(parse("export <= -5%"), prices.bases)
     fits = [str(c) for c in space if (p := prices(c)) and not budget.over(p)]
     assert fits == ["skip 1 + lora-2"]
+
+
+def test_the_export_is_counted_with_the_blocks_that_go():
+    """Two towers of other widths: which block goes decides how many bytes are left."""
+
+    def count(recipe):
+        plan = next((m["plan"] for m in recipe.methods if "plan" in m), None)
+        found = fake([])(recipe)
+        gone = {"narrow.0": 50, "wide.0": 300}[plan[0]] if plan else 0
+        return {**found, "params": found["params"] - gone, "nonzero_params": found["nonzero_params"] - gone}
+
+    space = Space(sparsities=(0.5,), skips=(1,)).narrowed(only=["prune", "skip", "lora-2", "bitfit"])
+    prices = Prices(recipe(), space, count=count)
+    assert prices(Candidate(0.0, 1, "bitfit"))["export_bytes"] == 4 * 890  # the block that was assumed
+    assert prices.exact(Candidate(0.0, 1, "bitfit"), {1: ["narrow.0"]})["export_bytes"] == 4 * 940
+    assert prices.exact(Candidate(0.0, 1, "bitfit"), {1: ["wide.0"]})["export_bytes"] == 4 * 690
+    assert prices.exact(Candidate(0.5, 1, "bitfit"), {1: ["wide.0"]})["export_bytes"] == 4 * (690 - 400) + 100

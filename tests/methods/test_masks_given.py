@@ -64,6 +64,31 @@ def test_a_floor_of_all_that_is_kept_gives_every_tensor_the_same():
     assert all(bits.kept / bits.shape.numel() == pytest.approx(0.37, abs=0.005) for bits in found.bits.values())
 
 
+@pytest.mark.parametrize("as_file", [True, False])
+def test_masks_with_new_values_go_onto_the_weights_that_they_were_made_of(as_file, tmp_path):
+    words = torch.arange(24).reshape(2, 12)
+    batches = [{"input_ids": words, "attention_mask": torch.ones_like(words)}]
+    fit = trimtab.adapt(gpt2())
+    fit.prune("sparsegpt", sparsity=0.5, batches=batches)
+    if as_file:
+        fit.masks.save(tmp_path / "masks")
+    else:
+        fit.save(tmp_path / "masks")
+    again = trimtab.adapt(gpt2())
+    again.prune("sparsegpt", masks=tmp_path / "masks")
+    assert all(torch.equal(p, q) for p, q in zip(again.model.parameters(), fit.model.parameters(), strict=True))
+    other = gpt2()
+    with torch.no_grad():
+        other.transformer.h[1].mlp.c_fc.weight[0, 0] += 1
+    before = other.transformer.h[0].mlp.c_fc.weight.clone()
+    with pytest.raises(
+        ValueError, match="sparsegpt made of other weights than those of this model, first '.*h.1.mlp.c_fc.weight'"
+    ):
+        trimtab.adapt(other).prune("sparsegpt", masks=tmp_path / "masks")
+    assert torch.equal(other.transformer.h[0].mlp.c_fc.weight, before)
+    trimtab.adapt(gpt2().bfloat16()).prune("sparsegpt", masks=tmp_path / "masks")  # the same checkpoint, rounded
+
+
 # --- saved ------------------------------------------------------------------------------------------------------------
 
 

@@ -297,6 +297,10 @@ def test_a_forgotten_callback_is_noticed_at_save(tmp_path):
         (lambda: DUAL.make(), "another base: a FixedOrderVilt, this is a CLIPModel"),
         (lambda: SINGLE.make().to(torch.bfloat16), "another precision: 100 % .*float32, here 100 % .*bfloat16"),
         (lambda: _changed(SINGLE.make()), "same architecture and precision with other weights"),
+        (
+            lambda: _set_otherwise(SINGLE.make()),
+            "another configuration: hidden_act gelu, here relu: load the checkpoint",
+        ),
     ],
 )
 def test_another_base_is_refused_with_the_difference(base, message, tmp_path):
@@ -313,6 +317,11 @@ def _changed(model):
     largest = max(model.parameters(), key=lambda p: p.numel())
     with torch.no_grad():
         largest.view(-1)[-1] += 1
+    return model
+
+
+def _set_otherwise(model):
+    model.config.hidden_act, model.config.hidden_dropout_prob = "relu", 0.3  # the latter decides no output
     return model
 
 

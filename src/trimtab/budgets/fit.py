@@ -346,7 +346,7 @@ def _beside(search: Search, candidate: Candidate, name: str) -> Trial | None:
                 raise NoTime
             search.tell(f"to compare with: {candidate}")
             run(recipe, folder, measure_costs=False, watch=lambda model, rows: Clock(search.rungs, search.until))
-        costs = search.prices.exact(candidate, space.methods(candidate, search.shared.plans))
+        costs = replace(search.prices, space=space).exact(candidate, search.shared.plans)
     except NoTime:
         search.tell(f"no time to compare with {candidate}")
         return None

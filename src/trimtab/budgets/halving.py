@@ -110,7 +110,10 @@ class Search:
 
     @property
     def _asked(self) -> str:
-        return ", ".join(str(limit) for limit in self.budget.limits)
+        """The budget with all digits: two that print alike are two."""
+        return ", ".join(
+            f"{x.axis.name} <= {x.value or f'{x.share} of {x.base or x.axis.base}'}" for x in self.budget.limits
+        )
 
     def tried(self, trial: Trial) -> bool:
         """Whether a trial tells all about its candidate under this budget: one of this budget that had its time, or one
@@ -222,7 +225,7 @@ class Search:
             recipe = replace(cold, training=replace(cold.training, steps=rungs[-1]))
 
         def watch(model: TaskModel, validation: Any) -> TrainerCallback:
-            trial.costs |= self._measured(model, cold)
+            trial.costs |= self._measured(model, cold, trial.costs)
             if over := self.budget.over(trial.costs):
                 raise Over(_excess(over))
             if trial.start is not None and not warmed(model, self.folder_of(self.done[trial.start])):
@@ -230,7 +233,7 @@ class Search:
             return Watch(trial, rungs, self.until, judge, model, validation, recipe.training.evaluation_batch)
 
         try:
-            trial.costs |= self.prices.exact(trial.candidate, self._counted(trial.candidate))
+            trial.costs |= self.prices.exact(trial.candidate, self.shared.plans)
             if over := self.budget.over(trial.costs):
                 raise Over(_excess(over))
             run(recipe, folder, measure_costs=False, watch=watch)
@@ -276,11 +279,7 @@ class Search:
             f"{best.candidate}, from a cold start: {trial.status} after {trial.steps} steps, {100 * trial.score:.1f} %"
         )
 
-    def _counted(self, candidate: Candidate) -> list[dict[str, Any]]:
-        """The methods by which it is counted: its plan by name; masks only by their number."""
-        return self.space.methods(candidate, self.shared.plans)
-
-    def _measured(self, model: TaskModel, recipe: Recipe) -> Costs:
+    def _measured(self, model: TaskModel, recipe: Recipe, counted: Costs) -> Costs:
         """What only the assembled model can tell: how many of its numbers the masks leave, and what the budget wants
         measured on this device."""
         found = measure(model, recipe, {axis.key for axis in self.budget.axes if axis.measured})
@@ -288,6 +287,10 @@ class Search:
         if fit is not None and fit.masks is not None:  # blocks that went took more or fewer zeros with them
             gone = fit.masks.prunable - fit.masks.kept
             found["nonzero_params"] = sum(p.numel() for p in model.parameters()) - gone
+            if counted.get("export_bytes") is not None:
+                found["export_bytes"] = counted["export_bytes"] + 4 * (
+                    found["nonzero_params"] - counted["nonzero_params"]
+                )
         return found
 
     # --- time, and the end ---

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from trimtab.experiments.schema import Recipe
 from trimtab.files import replace_file
 
 Costs = dict[str, Any]
+Plans = Mapping[int, Sequence[str]]  # names of skipped blocks by their number
 COUNTED = ("params", "nonzero_params", "trainable_params", "macs", "saved_activation_bytes", "training_peak_bytes",
            "checkpoint_bytes")  # fmt: skip
 
@@ -143,20 +144,24 @@ class Prices:
         """Whether its costs are predicted from others'."""
         return Part(candidate.sparsity > 0, candidate.skip, candidate.tune) in self._predicted
 
-    def exact(self, candidate: Candidate, methods: list[dict[str, Any]]) -> Costs:
+    def exact(self, candidate: Candidate, plans: Plans | None = None) -> Costs:
         """The costs of a candidate counted by itself, with the blocks that it skips.
+
+        Args:
+            plans: skipped blocks by their number.
 
         Raises:
             ValueError: if its levers do not go together.
         """
-        found = self._of(methods)
-        return {**{k: found[k] for k in COUNTED}, **self._exported(candidate)}
+        found = self._of(self.space.methods(candidate, plans))
+        return {**{k: found[k] for k in COUNTED}, **self._exported(candidate, plans)}
 
-    def _exported(self, candidate: Candidate) -> Costs:
-        return {"export_bytes": self._export_bytes(candidate)} if self.exports else {}
+    def _exported(self, candidate: Candidate, plans: Plans | None = None) -> Costs:
+        return {"export_bytes": self._export_bytes(candidate, plans)} if self.exports else {}
 
-    def _export_bytes(self, candidate: Candidate) -> int | None:
-        """Bytes of the exported model in the sparse layout: four a number that is not zero, a bit a prunable one.
+    def _export_bytes(self, candidate: Candidate, plans: Plans | None) -> int | None:
+        """Bytes of the exported model in the sparse layout: four a number that is not zero, a bit a prunable one;
+        headers of the files are not counted.
 
         None if what the candidate adds cannot be folded into the model.
         """
@@ -164,27 +169,28 @@ class Prices:
             if _keeps(entry):
                 return None
         # What is folded leaves no numbers of its own: the model is that of a probe without its head.
-        pruned, part = candidate.sparsity > 0, Part(candidate.sparsity > 0, candidate.skip, "linear-probe")
-        probe = self._probe(part)
+        probe = self._probe(Part(candidate.sparsity > 0, candidate.skip, "linear-probe"), plans)
         if probe is None:
             return None
         numbers = probe["params"] - probe["trainable_params"]
-        if not pruned:
+        if not candidate.sparsity:
             return 4 * numbers
         prunable = (probe["params"] - probe["nonzero_params"]) / self.space.sparsities[0]
         return round(4 * (numbers - prunable * candidate.sparsity) + prunable / 8)
 
-    def _probe(self, part: Part) -> Costs | None:
-        if part in self._counted or part in self.refused or "linear-probe" in self.space.tunes:
+    def _probe(self, part: Part, plans: Plans | None) -> Costs | None:
+        """The count of a part that trains heads alone; with these blocks if they are known."""
+        known = bool(plans) and part.skip in (plans or {})
+        if not known and (part in self._counted or part in self.refused or "linear-probe" in self.space.tunes):
             return self._part(part)
+        one = replace(self.space, tunes={"linear-probe": Tune({"name": "linear-probe"}, 1.0)})
+        sparsity = self.space.sparsities[0] if part.pruned else 0.0
         try:
-            one = replace(self.space, tunes={"linear-probe": Tune({"name": "linear-probe"}, 1.0)})
-            sparsity = self.space.sparsities[0] if part.pruned else 0.0
-            found = self._of(one.methods(Candidate(sparsity, part.skip, "linear-probe")))
+            found = self._of(one.methods(Candidate(sparsity, part.skip, "linear-probe"), plans))
         except ValueError:
             return None
-        self._counted[part] = {k: found[k] for k in COUNTED}
-        return self._counted[part]
+        costs = {k: found[k] for k in COUNTED}
+        return costs if known else self._counted.setdefault(part, costs)
 
     def _write(self) -> None:
         if self.file is None:

@@ -7,7 +7,8 @@ weights.safetensors    method.I.NAME    what method I found: masks as bits, say
                                         trained, weights that were trained before they were frozen
                        task.PATH        what is trained around it: a task's head
 
-The base itself is not in it. It is told by its class, towers, precision and a hash of every element of its weights.
+The base itself is not in it. It is told by its class, towers, precision, configuration and a hash of every element of
+its weights.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def identity(model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:
     """What tells a plain model from others, before any method changes it."""
     found = {
         "model": type(model).__name__, "precision": precision(model), "fingerprint": fingerprint(model),
-        "towers": {t.name: _tower(t) for t in anatomy.towers},
+        "towers": {t.name: _tower(t) for t in anatomy.towers}, "configuration": configuration(model),
     }  # fmt: skip
     return found | ({"seen": to_plain(anatomy)} if anatomy.seen else {})
 
@@ -217,6 +218,27 @@ def check_base(theirs: Mapping[str, Any], own: Mapping[str, Any], where: Path) -
             f"{start}: the same architecture and precision with other weights (fingerprint {theirs['fingerprint']}, "
             f"here {own['fingerprint']}): load the checkpoint on which it was made"
         )
+    _check_configuration(theirs.get("configuration", {}), own["configuration"], start)
+
+
+def _check_configuration(theirs: Any, own: Any, start: str, path: str = "") -> None:
+    """Raise a FitError unless two configurations agree in what decides outputs. What only one of them has is not
+    compared: versions of transformers add and drop settings."""
+    if isinstance(theirs, dict) and isinstance(own, dict):
+        for name in sorted(theirs.keys() & own.keys() - _NO_OUTPUTS):
+            if "drop" not in name:
+                _check_configuration(theirs[name], own[name], start, f"{path}.{name}".lstrip("."))
+    elif theirs != own:
+        raise FitError(
+            f"{start}: the same weights with another configuration: {path} {short(theirs)}, here {short(own)}: load "
+            "the checkpoint on which it was made, with that setting"
+        )
+
+
+# Names of classes, how weights begin, how a loss is made, and how much is computed at once: no output depends on them.
+_NO_OUTPUTS = {"id2label", "label2id", "problem_type", "initializer_range", "initializer_factor", "bos_token_id",
+               "forced_eos_token_id", "task_specific_params", "chunk_size_feed_forward",
+               "gradient_checkpointing"}  # fmt: skip
 
 
 def _types(precision: Mapping[str, int]) -> str:

@@ -32,7 +32,7 @@ from trimtab.methods.prune.allocations import ALLOCATIONS, Matrices, floored
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import Evidence, Found, collect
 from trimtab.methods.prune.made import Made, as_stored, sizes
-from trimtab.methods.prune.masks import VALUES, Masks, keep_zeros
+from trimtab.methods.prune.masks import VALUES, Masks, keep_zeros, print_of
 from trimtab.methods.prune.prunable import check_stored, left_out, matrices, prunable
 from trimtab.methods.prune.scores import SCORES, Scores
 from trimtab.methods.prune.selection import largest_of_each, smallest
@@ -114,6 +114,8 @@ class Pruner(Method):
             self.check(found, anatomy)
             found.found_by = self.name
             found.calibration = told(self.settled)
+            if found.weights:
+                found.originals = {w.path: print_of(w.of(plain)) for w in weights if w.path in found.weights}
             yield found.from_first_process()
 
     def _warn(self, calibration: Calibration, weights: list[Weight]) -> None:
@@ -263,6 +265,7 @@ class Pruner(Method):
             raise ValueError(f"{where} were found by {masks.found_by!r}, not by {self.name!r}: name {masks.found_by!r}")
         if given is not None:
             self._check_given(masks, where, asked)
+            _check_values(masks, where, {w.path: w.of(given) for w in self.matrices(given, anatomy)})
             own = list(dict.fromkeys(w.path for w in self.matrices(given, anatomy)))
             if bare := [path for path in own if path not in masks]:
                 warnings.warn(
@@ -275,6 +278,8 @@ class Pruner(Method):
         self.state = {"pruner": masks.found_by, **summary(masks, anatomy), "shapes": shapes}
         if masks.calibration:
             self.state["calibration"] = masks.calibration
+        if masks.originals:
+            self.state["originals"] = masks.originals
 
     def _check_given(self, masks: Masks, where: str, asked: float | None) -> None:
         """ValueError if masks that were found before are not what the settings say."""
@@ -334,6 +339,7 @@ class Pruner(Method):
         """
         self.attached = Masks.unpacked(self.tensors, self.state["shapes"], self.state["pruner"])
         self.attached.calibration = self.state.get("calibration", {})
+        self.attached.originals = self.state.get("originals", {})
         self.attached.apply(model)
         return anatomy
 
@@ -352,6 +358,8 @@ class Pruner(Method):
         self.attached = self.attached.without(held)
         self.tensors = self.attached.packed()
         shapes = {path: list(shape) for path, shape in self.attached.shapes.items()}
+        if self.attached.originals:
+            self.state["originals"] = self.attached.originals
         if self.assumed:  # the masks keep everything, see `assume`
             total = self.attached.prunable
             self.state |= {"prunable": total, "kept": round(share * total), "shapes": shapes}
@@ -364,6 +372,18 @@ class Pruner(Method):
 
     def fold(self, model: nn.Module) -> None:
         self.attached.enforce(model)  # an update that a later method merged is multiplied by the mask
+
+
+def _check_values(masks: Masks, where: str, weights: Mapping[str, Tensor]) -> None:
+    """ValueError if masks bring new values, and the weights before were others than these. Weights of another type
+    cannot be compared."""
+    for path, known in masks.originals.items():
+        kind = known.split()[0]
+        if path in weights and str(weights[path].dtype) == f"torch.{kind}" and print_of(weights[path]) != known:
+            raise ValueError(
+                f"{where} hold new values too, which {masks.found_by} made of other weights than those of this model, "
+                f"first '{path}': prune this model anew, or take a pruner that changes no values"
+            )
 
 
 def _in_groups(mask: Tensor, kept: int, size: int) -> bool:

@@ -6,6 +6,7 @@ is trained, its masks are kept as booleans beside it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -45,12 +46,15 @@ class Masks(Mapping[str, Tensor]):
         found_by: name of the pruner that found them; empty if that is not known.
         calibration: where it was ended by the setting `until`: that, how many `batches` it took, the `distance` of two
             halves' masks, and whether they were `settled`.
+        originals: path of a parameter with new values -> hash of those that it had before (`print_of`).
     """
 
     def __init__(self, masks: Mapping[str, Tensor | Bits], weights: dict[str, Tensor] | None = None,
-                 found_by: str = "", calibration: dict[str, Any] | None = None):  # fmt: skip
+                 found_by: str = "", calibration: dict[str, Any] | None = None,
+                 originals: Mapping[str, str] | None = None):  # fmt: skip
         self.bits = {path: mask if isinstance(mask, Bits) else Bits.of(mask) for path, mask in masks.items()}
         self.weights, self.found_by, self.calibration = weights or {}, found_by, calibration or {}
+        self.originals = dict(originals or {})
         self._mark = uuid.uuid4().hex  # tells these masks' notes on a model from those of others
         self._gone: dict[str, Tensor] = {}  # where weights of a model that is trained are pruned, on their device
 
@@ -96,7 +100,7 @@ class Masks(Mapping[str, Tensor]):
             return self
         masks = {path: Bits(processes.from_first(b.packed), b.shape) for path, b in self.bits.items()}
         weights = {path: processes.from_first(weight) for path, weight in self.weights.items()}
-        return Masks(masks, weights, self.found_by, self.calibration)
+        return Masks(masks, weights, self.found_by, self.calibration, self.originals)
 
     # --- of a part ---
 
@@ -137,7 +141,8 @@ class Masks(Mapping[str, Tensor]):
         names = {path: names[path] for path in self if path in names}
         masks = {new: self.bits[old] for old, new in names.items()}
         weights = {new: self.weights[old] for old, new in names.items() if old in self.weights}
-        return Masks(masks, weights, self.found_by, self.calibration)
+        originals = {new: self.originals[old] for old, new in names.items() if old in self.originals}
+        return Masks(masks, weights, self.found_by, self.calibration, originals)
 
     # --- on a model ---
 
@@ -284,6 +289,8 @@ class Masks(Mapping[str, Tensor]):
         info = {"format": _FORMAT, "shapes": json.dumps(shapes), "pruner": self.found_by}
         if self.calibration:
             info["calibration"] = json.dumps(self.calibration)
+        if self.originals:
+            info["originals"] = json.dumps(self.originals)
         with replace_file(Path(path)) as partial:
             save_file(self.packed(), partial, info)
 
@@ -304,10 +311,10 @@ class Masks(Mapping[str, Tensor]):
                 f"masks: nothing is at '{path}' (seen from {Path.cwd()}): give a file of masks, or the folder of a run "
                 "or adapted model that was pruned; or carry out the recipe that makes it first"
             )
-        tensors, shapes, found_by, calibration = _folder(path) if path.is_dir() else _file(path)
+        tensors, shapes, found_by, more = _folder(path) if path.is_dir() else _file(path)
         try:
             masks = cls.unpacked(tensors, shapes, found_by)
-            masks.calibration = calibration
+            masks.calibration, masks.originals = more["calibration"], more["originals"]
             if model is not None:
                 masks._places(model)
         except ValueError as error:
@@ -322,7 +329,15 @@ def _spread(values: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=values.dtype).masked_scatter_(mask, values)
 
 
-# packed masks, shapes, name of the pruner, and what its calibration tells
+def print_of(weight: Tensor) -> str:
+    """What tells the values of a weight from others: its type and a hash. A model in another type has other values of
+    the same checkpoint."""
+    plain = weight.detach().cpu().contiguous().reshape(-1)
+    digest = hashlib.sha256(plain.view(torch.uint8).numpy().data).hexdigest()[:16]
+    return f"{str(plain.dtype).removeprefix('torch.')} {digest}"
+
+
+# packed masks, shapes, name of the pruner, and what is told of its calibration and of the weights before
 Stored = tuple[dict[str, Tensor], dict[str, list[int]], str, dict[str, Any]]
 
 
@@ -332,7 +347,8 @@ def _file(path: Path) -> Stored:
         if info.get("format") != _FORMAT:
             raise ValueError(f"{path}: expected a file of masks ('{_FORMAT}'), found {info.get('format')!r}")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    return tensors, json.loads(info["shapes"]), info["pruner"], json.loads(info.get("calibration", "{}"))
+    more = {key: json.loads(info.get(key, "{}")) for key in ("calibration", "originals")}
+    return tensors, json.loads(info["shapes"]), info["pruner"], more
 
 
 def _folder(folder: Path) -> Stored:
@@ -351,7 +367,7 @@ def _folder(folder: Path) -> Stored:
     with open_safetensors(folder / "weights.safetensors") as file:
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a mapping)
         tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-    return tensors, state["shapes"], state["pruner"], state.get("calibration", {})
+    return tensors, state["shapes"], state["pruner"], {key: state.get(key, {}) for key in ("calibration", "originals")}
 
 
 def keep_zeros(masks: Masks) -> Any:
