@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
-from transformers import ViltConfig, ViltModel
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViltConfig,
+    ViltModel,
+)
 
 import trimtab
 from tests.comparisons.skip import fusion_block
@@ -156,6 +165,32 @@ def test_routing_is_decided_by_the_first_token_and_remembered():
     torch.testing.assert_close(adapter(x[:, 3:4]), whole[:, 3:4])
     adapter.begin = True
     assert not torch.allclose(adapter(x[:, 3:4]), whole[:, 3:4])
+
+
+BLOOM = BloomConfig(vocab_size=64, hidden_size=32, n_layer=3, n_head=4)
+T5 = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, decoder_start_token_id=0)
+
+
+@pytest.mark.parametrize("make", [lambda: BloomForCausalLM(BLOOM), lambda: T5ForConditionalGeneration(T5)])
+def test_routing_lies_in_the_cache_where_blocks_get_no_positions(make):
+    """Words are those that a model without a cache writes, in beams too, and the model can be copied after a step."""
+    torch.manual_seed(0)
+    model = make()
+    fit = trimtab.adapt(model)
+    fit.skip("random-skip", plan=[fit.anatomy.towers[-1].blocks[1].path], adapters="routed")
+    for name, parameter in model.named_parameters():
+        if "expert" in name or "route" in name:
+            nn.init.normal_(parameter)
+    words = torch.randint(3, 60, (2, 7))
+    given = {"input_ids": words, "attention_mask": torch.ones_like(words)}
+    model.train()(**given, labels=words).loss.backward()
+    model = copy.deepcopy(model).eval()
+    for beams in (1, 3):
+        how = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams, "eos_token_id": None, "pad_token_id": 0}
+        with_cache, without = (model.generate(**given, **how, use_cache=cache) for cache in (True, False))
+        assert torch.equal(with_cache, without)
+    with pytest.raises(ValueError, match="routed adapters: .*Block gets no `position_ids`"):
+        model.generate(**given, max_new_tokens=2, cache_implementation="static", pad_token_id=0)
 
 
 # --- published counts -------------------------------------------------------------------------------------------------

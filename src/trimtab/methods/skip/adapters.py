@@ -14,6 +14,7 @@ Sources: `efficientmodules.py` (METER), `adapter.py` (ViLT), `das_adapter.py` (L
 from __future__ import annotations
 
 import copy
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -75,8 +76,8 @@ class Adapter(nn.Module):
 class RoutedAdapter(nn.Module):
     """Two experts on one bottleneck, mixed by weights that the first token of the sequence decides (LaVIN).
 
-    With a key-value cache a later pass sees only the newest token: the weights of the pass that began the sequence are
-    kept for it. `begin` says whether the next pass begins one.
+    With a key-value cache a later pass sees only the newest token: the weights of the pass that began the sequence lie
+    in the cache for it, as its own keys and values do. `begin` says whether the next pass begins one.
 
     Args:
         width: D of the stream, (B, L, D) in and out.
@@ -94,24 +95,41 @@ class RoutedAdapter(nn.Module):
         self.dropout = nn.Dropout(0.1)
         self.residual, self.temperature = residual, temperature
         self.begin = True
-        self.weights: Tensor | None = None  # (B, 2) of the sequences that are being generated
+        self.key = uuid.uuid4().hex  # of its own weights in a cache
+        self.kept: dict[str, Tensor] = {}  # (B, 2) of the sequences that are being generated
         nn.init.xavier_uniform_(self.down.weight)
         nn.init.zeros_(self.down.bias)
         for parameter in self.experts.parameters():
             nn.init.zeros_(parameter)
 
     def called(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before the block's call: it begins a sequence if no position is given, or one of the positions is 0."""
-        position = arguments(block, args, kwargs).get("position_ids")
-        self.begin = position is None or bool((position == 0).any())
+        """Before the block's call: it begins a sequence if one of its positions is 0; if no positions are given, unless
+        the cache knows the sequence already.
+
+        Raises:
+            ValueError: if without positions the cache is one of fixed size, which is used for other sequences too.
+        """
+        given = arguments(block, args, kwargs)
+        position = given.get("position_ids")
+        cache = next((v for v in given.values() if hasattr(v, "get_seq_length")), None)
+        if position is None and getattr(cache, "is_compileable", False):
+            raise ValueError(
+                f"routed adapters: {block.__class__.__name__} gets no `position_ids`, and a {type(cache).__name__} does "
+                "not tell where a sequence begins: generate with the usual cache (`cache_implementation=None`)"
+            )
+        if cache is not None:
+            self.kept = vars(cache).setdefault("routes", {})
+        self.begin = (cache is None or self.key not in self.kept) if position is None else bool((position == 0).any())
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        if self.begin or self.weights is None or len(self.weights) != len(x):
-            self.weights = (self.route(x[:, 0]) / self.temperature).softmax(-1)
+        weights = self.kept.get(self.key)
+        if self.begin or weights is None or len(weights) != len(x):
+            weights = (self.route(x[:, 0]) / self.temperature).softmax(-1)
+            self.kept[self.key] = weights.detach()
         hidden = self.dropout(self.down(x)).transpose(1, 2)  # (B, b, L)
         first, second = (expert(hidden).transpose(1, 2) for expert in self.experts)
-        out = first * self.weights[:, :1, None] + second * self.weights[:, 1:, None]
+        out = first * weights[:, :1, None] + second * weights[:, 1:, None]
         return x + out if self.residual else out
 
 
