@@ -114,7 +114,7 @@ class RoutedAdapter(nn.Module):
         cache = next((v for v in given.values() if hasattr(v, "get_seq_length")), None)
         if position is None and getattr(cache, "is_compileable", False):
             raise ValueError(
-                f"routed adapters: {block.__class__.__name__} gets no `position_ids`, and a {type(cache).__name__} does "
+                f"routed adapters: {block.__class__.__name__} gets no `position_ids`, and {type(cache).__name__} does "
                 "not tell where a sequence begins: generate with the usual cache (`cache_implementation=None`)"
             )
         if cache is not None:
