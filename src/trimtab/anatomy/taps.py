@@ -8,21 +8,18 @@ the original's. They serve for hooks that are taken away again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from trimtab.anatomy.calls import arguments, passed, signature
-from trimtab.anatomy.parts import Block, Tap
+from trimtab.anatomy.parts import Block, Tap, Tower
 from trimtab.anatomy.structure import AnatomyError, module_at, plain_module
-
-if TYPE_CHECKING:
-    from trimtab.anatomy.description import Anatomy
 
 
 def pick(value: Any, key: int | str) -> Any:
@@ -201,11 +198,12 @@ def read_stream(model: nn.Module, block: Block, then: Callable[[Tensor], Any]) -
 
 
 @contextmanager
-def entering(model: nn.Module, anatomy: Anatomy) -> Iterator[dict[str, int]]:
-    """How many samples were given to each tower in the pass before, by its name; without towers that do not tell."""
+def entering(model: nn.Module, towers: Iterable[Tower]) -> Iterator[dict[str, int]]:
+    """How many samples were given to each of some towers in the pass before, by its name; without those that do not
+    tell."""
     found: dict[str, int] = {}
     with ExitStack() as stack:
-        for tower in anatomy.towers:
+        for tower in towers:
             if tower.samples is not None:
                 handle = read(model, tower.samples, partial(_note_samples, found, tower.name, 1))
             elif tower.blocks and tower.blocks[0].knows("blocks"):

@@ -38,7 +38,7 @@ from trimtab.methods.prune.scores import SCORES, Scores
 from trimtab.methods.prune.selection import largest_of_each, smallest
 from trimtab.methods.prune.settings import DEFAULT_SPARSITY, PruneSettings
 from trimtab.methods.prune.settle import Settling, apart, told
-from trimtab.methods.prune.sums import rows_and_columns
+from trimtab.methods.prune.totals import rows_and_columns
 from trimtab.methods.session import Session
 from trimtab.sizes import as_usual
 from trimtab.storage.bits import Bits, pack

@@ -255,7 +255,7 @@ class Chita(Pruner):
         source: Iterable[Batch | None] = noted()
         if settling is not None:
             source = settling.over(source, lambda: [model(rows[::2]), model(rows[1::2])])
-        with entering(calibration.plain, calibration.anatomy) as entered:
+        with entering(calibration.plain, calibration.anatomy.towers) as entered:
             for g in gradients(calibration, weights, source):
                 rows.append(torch.cat([g[w].flatten() for w in weights]).float() * alive)
         return model(rows)

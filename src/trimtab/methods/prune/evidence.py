@@ -27,7 +27,8 @@ from trimtab.anatomy import Weight
 from trimtab.methods.prune.calibration import Batch, Calibration, evaluating, gradients
 from trimtab.methods.prune.made import Made
 from trimtab.methods.prune.settle import Settling
-from trimtab.methods.prune.sums import InputSums, Means, rows_and_columns
+from trimtab.methods.prune.sums import InputSums
+from trimtab.methods.prune.totals import Means, rows_and_columns
 
 Need = Literal["squares", "gram", "gradient"]
 

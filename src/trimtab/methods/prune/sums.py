@@ -12,7 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab import processes
-from trimtab.anatomy import Anatomy, Block, Tap, Tower, Weight, read, read_stream
+from trimtab.anatomy import Anatomy, Block, Tap, Tower, Weight, entering, read, read_stream
 from trimtab.anatomy.calls import arguments
 from trimtab.anatomy.structure import is_linear, plain_module, plain_modules
 from trimtab.methods.prune.attention import batch_first, projecting_outside
@@ -28,25 +28,7 @@ from trimtab.methods.prune.calibration import Batch
 from trimtab.methods.prune.convolutions import Convolutions, patch_sums
 from trimtab.methods.prune.products import Product, Products, one_by_one
 from trimtab.methods.prune.rows import gram, single, squares
-
-Means = dict[Weight, list[tuple[int, Tensor]]]  # of each part of a weight its rows, and the mean of what was summed
-
-
-def rows_and_columns(model: nn.Module, weight: Weight) -> tuple[int, int]:
-    """(out, in) of a prunable matrix, however its parameter is stored."""
-    shape = weight.of(model).shape
-    shape = shape if weight.expert is None else shape[1:]
-    return (shape[1], shape[0]) if weight.transposed else (shape[0], shape[1:].numel())
-
-
-@dataclass
-class _Sum:
-    """Sum over the inputs of `rows` rows of a matrix, over how many samples it goes, and the inputs' precision."""
-
-    rows: int
-    total: Tensor
-    samples: int = 0
-    dtype: torch.dtype = torch.float32
+from trimtab.methods.prune.totals import Means, Sum, Sums, Totals, rows_and_columns
 
 
 class _Reduced(NamedTuple):
@@ -83,14 +65,11 @@ class InputSums:
     weights: list[Weight]
     gram: bool = False
     halved: bool = False
-    sums: dict[Weight, list[_Sum]] = field(default_factory=dict)
-    first: dict[Weight, list[_Sum]] = field(default_factory=dict)  # of the batches 1, 3, 5 ...
 
     def __enter__(self) -> InputSums:
+        self.totals = Totals(self.model, self.weights, self.gram, self.halved)
         self.attention_masks: dict[str, Tensor | None] = {}
         self.sources: dict[str, Tensor | None] = {}
-        self.samples: dict[str, int] = {}
-        self.entered: dict[str, int] = {}  # samples in a tower's stream, where nothing else tells them
         self.memories: dict[str, dict[tuple[int, torch.Size], str]] = {}
         self.valid: dict[str, bool] = {}  # whether a masked tower was given a valid token in any batch
         self.last: _Reduced | None = None
@@ -101,12 +80,6 @@ class InputSums:
             for own in module._parameters.values():
                 if own is not None:
                     self.holders.setdefault(id(own), []).append(path)
-        sizes = {w: rows_and_columns(self.model, w) for w in self.weights}
-        self.rows = {w: rows for w, (rows, _) in sizes.items()}
-        # Room for sums of squares is taken before any pass: small tensors that stay, among a pass's large ones that
-        # come and go, would keep an allocator from using the room of these again.
-        self.room = {} if self.gram else {w: torch.zeros(columns, dtype=torch.float64)
-                                          for w, (_, columns) in sizes.items() if w.of(self.model).is_cpu}  # fmt: skip
         self.towers = {w: tower for w in self.weights if (tower := self.anatomy.owner(w.module))}
         places = {path for w in self.weights for path in self.holders.get(id(w.of(self.model)), [])}
         towers = [*self.towers.values(), *filter(None, map(self.anatomy.owner, sorted(places)))]
@@ -118,6 +91,7 @@ class InputSums:
         # torch's fused encoder layers call no module inside; hooks would see nothing.
         self.stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
+        self.samples = self.stack.enter_context(entering(self.model, self.watched))
         for tower in self.watched:
             if tower.mask is not None:
                 source = tower.mask_source or tower.mask
@@ -125,10 +99,6 @@ class InputSums:
                 self._hold(read(self.model, tower.mask, partial(self.attention_masks.__setitem__, tower.name)))
                 if tower.mask.rest:
                     self._hold(read_stream(self.model, tower.blocks[0], partial(self._widen, tower.name, tower.mask)))
-            if tower.samples is not None:
-                self._hold(read(self.model, tower.samples, partial(self._count, tower.name)))
-            elif tower.blocks and tower.blocks[0].knows("blocks"):
-                self._hold(read_stream(self.model, tower.blocks[0], partial(self._enter, tower.name)))
             for block in tower.blocks if tower.memory else ():
                 hook = partial(self._memory, tower, block)
                 self._hold(self.model.get_submodule(block.path).register_forward_pre_hook(hook, with_kwargs=True))
@@ -159,13 +129,6 @@ class InputSums:
         mask = self.attention_masks.get(tower)
         if isinstance(mask, Tensor):
             self.attention_masks[tower] = tap.whole(mask, stream.shape[1])
-
-    def _count(self, tower: str, value: Tensor) -> None:
-        self.samples[tower] = len(value)
-
-    def _enter(self, tower: str, stream: Tensor) -> None:
-        if stream.ndim > 2:
-            self.entered[tower] = len(stream)
 
     def _memory(self, tower: Tower, block: Block, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note of which tower is what a block is given beside its stream, by where it lies."""
@@ -227,7 +190,7 @@ class InputSums:
         found = [self._reduced(given, self._mask(tower, given)) for given in inputs]
         samples = found[0].samples
         if samples is None:
-            samples = self.entered.get(tower.name if tower else "", len(inputs[0]) if inputs[0].ndim > 1 else 1)
+            samples = self.samples.get(tower.name if tower else "", len(inputs[0]) if inputs[0].ndim > 1 else 1)
         self._sum(weight, tower, [f.total for f in found], samples)
 
     def _reduced(self, given: Tensor, mask: Tensor | None) -> _Reduced:
@@ -266,32 +229,10 @@ class InputSums:
         return self.attention_masks.get(self.memories.get(tower.name, {}).get((x.data_ptr(), x.shape), tower.name))
 
     def _sum(self, weight: Weight, tower: Tower | None, totals: list[Tensor], samples: int) -> None:
-        """Add the sums of a weight's parts, among which its rows are divided evenly."""
-        if tower is not None:
+        """Add the sums of a weight's parts; the tower's samples count, where its description tells them."""
+        if tower is not None and tower.samples is not None:
             samples = self.samples.get(tower.name, samples)
-        self._add_to(self.sums, weight, totals, samples)
-        if self.halved and self.number % 2:
-            self._add_to(self.first, weight, totals, samples)
-
-    def _add_to(self, held: dict[Weight, list[_Sum]], weight: Weight, totals: list[Tensor], samples: int) -> None:
-        rows = self.rows[weight] // len(totals)
-        if weight not in held:
-            room = self.room.pop(weight, None)
-            if room is None or len(totals) > 1 or not totals[0].is_cpu or totals[0].shape != room.shape:
-                room = torch.zeros(())
-            held[weight] = [_Sum(rows, room) for _ in totals]
-        sums = held[weight]
-        if len(sums) != len(totals):
-            raise ValueError(f"'{weight.module}' attends to its own input in one call and to another in the next; "
-                             f"leave it out of the towers' scopes: one weight cannot be scored for both")  # fmt: skip
-        for part, total in zip(sums, totals, strict=True):
-            part.samples += samples
-            part.dtype = torch.promote_types(part.dtype, total.dtype)
-            wide = torch.float32 if total.is_mps else torch.float64  # Apple's GPUs have no double precision
-            if part.total.shape == total.shape and part.total.device == total.device:
-                part.total += total.to(wide)
-            else:
-                part.total = part.total.to(total.device, wide) + total.to(wide)
+        self.totals.add(weight, totals, samples, self.number)
 
     def checked(self, batches: Iterable[Batch | None]) -> Iterator[Any]:
         """The same batches; what the model was given and what it computed is checked after each.
@@ -303,14 +244,13 @@ class InputSums:
             self.attention_masks.clear()
             self.sources.clear()
             self.samples.clear()
-            self.entered.clear()
             self.number = number = processes.number(own)
             yield batch
             if batch is None:
                 continue
             for tower in self.watched:
                 self._check_mask(tower, number, batch)
-            for weight, parts in self.sums.items():
+            for weight, parts in self.totals.sums.items():
                 if not all(torch.isfinite(part.total).all() for part in parts):
                     raise ValueError(
                         f"calibration batch {number}: the inputs of '{weight.module}' are not finite (NaN or "
@@ -348,44 +288,10 @@ class InputSums:
                 f"unknown: {unknown}; give batches without padding, or describe the tower's mask"
             )
 
-    def _gathered(self, sums: dict[Weight, list[_Sum]]) -> dict[Weight, list[_Sum]]:
-        """Sums over processes, in each the same; those given stay as they are. One process that had no batch, or whose
-        batches missed a module, has nothing to add to it."""
-        if processes.world()[1] == 1:
-            return dict(sums)
-        own = {str(w): [(p.rows, p.samples, p.dtype, p.total.shape) for p in parts] for w, parts in sums.items()}
-        every = processes.everywhere(own)
-        seen = processes.everywhere(self.valid)
-        self.valid = {tower: any(one.get(tower) for one in seen) for one in seen for tower in one}
-        found: dict[Weight, list[_Sum]] = {}
-        for weight in self.weights:
-            described = [parts for one in every if (parts := one.get(str(weight)))]
-            if not described:
-                continue
-            if any(len(parts) != len(described[0]) for parts in described):
-                raise ValueError(
-                    f"'{weight.module}' attends to its own input in one process and to another in the next; leave it "
-                    "out of the towers' scopes: one weight cannot be scored for both"
-                )
-            device = weight.of(self.model).device
-            parts = sums.get(weight, [])
-            found[weight] = []
-            for i, (rows, _, _, shape) in enumerate(described[0]):
-                total = parts[i].total.clone() if parts else torch.zeros(shape, dtype=torch.float64, device=device)
-                dtype = max((p[i][2] for p in described), key=lambda d: d.itemsize)
-                samples = sum(p[i][1] for p in described)
-                found[weight].append(_Sum(rows, processes.summed(total), samples, dtype))
-        return found
-
     def halves(self) -> tuple[Means, Means]:
         """As `result`, of the batches 1, 3, 5 ... and of the others; 0 where a half has no sample."""
-        whole, first = self._complete(self._gathered(self.sums)), self._gathered(self.first)
-        second: dict[Weight, list[_Sum]] = {}
-        for weight, parts in whole.items():
-            own = first.setdefault(weight, [_Sum(p.rows, torch.zeros_like(p.total), 0, p.dtype) for p in parts])
-            second[weight] = [_Sum(p.rows, p.total - o.total, p.samples - o.samples, p.dtype)
-                              for p, o in zip(parts, own, strict=True)]  # fmt: skip
-        return self._means(first), self._means(second)
+        first, second = self.totals.halves(self._complete(self.totals.whole()))
+        return self.totals.means(first), self.totals.means(second)
 
     def result(self) -> Means:
         """For each part of a weight its rows and what was summed, over all processes, divided by the samples' number.
@@ -394,13 +300,13 @@ class InputSums:
             ValueError: if a module was never called during calibration. An expert to which no token was routed, of a
                 module that was called, has sums of 0, and so has one that was called with no token.
         """
-        return self._means(self._complete(self._gathered(self.sums)))
+        return self.totals.means(self._complete(self.totals.whole()))
 
-    def _means(self, sums: dict[Weight, list[_Sum]]) -> Means:
-        return {w: [(p.rows, (p.total / max(p.samples, 1)).to(p.dtype)) for p in sums[w]] for w in self.weights}
-
-    def _complete(self, sums: dict[Weight, list[_Sum]]) -> dict[Weight, list[_Sum]]:
+    def _complete(self, sums: Sums) -> Sums:
         """The sums with those of experts without a token; errors as of `result`."""
+        if processes.world()[1] > 1:
+            seen = processes.everywhere(self.valid)
+            self.valid = {tower: any(one.get(tower) for one in seen) for one in seen for tower in one}
         if self.stacked and self.products.other:
             path, function = next(iter(self.products.other.items()))
             raise ValueError(
@@ -412,7 +318,7 @@ class InputSums:
             if path in reached and weight not in sums:
                 rows, columns = rows_and_columns(self.model, weight)
                 size = (columns, columns) if self.gram else (columns,)
-                sums[weight] = [_Sum(rows, torch.zeros(size, device=weight.of(self.model).device), 1)]
+                sums[weight] = [Sum(rows, torch.zeros(size, device=weight.of(self.model).device), 1)]
         for tower, valid in self.valid.items():
             if not valid:
                 raise ValueError(
