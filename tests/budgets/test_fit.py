@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import trimtab
-from trimtab.budgets import fit, halving, trial
+from trimtab.budgets import fit, halving, measured, trial
 from trimtab.budgets.limits import BudgetError
 from trimtab.budgets.space import TUNES, Candidate, Space
 from trimtab.experiments import estimate
+from trimtab.experiments.assembly import assemble
 from trimtab.experiments.folder import load_assembly
-from trimtab.experiments.recipe import read
+from trimtab.experiments.recipe import expand, read
 from trimtab.experiments.run import run
 from trimtab.methods.saved import Saved
 
@@ -173,6 +174,14 @@ def test_limits_on_what_is_measured_may_be_relative(tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(BudgetError, match="measured memory: needs a GPU"):
             search(tmp_path / "gpu", budget="measured memory <= 2 GB", **given)
+
+
+def test_train_time_counts_the_passes_that_a_step_is_made_of(monkeypatch):
+    monkeypatch.setattr(measured, "_step_seconds", lambda model, spec: 2.0)
+    recipe = expand({"backbone": {"name": "tiny-clip", "pretrained": False}, "task": "retrieval", "data": DATA,
+                     "training": {"steps": 5, "batch_size": 8, "accumulate": 3}}, "x")[0]  # fmt: skip
+    model = assemble(recipe).model
+    assert measured.measure(model, recipe, {"training_seconds"}) == {"training_seconds": 2.0 * 5 * 3}
 
 
 def test_a_trial_that_was_cut_off_is_the_first_to_go_on(found, tmp_path, monkeypatch):

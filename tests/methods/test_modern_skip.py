@@ -12,9 +12,10 @@ import trimtab
 from tests.models.modern import DEEPER, MEMBERS, deeper, outputs, written
 from trimtab.anatomy import Anatomy
 from trimtab.backbones.described.examples import florence, grounding_dino, qwen3
-from trimtab.methods.skip.adapters import Adapter, Skipped
+from trimtab.methods.skip.adapters import Adapter
 from trimtab.methods.skip.search.das import DAS
 from trimtab.methods.skip.shorten import shorten
+from trimtab.methods.skip.skipped import Skipped
 
 
 def attach(model: nn.Module, *plan: str, **settings: Any) -> None:

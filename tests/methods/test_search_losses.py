@@ -12,12 +12,12 @@ from torch import nn
 
 from tests.methods.skipping import losses
 from trimtab.anatomy import Block
-from trimtab.methods.skip.adapters import Skipped, Switch
 from trimtab.methods.skip.budget import Goal
 from trimtab.methods.skip.search.bandit import BanditSettings, bandit
 from trimtab.methods.skip.search.evaluate import Evaluator, PlanLosses, SearchError, choose
 from trimtab.methods.skip.search.journal import Journal
 from trimtab.methods.skip.search.linear import LinearSettings, linear
+from trimtab.methods.skip.skipped import Skipped, Switch
 
 
 @pytest.mark.parametrize("search", [bandit, linear])

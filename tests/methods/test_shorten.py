@@ -22,9 +22,10 @@ from transformers import (
 
 from trimtab import Anatomy
 from trimtab.anatomy import Block, Sublayer, Tap, Tower
-from trimtab.methods.skip.adapters import Adapter, RoutedAdapter, Skipped
+from trimtab.methods.skip.adapters import Adapter, RoutedAdapter
 from trimtab.methods.skip.search.das import DAS
 from trimtab.methods.skip.shorten import hand_on_positions, shorten, take_out
+from trimtab.methods.skip.skipped import Skipped
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 WORDS = {"vocab_size": 50, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}

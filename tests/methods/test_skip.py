@@ -25,8 +25,9 @@ from trimtab.counting import count_macs
 from trimtab.experiments import folder as folder_of_runs
 from trimtab.experiments import recipe, run
 from trimtab.methods import METHODS
-from trimtab.methods.skip.adapters import RoutedAdapter, Skipped, add_adapters
+from trimtab.methods.skip.adapters import RoutedAdapter, add_adapters
 from trimtab.methods.skip.search.das import DAS
+from trimtab.methods.skip.skipped import Skipped
 
 
 def test_every_search_is_registered_under_its_name():

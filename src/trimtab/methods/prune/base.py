@@ -31,6 +31,7 @@ from trimtab.methods.base import Method
 from trimtab.methods.prune.allocations import ALLOCATIONS, Matrices, floored
 from trimtab.methods.prune.calibration import Calibration
 from trimtab.methods.prune.evidence import Evidence, Found, collect
+from trimtab.methods.prune.given import check_settings, check_weights
 from trimtab.methods.prune.made import Made, as_stored, sizes
 from trimtab.methods.prune.masks import VALUES, Masks, keep_zeros, print_of
 from trimtab.methods.prune.prunable import check_stored, left_out, matrices, prunable
@@ -259,20 +260,12 @@ class Pruner(Method):
         Raises:
             ValueError: if another pruner found them, or they are not what the settings say.
         """
-        settings = self.settings
-        where = "masks" if settings.masks is None else f"masks: those of '{settings.masks}'"
+        where = "masks" if self.settings.masks is None else f"masks: those of '{self.settings.masks}'"
         if masks.found_by not in ("", self.name):
             raise ValueError(f"{where} were found by {masks.found_by!r}, not by {self.name!r}: name {masks.found_by!r}")
         if given is not None:
-            self._check_given(masks, where, asked)
-            _check_values(masks, where, {w.path: w.of(given) for w in self.matrices(given, anatomy)})
-            own = list(dict.fromkeys(w.path for w in self.matrices(given, anatomy)))
-            if bare := [path for path in own if path not in masks]:
-                warnings.warn(
-                    f"{where}: {len(bare)} of {len(own)} prunable weights have no mask and stay as they are, first "
-                    f"'{bare[0]}'; the sparsity that is told is of the others",
-                    stacklevel=3,
-                )
+            check_settings(masks, self.settings, asked, where)
+            check_weights(masks, {w.path: w.of(given) for w in self.matrices(given, anatomy)}, where)
         self.tensors = masks.packed()
         shapes = {path: list(shape) for path, shape in masks.shapes.items()}
         self.state = {"pruner": masks.found_by, **summary(masks, anatomy), "shapes": shapes}
@@ -280,20 +273,6 @@ class Pruner(Method):
             self.state["calibration"] = masks.calibration
         if masks.originals:
             self.state["originals"] = masks.originals
-
-    def _check_given(self, masks: Masks, where: str, asked: float | None) -> None:
-        """ValueError if masks that were found before are not what the settings say."""
-        settings, found, pattern = self.settings, masks.sparsity, self.settings.n_of_m
-        # Shares that are cut to integers, and groups of a pattern, give a little more or less than was asked for.
-        if asked is not None and abs(found - asked) > 0.05:
-            raise ValueError(f"{where} have the sparsity {found:.4f}, the settings say {asked}: leave out "
-                             "`sparsity`, or name other masks")  # fmt: skip
-        if named := next((k for k in ("allocation", "floor", "until") if getattr(settings, k)), None):
-            raise ValueError(f"{named}: {where} have their shares already; leave out `{named}` or `masks`")
-        for path, bits in masks.bits.items() if pattern else ():
-            if pattern and not any(_in_groups(m, *pattern) for m in (bits.mask, bits.mask.transpose(-1, -2))):
-                raise ValueError(f"pattern {settings.pattern!r}: {where} do not have it, first '{path}': leave out "
-                                 "`pattern`, or name other masks")  # fmt: skip
 
     def assume(self, model: nn.Module, anatomy: Anatomy, session: Session | None = None) -> None:
         """Masks that keep everything, of the size of real ones: zeros change no cost but the number of non-zeros.
@@ -372,23 +351,6 @@ class Pruner(Method):
 
     def fold(self, model: nn.Module) -> None:
         self.attached.enforce(model)  # an update that a later method merged is multiplied by the mask
-
-
-def _check_values(masks: Masks, where: str, weights: Mapping[str, Tensor]) -> None:
-    """ValueError if masks bring new values, and the weights before were others than these. Weights of another type
-    cannot be compared."""
-    for path, known in masks.originals.items():
-        kind = known.split()[0]
-        if path in weights and str(weights[path].dtype) == f"torch.{kind}" and print_of(weights[path]) != known:
-            raise ValueError(
-                f"{where} hold new values too, which {masks.found_by} made of other weights than those of this model, "
-                f"first '{path}': prune this model anew, or take a pruner that changes no values"
-            )
-
-
-def _in_groups(mask: Tensor, kept: int, size: int) -> bool:
-    """Whether `kept` of every `size` neighbours along the last axis are True."""
-    return mask.shape[-1] % size == 0 and bool((mask.reshape(-1, size).sum(dim=1) == kept).all())
 
 
 def summary(masks: Masks, anatomy: Anatomy) -> dict[str, Any]:

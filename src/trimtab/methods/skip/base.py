@@ -22,21 +22,14 @@ from trimtab.anatomy import Anatomy, Block
 from trimtab.anatomy.structure import replace_module
 from trimtab.methods.base import Method
 from trimtab.methods.session import Session
-from trimtab.methods.skip.adapters import (
-    Handed,
-    HandsOn,
-    Skipped,
-    adapters_in,
-    add_adapters,
-    spare_blank,
-    train_adapters,
-)
+from trimtab.methods.skip.adapters import add_adapters, train_adapters
 from trimtab.methods.skip.budget import Goal, Indices, parse, with_costs
 from trimtab.methods.skip.plan import Plan, PlanError
 from trimtab.methods.skip.search.evaluate import SearchError
 from trimtab.methods.skip.search.journal import Journal
 from trimtab.methods.skip.search.supernet import Supernet
 from trimtab.methods.skip.shorten import close_gaps, hand_on_positions, take_out
+from trimtab.methods.skip.skipped import Handed, HandsOn, Skipped, adapters_in, spare_blank
 from trimtab.registry import unknown
 from trimtab.settings import within
 

@@ -23,8 +23,8 @@ from torch import nn
 
 from trimtab.counting import count_inside, time_inside
 from trimtab.methods.fitting import evaluating
-from trimtab.methods.skip.adapters import Switch
 from trimtab.methods.skip.plan import Plan
+from trimtab.methods.skip.skipped import Switch
 
 Unit = Literal["blocks", "macs", "params", "latency"]
 Indices = tuple[int, ...]

@@ -18,7 +18,6 @@ from torch import nn
 
 from trimtab.anatomy import Anatomy, AnatomyError
 from trimtab.anatomy.structure import HANDLE, added_by, is_wrapped, replace_module
-from trimtab.methods.skip.adapters import Skipped
 from trimtab.methods.skip.configs import Choice, Setting, as_read, read, written
 from trimtab.methods.skip.finding import Found, Search
 from trimtab.methods.skip.live import configs_of, cut_tensor, own_configs, take_over_configs
@@ -41,6 +40,7 @@ from trimtab.methods.skip.running import (
     own_example,
     pass_by,
 )
+from trimtab.methods.skip.skipped import Skipped
 
 _HELD = ("_modules", "_parameters", "_buffers")  # of a module: dicts of their own, which are changed in place
 

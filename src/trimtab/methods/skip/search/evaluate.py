@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from trimtab.divided import divided
 from trimtab.methods.fitting import evaluating
 from trimtab.methods.session import own_loss
-from trimtab.methods.skip.adapters import Switch
 from trimtab.methods.skip.budget import Indices
 from trimtab.methods.skip.search.journal import Journal
+from trimtab.methods.skip.skipped import Switch
 from trimtab.progress import progress
 
 

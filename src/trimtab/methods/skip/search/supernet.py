@@ -11,16 +11,9 @@ from torch import Tensor
 from trimtab.anatomy import Block
 from trimtab.anatomy.structure import replace_module
 from trimtab.methods.session import Session
-from trimtab.methods.skip.adapters import (
-    Handed,
-    HandsOn,
-    Skipped,
-    Switch,
-    adapters_in,
-    add_adapters,
-    train_adapters,
-)
+from trimtab.methods.skip.adapters import add_adapters, train_adapters
 from trimtab.methods.skip.budget import BlockCosts, Unit, measure
+from trimtab.methods.skip.skipped import Handed, HandsOn, Skipped, Switch, adapters_in
 
 if TYPE_CHECKING:
     from trimtab.methods.skip.base import SkipSettings
