@@ -10,7 +10,8 @@ EfficientNet-Lite0 (96 pixels) and MiniLM, VSE-infinity's pooling and triplets, 
 README.md: batches of 128, a constant learning rate until validation rSum, looked at every fifth epoch, has not risen
 for two looks, then a linear fall over a quarter of the steps so far, 100 epochs at most. Each way is trained at three
 learning rates with seed 0; the rate with the best validation rSum at the end is taken for the other seeds. What LST's
-start gives is asked at one, LST's own; `--rates` adds some where the best is the highest or lowest.
+start gives, and what UniPT's parts and width give, is asked at one, that of LST and of UniPT; `--rates` adds some where
+the best is the highest or lowest.
 
 Frozen towers are computed once, on ten crops of each photograph with a caption drawn for each: five whole ones are
 soon learned by heart (the ways `..., whole`). The draws are the same for all seeds: the spread over seeds leaves out
@@ -45,6 +46,7 @@ EPOCH = 47
 TEXT = {"towers": ["text"]}
 NEW = (5e-4, 1e-3, 2e-3)  # learning rates of what starts random
 MOVED = (5e-5, 1e-4, 2e-4)  # and of pretrained weights
+LIKE_UNIPT = (2.5e-4,)  # the rate that UniPT's trials chose: nothing differs but what is left out, or the width
 
 
 @METHODS.register("unipt-of-means")
@@ -104,12 +106,12 @@ WAYS = {
     "lora-text-all-16": _way("lora", rank=16, alpha=32, targets="all-linear", **TEXT),  # of UniPT's size
     "adapter-text": _way("adapter", **TEXT),
     "full": _way("full", MOVED, 10.0),
-    "unipt-text, of means": _way("unipt-of-means", form="token", **TEXT),
-    "unipt-text, no attention": _way("unipt-without-attention", form="token", **TEXT),
+    "unipt-text, of means": _way("unipt-of-means", LIKE_UNIPT, form="token", **TEXT),
+    "unipt-text, no attention": _way("unipt-without-attention", LIKE_UNIPT, form="token", **TEXT),
     "linear-probe, whole": replace(_way("linear-probe"), fresh=False),
     "unipt-text, whole": replace(_composed(UNIPT), fresh=False),
-    "unipt-text-4": _way("unipt", form="token", reduction=4, **TEXT),
-    "unipt-text-1": _way("unipt", form="token", reduction=1, **TEXT),
+    "unipt-text-4": _way("unipt", LIKE_UNIPT, form="token", reduction=4, **TEXT),
+    "unipt-text-1": _way("unipt", LIKE_UNIPT, form="token", reduction=1, **TEXT),
     # Levers composed: MiniLM without most of its weights, two of its six layers gone, UniPT beside what is left
     "prune, linear-probe": _composed(PRUNE, {"name": "linear-probe"}),
     "prune, unipt-text": _composed(PRUNE, UNIPT),

@@ -30,6 +30,7 @@ from trimtab.budgets.prices import Prices
 from trimtab.budgets.shared import Shared
 from trimtab.budgets.space import TUNES, Candidate, Space
 from trimtab.budgets.trial import Clock, NoTime, Trial, tested
+from trimtab.data.identity import warn_if_same
 from trimtab.experiments.assembly import assemble, tables
 from trimtab.experiments.folder import claimed, is_finished, load
 from trimtab.experiments.recipe import expand
@@ -249,7 +250,8 @@ def _space(recipe: Recipe) -> Space:
 def _check_rows(recipe: Recipe) -> None:
     """Read the rows as a trial does, before anything is counted; ValueError as there (too few to hold out, say)."""
     parts = assemble(recipe)
-    train, _, test = tables(recipe, parts)
+    train, validation, test = tables(recipe, parts)
+    warn_if_same(validation, test)
     for table in (train, test):
         parts.task.check(parts.model.backbone, table)
 

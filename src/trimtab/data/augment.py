@@ -1,7 +1,8 @@
-"""Random changes of training pictures that leave what is asked about them as it is.
+"""Random changes of training pictures that leave most of what is asked about them as it is.
 
 No mirroring, after which "left of" is wrong, and no change of hue, after which "red" is; but what papers train with
-(`randaugment.py`) does change colours, and can be asked for.
+(`randaugment.py`) does change colours, and can be asked for. A crop may cut off what is counted, and moves what stands
+in a corner: where questions ask for numbers and places, leave it out.
 """
 
 from __future__ import annotations
@@ -58,14 +59,17 @@ class Augmentation:
         """
         if not self:
             return rows
-        return [self._row(row, generator or draws.generator(row, "augmentation")) for row in decode_rows(rows)]
+        seen = [any(row.get(name) is not None for name in ("image", "images", "video")) for row in rows]
+        shown = iter(decode_rows([row for row, there in zip(rows, seen, strict=True) if there]))
+        return [self._row(next(shown), generator or draws.generator(row, "augmentation")) if there else row
+                for row, there in zip(rows, seen, strict=True)]  # fmt: skip
 
     def _row(self, row: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
         from PIL import ImageEnhance
 
-        if "images" in row:
+        if row.get("images") is not None:
             return {**row, "images": [self._row({"image": p}, generator)["image"] for p in row["images"]]}
-        if "image" not in row:
+        if "video" in row:
             raise ValueError("augmentation changes pictures, and the rows hold videos: leave training.augmentation out")
         out = {**row, "image": row["image"].convert("RGB")}
         if self.crop < 1:
@@ -95,7 +99,8 @@ def _cropped(row: dict[str, Any], least: float, generator: torch.Generator) -> d
     left, top = _uniform(0, width - wide, generator), _uniform(0, height - high, generator)
     right, bottom = left + wide, top + high
     if box is not None:
-        left, top, right, bottom = min(left, box[0]), min(top, box[1]), max(right, box[2]), max(bottom, box[3])
+        left, top = min(left, max(box[0], 0)), min(top, max(box[1], 0))  # boxes may stick out of the picture
+        right, bottom = max(right, min(box[2], width)), max(bottom, min(box[3], height))
     part = picture.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
     if box is None:
         return {"image": part}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trimtab.data.base import Published, Split
+from trimtab.data.identity import apart
 from trimtab.data.reading import DataError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ class HeldOut(Published):
 
     validation: int = 500
     """Rows taken from the end of the training rows: searches draw their rewards from them; 0 trains on all, and leaves
-    searches none. A set without a test split is tested on them too."""
+    searches none. No other row of their pictures is trained on. A set without a test split is tested on them too."""
 
     def official(self, split: Split) -> tuple[str, ...]:
         return ("test",) if split == "test" and "test" in self.splits else ("train",)
@@ -37,5 +38,8 @@ class HeldOut(Published):
                 f"{self}: expected 'validation' to be from {int(split == 'test')} to {len(table) - 1} of the "
                 f"{len(table)} training rows, found {self.validation}; set data.validation"
             )
-        cut = len(table) - self.validation
-        return table.select([*range(cut)] if split == "train" else [*range(cut, len(table))])
+        rest, held = apart(table, set(range(len(table) - self.validation, len(table))))
+        if not rest:
+            raise DataError(f"{self}: all training rows show pictures that the {self.validation} held out show too: "
+                            "set data.validation to fewer")  # fmt: skip
+        return table.select(rest if split == "train" else held)

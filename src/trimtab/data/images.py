@@ -57,10 +57,10 @@ def decode_rows(rows: Iterable[dict[str, Any]], side: int | None = None) -> list
     out = []
     for i, row in enumerate(rows):
         row = dict(row)
-        if "image" in row:
+        if "image" in row and (row["image"] is not None or row.get("images") is None):
             where = f"the image of {described(row)}" if PLACE in row else f"image {i} of the batch"
             row["image"] = decode(row["image"], where, side)
-        if "images" in row:
+        if row.get("images") is not None:
             where = described(row) if PLACE in row else f"row {i} of the batch"
             row["images"] = [decode(c, f"picture {k} of {where}", side) for k, c in enumerate(row["images"])]
         out.append(row)

@@ -130,19 +130,31 @@ class EasyVQA:
         if published == "train" and self.validation >= len(order):
             raise ValueError(f"data 'easy-vqa': validation: expected fewer than the {len(order)} published training "
                              f"rows, found {self.validation}")  # fmt: skip
-        if split == "validation":
-            order = order[len(order) - self.validation :]
-        elif split == "train":
-            order = order[: len(order) - self.validation][: self.train]
-        else:
-            order = order[: self.test]
+        chosen = order[: self.test] if split == "test" else self._rows(order.tolist(), images, split)
         rows = {
-            "image": [{"path": paths[images[i]], "bytes": None} for i in order],
-            "question": [questions[i] for i in order],
-            "answer": [answers[i] for i in order],
+            "image": [{"path": paths[images[i]], "bytes": None} for i in chosen],
+            "question": [questions[i] for i in chosen],
+            "answer": [answers[i] for i in chosen],
         }
         schema = Features({"image": Image(), "question": Value("string"), "answer": Value("string")})
         return Dataset.from_dict(rows, features=schema)
+
+    def _rows(self, order: Sequence[int], images: Sequence[int], split: str) -> list[int]:
+        """The training or validation rows, in their order. Ten questions are about each picture, and no picture is on
+        both sides."""
+        cut = len(order) - self.validation
+        if self.train is None:
+            held = {images[i] for i in order[cut:]}
+            return list(order[cut:]) if split == "validation" else [i for i in order[:cut] if images[i] not in held]
+        trained = order[:cut][: self.train]
+        if split == "train":
+            return list(trained)
+        known = {images[i] for i in trained}
+        rest = [i for i in order[len(trained) :] if images[i] not in known]
+        if len(rest) < self.validation:
+            raise ValueError(f"data 'easy-vqa': validation: expected {self.validation}, there are {len(rest)} rows of "
+                             f"other pictures than the {self.train} to train on: lower one of the two")  # fmt: skip
+        return rest[len(rest) - self.validation :]
 
     def answers(self) -> Sequence[str]:
         """The 13 answers of the set."""

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.data import chats
 from trimtab.data.base import COLUMNS, features
-from trimtab.data.boxes import clamped, size_of
+from trimtab.data.boxes import size_of
 from trimtab.data.reading import DataError, Entry, Kept, OnError, Pictures, csv_rows, json_lines, json_rows
+from trimtab.data.ready import ONCE, check_box, check_captions, check_inside, checked, ready, saved
 from trimtab.registry import unknown
 
 if TYPE_CHECKING:
@@ -24,9 +25,7 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SEEN = ("image", "images", "video", "messages")  # a row needs one of these
-ONCE = ("question_id", "identifier", "pair_id")  # ids of rows; a picture's id may stand in many
 IDS = (*ONCE, "image_id", "video_id", "caption_ids", "ref_id", "ann_id")
-FOLDER_SAVED = "dataset_info.json"
 
 
 def read(path: Path, columns: Mapping[str, str] | None = None, pictures: Path | None = None,
@@ -47,17 +46,16 @@ def read(path: Path, columns: Mapping[str, str] | None = None, pictures: Path | 
         FileNotFoundError: if there is no such file or folder.
         DataError: if it is of no known kind, or a row cannot be read.
     """
-    table, reader = _read(Path(path), columns, pictures, on_error, find, typed)
-    if reader is not None:
-        reader.kept.tell(str(path), len(table))
+    table, kept = _read(Path(path), columns, pictures, on_error, find, typed)
+    kept.tell(str(path), len(table))
     return table
 
 
 def look(path: Path, columns: Mapping[str, str] | None, pictures: Path | None, typed: Collection[str]
          ) -> tuple[Dataset, list[str]]:  # fmt: skip
     """The table of a file or folder as `read` gives it, and a sentence for each row that cannot be read."""
-    table, reader = _read(Path(path), columns, pictures, "skip", True, typed, decode=False)
-    return table, [] if reader is None else reader.kept.left_out
+    table, kept = _read(Path(path), columns, pictures, "skip", True, typed, decode=False)
+    return table, kept.left_out
 
 
 def one(entry: Entry, columns: Mapping[str, str], folder: Path, typed: Collection[str]) -> dict[str, Any]:
@@ -73,19 +71,20 @@ def one(entry: Entry, columns: Mapping[str, str], folder: Path, typed: Collectio
 
 
 def _read(path: Path, columns: Mapping[str, str] | None, pictures: Path | None, on_error: OnError, find: bool,
-          typed: Collection[str], decode: bool = True) -> tuple[Dataset, _Reader | None]:  # fmt: skip
+          typed: Collection[str], decode: bool = True) -> tuple[Dataset, Kept]:  # fmt: skip
     columns = dict(columns or {})
     typed = {*SEEN, *IDS, *columns, *typed}
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder")
     if files := ready(path):
-        return saved(files, columns, Path(pictures) if pictures else path.parent, typed), None
+        found = saved(files, columns, Path(pictures) if pictures else path.parent, typed)
+        return checked(found, path, typed, on_error, find)
     folder = Path(pictures) if pictures else path if path.is_dir() else path.parent
     reader = _Reader(folder, columns, on_error, find, typed, decode)
     for entry in entries(path, reader.kept):
         with reader.kept.row():
             reader.add(entry)
-    return reader.table(path), reader
+    return reader.table(path), reader.kept
 
 
 # --- rows of text files -----------------------------------------------------------------------------------------------
@@ -119,12 +118,18 @@ def _folder(path: Path, kept: Kept) -> Iterator[Entry]:
             if named is not None:
                 yield named
         return
-    found = sorted(p for p in path.glob("*/**/*") if p.suffix.lower() in PICTURES and p.is_file())
+    found = sorted(p for p in path.glob("*/**/*") if p.suffix.lower() in PICTURES and p.is_file()
+                   and not any(_is_junk(part) for part in p.relative_to(path).parts))  # fmt: skip
     if not found:
         raise DataError(f"{path}: expected {' or '.join(METADATA)}, or one folder of pictures a class, found neither")
     for i, picture in enumerate(found):
         below = picture.relative_to(path)
         yield Entry({"image": str(below), "label": below.parts[0]}, path, f"picture [{i}]")
+
+
+def _is_junk(name: str) -> bool:
+    """Whether a folder or file is one that programs leave behind (.ipynb_checkpoints, ._1.jpg, __MACOSX)."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _image_columns(entry: Entry) -> Iterator[tuple[str, Any]]:
@@ -174,14 +179,9 @@ class _Reader:
             row["messages"], row["images"] = chats.conversation(named, self._picture, row.get("images") or alone)
             row["answer"] = chats.answer(row["messages"])
         if "box" in self.typed and row.get("box") and row.get("image") and self.find:
-            size = self._size(named, row["image"])
-            left, top, right, bottom = clamped(row["box"], size)
-            if right <= left or bottom <= top:
-                raise named.error(f"expected 'box' in its picture of {size[0]} x {size[1]} pixels, found {row['box']}")
+            check_inside(named, row["box"], self._size(named, row["image"]))
         if "captions" in self.typed and "captions" in {**row, **(self.rows[0] if self.rows else {})}:
-            told = row.get("captions") or []
-            if not told or not all(isinstance(c, str) and c.strip() for c in told):  # nothing to train on or to score
-                raise named.error(f"expected 'captions' to hold at least one caption, found {told}")
+            check_captions(named, row.get("captions"))
         for key in ONCE:
             if row.get(key) is not None:
                 self.kept.once(named, row[key], key)
@@ -206,10 +206,10 @@ class _Reader:
             return self._video(entry, value)
         if kind.startswith("["):
             if isinstance(value, str) and value.lstrip().startswith("["):
-                value = self._json(entry, name, value)
+                value = self._json(entry, name, value, kind)
             values = value if isinstance(value, list) else [value]
             found = [self._one(entry, name, kind[1:-1], v) for v in values]
-            return self._box(entry, found) if name == "box" else found
+            return check_box(entry, found) if name == "box" else found
         return self._one(entry, name, kind, value)
 
     def _one(self, entry: Entry, name: str, kind: str, value: Any) -> Any:
@@ -234,15 +234,12 @@ class _Reader:
                   "bool": "true or false"}.get(kind, "a list")  # fmt: skip
         raise entry.error(f"expected {name!r} to be {wanted}, found {str(value)[:80]!r}")
 
-    def _box(self, entry: Entry, box: list[float]) -> list[float]:
-        if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
-            raise entry.error(f"expected 'box' to be left, top, right, bottom with an area, found {box}")
-        return box
-
-    def _json(self, entry: Entry, name: str, text: str) -> Any:
+    def _json(self, entry: Entry, name: str, text: str, kind: str) -> Any:
         try:
             return json.loads(text)
         except ValueError as error:
+            if kind == "[string]" and not text.rstrip().endswith("]"):
+                return text  # words that begin with a bracket: "[blurred] a dog"
             raise entry.error(f"expected {name!r} to be a JSON list ({error})") from error
 
     def _video(self, entry: Entry, value: Any) -> str:
@@ -288,72 +285,6 @@ def _type(path: Path, name: str, values: list[Any], typed: Collection[str]) -> A
         raise DataError(f"{path}: expected the column {name!r} to hold values of one kind ({error})") from error
 
 
-# --- tables that are ready --------------------------------------------------------------------------------------------
-
-
-def ready(path: Path) -> list[Path]:
-    """What holds a table with types: Parquet files, or a folder that `Dataset.save_to_disk` wrote; none otherwise."""
-    if path.suffix == ".parquet" or (path / FOLDER_SAVED).is_file():
-        return [path]
-    return sorted(path.glob("*.parquet")) if path.is_dir() else []
-
-
-def saved(paths: Sequence[Path], columns: Mapping[str, str], folder: Path, typed: Collection[str] = COLUMNS
-          ) -> Dataset:  # fmt: skip
-    """Parquet files, or one folder that `Dataset.save_to_disk` wrote, with the columns' names and types of a task.
-
-    Args:
-        paths: the files, in order, or the folder.
-        columns: a task's column -> the table's.
-        folder: from which paths of pictures go out.
-        typed: as of `read`.
-
-    Raises:
-        DataError: if it cannot be read, or a column is missing or cannot be given its type.
-    """
-    from datasets import Dataset, load_from_disk
-
-    path = paths[0]
-    try:
-        table = Dataset.from_parquet([str(p) for p in paths]) if path.is_file() else load_from_disk(str(path))
-    except Exception as error:  # pyarrow and datasets have many kinds of errors for damaged files
-        raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
-    if not isinstance(table, Dataset):
-        raise DataError(f"{path}: expected one table, found splits {', '.join(table)}; give the folder of one")
-    for name, file in columns.items():
-        if file not in table.column_names:
-            raise DataError(f"{path}: {unknown('column', file, table.column_names)}")
-        if name != file:
-            table = table.remove_columns(name) if name in table.column_names else table
-            table = table.rename_column(file, name)
-    for name in table.column_names:
-        if name in COLUMNS and name in typed:
-            table = _typed(table, name, path, folder)
-    return table
-
-
-def _typed(table: Dataset, name: str, path: Path, folder: Path) -> Dataset:
-    """The table with a column in the type of a task's."""
-    from datasets import ClassLabel, Value
-
-    kind, wanted = table.features[name], features([name])[name]
-    if kind == wanted:
-        return table
-    if isinstance(kind, ClassLabel):
-        names = kind.names
-        cells: list[Any] = [None if v is None or v < 0 else names[v] for v in table[name]]
-    elif name == "image" and isinstance(kind, Value) and kind.dtype in ("string", "large_string"):
-        cells = [{"path": str(folder / v), "bytes": None} if v else None for v in table[name]]
-    elif COLUMNS[name] == "[string]" and isinstance(kind, Value):
-        cells = [[v] for v in table[name]]  # one caption a row
-    else:
-        try:
-            return table.cast_column(name, wanted)
-        except Exception as error:
-            raise DataError(f"{path}: expected the column {name!r} to be {wanted}, found {kind} ({error})") from error
-    return table.remove_columns(name).add_column(name, cells, feature=wanted)
-
-
 # --- splits of a folder -----------------------------------------------------------------------------------------------
 
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"),
@@ -373,17 +304,18 @@ def splits(root: Path) -> dict[str, list[Path]]:
         raise FileNotFoundError(f"{root}: there is no such folder")
     found: dict[str, list[Path]] = {}
     for item in sorted(p for top in (root, root / "data") if top.is_dir() for p in top.iterdir()):
-        stem = item.name.partition("-")[0] if item.suffix == ".parquet" else item.stem
+        stem = item.stem.partition("-")[0] if item.suffix == ".parquet" else item.stem
         split = next((s for s, names in SPLITS.items() if stem.lower() in names), None)
         if split is None or not (item.is_dir() or item.suffix in SUFFIXES):
             continue
         before = found.setdefault(split, [])
         if before and not (before[-1].suffix == item.suffix == ".parquet" and before[-1].parent == item.parent):
-            raise DataError(f"{root}: {before[-1]} and {item} both stand for {split!r}; keep one")
+            raise DataError(f"{root}: {before[-1]} and {item} both stand for {split!r}; keep one, or name the files "
+                            "with the source 'files' (data.train, data.test)")  # fmt: skip
         before.append(item)
     return found
 
 
 def names_of(table: Dataset, column: str) -> Sequence[str]:
-    """The values of a column, each once, in order of the alphabet."""
-    return sorted({v for v in table[column] if v is not None})
+    """The values of a column, each once, in order of the alphabet; an empty one says that it is not known."""
+    return sorted({v for v in table[column] if v is not None and str(v).strip()})

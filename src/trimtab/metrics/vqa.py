@@ -10,6 +10,8 @@ from trimtab.metrics.checking import complete
 from trimtab.metrics.words import clean, normalise, plain_punctuation, plain_words
 
 Rule = Literal["official", "x-vlm"]
+LEAST = 4
+"""So many people must have answered that an answer which all give is right: three others have to say the same."""
 Answers = Sequence[str] | Sequence[Mapping[str, Any]]
 
 

@@ -117,6 +117,10 @@ class Answer(Task):
     def _asked(self, row: dict[str, Any]) -> str:
         """The user's words."""
         choices, hint = list(row.get("choices") or ()), row.get("hint") or ""
+        if len(choices) > len(LETTERS):
+            raise ValueError(
+                f"{len(choices)} choices, and there are {len(LETTERS)} letters for them: {choices[:3]} ..."
+            )
         lines = [f"{LETTERS[i]}. {choice}" for i, choice in enumerate(choices)]
         if self.wording is not None:
             return _filled("wording", self.wording, question=row["question"], hint=hint, choices="\n".join(lines))
@@ -199,7 +203,8 @@ class Answer(Task):
             )
         if self.metric == "vqa":
             return vqa.score(row["answers"], text)
-        return float(text in [reference.strip() for reference in self._references(row, number)])
+        told = [reference.strip() for reference in (*self._references(row, number), row.get("answer") or "")]
+        return float(text in [reference for reference in told if reference])
 
     def chance(self, rows: Any) -> float | None:
         """Choosing blindly, or always giving the commonest answer."""
@@ -242,6 +247,18 @@ class Answer(Task):
         needed += [column for column in self.by if column != "context"]
         if missing := [c for c in dict.fromkeys(needed) if c not in columns]:
             raise ValueError(f"task 'answer' needs the columns {missing}, the table has {columns}")
+
+    def check_scored(self, table: Any) -> None:
+        for i, row in enumerate(_words_of(table)):
+            if self.metric == "choice":
+                _index(row["answer"] or "", row["choices"] or (), f"row {i}")
+            elif self.metric == "vqa" and len(row["answers"] or ()) < vqa.LEAST:
+                raise ValueError(
+                    f"row {i}: {len(row['answers'] or ())} answers in 'answers', expected those of ten people, "
+                    f"{vqa.LEAST} at least: VQA's accuracy asks for three others who say the same; take `metric: exact`"
+                )
+            elif not any((*self._references(row, i), row.get("answer"))):
+                raise ValueError(f"row {i}: no answer, so that nothing can be scored: leave such rows out of the test")
 
 
 def _filled(what: str, template: str, **fields: str) -> str:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from trimtab import divided
 from trimtab.data.draws import choose
+from trimtab.data.identity import check_grouped
 from trimtab.data.images import decode_rows
 from trimtab.metrics import captions as official
 from trimtab.settings import within
@@ -102,6 +103,9 @@ class Captioning(Task):
         labels = batch["labels"][told]
         total = F.cross_entropy(logits.float(), labels, label_smoothing=self.smoothing, reduction="sum")
         return divided.mean(total, len(labels))
+
+    def check_scored(self, table: Any) -> None:
+        check_grouped(table, self.name)
 
     def predict(self, backbone: Any, head: Any, batch: Batch) -> list[dict[str, Any]]:
         pixels = batch["pixel_values"]

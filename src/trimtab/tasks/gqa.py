@@ -27,8 +27,14 @@ class GQA(VQA):
     )  # fmt: skip
 
     def check_scored(self, table: Any) -> None:
-        if not any(q["isBalanced"] for q in self._questions(table).values()):
+        balanced = {name: q for name, q in self._questions(table).items() if q["isBalanced"]}
+        if not balanced:
             raise ValueError(f"task 'gqa': none of {len(table)} questions is balanced: there is nothing to score")
+        if untold := next((name for name, q in balanced.items() if not q["answer"]), None):
+            raise ValueError(
+                f"task 'gqa': question {untold!r} has no answer, so that nothing can be scored: choose another split "
+                "to test on (answers of the test and challenge splits are not published)"
+            )
 
     def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
         questions = self._questions(rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -62,14 +62,16 @@ class Labelled(Task):
         Raises:
             ValueError: if a label is none of the names.
         """
-        for row in rows:
-            if row["label"] and row["label"] not in self.names:
-                shown = ", ".join(list(self.names)[:10])
-                raise ValueError(
-                    f"task {self.name!r}: label {row['label']!r} is none of its {len(self.names)}: {shown}"
-                )
+        labels = [row["label"] for row in rows]
+        self._check_names(labels)
         index = {name: i for i, name in enumerate(self.names)}
-        return torch.tensor([index.get(row["label"], UNKNOWN) for row in rows])
+        return torch.tensor([index[label] if label else UNKNOWN for label in labels])
+
+    def _check_names(self, labels: Iterable[str | None]) -> None:
+        for label in labels:
+            if label and label not in self.names:
+                shown = ", ".join(list(self.names)[:10])
+                raise ValueError(f"task {self.name!r}: label {label!r} is none of its {len(self.names)}: {shown}")
 
     def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
         labels = batch["labels"]
@@ -89,6 +91,7 @@ class Labelled(Task):
     def check_scored(self, table: Any) -> None:
         if not any(table["label"]):
             raise ValueError(f"task {self.name!r}: no row of the table has a label, so that nothing can be scored")
+        self._check_names(dict.fromkeys(table["label"]))
 
     def score(self, backbone: Any, head: nn.Module, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
         """Over the rows whose label is known; ValueError if none is."""

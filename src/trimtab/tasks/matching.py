@@ -121,6 +121,11 @@ class Matching(Task):
                 f"task 'matching' ranks blocks of {self.pool} pictures, the table to evaluate on has {len(table)} "
                 f"rows: set task.pool to {len(table)} or fewer, or give more rows"
             )
+        if rest := len(table) % self.pool:
+            raise ValueError(
+                f"task 'matching' ranks blocks of {self.pool} pictures, and of the {len(table)} rows to evaluate on "
+                f"{rest} are left over: set task.pool to a divisor of {len(table)}, or give a multiple of {self.pool}"
+            )
 
     def score(self, backbone: Any, head: Any, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
         """Adds to each record `best`, the row whose caption its picture finds within its block."""

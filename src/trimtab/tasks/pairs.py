@@ -97,7 +97,7 @@ class Pairs(Labelled):
 def _identifiers(rows: Any) -> list[str]:
     """NLVR2's identifiers of all rows; empty for a table of one's own, whose rows tell no sentence."""
     names = list(rows["identifier"]) if "identifier" in rows.column_names else []
-    return [] if any(name.count("-") < 3 for name in names) else names
+    return names if all(name and re.fullmatch(r".+-\d+-\d+-\d+", name) for name in names) else []
 
 
 SIDES = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}

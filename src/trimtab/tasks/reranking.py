@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from trimtab import divided
 from trimtab.contrast import contrast, hard_pairs
 from trimtab.data.draws import choose, shuffled
+from trimtab.data.identity import check_grouped
 from trimtab.data.images import decode_rows, encoded
 from trimtab.metrics import retrieval as measured
 from trimtab.processes import in_turn, shared
@@ -194,6 +195,7 @@ class Reranking(Task):
                 f"task 'reranking': the {len(table)} pictures to score do not fall into {self.folds} equal folds: "
                 "set task.folds to 1, or give a multiple of it"
             )
+        check_grouped(table, self.name)
 
     def score(self, backbone: Any, head: Any, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
         """Adds to each record `best`, the number of the text that its picture finds among all texts of the table."""

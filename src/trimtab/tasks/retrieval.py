@@ -16,8 +16,10 @@ from torch.nn import functional as F
 
 from trimtab import divided
 from trimtab.data.draws import choose
+from trimtab.data.identity import check_grouped
 from trimtab.data.images import decode_rows
 from trimtab.metrics import retrieval as measured
+from trimtab.metrics.checking import finite
 from trimtab.pooling import GPO, lengths_of, size_augmented
 from trimtab.settings import within
 from trimtab.tasks.base import TASKS, Batch, Task
@@ -203,6 +205,8 @@ class Retrieval(Task):
                 f"task 'retrieval': the {len(table)} pictures to score do not fall into {self.folds} equal folds: "
                 "set task.folds to 1, or give a multiple of it"
             )
+        if self.captions == "all":
+            check_grouped(table, self.name)
 
     def score(self, backbone: Any, head: Any, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
         images, texts = torch.stack([r["image"] for r in records]), torch.cat([r["text"] for r in records])
@@ -301,15 +305,17 @@ def named(found: dict[str, Any]) -> dict[str, float]:
 def recalls(similarity: Tensor, captions: list[str], records: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Recall@1, 5 and 10 in both directions and their mean over directions, from (images, captions) similarities; each
     record gets as `credit` what its row gives to the mean recall@1."""
+    finite(similarity, "similarities")
     codes = {c: i for i, c in enumerate(dict.fromkeys(captions))}
     label = torch.tensor([codes[c] for c in captions])
     out, first = {}, torch.zeros(len(captions), dtype=torch.double)
     for direction, scores in (("image to text", similarity), ("text to image", similarity.T)):
-        order = scores.argsort(dim=1, descending=True)[:, :10]
-        hit = label[order] == label[:, None]
-        first += hit[:, 0].cpu() / 2
+        own = (label[:, None] == label[None]).to(scores.device)
+        best = scores.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
+        rank = ((scores >= best) & ~own).sum(dim=1).cpu()  # a wrong one with the same score stands before
+        first += (rank == 0).double() / 2
         for k in (1, 5, 10):
-            out[f"{direction} recall@{k}"] = hit[:, :k].any(dim=1).float().mean().item()
+            out[f"{direction} recall@{k}"] = (rank < k).double().mean().item()
     means = {
         f"recall@{k}": (out[f"image to text recall@{k}"] + out[f"text to image recall@{k}"]) / 2 for k in (1, 5, 10)
     }

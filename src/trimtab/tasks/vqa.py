@@ -23,7 +23,8 @@ class VQA(Task):
     """Columns `image`, `question`, `answer`; with a column `kind`, accuracy is given for each kind of question too.
 
     With a column `answers` (those of ten people, as written) the accuracy is the official one of VQA, also by
-    `question_type` and `answer_type` where these columns are there. Without it an answer is right if it is `answer`.
+    `question_type` and `answer_type` where these columns are there. Without it an answer is right if it is `answer`;
+    rows whose answer is not told do not count.
 
     The head is ViLT's: two linear layers with LayerNorm and GELU between. It reads the first token itself and not the
     pooled feature: a pooler that was trained to match keeps what tells a match from none and little else. Where the
@@ -86,7 +87,7 @@ class VQA(Task):
     def targets(self, row: Mapping[str, Any]) -> Tensor:
         """Soft targets of a row, (classes,)."""
         told = people(row)
-        if len(told) > 1:
+        if len(row.get("answers") or ()) > 1:
             found = soft_targets(told, self.index, normalise_vilt if self.counting == "normalised" else None)
         else:
             only = told[0] if told else row["answer"]
@@ -133,20 +134,32 @@ class VQA(Task):
         if told is not None:
             out, right = told
         else:
-            right = [float(r["answer"] == a) for r, a in zip(records, rows["answer"], strict=True)]
-            out = {"accuracy": sum(right) / len(right)}
+            self._check_told(rows)
+            right = [float(r["answer"] == a) if a else None for r, a in zip(records, rows["answer"], strict=True)]
+            out = {"accuracy": _mean(right)}
             if "kind" in rows.column_names:
-                total, hits = Counter(rows["kind"]), Counter(k for k, r in zip(rows["kind"], right, strict=True) if r)
-                out |= {f"accuracy: {k}": hits[k] / n for k, n in sorted(total.items())}
+                by: dict[str, list[float | None]] = {}
+                for kind, credit in zip(rows["kind"], right, strict=True):
+                    by.setdefault(kind, []).append(credit)
+                known = {k: v for k, v in sorted(by.items()) if any(c is not None for c in v)}
+                out |= {f"accuracy: {k}": _mean(v) for k, v in known.items()}
         for record, credit in zip(records, right, strict=True):
-            record["credit"] = credit
+            if credit is not None:
+                record["credit"] = credit
         if records and all("soft score" in r for r in records):
             out["soft score"] = sum(r["soft score"] for r in records) / len(records)
         return out
 
     def check_scored(self, table: Any) -> None:
-        if "answers" in table.column_names:
-            self._told(table)
+        if "answers" not in table.column_names or self._told(table) is None:
+            self._check_told(table)
+
+    def _check_told(self, rows: Any) -> None:
+        if not any(rows["answer"]):
+            raise ValueError(
+                f"task {self.name!r}: no row of the table has an answer, so that nothing can be scored: choose another "
+                "split to test on (answers of test splits are seldom published)"
+            )
 
     def _told(self, rows: Any) -> dict[int, dict[str, Any]] | None:
         """What people answered, as VQA's files write it, by the row's number; None if no row has their answers.
@@ -165,9 +178,15 @@ class VQA(Task):
             return None
         if empty:
             raise ValueError(f"row {empty[0]}: no answers of people, which other rows have: VQA's accuracy is over all")
+        if few := [i for i, a in annotations.items() if len(a["answers"]) < official.LEAST]:
+            raise ValueError(
+                f"row {few[0]}: {len(annotations[few[0]]['answers'])} in 'answers', expected those of ten people, "
+                f"{official.LEAST} at least: VQA's accuracy asks for three others who say the same, and is below 1 for "
+                "a right answer here; leave 'answers' out, then an answer is right if it is 'answer'"
+            )
         return annotations
 
-    def _official(self, records: list[dict[str, Any]], rows: Any) -> tuple[dict[str, float], list[float]] | None:
+    def _official(self, records: list[dict[str, Any]], rows: Any) -> tuple[dict[str, float], list[float | None]] | None:
         """VQA's own accuracy, as shares, and that of each row; None if no row has people's answers."""
         annotations = self._told(rows)
         if annotations is None:
@@ -181,10 +200,13 @@ class VQA(Task):
 
     def chance(self, rows: Any) -> float | None:
         """Always giving the commonest answer."""
-        commonest, times = Counter(rows["answer"]).most_common(1)[0]
+        known = [answer for answer in rows["answer"] if answer]
+        if not known:
+            return None
+        commonest, times = Counter(known).most_common(1)[0]
         if "answers" in rows.column_names and (out := self._official([{"answer": commonest}] * len(rows), rows)):
             return out[0]["accuracy"]
-        return times / len(rows)
+        return times / len(known)
 
     def gallery(self, records: list[dict[str, Any]], rows: Any, indices: Sequence[int]) -> list[dict[str, Any]]:
         """With people's answers, right is what at least three of them say as well."""
@@ -195,6 +217,11 @@ class VQA(Task):
             right = official.score(told, answer) >= 0.9 if len(told) > 1 else answer == row["answer"]
             out.append({"query": row["question"], "prediction": answer, "target": row["answer"], "correct": right})
         return out
+
+
+def _mean(credits: Sequence[float | None]) -> float:
+    known = [c for c in credits if c is not None]
+    return sum(known) / len(known)
 
 
 def people(row: Mapping[str, Any]) -> list[str]:

@@ -146,7 +146,8 @@ class Captioned(Published):
     ) -> None:
         """Keep a picture with its captions: one row, or one a caption in training if that is asked."""
         told = [prepared(entry, c, self.wording, self.max_words) for c in captions]
-        split = name == "train" and self.train_rows == "caption"
+        judged = {*self.official("validation"), *self.official("test")}
+        split = self.train_rows == "caption" and name in self.official("train") and name not in judged
         for i in range(len(told)) if split else [None]:
             part = slice(None) if i is None else slice(i, i + 1)
             kept.add(image=image, captions=told[part], image_id=number, caption_ids=ids[part])

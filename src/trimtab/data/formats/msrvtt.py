@@ -87,7 +87,7 @@ class MSRVTT(Published):
         """
         if split == "test":
             return super().load(task, split)
-        source = replace(self, unfold=False) if split == "validation" else self
+        source = replace(self, rows=None, unfold=self.unfold and split != "validation")
         table = Published.load(source, task, split)
         path = find_file(self.files, f"MSRVTT_train.{self.train}.csv")
         listed = [video for _, video in train_videos(path, Kept("skip"))]
@@ -96,7 +96,8 @@ class MSRVTT(Published):
                             f"{len(listed)} videos of {path}, found {self.validation}")  # fmt: skip
         held_out = set(listed[len(listed) - self.validation :])
         videos = table["video_id"]
-        return table.select([i for i, v in enumerate(videos) if (v in held_out) == (split == "validation")])
+        chosen = [i for i, v in enumerate(videos) if (v in held_out) == (split == "validation")]
+        return table.select(chosen[: self.rows])
 
     def read(self, task: str, name: str, kept: Kept) -> None:
         videos = Videos(self.videos or self.root, SUFFIXES, decode=self.on_error == "skip")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from trimtab.data import tables
+from trimtab.data import identity, tables
 from trimtab.data.base import SOURCES, Split, read_by
 from trimtab.data.reading import DataError, OnError
 from trimtab.data.streams import SUFFIXES, Streamed, files
@@ -102,7 +102,10 @@ class Files(_Mapped):
     validation: Path | None = None
     """File or folder from which searches draw their rewards; None takes the training rows."""
     held_out: float = 0.0
-    """Share of the training rows, evenly spread over the file, that are kept for validation and not trained on."""
+    """Share of the training pictures, evenly spread over the file, whose rows are kept for validation and not trained
+    on."""
+    group: bool = False
+    """Join the rows of a picture, a caption each, into one with all its captions."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,6 +113,8 @@ class Files(_Mapped):
             raise DataError(
                 f"{self._name}: held_out: no rows can be held out of a stream: give a file for `validation`"
             )
+        if self.stream and self.group:
+            raise DataError(f"{self._name}: group: a stream is read row by row: leave out `group`, or `stream`")
         if not 0 <= self.held_out < 1 or (self.held_out and self.validation is not None):
             raise DataError(
                 f"{self._name}: held_out: expected a share from 0 to below 1, and none beside `validation`, found "
@@ -128,16 +133,17 @@ class Files(_Mapped):
         if self.stream and (split == "train" or (split == "validation" and self.validation is None)):
             return self._streamed([Path(path)], task)  # type: ignore[return-value]
         table = self._read(Path(path), task)
+        if self.group:
+            table = identity.grouped(table)
         if split == "test" or not self.held_out:
             return table
-        count = round(len(table) * self.held_out)
-        if not 0 < count < len(table):
+        rest, held = identity.spread(table, self.held_out)
+        if not rest or not held:
             raise DataError(
-                f"{self._name}: {self.train}: {len(table)} rows are too few to hold out {self.held_out:g} of them: "
-                "give a file for `validation`, or more rows"
+                f"{self._name}: {self.train}: the pictures of {len(table)} rows are too few to hold out "
+                f"{self.held_out:g} of them: give a file for `validation`, or more rows"
             )
-        held = {int((i + 0.5) * len(table) / count) for i in range(count)}
-        return table.select([i for i in range(len(table)) if (i in held) == (split == "validation")])
+        return table.select(held if split == "validation" else rest)
 
     def answers(self) -> Sequence[str]:
         """The answers of the training rows, in order of the alphabet.
@@ -162,7 +168,8 @@ class _Folder(_Mapped):
     test: Literal["train", "test", "validation"] = "test"
     """Which split to evaluate on; `validation` where the answers of the test split are not published."""
     validation: Literal["train", "test", "validation"] | None = None
-    """From which split searches draw their rewards; None takes `validation` if it is there, else the training rows."""
+    """From which split searches draw their rewards; None takes `validation` if it is there and not what `test` names,
+    else the training rows."""
 
     def load(self, task: str, split: Split) -> Dataset:
         """All rows of a split.
@@ -174,7 +181,8 @@ class _Folder(_Mapped):
         from datasets import concatenate_datasets
 
         found = tables.splits(self.root)
-        name = getattr(self, split) or ("validation" if "validation" in found else self.train)
+        own = "validation" in found and self.test != "validation"
+        name = getattr(self, split) or ("validation" if own else self.train)
         if name not in found:
             raise DataError(f"{self._name}: {self.root}: expected a file or folder for {name!r}, found "
                             f"{', '.join(found) or 'no split'}; choose with data.{split}, or name files with "
