@@ -72,7 +72,8 @@ def test_exact_vqa_and_cider_scores():
     columns = {"question": ["?"] * 3, "answer": ["yes", "no", "a dog"]}
     assert scored(Answer(), ["yes", "No", "a dog"], columns) == {"exact match": pytest.approx(2 / 3)}
     several = {"answers": [["yes", "yeah"], ["no", "No"], ["cat", "dog"]]}
-    assert scored(Answer(), ["yeah", "No", "a dog"], columns | several) == {"exact match": pytest.approx(2 / 3)}
+    assert scored(Answer(), ["yeah", "No", "a cat"], columns | several) == {"exact match": pytest.approx(2 / 3)}
+    assert scored(Answer(), ["yeah", "No", "a dog"], columns | several) == {"exact match": 1.0}  # `answer` itself
     people = {"answers": [["yes"] * 2 + ["no"] * 8, ["two"] * 10, ["a dog"] * 3 + ["cat"] * 7]}
     found = scored(Answer("vqa"), ["Yes.", "two", "dog"], columns | people)
     assert found == {"vqa accuracy": pytest.approx((0.6 + 1 + 0.9) / 3)}  # normalised, the person's own answer left out

@@ -161,8 +161,8 @@ TOLD = {"captions": [["a"]] * 7}
      {"label": ["a", ""]}),
     ("pairs", {}, {"label": ["true"] * 2, "identifier": ["a-1-2-3"] * 2}, "each identifier once, found 'a-1-2-3'",
      {"identifier": ["a-1-2-3", "a-1-2-4"]}),
-    ("vqa", {"answers": ["a"]}, {"answer": ["a", "b"], "answers": [["a"], []]}, "row 1: no answers of people, which",
-     {"answers": [["a"], ["b"]]}),
+    ("vqa", {"answers": ["a"]}, {"answer": ["a", "b"], "answers": [["a"] * 4, []]},
+     "row 1: no answers of people, which", {"answers": [["a"] * 4, ["b"] * 4]}),
     ("gqa", {"answers": ["a"]}, ASKED, "none of 2 questions is balanced", {"balanced": [False, True]}),
 ])  # fmt: skip
 def test_a_table_that_cannot_be_scored_is_told_before_training(name, settings, columns, message, mended):
