@@ -121,8 +121,12 @@ def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) 
             continue
         done[folder] = r.name
         result, info = (json.loads((folder / f).read_text()) for f in ("metrics.json", "run.json"))
-        score = f"{result['primary']} {100 * result['test'][result['primary']]:.1f} %"
-        console.print(f"{label}: {score}" + (f", {info['seconds']:.0f} s" if fresh else ", kept"), highlight=False)
+        value = result["test"][result["primary"]]
+        score = f"{result['primary']} {100 * value:.1f} %" if 0 <= value <= 1 else f"{result['primary']} {value:.3g}"
+        told = f", {info['seconds']:.0f} s" if fresh else ", kept"
+        if not fresh and (file := runs.newer(folder, r)) is not None:
+            told += f" (it is older than {file}: --redo runs it again)"
+        console.print(f"{label}: {score}{told}", highlight=False)
     for name in dict.fromkeys(done.values()):
         console.print(summary_table(load_runs(p for p, other in done.items() if other == name)))
     if failed and many.is_first():

@@ -322,3 +322,22 @@ def test_a_block_that_returns_a_tuple_is_not_skipped_as_one_that_does_not(search
         else:
             fit.skip("das", plan=["blocks.1"], adapters="none")
             fit.model(**batch)
+
+
+def test_weights_that_were_held_before_pruning_have_its_zeros(tmp_path):
+    fit = trimtab.adapt(SINGLE.make())
+    fit.tune("full")
+    fit.add("b")
+    fit.prune("omp", sparsity=0.5)
+    fit.switch("default")
+    assert not fit.masks.revived(fit.model)
+    fit.save(tmp_path / "fit")
+
+
+def test_a_loop_that_trains_around_a_pruned_model_has_nothing_to_keep():
+    inner = SINGLE.make()
+    outer = torch.nn.ModuleDict({"inner": inner, "head": torch.nn.Linear(4, 2)})
+    fit = trimtab.adapt(inner, with_task=outer)
+    fit.prune("omp", sparsity=0.5)
+    fit.tune("linear-probe")
+    assert fit.keep(torch.optim.AdamW(outer["head"].parameters())) == []

@@ -44,9 +44,7 @@ def test_a_caption_with_the_same_words_is_right():
     assert recalls(similarity, ["a", "b", "c"], [{}, {}, {}])["image to text recall@1"] == 0
     found = recalls(similarity, ["a", "a", "c"], [{}, {}, {}])  # pictures 0 and 1 rank each other's caption first
     assert found["image to text recall@1"] == pytest.approx(2 / 3)
-    assert found["text to image recall@1"] == pytest.approx(
-        1 / 3
-    )  # captions 0 and 2 tie with wrong ones
+    assert found["text to image recall@1"] == pytest.approx(1 / 3)  # captions 0 and 2 tie with wrong ones
 
 
 def test_retrieval_starts_from_the_pretrained_space(clip):

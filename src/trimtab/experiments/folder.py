@@ -81,6 +81,18 @@ def is_finished(folder: Path, recipe: Recipe | None = None) -> bool:
         return False
 
 
+def newer(folder: Path, recipe: Recipe) -> Path | None:
+    """A file of its data or weights that was written after a run was finished: the run may not tell of it. What is in
+    files is not compared; of a folder those directly in it are looked at."""
+    finished = (folder / "run.json").stat().st_mtime
+    named = [Path(v) for v in (*recipe.data.values(), recipe.backbone.name) if isinstance(v, (str, Path)) and str(v)]
+    for path in (p for p in named if p.exists()):
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            if file.is_file() and file.stat().st_mtime > finished:
+                return file
+    return None
+
+
 def load_recipe(folder: Path) -> Recipe:
     """The resolved recipe of a run folder."""
     import yaml

@@ -59,12 +59,31 @@ def read(path: str | Path, overrides: Iterable[str] = ()) -> list[Recipe]:
 
     file = find(path)
     try:
-        raw = yaml.safe_load(file.read_text())
+        raw = _load(file.read_text())
     except yaml.YAMLError as error:
         raise RecipeError(f"{file}: not YAML: {error}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{file}: expected a mapping with the keys {', '.join(TOP)}")
     return expand(raw, _short_name(file), overrides, str(file))
+
+
+def _load(text: str) -> Any:
+    """What YAML says; an error of it for a key that stands twice in a mapping, of which it would take the last."""
+    import yaml
+
+    class Once(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key, _ in node.value:
+                if key.value in seen:
+                    where = key.start_mark
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} stands twice, again in line {where.line + 1}: keep one"
+                    )
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Once)
 
 
 def find(path: str | Path) -> Path:
@@ -117,16 +136,27 @@ def expand(raw: dict[str, Any], name: str, overrides: Iterable[str] = (), where:
     raw = _normal(raw, where)
     changes = [_override(o) for o in overrides]
     wanted = {k: v for (k, v) in changes if k in ("variants", "seeds", "seed")}
-    listed = dict(raw.get("variants") or {}) | _grid(raw, where)
+    for key, _ in changes:
+        if key.partition(".")[0] == "grid" or key.startswith("seeds."):
+            raise RecipeError(f"{where}: '{key}': grids and seeds by pattern are written in the file; choose from them "
+                              "with variants=[...] and seeds=[...]")  # fmt: skip
+    if "seed" in wanted and "seeds" in wanted:
+        raise RecipeError(f"{where}: found seed={wanted['seed']} and seeds={wanted['seeds']}: give one of them")
+    listed = {_label(k, where): v for k, v in (raw.get("variants") or {}).items()}
+    for label, point in _grid(raw, where).items():
+        if label in listed:
+            raise RecipeError(f"{where}: the variant {label!r} stands in 'variants' and comes from 'grid': rename it")
+        listed[label] = point
     variants = {k: _normal(v or {}, f"{where}: variants.{k}") for k, v in (listed or {"default": {}}).items()}
     if "variants" in wanted:  # variants=[full,unipt] keeps these
-        for label in _list(wanted["variants"], f"{where}: variants"):
+        kept = [_label(v, where) for v in _list(wanted["variants"], f"{where}: variants")]
+        for label in kept:
             if label not in variants:
                 raise RecipeError(f"{where}: {unknown('variant', label, variants)}")
-        variants = {k: v for k, v in variants.items() if k in wanted["variants"]}
+        variants = {k: v for k, v in variants.items() if k in kept}
     for key, _ in changes:
         if key.startswith("variants."):
-            label, _, field = key.removeprefix("variants.").partition(".")
+            label, field = _named(key.removeprefix("variants."), variants)
             if label not in variants or field in ("", "variants", "seeds"):
                 problem = "names no field of a variant" if label in variants else unknown("variant", label, variants)
                 raise RecipeError(f"{where}: '{key}': {problem}")
@@ -145,6 +175,23 @@ def expand(raw: dict[str, Any], name: str, overrides: Iterable[str] = (), where:
                     _assign(merged, own_key, value, where)
             out.append(_resolve(merged, name, label, where))
     return out
+
+
+def _label(label: Any, where: str) -> str:
+    """The label of a variant, which YAML may have read as a number."""
+    if isinstance(label, bool) or not isinstance(label, (str, int, float)):
+        raise RecipeError(f"{where}: variants: expected a label of letters or numbers, found {label!r}: quote it")
+    return str(label)
+
+
+def _named(key: str, variants: Iterable[str]) -> tuple[str, str]:
+    """Of `LABEL.FIELD` the label, which may have dots, and the field."""
+    known = [label for label in variants if key == label or key.startswith(f"{label}.")]
+    if not known:
+        label, _, field = key.partition(".")
+        return label, field
+    longest = max(known, key=len)
+    return longest, key.removeprefix(longest).removeprefix(".")
 
 
 def _normal(raw: Any, where: str) -> dict[str, Any]:
@@ -194,7 +241,15 @@ def _grid(raw: dict[str, Any], where: str) -> dict[str, Any]:
         return tree
 
     points = [dict(zip(axes, point, strict=True)) for point in product(*values)] if axes else []
-    return {"-".join(map(str, p.values())): {"methods": fill(raw.get("methods", []), p)} for p in points}
+    methods = raw.get("methods", [])
+    for key in axes:
+        if f"{{{key}}}" not in repr(methods):
+            raise RecipeError(f"{where}: grid.{key}: expected '{{{key}}}' in a setting of 'methods', found none: its "
+                              "values would change nothing")  # fmt: skip
+    labels = ["-".join(map(str, p.values())) for p in points]
+    if twice := next((label for label in labels if labels.count(label) > 1), None):
+        raise RecipeError(f"{where}: grid: two of its points are labelled {twice!r}: leave out what repeats")
+    return {label: {"methods": fill(methods, p)} for label, p in zip(labels, points, strict=True)}
 
 
 def _seeds(raw: dict[str, Any], label: str, where: str) -> list[Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import shutil
 import sys
 import time
@@ -144,7 +146,9 @@ def _settled(parts: Assembly) -> dict[str, Any]:
 def _write(recipe: Recipe, parts: Assembly, folder: Path, result: dict[str, Any], measure_costs: bool) -> None:
     """The run's folder but for the gallery, and for run.json, which says that it is whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").unlink(missing_ok=True)
+    for name in ("run.json", "costs.json", "policy.json", "rows.json"):  # of a run before
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "samples", ignore_errors=True)
     write(folder / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     parts.fit.write(folder)
     if parts.resolved is not None:
@@ -202,11 +206,17 @@ def _judge(parts: Assembly, validation: Any, test: Any, spec: TrainingSpec) -> J
     return Judge(spec, measure, parts.task.primary, validation)
 
 
+def _print_of(recipe: Recipe) -> str:
+    """A hash of a recipe but for its seed and title: what runs of several seeds have in common."""
+    told = {k: v for k, v in recipe.to_dict().items() if k not in ("seed", "title")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
 def _info(recipe: Recipe, parts: Assembly, started: float) -> dict[str, Any]:
     """What run.json tells."""
     return {
         "format": files.FORMAT, "status": "finished", "name": recipe.name, "variant": recipe.variant,
-        "seed": recipe.seed, "recipe_title": recipe.title, "task": recipe.task["name"],
+        "seed": recipe.seed, "recipe": _print_of(recipe), "recipe_title": recipe.title, "task": recipe.task["name"],
         "data": files.data_label(recipe.data), "backbone": recipe.backbone.name,
         "fingerprint": parts.fit.base["fingerprint"], "git": files.git_state(), "versions": files.versions(),
         "started": datetime.fromtimestamp(started, timezone.utc).isoformat(),

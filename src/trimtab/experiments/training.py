@@ -31,6 +31,7 @@ from trimtab.data.images import encoded
 from trimtab.data.streams import numbered, order_of
 from trimtab.divided import divided, norms
 from trimtab.experiments import many, plateau, sharded
+from trimtab.experiments.collation import table_print
 from trimtab.experiments.failures import check_finite
 from trimtab.experiments.feeding import AHEAD, Fed, Feed, Order, Places, workers_for
 from trimtab.experiments.keeping import Best
@@ -345,6 +346,12 @@ class TrainingSession:
         """A batch of one sample (or of as few as the task can do with) of random inputs, on the model's device."""
         device = next(self.with_task.parameters()).device
         return {k: v.to(device) for k, v in self.with_task.example(self.with_task.task.least).items()}
+
+    def made_of(self) -> list[Any]:
+        """The task with its plain settings, and hashes of the tables."""
+        task = self.with_task.task
+        plain = {k: v for k, v in vars(task).items() if isinstance(v, (str, int, float, list, tuple, type(None)))}
+        return [task.name, plain, *(table_print(encoded(table)) for table in self._tables.values())]
 
     def rows(self, split: Literal["train", "validation"]) -> int:
         """How many rows a split has: endless batches begin again after them."""

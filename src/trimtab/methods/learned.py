@@ -67,6 +67,8 @@ class Learned:
         new = self.tensors(name)
         self._held[self.active] = self.tensors()
         self.copy(new, repr(name))
+        if (masks := getattr(self, "masks", None)) is not None:
+            masks.enforce(self.model)  # what was held before the model was pruned has no zeros
         del self._held[name]
         self.active = name
 

@@ -48,6 +48,9 @@ class Session(Protocol):
     def example(self) -> Batch | None:
         """One batch on which costs are counted; None if there are no data."""
 
+    def made_of(self) -> Any:
+        """What tells these data and this task from others, as plain values: a search goes on only with the same."""
+
     def loss(self, with_task: Any, batch: Batch) -> Tensor:
         """The loss of `with_task`, or of a copy of it, on a batch; a scalar."""
 
@@ -160,6 +163,11 @@ class BatchSession:
             return None
         split: Split = "train" if "train" in self._data else "validation"
         return next(self._checked(split, iter([self._of(split).first()])))
+
+    def made_of(self) -> dict[str, int | None]:
+        """How many batches or rows each split has; None where that is not known."""
+        sources: dict[str, Any] = {s: d.rows if isinstance(d, Rows) else d.source for s, d in self._data.items()}
+        return {split: len(source) if hasattr(source, "__len__") else None for split, source in sources.items()}
 
     def _of(self, split: Split) -> Ready | Rows:
         if split not in self._data:

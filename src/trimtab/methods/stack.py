@@ -254,7 +254,9 @@ class Stack(Learned):
 
     def keep(self, optimizer: torch.optim.Optimizer) -> list[RemovableHandle]:
         """Keep the zeros through every step of an optimiser, in a loop of one's own; `remove()` of a handle ends it."""
-        return [] if self.masks is None else self.masks.keep(self.model, optimizer)
+        if self.masks is None or not self.masks.trained(self.model):
+            return []  # no step changes a pruned weight
+        return self.masks.keep(self.model, optimizer)
 
     # --- stored and restored ---
 

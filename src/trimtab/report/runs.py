@@ -329,9 +329,21 @@ def mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _alike(one: RunRecord, other: RunRecord) -> bool:
+    """Whether two runs differ in their seed alone, as far as they tell."""
+    told = (one.info.get("recipe"), other.info.get("recipe"))
+    return told[0] == told[1] or None in told
+
+
 def group_runs(runs: Iterable[RunRecord]) -> list[Section]:
-    """Group runs into sections by name, and inside a section by variant, in order of first appearance."""
+    """Group runs into sections by name, and inside a section by variant, in order of first appearance. Seeds of a
+    variant with another recipe stand by themselves: their scores have no mean."""
     names: dict[str, dict[str, list[RunRecord]]] = {}
     for run in runs:
-        names.setdefault(run.info["name"], {}).setdefault(run.info["variant"], []).append(run)
+        methods = names.setdefault(run.info["name"], {})
+        label, number = run.info["variant"], 1
+        while label in methods and not _alike(methods[label][0], run):
+            number += 1
+            label = f"{run.info['variant']} (recipe {number})"
+        methods.setdefault(label, []).append(run)
     return [Section(name, methods) for name, methods in names.items()]

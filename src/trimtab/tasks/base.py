@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy.structure import HANDLE
+from trimtab.methods.modes import drop_again, frozen_in_evaluation
 from trimtab.registry import Registry
 
 Batch = dict[str, Tensor]
@@ -134,7 +135,10 @@ class TaskModel(nn.Module):
         """As in torch, but modules without trainable parameters stay in evaluation mode (dropout, statistics)."""
         super().train(mode)
         # An adapted model has set its own modules; layers with gradient checkpointing are to stay in training mode.
-        tuned = [m for m in self.modules() if getattr(getattr(m, HANDLE, None), "tuned", False)]
+        handled = [m for m in self.modules() if getattr(m, HANDLE, None) is not None]
+        tuned = [m for m in handled if getattr(m, HANDLE).tuned]
+        for module in (m for m in handled if m not in tuned):  # a policy alone may say what is trained
+            (frozen_in_evaluation if mode else drop_again)(module)
         own = {id(part) for m in tuned for part in m.modules()}
         for module in (m for m in self.modules() if id(m) not in own) if mode else ():
             parameters = list(module.parameters())

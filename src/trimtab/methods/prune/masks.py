@@ -216,6 +216,10 @@ class Masks(Mapping[str, Tensor]):
             optimizer.register_step_post_hook(lambda *_: self.after_step(model)),
         ]
 
+    def trained(self, model: nn.Module) -> bool:
+        """Whether a step may change a pruned weight."""
+        return any(True for _ in self._pruned(model, trained=True))
+
     @torch.no_grad()
     def before_step(self, model: nn.Module) -> None:
         """Zero the gradients of pruned weights."""

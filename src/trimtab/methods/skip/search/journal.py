@@ -43,15 +43,15 @@ class Journal:
 
     @classmethod
     def of(cls, method: Method, session: Session, candidates: list[Block]) -> Journal:
-        """That of a method in a session: the key is its settings, the seed, how is trained, candidates and weights.
-
-        Data are not looked at: a folder is for one set of them.
+        """That of a method in a session: the key is its settings, the seed, how and on what is trained, candidates and
+        weights. Of batches and rows that a person gives only the number is looked at: a folder is for one set of them.
         """
         if session.folder is None:
             return cls(None)
         spec = getattr(session, "spec", None)
         depends = [method.describe(), session.seed, None if spec is None else asdict(spec),
-                   [b.path for b in candidates], fingerprint(session.plain)]  # fmt: skip
+                   [b.path for b in candidates], fingerprint(session.plain),
+                   session.made_of() if hasattr(session, "made_of") else None]  # fmt: skip
         return cls(Path(session.folder) / "search", json.dumps(depends, default=str))
 
     def begin(self) -> None:
