@@ -81,7 +81,9 @@ def _run(recipe: Recipe, folder: Path, measure_costs: bool, watch: Watch | None)
     for table in (train, test):
         parts.task.check(parts.model.backbone, table)
     parts.task.check_scored(test)
-    judge = _judge(parts, validation, test, recipe.training)
+    judge = _judge(parts, validation, recipe.training)
+    if judge is not None and (recipe.training.schedule == "plateau" or recipe.training.load_best_model_at_end):
+        warn_if_same(validation, test)
     if watch is not None:
         parts.task.check_scored(validation)  # by whose score a search chooses
     progress.tell({"event": "start", "name": recipe.name, "variant": recipe.variant, "seed": recipe.seed})
@@ -183,7 +185,7 @@ def _made_of(recipe: Recipe, parts: Assembly) -> dict[str, Any]:
     return {"base": parts.fit.base, **{k: told.get(k) for k in ("backbone", "task", "data", "methods", "policy")}}
 
 
-def _judge(parts: Assembly, validation: Any, test: Any, spec: TrainingSpec) -> Judge | None:
+def _judge(parts: Assembly, validation: Any, spec: TrainingSpec) -> Judge | None:
     """Who evaluates while the recipe trains; None if nobody does.
 
     Raises:
@@ -197,8 +199,6 @@ def _judge(parts: Assembly, validation: Any, test: Any, spec: TrainingSpec) -> J
                           "`data.validation` some, or leave it out (and with it `schedule: plateau`)")  # fmt: skip
     parts.task.check(parts.model.backbone, validation)
     parts.task.check_scored(validation)
-    if spec.schedule == "plateau" or spec.load_best_model_at_end:
-        warn_if_same(validation, test)
 
     def measure() -> dict[str, float]:
         return training.evaluate(parts.model, validation, spec.evaluation_batch)[0]
