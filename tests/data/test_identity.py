@@ -77,6 +77,13 @@ def test_validation_rows_that_are_the_test_rows_are_told_of(by_caption, tmp_path
     assert [len(source.load("retrieval", s)) for s in ("train", "validation", "test")] == [5, 5, 6]
 
 
+def test_pictures_in_a_table_are_told_apart_by_more_than_their_name():
+    cells = [{"path": "1.png", "bytes": b"a"}, {"path": "1.png", "bytes": b"bb"}, {"path": None, "bytes": b"a"}]
+    table = Dataset.from_dict({"image": cells}, features=Features({"image": Image(decode=False)}))
+    assert identity.repeated(table) is None and identity.paths(table) == [None] * 3
+    assert identity.repeated(table.select([0, 1, 0])) == (0, 2, "1.png of 1 bytes")
+
+
 def test_parquet_files_are_checked_as_others_are(tmp_path):
     official.picture(tmp_path / "0.png", form="PNG")
     rows = {"image": ["0.png", "gone.png", "0.png", "0.png", "0.png"], "phrase": ["x"] * 5, "question_id": [*"12344"],

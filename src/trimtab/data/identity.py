@@ -34,17 +34,18 @@ def _named(table: Dataset, column: str) -> list[str | None]:
 
 
 def paths(table: Dataset, embedded: bool = False) -> list[str | None]:
-    """The path in each cell of the column `image`; of pictures that stand in the table itself only if `embedded`. No
-    picture is read."""
+    """The path in each cell of the column `image`; of pictures that stand in the table itself only if `embedded`, and
+    then with their size: what is left of their path is often a name that many have. No picture is read."""
     import pyarrow.compute as pc
 
     cells: Any = table.data.column("image")
     if not hasattr(cells.type, "names"):
         return [None] * len(table)
     found = pc.struct_field(cells, "path").to_pylist()
-    if not embedded:
-        inside = pc.struct_field(cells, "bytes").is_valid().to_pylist()
-        found = [None if there else path for path, there in zip(found, inside, strict=True)]
+    inside = pc.binary_length(pc.struct_field(cells, "bytes")).to_pylist()
+    for i, size in enumerate(inside):
+        if size is not None:
+            found[i] = f"{found[i]} of {size} bytes" if embedded and found[i] is not None else None
     order = table._indices
     return found if order is None else [found[i] for i in order.column(0).to_pylist()]
 
