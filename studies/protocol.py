@@ -110,10 +110,11 @@ class Trials:
         tried = {r["rate"]: r["validation"] for r in self.lines() if r["way"] == way and r["seed"] == 0}
         return max(tried, key=lambda rate: tried[rate])
 
-    def measured(self) -> dict[str, dict[int, Row]]:
-        """Each way that is trained at all its rates: its trainings at the chosen one by seed."""
+    def measured(self, whole: bool = True) -> dict[str, dict[int, Row]]:
+        """Each way that is trained at all its rates (or, not `whole`, at one): its trainings at the chosen one by seed."""
         rows = self.lines()
-        done = [way for way in self.rates if not self.untried(way)]
+        tried = {r["way"] for r in rows if r["seed"] == 0}
+        done = [way for way in self.rates if way in tried and not (whole and self.untried(way))]
         best = {way: self.chosen(way) for way in done}
         return {way: {r["seed"]: r for r in rows if (r["way"], r["rate"]) == (way, best[way])} for way in done}
 
@@ -266,7 +267,9 @@ def main() -> None:
     if not found and (options.compare or options.tables or options.summary or options.plot):
         parser.error(f"{trials.results}: no variant is trained at all its learning rates yet")
     if options.compare:
-        print(compared(found, *options.compare))
+        print(compared(trials.measured(whole=False), *options.compare))
+        if few := [way for way in options.compare if trials.untried(way)]:
+            print(f"not trained at all its learning rates: {', '.join(few)}")
     elif options.tables or options.summary or options.plot:
         if options.tables:
             print("\n".join(tables(trials, options.against)))
