@@ -111,7 +111,7 @@ class Trials:
         return max(tried, key=lambda rate: tried[rate])
 
     def measured(self, whole: bool = True) -> dict[str, dict[int, Row]]:
-        """Each way that is trained at all its rates (or, not `whole`, at one): its trainings at the chosen one by seed."""
+        """Each way that is trained at all its rates (or, not `whole`, at one): its runs at the chosen one by seed."""
         rows = self.lines()
         tried = {r["way"] for r in rows if r["seed"] == 0}
         done = [way for way in self.rates if way in tried and not (whole and self.untried(way))]
