@@ -85,7 +85,8 @@ def newer(folder: Path, recipe: Recipe) -> Path | None:
     """A file of its data or weights that was written after a run was finished: the run may not tell of it. What is in
     files is not compared; of a folder those directly in it are looked at."""
     finished = (folder / "run.json").stat().st_mtime
-    named = [Path(v) for v in (*recipe.data.values(), recipe.backbone.name) if isinstance(v, (str, Path)) and str(v)]
+    data = [v for key, v in recipe.data.items() if key != "name"]  # a folder may happen to be called like a source
+    named = [Path(v) for v in (*data, recipe.backbone.name) if isinstance(v, (str, Path)) and str(v)]
     for path in (p for p in named if p.exists()):
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             if file.is_file() and file.stat().st_mtime > finished:
