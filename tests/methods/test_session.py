@@ -322,6 +322,20 @@ def test_a_function_or_a_trainer_trains_instead(tmp_path):
     with pytest.raises(ValueError, match="trainer: expected a function .* found int"):
         regression([ONE], trainer=3).fit(copied, 1, [])
 
+    class Weighted(Mine):
+        def __init__(self, *args, weight=1.0, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.weight = weight
+
+        def compute_loss(self, model, inputs, **kwargs):
+            return self.weight * super().compute_loss(model, inputs)
+
+    heavy = Weighted(Regression(), args, train_dataset=rows, data_collator=collate, weight=-1.0)
+    session = regression(rows, collate=collate, trainer=heavy)
+    copied = copy.deepcopy(session.with_task)
+    session.fit(copied, 3, [])
+    assert float((session.with_task.out.bias - copied.out.bias).detach()) == pytest.approx(-0.3, abs=1e-4)
+
     class Odd(Mine):
         def __init__(self, odd, *args, **kwargs):
             super().__init__(*args, **kwargs)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 
 from tests.tasks.parts import rows_of
@@ -225,6 +226,9 @@ def test_all_captions_of_every_picture_are_ranked():
     halves = [measured.evaluate(unit(images[a:b], dim=-1), unit(texts[c:d], dim=-1), [o - a for o in owner[c:d]])
               for a, b, c, d in ((0, 3, 0, 6), (3, 6, 6, 12))]  # fmt: skip
     assert found["2 folds: rsum"] == pytest.approx(sum(h["rsum"] for h in halves) / 2)
+    task.check_scored(Dataset.from_dict({"captions": [["a", "b"]] * 5}))  # validation rows may be odd
+    odd = task.score(None, head, records[:5], {"captions": table["captions"][:5]})
+    assert "rsum" in odd and "2 folds: rsum" not in odd
     cosines = unit(images, dim=-1) @ unit(texts, dim=-1).T
     for entry, i in zip(task.gallery(records, table, [0, 5]), (0, 5), strict=True):
         assert entry["prediction"].startswith(str(owner[int(cosines[i].argmax())]))

@@ -155,8 +155,8 @@ TOLD = {"captions": [["a"]] * 7}
 
 @pytest.mark.parametrize(("name", "settings", "columns", "message", "mended"), [
     ("matching", {"pool": 8}, TOLD, "blocks of 8 pictures, .* has 7 rows: set task.pool to 7 or", {"pool": 7}),
-    ("retrieval", {"folds": 5}, TOLD, "the 7 pictures to score do not fall into 5 equal", {"folds": 7}),
-    ("reranking", {"folds": 2}, TOLD, "the 7 pictures to score do not fall into 2 equal", {"folds": 1}),
+    ("retrieval", {"folds": 5}, TOLD, "the 7 pictures to test on do not fall into 5 equal", {"folds": 7}),
+    ("reranking", {"folds": 2}, TOLD, "the 7 pictures to test on do not fall into 2 equal", {"folds": 1}),
     ("classification", {"classes": ["a", "b"]}, {"label": ["", ""]}, "no row of the table has a label",
      {"label": ["a", ""]}),
     ("pairs", {}, {"label": ["true"] * 2, "identifier": ["a-1-2-3"] * 2}, "each identifier once, found 'a-1-2-3'",
@@ -167,7 +167,7 @@ TOLD = {"captions": [["a"]] * 7}
 ])  # fmt: skip
 def test_a_table_that_cannot_be_scored_is_told_before_training(name, settings, columns, message, mended):
     with pytest.raises(ValueError, match=message):
-        TASKS[name](**settings).check_scored(Dataset.from_dict(columns))
+        TASKS[name](**settings).check_test(Dataset.from_dict(columns))
     settings = settings | {k: v for k, v in mended.items() if k not in columns}
     columns = columns | {k: v for k, v in mended.items() if k in columns}
-    TASKS[name](**settings).check_scored(Dataset.from_dict(columns))
+    TASKS[name](**settings).check_test(Dataset.from_dict(columns))

@@ -80,7 +80,7 @@ def _run(recipe: Recipe, folder: Path, measure_costs: bool, watch: Watch | None)
         train, validation, test = tables(recipe, parts)
     for table in (train, test):
         parts.task.check(parts.model.backbone, table)
-    parts.task.check_scored(test)
+    parts.task.check_test(test)
     judge = _judge(parts, validation, recipe.training)
     if judge is not None and (recipe.training.schedule == "plateau" or recipe.training.load_best_model_at_end):
         warn_if_same(validation, test)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -106,8 +107,18 @@ class Loop:
         return {"loss": number, "learning_rate": rate, "grad_norm": norm}
 
 
+def _own_arguments(trainer: Any) -> list[str]:
+    """Arguments by name that its class has and `transformers.Trainer` has not, and that it keeps as attributes."""
+    from transformers import Trainer
+
+    own = inspect.signature(type(trainer)).parameters.keys() - inspect.signature(Trainer).parameters.keys()
+    return [name for name in own if hasattr(trainer, name)]
+
+
 def again(trainer: Any, with_task: Any, steps: int, callbacks: list[TrainerCallback]) -> list[dict[str, float]]:
-    """Train another model as a `transformers.Trainer` would train its own; nothing is saved or reported."""
+    """Train another model as a `transformers.Trainer` would train its own; nothing is saved or reported.
+
+    A subclass is made again with what its own arguments are as attributes of the trainer, and else by default."""
     from transformers.trainer_callback import PrinterCallback
 
     if not hasattr(trainer, "train_dataset") or not hasattr(trainer, "args"):
@@ -121,7 +132,8 @@ def again(trainer: Any, with_task: Any, steps: int, callbacks: list[TrainerCallb
                    "load_best_model_at_end": False, "report_to": [], "push_to_hub": False}  # fmt: skip
         for name, value in changes.items():
             setattr(args, name, value)
-        kept = {n: getattr(trainer, n, None) for n in ("data_collator", "processing_class", "compute_loss_func")}
+        kept = {n: getattr(trainer, n, None)
+                for n in ("data_collator", "processing_class", "compute_loss_func", *_own_arguments(trainer))}  # fmt: skip
         try:
             other = type(trainer)(model=with_task, args=args, train_dataset=trainer.train_dataset, callbacks=callbacks,
                                   **{n: v for n, v in kept.items() if v is not None})  # fmt: skip

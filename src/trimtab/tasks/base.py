@@ -121,6 +121,10 @@ class Task(ABC):
         """Raise a ValueError if a table to evaluate on cannot be scored, whatever is predicted. It is asked before
         training, so that nobody learns it hours later; `check` has passed, and pictures are not read."""
 
+    def check_test(self, table: Any) -> None:
+        """As `check_scored`, of the test rows, which may be asked for more than those by which training is watched."""
+        self.check_scored(table)
+
 
 class TaskModel(nn.Module):
     """A backbone with a task's head: what the trainer trains. `forward(**batch)` returns `{"loss": scalar}`."""

@@ -25,7 +25,7 @@ from trimtab.metrics import retrieval as measured
 from trimtab.processes import in_turn, shared
 from trimtab.settings import within
 from trimtab.tasks.base import TASKS, Batch, Task
-from trimtab.tasks.retrieval import many_texts, named, owners
+from trimtab.tasks.retrieval import check_folds, many_texts, named, owners
 
 OUTSIDE = -100.0  # score of a pair that was not among the candidates, as published
 LOOK = 16  # pictures that are encoded at once in evaluation
@@ -55,7 +55,7 @@ class Reranking(Task):
         negatives: wrong captions a picture, for `rank`.
         pairs: that are fused in one pass in evaluation.
         temperature: of the contrastive loss where the model has none of its own, and is left out where it has.
-        folds: beside the whole, the mean over so many consecutive blocks of pictures; needs k: 0.
+        folds: beside the whole, the mean over so many consecutive blocks of test pictures; needs k: 0.
 
     Raises:
         ValueError: for another word, or a number that cannot be.
@@ -189,12 +189,11 @@ class Reranking(Task):
             out.append(backbone.rank(fused, similar[part]).float())
         return torch.cat(out)
 
+    def check_test(self, table: Any) -> None:
+        check_folds(table, self.folds, self.name)
+        super().check_test(table)
+
     def check_scored(self, table: Any) -> None:
-        if len(table) % self.folds:
-            raise ValueError(
-                f"task 'reranking': the {len(table)} pictures to score do not fall into {self.folds} equal folds: "
-                "set task.folds to 1, or give a multiple of it"
-            )
         check_grouped(table, self.name)
 
     def score(self, backbone: Any, head: Any, records: list[dict[str, Any]], rows: Any) -> dict[str, float]:
@@ -213,7 +212,7 @@ class Reranking(Task):
         if self.k:
             return named(measured.both_ways(measured.ranks(image_scores, owner, text_scores.T)))
         out = named(measured.evaluate_scores(image_scores, owner))
-        if self.folds > 1:
+        if self.folds > 1 and len(records) % self.folds == 0:
             folds = named(measured.evaluate_scores(image_scores, owner, self.folds))
             out |= {f"{self.folds} folds: {name}": value for name, value in folds.items()}
         return out

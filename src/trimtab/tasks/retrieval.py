@@ -90,6 +90,7 @@ class Retrieval(Task):
             measured so.
         most: captions of a picture that count with `all`, the first ones; 0 counts all. VSE's files of MS-COCO have 5.
         folds: beside the whole, the mean over so many consecutive blocks of pictures; 5 of MS-COCO's 5,000 are "1K".
+            Test rows have to be a multiple of it; validation rows that are not are scored as a whole alone.
 
     Raises:
         ValueError: for another word, or a number that cannot be.
@@ -199,12 +200,11 @@ class Retrieval(Task):
             return  # no architecture here has a place for pooled heads: they stay with the task
         backbone.fold_projections(head.image.weight, head.text.weight, head.scale)
 
+    def check_test(self, table: Any) -> None:
+        check_folds(table, self.folds, self.name)
+        super().check_test(table)
+
     def check_scored(self, table: Any) -> None:
-        if len(table) % self.folds:
-            raise ValueError(
-                f"task 'retrieval': the {len(table)} pictures to score do not fall into {self.folds} equal folds: "
-                "set task.folds to 1, or give a multiple of it"
-            )
         if self.captions == "all":
             check_grouped(table, self.name)
 
@@ -220,7 +220,7 @@ class Retrieval(Task):
         share = len(records) / len(texts)  # a picture with more captions counts more in the mean over captions
         for record, rank, own in zip(records, ranks.image_to_text.tolist(), found, strict=True):
             record["credit"] = ((rank == 0) + share * float(own.sum())) / 2
-        if self.folds > 1:
+        if self.folds > 1 and len(records) % self.folds == 0:
             folds = named(measured.evaluate(images, texts, owner, self.folds))
             out |= {f"{self.folds} folds: {name}": value for name, value in folds.items()}
         return out
@@ -287,6 +287,15 @@ def _token_width(backbone: Any, side: str) -> int:
 
 
 WAYS = {"i2t": "image to text", "t2i": "text to image"}
+
+
+def check_folds(table: Any, folds: int, task: str) -> None:
+    """Raise a ValueError unless the pictures of a table fall into so many equal folds."""
+    if len(table) % folds:
+        raise ValueError(
+            f"task {task!r}: the {len(table)} pictures to test on do not fall into {folds} equal folds: set task.folds "
+            "to 1, or give a multiple of it"
+        )
 
 
 def named(found: dict[str, Any]) -> dict[str, float]:
