@@ -132,8 +132,8 @@ def again(trainer: Any, with_task: Any, steps: int, callbacks: list[TrainerCallb
                    "load_best_model_at_end": False, "report_to": [], "push_to_hub": False}  # fmt: skip
         for name, value in changes.items():
             setattr(args, name, value)
-        kept = {n: getattr(trainer, n, None)
-                for n in ("data_collator", "processing_class", "compute_loss_func", *_own_arguments(trainer))}  # fmt: skip
+        names = ("data_collator", "processing_class", "compute_loss_func", *_own_arguments(trainer))
+        kept = {n: getattr(trainer, n, None) for n in names}
         try:
             other = type(trainer)(model=with_task, args=args, train_dataset=trainer.train_dataset, callbacks=callbacks,
                                   **{n: v for n, v in kept.items() if v is not None})  # fmt: skip
