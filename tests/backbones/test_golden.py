@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import tests.comparisons  # noqa: F401 (fills conformance.COMPARISONS)
 from tests import conformance
 
 CASES = conformance.find(Path(__file__).parents[1] / "golden" / "backbones")

@@ -53,7 +53,8 @@ def test_a_reader_fuses_picture_and_words(name, tmp_path):
     assert found.image_tokens == slice(0, patches) and found.mask.tolist() == [[1] * 9, [1] * 7 + [0, 0]]
     torch.testing.assert_close(found.pooled[1], found.tokens[1, patches + 2])  # its last word
     torch.testing.assert_close(found.pooled, other.pooled)  # whatever stands at padded places
-    torch.testing.assert_close(written, found.tokens[:, patches:])
+    if "paligemma" not in name:  # whose words see each other where nothing is written
+        torch.testing.assert_close(written, found.tokens[:, patches:])
     torch.testing.assert_close(written[:, :4], continued[:, :4])  # a word sees none that follow
     assert not torch.allclose(written[0, 4], continued[0, 4])
 

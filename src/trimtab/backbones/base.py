@@ -31,7 +31,7 @@ from trimtab.anatomy import Anatomy
 from trimtab.backbones.pictures import CLIP_MEAN, CLIP_STD, Pictures  # noqa: F401 (families take them from here)
 from trimtab.backbones.processed import read_pictures  # noqa: F401
 from trimtab.files import replace_folder
-from trimtab.storage.checkpoints import load_weights, write_pretrained
+from trimtab.storage.checkpoints import load_weights, new_folder, write_pretrained
 from trimtab.storage.shards import open_safetensors
 
 
@@ -73,6 +73,8 @@ class Backbone(nn.Module):
         tokenizer: of transformers, or None if the weights came from a file and nobody named one.
         pictures: how pictures are prepared (`pictures.py`).
         side: the side of the square that a picture must be for the model; None if it takes other shapes too.
+        processor_files: of a folder whose own processor cuts pictures into tiles, which is not used here: its files by
+            name, saved again as they are.
         load_report: what an official checkpoint file gave; None if the weights are no such file's.
         kind: what it can be asked for, see above.
         own_scale: whether the model itself scales what `compare` gives.
@@ -93,6 +95,7 @@ class Backbone(nn.Module):
         self.tokenizer = tokenizer
         self.pictures = pictures
         self.side: int | None = None
+        self.processor_files: dict[str, str] = {}
         self.width = self.token_width = width
         self.max_text = max_text
         self.counted_text = 20
@@ -135,10 +138,12 @@ class Backbone(nn.Module):
             ValueError: if there is no tokenizer (an official checkpoint file holds none).
         """
         if self.tokenizer is None:
-            raise ValueError(f"{self.name}: no tokenizer: give its folder, trimtab.load(..., tokenizer=FOLDER)")
-        encoded = self.tokenizer(
-            list(sentences), padding=True, truncation=True, max_length=self.max_text, return_tensors="pt"
-        )
+            raise ValueError(f"{self.name}: no tokenizer, or no vocabulary (tokenizer.json, vocab.txt, ...): give its "
+                             "folder, trimtab.load(..., tokenizer=FOLDER)")  # fmt: skip
+        encoded = self.tokenizer(  # behind the words, whatever side a tokenizer pads for generation
+            list(sentences), padding=True, padding_side="right", truncation=True, max_length=self.max_text,
+            return_tensors="pt",
+        )  # fmt: skip
         return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
     def image(self, pixel_values: Tensor) -> Encoded:
@@ -302,15 +307,19 @@ class Backbone(nn.Module):
         With `sparse` the weights are in the layout of `trimtab.storage.sparse`, which `trimtab.load` reads too.
 
         Raises:
+            FileExistsError: if the folder is there.
             ValueError: if the model is no transformers model.
         """
+        folder = new_folder(folder)
         if not hasattr(self.model, "save_pretrained"):
             raise ValueError(f"{self.name}: {type(self.model).__name__} cannot be exported: no transformers model")
         with replace_folder(folder) as partial:
             write_pretrained(copy.deepcopy(self.model).to(dtype), partial, sparse)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(partial)
-            (partial / "preprocessor_config.json").write_text(json.dumps(self.pictures.config(), indent=1) + "\n")
+            prepared = {"preprocessor_config.json": json.dumps(self.pictures.config(), indent=1) + "\n"}
+            for name, text in (self.processor_files or prepared).items():
+                (partial / name).write_text(text, encoding="utf-8")
 
     def fold_projections(self, image: Tensor, text: Tensor, scale: Tensor) -> None:
         """Put linear maps that follow the features into the model; ValueError if it has no place for them."""
@@ -371,11 +380,12 @@ def check_sizes(who: str, input_ids: Tensor | None = None, longest: int = 0, pix
 
 
 def find_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder, or None: what came from an official checkpoint file has none."""
+    """The tokenizer in a folder, or None if there is no vocabulary, of which transformers would make an empty one: what
+    came from an official checkpoint file has none."""
     from transformers import AutoTokenizer
 
-    names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
-    return AutoTokenizer.from_pretrained(folder) if any((folder / name).is_file() for name in names) else None
+    there = any(any(folder.glob(name)) for name in ("tokenizer.json", "vocab.txt", "vocab.json", "*.model"))
+    return AutoTokenizer.from_pretrained(folder) if there else None
 
 
 def check_safetensors(path: Path) -> None:

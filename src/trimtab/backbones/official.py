@@ -79,6 +79,10 @@ class Format:
     leftovers: ClassVar[tuple[str, ...]] = ()
     fresh: ClassVar[tuple[str, ...]] = ()
 
+    def may_lack(self, state: Tensors, config: Any) -> tuple[str, ...]:
+        """Those of `fresh` that hold for this file."""
+        return self.fresh
+
     def recognises(self, keys: Collection[str]) -> bool:
         """Whether a file with these names is of this family; must hold for no other family's files."""
         raise NotImplementedError
@@ -182,7 +186,7 @@ def build_official(state: dict[str, Tensor], extras: dict[str, Any], where: str,
     with torch.device("meta"):
         shapes = {name: tuple(t.shape) for name, t in model_class(config).state_dict().items()}
     items = list(found.weights(tensors, extras, config))
-    fresh = _check(found, tensors, shapes, items)
+    fresh = _check(found.may_lack(tensors, config), tensors, shapes, items)
     model = _fill(model_class, config, {i.name: i.tensor for i in items})
     used = dict.fromkeys(i.key for i in items)
     rest = [k for k in state if k not in used]
@@ -205,7 +209,7 @@ def _check_settings(family: Family, settings: dict[str, Any]) -> None:
 
 
 def _check(
-    found: Format, state: Tensors, shapes: dict[str, tuple[int, ...]], items: list[Item]
+    new: Collection[str], state: Tensors, shapes: dict[str, tuple[int, ...]], items: list[Item]
 ) -> tuple[str, ...]:  # fmt: skip
     """Raise unless the items fill the model; returns the names that stay random."""
     where, title = state.where, state.title
@@ -219,7 +223,7 @@ def _check(
     if wrong:
         raise CheckpointError(f"{where}: {len(wrong)} tensors of a wrong shape for {title}: {_three(wrong, '')}")
     missing = sorted(shapes.keys() - there)
-    fresh = [n for n in missing if _is_new(n, found, there)]
+    fresh = [n for n in missing if _is_new(n, new, there)]
     if lost := [n for n in missing if n not in set(fresh)]:
         raise CheckpointError(
             f"{where}: looks like {title}, but {len(lost)} of {len(shapes)} tensors are missing: {_three(lost)}; "
@@ -228,9 +232,9 @@ def _check(
     return tuple(fresh)
 
 
-def _is_new(name: str, found: Format, there: set[str]) -> bool:
+def _is_new(name: str, new: Collection[str], there: set[str]) -> bool:
     """Whether a missing tensor may be random: its part may, and the file has nothing of that part."""
-    parts = [name[: match.end()] for pattern in found.fresh if (match := re.search(pattern, name))]
+    parts = [name[: match.end()] for pattern in new if (match := re.search(pattern, name))]
     return any(not any(n.startswith(part) for n in there) for part in parts)
 
 

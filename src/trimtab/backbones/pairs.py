@@ -21,10 +21,11 @@ class PairBackbone(Backbone):
     words: int
 
     def __init__(self, name: str, model: Any, tokenizer: Any, pictures: Pictures | None = None):
-        text, self.side = model.config.text_config, model.config.vision_config.image_size
-        pictures = pictures or Pictures(self.side, CLIP_MEAN, CLIP_STD)
+        text, side = model.config.text_config, model.config.vision_config.image_size
+        pictures = pictures or Pictures(side, CLIP_MEAN, CLIP_STD)
         longest = min(text.max_position_embeddings, self.words)
         super().__init__(name, model, tokenizer, pictures, text.hidden_size, longest)
+        self.side = side
 
     @property
     def pair_width(self) -> int:

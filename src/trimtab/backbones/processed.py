@@ -194,6 +194,15 @@ def read_pictures(folder: Path, size: int, published: Pictures | None = None, ti
     return Processed.of(processor, str(file))
 
 
+def cut_into_tiles(folder: Path, pictures: Pictures) -> dict[str, str]:
+    """The processor's files of a folder, by name, if it cuts pictures into tiles and `read_pictures` gave others."""
+    _, content = _content(folder)
+    if content is None or RULE in content or isinstance(pictures, Processed):
+        return {}
+    names = ("preprocessor_config.json", "processor_config.json")
+    return {n: (folder / n).read_text(encoding="utf-8") for n in names if (folder / n).is_file()}
+
+
 def _tiled(processor: Any) -> bool:
     try:
         return _shapes(processor, [(8, 8)]) is None

@@ -81,15 +81,20 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     parts = enumerate(found) if isinstance(found, list) else [(None, found)]
     for number, part in parts:
         tensors = {str(k): v for k, v in part.items() if isinstance(v, Tensor)} if isinstance(part, dict) else {}
-        plain = all(k.startswith("module.") for k in tensors)
         prefix = "" if number is None else f"{number}."
-        state |= {prefix + (k.removeprefix("module.") if plain else k): v for k, v in tensors.items()}
+        state |= {prefix + k: v for k, v in unprefixed(tensors).items()}
         if entry is None and isinstance(part, dict):
             extras |= {str(k): v for k, v in part.items() if not isinstance(v, Tensor)}
     if not state:
         where = f"under '{entry}'" if entry else f"in its entries {', '.join(map(str, list(content)[:5]))}"
         raise CheckpointError(f"{path}: no tensors {where}")
     return state, extras
+
+
+def unprefixed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefix `module.` of `DataParallel`, if all have it."""
+    wrapped = all(k.startswith("module.") for k in tensors)
+    return {k.removeprefix("module."): v for k, v in tensors.items()} if wrapped else tensors
 
 
 def _load(path: Path) -> Any:

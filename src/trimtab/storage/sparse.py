@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from trimtab.storage.bits import pack, unpack
-from trimtab.storage.shards import SHARD_SIZE, ShardWriter, find, open_safetensors, storable
+from trimtab.storage.shards import DENSE, SHARD_SIZE, ShardWriter, find, open_safetensors, storable
 
 SUFFIX = ".sparse.safetensors"
 KEY = "trimtab.sparse"
@@ -122,8 +122,17 @@ def sizes(folder: str | Path) -> Sizes:
 
 
 def is_sparse(folder: str | Path) -> bool:
-    """Whether a folder has weights in the sparse layout, finished or not."""
-    return any(Path(folder).glob(f"model*{SUFFIX}*"))
+    """Whether a folder has weights in the sparse layout, finished or not.
+
+    Raises:
+        ValueError: if it has dense ones too: the two may be of different models, and nobody knows which is meant.
+    """
+    mine = sorted(Path(folder).glob(f"model*{SUFFIX}*"))
+    dense = sorted(p for p in Path(folder).glob(f"model*{DENSE}*") if p not in mine)
+    if mine and dense:
+        raise ValueError(f"{folder}: has weights in two layouts, {mine[0].name} and {dense[0].name}: delete those that "
+                         "are not meant")  # fmt: skip
+    return bool(mine)
 
 
 def stored_bytes(folder: Path, suffix: str) -> int:

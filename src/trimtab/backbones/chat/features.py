@@ -21,7 +21,7 @@ from trimtab.backbones.chat.processor import FILES, load_processor
 from trimtab.backbones.chat.words import IGNORED, Conversation, ConversationError, Words
 from trimtab.files import replace_folder
 from trimtab.sizes import as_usual
-from trimtab.storage.checkpoints import write_pretrained
+from trimtab.storage.checkpoints import new_folder, write_pretrained
 
 COUNTED_PICTURE = 384  # side of the one picture with which costs are counted
 
@@ -139,8 +139,12 @@ class ChatBackbone(Backbone):
         return _picture()
 
     def save_pretrained(self, folder: Path, dtype: torch.dtype = torch.float32, sparse: bool = False) -> None:
-        """Write a transformers folder: config, weights in `dtype` and the processor's files as they are."""
-        with replace_folder(folder) as partial:
+        """Write a transformers folder: config, weights in `dtype` and the processor's files as they are.
+
+        Raises:
+            FileExistsError: if the folder is there.
+        """
+        with replace_folder(new_folder(folder)) as partial:
             write_pretrained(copy.deepcopy(self.model).to(dtype), partial, sparse)
             self.tokenizer.save_pretrained(partial)
             for name in FILES:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trimtab.backbones.base import WEIGHTS, Backbone, Encoded, load_pretrained
+from trimtab.backbones.base import WEIGHTS, Backbone, Encoded, find_tokenizer, load_pretrained
 from trimtab.backbones.pictures import CLIP_MEAN, CLIP_STD, Cropped
 from trimtab.backbones.processed import read_pictures
 
@@ -71,13 +71,13 @@ def without_pre_norm(vision: Any) -> Start:
 
 def load(folder: Path, name: str, pretrained: bool = True) -> ClipBackbone:
     """A transformers CLIP folder: config.json, model.safetensors, the tokenizer's files."""
-    from transformers import AutoTokenizer, CLIPModel
+    from transformers import CLIPModel
 
     model = load_pretrained(CLIPModel, folder, pretrained)
     config: Any = model.config
     side = config.vision_config.image_size
     pictures = read_pictures(folder, side, Cropped(side, CLIP_MEAN, CLIP_STD))
-    found = ClipBackbone(name, model, AutoTokenizer.from_pretrained(folder), pictures, config.projection_dim,
+    found = ClipBackbone(name, model, find_tokenizer(folder), pictures, config.projection_dim,
                          config.text_config.max_position_embeddings)  # fmt: skip
     found.side = side
     return found

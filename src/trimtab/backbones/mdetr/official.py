@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from trimtab.backbones.official import ROBERTA_BASE, CheckpointError, Format, Item, Tensors, bert_config, renamed
+from trimtab.backbones.reading import unprefixed
 from trimtab.backbones.vse.resnet import ResNetSizes
 
 
@@ -74,7 +75,8 @@ def _take_average(state: Tensors, extras: dict[str, Any]) -> None:
     average = extras.get("model_ema")
     if not isinstance(average, dict):
         raise CheckpointError(f"{state.where}: holds no average of its weights ('model_ema'): load it without `ema`")
-    state |= {k: v for k, v in average.items() if isinstance(v, Tensor)}
+    state.clear()  # what the average lacks is missing, and is told
+    state |= unprefixed({str(k): v for k, v in average.items() if isinstance(v, Tensor)})
 
 
 def _answers(state: Tensors) -> dict[str, int]:

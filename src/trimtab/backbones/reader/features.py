@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.backbones.base import CLIP_MEAN, CLIP_STD, Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
-from trimtab.backbones.processed import read_pictures
+from trimtab.backbones.processed import cut_into_tiles, read_pictures
 
 
 class ReaderBackbone(Backbone):
@@ -23,18 +23,27 @@ class ReaderBackbone(Backbone):
         return seen if isinstance(seen, Tensor) else torch.stack(tuple(seen))
 
     def fuse(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        return self._read(seen, input_ids, attention_mask, suffix=False)
+
+    def _read(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor, suffix: bool) -> Encoded:
+        """PaliGemma's prefix (the picture, and a question) sees all of itself, a suffix (an answer) what stands before
+        it; words of the others always see what stands before them alone."""
         inner = self.model.model
         words = inner.get_input_embeddings()(input_ids)
         mask = torch.cat([attention_mask.new_ones(seen.shape[:2]), attention_mask], dim=1)
+        types = {}
+        if self.model.config.model_type == "paligemma":  # without them it depends on padding who sees whom
+            of_words = torch.full_like(attention_mask, int(suffix))
+            types["token_type_ids"] = torch.cat([of_words.new_zeros(seen.shape[:2]), of_words], dim=1)
         tokens = inner(
-            inputs_embeds=torch.cat([seen.to(words.dtype), words], dim=1), attention_mask=mask, use_cache=False
+            inputs_embeds=torch.cat([seen.to(words.dtype), words], dim=1), attention_mask=mask, use_cache=False, **types
         ).last_hidden_state
         last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
         pooled = tokens[torch.arange(len(tokens), device=tokens.device), last]  # the last word has seen all
         return Encoded(pooled, tokens, mask, slice(0, seen.shape[1]))
 
     def write(self, seen: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        tokens = self.fuse(seen, input_ids, attention_mask).tokens
+        tokens = self._read(seen, input_ids, attention_mask, suffix=True).tokens
         assert tokens is not None
         return tokens[:, seen.shape[1] :]
 
@@ -58,5 +67,5 @@ def load(folder: Path, name: str, pretrained: bool = True) -> ReaderBackbone:
     side = vision.image_size
     pictures = read_pictures(folder, side, Pictures(side, *clip), tiles=True)
     found = ReaderBackbone(name, model, find_tokenizer(folder), pictures, text.hidden_size, 64)
-    found.side = side
+    found.side, found.processor_files = side, cut_into_tiles(folder, pictures)
     return found

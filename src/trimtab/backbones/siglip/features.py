@@ -11,25 +11,37 @@ from torch import Tensor
 
 from trimtab.backbones.base import Backbone, Encoded, Pictures, find_tokenizer, load_pretrained
 from trimtab.backbones.clip.features import ClipBackbone
-from trimtab.backbones.processed import read_pictures
+from trimtab.backbones.processed import cut_into_tiles, read_pictures
 
 
 class SiglipBackbone(ClipBackbone):
-    """Texts are padded to the length at which it was trained: padding is text to it, its vector is the last token's.
+    """Texts are padded to the length at which it was trained, on the side that its tokenizer pads: padding is text to
+    it, its vector is the last place's.
 
     SigLIP 2 models that take pictures of any shape (`Siglip2Model`) are given squares of as many patches as they have
     positions, with the mean and deviation of the folder's processor.
     """
 
     def texts(self, sentences: Sequence[str]) -> dict[str, Tensor]:
-        """Strings -> `input_ids` and `attention_mask` (B, L) of one length, `max_text` tokens."""
-        found = super().texts(sentences)
-        more = (0, self.max_text - found["input_ids"].shape[1])
-        pad = self.tokenizer.pad_token_id or 0
-        return {
-            "input_ids": torch.nn.functional.pad(found["input_ids"], more, value=pad),
-            "attention_mask": torch.nn.functional.pad(found["attention_mask"], more),
-        }
+        """Strings -> `input_ids` and `attention_mask` (B, L), cut at `max_text` tokens, padded to all positions."""
+        if self.tokenizer is None:
+            return super().texts(sentences)  # which says what is missing
+        cut = self.tokenizer(list(sentences), truncation=True, max_length=self.max_text)["input_ids"]
+        found = self.tokenizer.pad({"input_ids": cut}, padding="max_length", max_length=self.positions,
+                                   return_tensors="pt")  # fmt: skip
+        return {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"]}
+
+    @property
+    def positions(self) -> int:
+        """Tokens of every text, padding among them."""
+        return self.model.config.text_config.max_position_embeddings
+
+    def limit_text(self, tokens: int) -> None:
+        """Cut texts at so many tokens; they are as long as before."""
+        self.max_text = min(tokens, self.positions)
+
+    def example(self, batch: int = 1, text_tokens: int | None = None) -> dict[str, Tensor]:
+        return super().example(batch, text_tokens or self.positions)
 
     def image(self, pixel_values: Tensor) -> Encoded:
         if not hasattr(self.model.config.vision_config, "num_patches"):
@@ -70,5 +82,5 @@ def load(folder: Path, name: str, pretrained: bool = True) -> SiglipBackbone:
     width = getattr(text, "projection_size", None) or text.hidden_size
     pictures = read_pictures(folder, size, Pictures(size), tiles=bool(flexible))
     found = SiglipBackbone(name, model, find_tokenizer(folder), pictures, width, text.max_position_embeddings)
-    found.side = size
+    found.side, found.processor_files = size, cut_into_tiles(folder, pictures)
     return found

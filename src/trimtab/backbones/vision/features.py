@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from trimtab.backbones.base import Backbone, Encoded, Pictures, load_pretrained, read_pictures
+from trimtab.backbones.pictures import IMAGENET_MEAN, IMAGENET_STD
+from trimtab.backbones.processed import own_pictures
 
 # Model type -> transformers' class, and how its tokens become a vector, as its own classifier does it.
 KINDS = {
@@ -17,6 +20,10 @@ KINDS = {
     "dinov2": ("Dinov2Model", "class token and mean"),
     "swin": ("SwinModel", "mean"),
 }
+# With what their authors normalise, where a folder does not say it; Google's ViTs and `Pictures` with 0.5.
+NORMS = dict.fromkeys(("dinov2", "swin"), (IMAGENET_MEAN, IMAGENET_STD))
+
+log = logging.getLogger(__name__)
 
 
 class VisionBackbone(Backbone):
@@ -57,4 +64,9 @@ def load(folder: Path, name: str, pretrained: bool = True) -> VisionBackbone:
     # Nothing reads the pooler of a ViT or a Swin, and folders of a classifier have none.
     options = {} if config["model_type"] == "dinov2" else {"add_pooling_layer": False}
     model: Any = load_pretrained(kind, folder, pretrained, **options)
-    return VisionBackbone(name, model, read_pictures(folder, model.config.image_size))
+    side = model.config.image_size
+    pictures = read_pictures(folder, side, Pictures(side, *NORMS.get(config["model_type"], ())))
+    if own_pictures(folder) is None:
+        log.warning("%s: no preprocessor_config.json: pictures are squashed to %d pixels, with the mean %s: save the "
+                    "model's own image processor there if it is another", folder, side, pictures.mean)  # fmt: skip
+    return VisionBackbone(name, model, pictures)

@@ -42,5 +42,8 @@ def load(folder: Path, name: str, pretrained: bool = True) -> VseBackbone:
 
     model = load_pretrained(VseInfinity, folder, pretrained)
     found = own_pictures(folder)
-    # transformers' processors cannot put blue first: one beside the weights is not the whole of the rule.
-    return VseBackbone(name, model, find_tokenizer(folder), found if isinstance(found, Stretched) else None)
+    backbone = VseBackbone(name, model, find_tokenizer(folder), found)
+    if backbone.caffe and found is not None and not isinstance(found, Stretched):
+        raise ValueError(f"{folder / 'preprocessor_config.json'}: this network takes blue first, as no image "
+                         "processor of transformers does: without it pictures are taken as its authors do")  # fmt: skip
+    return backbone

@@ -63,6 +63,11 @@ class XvlmFormat(Format):
     )  # fmt: skip
     fresh = (r"^cls_head\.", r"^text_decoder\..*\.crossattention\.self\.(key|value)\.")
 
+    def may_lack(self, state: Tensors, config: Any) -> tuple[str, ...]:
+        """A decoder's maps are new where those of a pretrained file are for image tokens of another width."""
+        new = task_of(state) != config.task and config.vision_width != config.text_config.hidden_size
+        return self.fresh if new else self.fresh[:1]
+
     def recognises(self, keys: Collection[str]) -> bool:
         vision = "vision_encoder.layers.0.blocks.0.norm1.weight", "vision_encoder.pre_layrnorm.weight"
         return any(key in keys for key in vision)
