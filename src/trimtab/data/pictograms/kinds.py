@@ -94,7 +94,14 @@ def _box() -> Any:
 
 
 def _groups(world: World, index: int) -> Rows:
-    """One thing; its name and the Unicode category that it is in."""
+    """One thing; its name and the Unicode category that it is in.
+
+    Raises:
+        ValueError: of `unseen-combinations`: one thing is no pair.
+    """
+    if world.split == "unseen-combinations":
+        raise ValueError("'groups' rows show one thing, the split 'unseen-combinations' has pairs of things: take "
+                         "'unseen-concepts' or 'test'")  # fmt: skip
     rng = world.rng(index, 2)
     scene = world.draw(rng, world.choose(rng)[:1])
     concept = scene.things[0].concept

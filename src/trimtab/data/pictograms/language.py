@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trimtab.data.pictograms.concepts import COLOURS, concepts
-from trimtab.data.pictograms.scenes import Scene, Thing, concept_groups
+from trimtab.data.pictograms.scenes import Scene, Thing, another
 
 NUMBERS = ("no", "one", "two", "three", "four")
 DIRECTIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -82,11 +82,9 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 def foil(scene: Scene, rng: np.random.Generator, count: int = 240) -> str:
     """A caption that is wrong in one point: one thing's name, or the direction between two things."""
     mentions = _mentions(scene, rng)
-    seen = concept_groups(count)[0]
     present = {name for name, _ in mentions}
     k = int(rng.integers(len(mentions)))
-    while (other := concepts(count)[int(rng.choice(seen))].name) in present:
-        pass
+    other = another(rng, present, scene.unseen, count)
     wrong = [(other, n) if i == k else (name, n) for i, (name, n) in enumerate(mentions)]
     related = _related(mentions, scene)
     if related and rng.random() < 0.25:
@@ -129,7 +127,7 @@ def questions(scene: Scene, rng: np.random.Generator, count: int = 240) -> list[
     size = len(scene.image)
     counts = Counter(t.concept.name for t in scene.things)
     single = [t for t in scene.things if counts[t.concept.name] == 1]
-    asked = [_how_many(scene, counts, rng), _is_there(counts, rng, count)]
+    asked = [_how_many(scene, counts, rng), _is_there(scene, counts, rng, count)]
     if len(scene.things) == 1:
         asked.append(Question("what is in the picture?", scene.things[0].concept.name, "what"))
     for thing in single:
@@ -152,12 +150,10 @@ def _how_many(scene: Scene, counts: Counter[str], rng: np.random.Generator) -> Q
     return Question(f"how many {plural(name)} are there?", str(counts[name]), "how many")
 
 
-def _is_there(counts: Counter[str], rng: np.random.Generator, count: int) -> Question:
+def _is_there(scene: Scene, counts: Counter[str], rng: np.random.Generator, count: int) -> Question:
     if rng.random() < 0.5:
         return Question(f"is there {article(list(counts)[int(rng.integers(len(counts)))])}?", "yes", "is there")
-    while (other := concepts(count)[int(rng.choice(concept_groups(count)[0]))].name) in counts:
-        pass
-    return Question(f"is there {article(other)}?", "no", "is there")
+    return Question(f"is there {article(another(rng, counts, scene.unseen, count))}?", "no", "is there")
 
 
 def _relations(scene: Scene, single: list[Thing], rng: np.random.Generator) -> list[Question]:

@@ -29,8 +29,10 @@ MOTIONS = {
 def clip(world: World, rng: np.random.Generator) -> tuple[np.ndarray, str, str, list[str]]:
     """(frames (T, H, W, 3), motion, the motion backwards, names of the mover and of what stands still)."""
     size, drawings = world.size, art(world.style, world.count)
-    chosen = world.choose(rng)
-    chosen = list(dict.fromkeys(chosen))[:2]
+    while True:
+        chosen = list(dict.fromkeys(world.choose(rng)))[:2]
+        if world.split != "unseen-combinations" or not world.allows(chosen):  # the pair for which it was made is shown
+            break
     motion = list(MOTIONS)[int(rng.integers(len(MOTIONS)))]
     back, start, end = MOTIONS[motion]
     free = (rng.uniform(0.44, 0.56), rng.uniform(0.44, 0.56), 0.36)

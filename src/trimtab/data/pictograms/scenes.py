@@ -43,6 +43,11 @@ class Scene:
     image: np.ndarray
     things: tuple[Thing, ...]
 
+    @property
+    def unseen(self) -> bool:
+        """Whether no training scene holds what stands here: all scenes of `unseen-concepts`, and no others."""
+        return all(_share(t.concept.code) < UNSEEN_SHARE for t in self.things)
+
     def png(self) -> bytes:
         return png(self.image)
 
@@ -65,6 +70,21 @@ def concept_groups(count: int = 240) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def is_unseen_pair(a: Concept, b: Concept) -> bool:
     """Whether two seen concepts never stand together in a training scene."""
     return a != b and _share("+".join(sorted((a.code, b.code)))) < UNSEEN_SHARE
+
+
+def another(rng: np.random.Generator, present: Collection[str], unseen: bool, count: int) -> str:
+    """The name of a concept that is none of these: of the unseen ones, or of those that training scenes hold.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    pool = concept_groups(count)[unseen]
+    if all(concepts(count)[i].name in present for i in pool):
+        kind = "unseen" if unseen else "seen"
+        raise ValueError(f"of {count} concepts {len(pool)} are {kind}, and all of them are here: raise `count`")
+    while (name := concepts(count)[int(rng.choice(pool))].name) in present:
+        pass
+    return name
 
 
 @cache
@@ -135,10 +155,7 @@ class World:
 
     def other(self, rng: np.random.Generator, present: Collection[str]) -> str:
         """The name of a concept of the split that is none of these."""
-        pool = concept_groups(self.count)[self.split == "unseen-concepts"]
-        while (name := concepts(self.count)[int(rng.choice(pool))].name) in present:
-            pass
-        return name
+        return another(rng, present, self.split == "unseen-concepts", self.count)
 
 
 def _draw_scene(
