@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 
 from trimtab.metrics.intervals import interval
-from trimtab.report.runs import Section, find_runs, group_runs
+from trimtab.report.runs import NO_SHARES, Section, find_runs, group_runs
 
 
 def cell(scores: list[float], decimals: int = 1) -> str:
@@ -90,8 +90,8 @@ def measured(section: Section, metrics: list[str]) -> str:
     """Rows: labels with their seeds; columns: the metrics that the recipe's runs have, shares in percent."""
     have = [m for m in metrics if any(run.score(m) is not None for run in section.runs)]
     values = {m: [v for run in section.runs if (v := run.score(m)) is not None] for m in have}
-    # Ranks and sums of percents go beyond 1; CIDEr is no share, though it may stay below.
-    scale = {m: 100 if max(values[m]) <= 1 and m != "cider" else 1 for m in have}
+    # Ranks and sums of percents go beyond 1.
+    scale = {m: 100 if max(values[m]) <= 1 and m not in NO_SHARES else 1 for m in have}
     lines = [f"| | seeds | {' | '.join(m + (', %' if scale[m] == 100 else '') for m in have)} |",
              "|---|---|" + "---:|" * len(have)]  # fmt: skip
     for label, runs in section.methods.items():

@@ -313,3 +313,27 @@ def test_results_of_an_unfinished_run_are_refused(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(ValueError, match=r"results.jsonl, line 1: .*'running', not 'finished'"):
         report.load_runs([tmp_path / "results.jsonl"])
+
+
+def test_seeds_of_another_recipe_stand_by_themselves_on_the_page(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        folder = write_run(tmp_path, "demo/retrieval", "full", seed, {"recipe": f"recipe-{seed}"})
+        plan = {"skip": ["blocks.3"], "candidates": ["blocks.2", "blocks.3"], "gates": {}, "updates": []}
+        write_fit(folder, ("das", "skip", plan))
+    page = report.write_report([tmp_path], tmp_path / "out").read_text(encoding="utf-8")
+    assert page.count("full (recipe 2)") >= 2  # in the table, and beside its plan
+    assert "seeds 0, 1" not in page
+
+
+def test_a_metric_that_is_no_share_is_never_shown_in_percent(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "demo/captions", "full", 0)
+    told = {"primary": "cider", "chance": None, "test": {"cider": 0.87}, "history": []}
+    (folder / "metrics.json").write_text(json.dumps(told))
+    assert "cider (%)" not in report.write_report([tmp_path], tmp_path / "out").read_text(encoding="utf-8")
+
+
+def test_a_chance_level_has_no_exponent(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "demo/retrieval", "full", 0)
+    told = json.loads((folder / "metrics.json").read_text()) | {"chance": 0.996}
+    (folder / "metrics.json").write_text(json.dumps(told))
+    assert "chance level 100 %" in report.write_report([tmp_path], tmp_path / "out").read_text(encoding="utf-8")

@@ -10,6 +10,7 @@ from PIL import Image
 
 from trimtab.report import page as report
 from trimtab.report.canvas import assign_styles
+from trimtab.report.page import _tick_text
 from trimtab.report.plots import Panel, Point, curve_figure, pareto_figure, pareto_front
 from trimtab.report.runs import group_runs, load_runs
 from trimtab.report.sparsity import sweep
@@ -75,7 +76,7 @@ def test_a_sweep_gets_figures_of_its_own(tmp_path: Path) -> None:
     write_run(tmp_path / "runs", "prune/retrieval", "full", 0)
     (section,) = group_runs(report.load_runs([tmp_path / "runs"]))
     found = sweep(section)
-    assert {p: {s: len(runs) for s, runs in levels.items()} for p, levels in found.items()} == {
+    assert {p: {round(s, 3): len(runs) for s, runs in levels.items()} for p, levels in found.items()} == {
         "multiflow": {0.63: 2, 0.9: 2},
         "omp": {0.63: 2, 0.9: 2},
     }
@@ -94,3 +95,21 @@ def test_one_sparsity_is_no_sweep(tmp_path: Path) -> None:
     assert sweep(section) == {}
     out = report.write_report([tmp_path / "runs"], tmp_path / "out").parent
     assert [file.name for file in out.glob("*.png")] == ["prune-retrieval-loss.png"]  # it has no costs to draw
+
+
+def test_ways_that_only_share_a_pruner_are_no_sweep(tmp_path: Path) -> None:
+    """Pruned alone, with LoRA, and shortened, which leaves another share: three ways, not seeds of one."""
+    runs = tmp_path / "runs"
+    for name, sparsity in (("prune", 0.63), ("prune-lora", 0.63), ("prune-skip", 0.587)):
+        write_pruned(runs, "multiflow", sparsity, 0)
+        folder = runs / "prune" / "retrieval" / f"multiflow-{sparsity}"
+        info = json.loads((folder / "seed-0" / "run.json").read_text()) | {"variant": name}
+        (folder / "seed-0" / "run.json").write_text(json.dumps(info))
+        folder.rename(folder.parent / name)
+    (section,) = group_runs(report.load_runs([runs]))
+    assert set(section.methods) == {"prune", "prune-lora", "prune-skip"} and sweep(section) == {}
+    report.write_report([runs], tmp_path / "out")
+
+
+def test_ticks_that_lie_close_together_are_told_apart() -> None:
+    assert [_tick_text(v, ("", "K", "M")) for v in (100.1e6, 100.2e6, 100e6)] == ["100.1 M", "100.2 M", "100 M"]

@@ -187,6 +187,18 @@ def test_watching_shows_new_lines_and_draws_again_when_a_run_is_finished(tmp_pat
     assert len(lines) == 3 and drawn == [1]
 
 
+def test_a_log_that_began_anew_is_read_from_its_start(tmp_path):
+    def write(*times):
+        lines = [json.dumps({"time": f"2026-01-01T10:00:{t}", "event": "start"}) for t in times]
+        (tmp_path / "log.jsonl").write_text("".join(line + "\n" for line in lines))
+
+    watcher = Watcher([tmp_path])
+    write("01", "02")
+    assert len(list(watcher.lines())) == 2
+    write("31", "32", "33")  # longer than the one before it was
+    assert [line.split()[-2] for line in watcher.lines()] == ["10:00:31", "10:00:32", "10:00:33"]
+
+
 def test_report_watches_until_it_is_interrupted(told, tmp_path, capsys, monkeypatch):
     def interrupted(seconds):
         raise KeyboardInterrupt

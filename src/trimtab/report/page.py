@@ -97,9 +97,10 @@ def write_report(paths: Iterable[Path], out: Path, title: str | None = None) -> 
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    styles = assign_styles(dict.fromkeys(run.info["variant"] for run in runs))
+    sections = group_runs(runs)
+    styles = assign_styles(dict.fromkeys(label for section in sections for label in section.methods))
     slugs: set[str] = set()
-    views = [_section_view(section, styles, _slug(section.name, slugs)) for section in group_runs(runs)]
+    views = [_section_view(section, styles, _slug(section.name, slugs)) for section in sections]
     for figure in (figure for view in views for figure in view["figures"]):
         with replace_file(out / figure["file"]) as partial_file:
             partial_file.write_bytes(figure["png"])
@@ -185,7 +186,8 @@ def _caption(section: Section) -> str:
         span = "–".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
         seeds = f"mean ± standard deviation over {span} seeds"
     levels = sorted(set(known(number(run.metrics.get("chance")) for run in section.runs)))
-    chance = ", ".join(f"{100 * level:.2g} %" if section.is_fraction else digits(level) for level in levels)
+    texts = [f"{float(f'{100 * level:.2g}'):g} %" if section.is_fraction else digits(level) for level in levels]
+    chance = ", ".join(texts)
     told = ""
     if compared([section]) or any(section.interval(variant) for variant in section.methods):
         told = "in brackets 95 % intervals over test rows (of one seed: another may differ more); "
@@ -267,8 +269,8 @@ def _panels(section: Section) -> list[plots.Panel]:
 
 
 def _tick_text(value: float, units: tuple[str, ...]) -> str:
-    scaled, unit, _ = in_unit(value, units)
-    return f"{scaled:g} {unit}".rstrip()
+    _, unit, factor = in_unit(value, units)
+    return f"{value / factor:.6g} {unit}".rstrip()  # not rounded further: ticks may lie close together
 
 
 def _losses(run: RunRecord) -> dict[float, float]:
@@ -299,14 +301,14 @@ def _gallery(section: Section, best: str) -> dict[str, Any] | None:
     wanted = dict.fromkeys([next(iter(shown)), best, *shown])
     chosen = [variant for variant in wanted if variant in shown][:GALLERY_METHODS]
     chosen.sort(key=list(shown).index)
-    runs = [shown[variant] for variant in chosen]
+    runs = [shown[label] for label in chosen]
     queries = [_query(sample) for sample in runs[0].samples[:GALLERY_SAMPLES]]
     samples = [sample for run in runs for sample in run.samples[:GALLERY_SAMPLES]]
     return {
         "queries": queries,
         "rows": [
-            {"variant": run.info["variant"], "seed": run.info["seed"], "cells": _gallery_cells(run, queries)}
-            for run in runs
+            {"variant": label, "seed": run.info["seed"], "cells": _gallery_cells(run, queries)}
+            for label, run in zip(chosen, runs, strict=True)
         ],
         "boxes": any(sample.get("box_target") or sample.get("box_predicted") for sample in samples),
     }
@@ -339,10 +341,10 @@ def _plans(section: Section) -> list[dict[str, Any]]:
     """List the plans found, seeds that agree on one together."""
     seeds: dict[tuple[str, tuple[str, ...], int], list[int]] = {}
     figures: dict[tuple[str, tuple[str, ...], int], bytes | None] = {}
-    for run in section.runs:
+    for label, run in ((label, run) for label, runs in section.methods.items() for run in runs):
         if run.plan is not None:
             skip, candidates = (_texts(run.plan.get(key)) for key in ("skip", "candidates"))
-            key = (run.info["variant"], skip, len(candidates))
+            key = (label, skip, len(candidates))
             seeds.setdefault(key, []).append(run.info["seed"])
             if key not in figures:  # of the first seed with this plan
                 figures[key] = gates_figure(run.plan)

@@ -17,6 +17,7 @@ from trimtab.metrics.intervals import interval
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+NO_SHARES = ("cider",)  # of metrics that may stay below 1 and are no shares all the same
 REFERENCE = "full"  # the variant that others are compared with
 COUNTS = ("", "K", "M", "G", "T")
 BYTES = ("B", "kB", "MB", "GB", "TB")
@@ -95,8 +96,9 @@ class Section:
 
     @property
     def is_fraction(self) -> bool:
-        """Whether the primary metric stays within 0..1, so that it reads best as a percentage."""
-        return all(0 <= value <= 1 for value in known(run.score(self.primary) for run in self.runs))
+        """Whether the primary metric is a share, within 0..1, so that it reads best as a percentage."""
+        scores = known(run.score(self.primary) for run in self.runs)
+        return self.primary not in NO_SHARES and all(0 <= score <= 1 for score in scores)
 
     @property
     def metric_title(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
@@ -10,16 +11,26 @@ from trimtab.report.canvas import FAINT, INK, MARKERS, PALETTE, new_figure, png,
 from trimtab.report.runs import RunRecord, Section, known
 from trimtab.report.tables import spread
 
-Sweep = dict[str, dict[float, list[RunRecord]]]  # pruner -> sparsity asked for -> runs
+Sweep = dict[str, dict[float, list[RunRecord]]]  # series -> sparsity reached -> the runs of one variant
+NUMBERED = re.compile(r"(.+?)-\d+(\.\d+)?")
 
 
 def sweep(section: Section) -> Sweep:
-    """The pruned runs of a section by pruner and sparsity; empty unless a pruner has two sparsities or more."""
+    """The pruned runs of a section by series and sparsity; empty unless a series has two sparsities or more.
+
+    A series are the variants that are called alike but for a number at the end, `omp-0.63` and `omp-0.75`; whatever
+    else is pruned stands alone. No two variants share a point.
+    """
     found: Sweep = {}
-    for run in section.runs:
-        if run.pruning:
-            level = round(float(run.pruning["sparsity"]), 2)
-            found.setdefault(str(run.pruning["pruner"]), {}).setdefault(level, []).append(run)
+    for label, runs in section.methods.items():
+        if not all(run.pruning for run in runs):
+            continue
+        level = fmean(float(run.pruning["sparsity"]) for run in runs)
+        numbered = NUMBERED.fullmatch(label)
+        series = found.setdefault(numbered[1] if numbered else label, {})
+        if level in series:
+            series = found.setdefault(label, {})
+        series[level] = runs
     return found if any(len(levels) > 1 for levels in found.values()) else {}
 
 
@@ -71,15 +82,20 @@ def _scores(section: Section, found: Sweep) -> bytes:
                       label=short(name), linewidth=1.5, markersize=6, markeredgecolor="white", elinewidth=1,
                       **style)  # fmt: skip
     for variant, runs in section.methods.items():
-        if not any(run.pruning for run in runs):
-            mean = fmean(section.scores(variant))
+        if (scores := section.scores(variant)) and not any(run.pruning for run in runs):
+            mean = fmean(scores)
             axes.axhline(mean, color=INK, linestyle="--", linewidth=0.9)
             axes.annotate(short(variant), (1, mean), xycoords=("axes fraction", "data"), xytext=(4, 0), color=INK,
                           textcoords="offset points", fontsize=8.5, va="center")  # fmt: skip
     tidy(axes, "weights removed (%)", section.metric_title)
-    axes.set_xticks([100 * s for s in sorted({s for levels in found.values() for s in levels})])
+    _ticks(axes, found)
     _legend(axes)
     return png(figure)
+
+
+def _ticks(axes: Any, found: Sweep) -> None:
+    every = sorted({f"{100 * s:.3g}" for levels in found.values() for s in levels}, key=float)
+    axes.set_xticks([float(text) for text in every], every)
 
 
 def _shares(found: Sweep, towers: Sequence[str]) -> bytes:
@@ -94,7 +110,7 @@ def _shares(found: Sweep, towers: Sequence[str]) -> bytes:
             axes.plot([100 * s for s in levels], [100 * k["kept"] / k["prunable"] for k in kept], label=short(name),
                       linewidth=1.3, markersize=5, markeredgecolor="white", **style)  # fmt: skip
         tidy(axes, "weights removed (%)", f"kept of {tower} (%)")
-        axes.set_xticks([100 * s for s in every])
+        _ticks(axes, found)
         axes.set_ylim(bottom=0)
     _legend(grid[-1])
     return png(figure)

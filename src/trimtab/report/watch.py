@@ -25,6 +25,7 @@ class Watcher:
     def __init__(self, paths: Iterable[Path]):
         self.paths = [Path(path) for path in paths]
         self.read: dict[Path, int] = {}  # bytes of each log that were read
+        self.first: dict[Path, bytes] = {}  # and its first line
         self.finished: dict[Path, int] = {}  # when each run was finished last
 
     def lines(self, last: int | None = None) -> Iterator[str]:
@@ -51,10 +52,12 @@ class Watcher:
     def _new(self, file: Path) -> list[dict[str, Any]]:
         """The whole lines that were added to a log; one that is being written is left for the next look. What is no
         entry (a line whose writing was ended by a kill) is passed over."""
-        start = self.read.get(file, 0)
-        if file.stat().st_size < start:  # a run that was done again begins its log anew
-            start = 0
+        start, was = self.read.get(file, 0), self.first.get(file)
         with file.open("rb") as opened:
+            first = opened.readline()
+            # A run that was done again begins its log anew; its first line tells the time.
+            if first.endswith(b"\n") and first != was:
+                start, self.first[file] = 0, first
             opened.seek(start)
             new = opened.read()
         whole = new.rpartition(b"\n")[0]
