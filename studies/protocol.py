@@ -16,11 +16,12 @@ that both have.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -45,15 +46,43 @@ SHOWN = [c for c in COSTS if c.key not in ("steps", "latency_ms")]  # counted, n
 Row = dict[str, Any]
 
 
+def table_of(folder: Path) -> str | None:
+    """A hash of the test rows."""
+    return json.loads((folder / "rows.json").read_text())["table"]
+
+
+def processor() -> float:
+    """Seconds of the processor so far, those of processes that read rows among them."""
+    return sum(os.times()[:4])
+
+
+def print_of(recipe: Any) -> str:
+    """A hash of what decides a training beside its seed: of the backbone and the training what differs from the
+    defaults, so that a new setting changes no line. Where files of data lie is no matter."""
+    told = recipe.to_dict()
+    parts = [{f.name: getattr(part, f.name) for f in fields(part) if getattr(part, f.name) != f.default}
+             for part in (recipe.backbone, recipe.training)]  # fmt: skip
+    data = told["data"] if told["data"]["name"] != "files" else "files"
+    made_of = [*parts, data, *(told[k] for k in ("task", "methods", "policy"))]
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def nothing(folder: Path) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Trials:
     """The trainings of a study: its file of results, the learning rates of each way, the recipe of one training, and
-    what each test row of the run that has just finished gives to the score."""
+    what each test row of the run that has just finished gives to the score. A line keeps hashes of its recipe and, of
+    recipes, of the test rows: a line of another recipe is refused, other rows are not paired."""
 
     results: Path
     rates: Mapping[str, tuple[float, ...]]
     recipe: Callable[[str, float, int], Any]
     each: Callable[[Path], list[float]]
+    print_of: Callable[[Any], str] = print_of
+    table: Callable[[Path], str | None] = nothing
 
     def lines(self) -> list[Row]:
         return [json.loads(line) for line in self.results.read_text().splitlines()] if self.results.exists() else []
@@ -70,15 +99,19 @@ class Trials:
 
     def train(self, way: str, rate: float, seed: int, work: Path) -> None:
         """One training, and its line; nothing if the line is there, or another process is at it."""
-        if any((r["way"], r["rate"], r["seed"]) == (way, rate, seed) for r in self.lines()):
-            return
-        recipe, folder, began = self.recipe(way, rate, seed), work / f"{way}-{rate:g}-{seed}", time.process_time()
+        recipe, folder, began = self.recipe(way, rate, seed), work / f"{way}-{rate:g}-{seed}", processor()
+        for line in self.lines():
+            if (line["way"], line["rate"], line["seed"]) == (way, rate, seed):
+                if line.get("recipe", asked := self.print_of(recipe)) != asked:
+                    raise SystemExit(f"{self.results}: {way} at {rate:g} with seed {seed} was trained by another "
+                                     "recipe: take the line away, or give the new way a name of its own")  # fmt: skip
+                return
         try:
             run(recipe, folder)
         except BusyError as error:
             print(f"left out: {error}", flush=True)
             return
-        row = self.row(way, rate, seed, folder, time.process_time() - began)
+        row = self.row(way, rate, seed, folder, processor() - began) | {"recipe": self.print_of(recipe)}
         self.results.parent.mkdir(parents=True, exist_ok=True)
         with self.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -98,7 +131,7 @@ class Trials:
             "loss": round(told["history"][-1]["loss"], 4), "curve": curve,
             "test": {k: round(v, 4) for k, v in told["test"].items() if "rank" not in k},
             **({"costs": {c.key: costs[c.key] for c in SHOWN if c.key in costs}} if costs else {}),
-            "each": self.each(folder),
+            "table": self.table(folder), "each": self.each(folder),
         }  # fmt: skip
 
     def untried(self, way: str) -> set[float]:
@@ -153,7 +186,7 @@ def summary(scores: dict[str, list[float]], title: str, costs: Callable[[str, st
 
 def apart(mine: dict[int, Row], other: dict[int, Row]) -> str:
     """The difference on the same test rows and seeds, with a 95 % interval over rows drawn again."""
-    seeds = sorted(mine.keys() & other.keys())
+    seeds = sorted(s for s in mine.keys() & other.keys() if same_rows(mine[s], other[s]))
     gap = np.mean([np.subtract(mine[s]["each"], other[s]["each"]) for s in seeds], axis=0) if seeds else np.zeros(1)
     if not gap.any():
         return "-"
@@ -161,10 +194,17 @@ def apart(mine: dict[int, Row], other: dict[int, Row]) -> str:
     return f"{gap.mean():+.1f} ({low:+.1f} to {high:+.1f})"
 
 
+def same_rows(one: Row, other: Row) -> bool:
+    """Whether two trainings were scored on the same test rows, as far as their lines tell."""
+    tables = one.get("table"), other.get("table")
+    return None in tables or tables[0] == tables[1]
+
+
 def compared(found: dict[str, dict[int, Row]], one: str, other: str) -> str:
     """How far one way is from another, as `apart` and seed by seed; "-" if they have no seed in common."""
     mine, theirs = found.get(one, {}), found.get(other, {})
-    gaps = [np.subtract(mine[s]["each"], theirs[s]["each"]).mean() for s in sorted(mine.keys() & theirs.keys())]
+    gaps = [np.subtract(mine[s]["each"], theirs[s]["each"]).mean() for s in sorted(mine.keys() & theirs.keys())
+            if same_rows(mine[s], theirs[s])]  # fmt: skip
     seeds = f"; by seed {', '.join(f'{gap:+.1f}' for gap in gaps)}" if gaps else ""
     return f"{one} beside {other}: {apart(mine, theirs)}{seeds}"
 
@@ -202,7 +242,7 @@ def of_recipe(name: str) -> Trials:
         return read(name, [f"variants=[{way}]", f"seeds=[{seed}]", f"training.learning_rate={rate}"])[0]
 
     rates = {way: tuple(rate * t for t in TRIALS) for way, rate in variants.items()}
-    return Trials(HERE / f"{name.replace('/', '-')}.jsonl", rates, recipe, credits)
+    return Trials(HERE / f"{name.replace('/', '-')}.jsonl", rates, recipe, credits, table=table_of)
 
 
 def metric_of(found: dict[str, dict[int, Row]]) -> str:

@@ -25,7 +25,8 @@ def row(way: str, rate: float, seed: int, validation: float, each: tuple[float, 
 
 def trials(file: Path, *rows: protocol.Row) -> protocol.Trials:
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return protocol.Trials(file, RATES, lambda way, rate, seed: (way, rate, seed), lambda folder: [0.0, 100.0])
+    return protocol.Trials(file, RATES, lambda way, rate, seed: (way, rate, seed), lambda folder: [0.0, 100.0],
+                           lambda recipe: f"{recipe[0]} as today")  # fmt: skip
 
 
 @pytest.fixture
@@ -129,3 +130,27 @@ def test_trials_of_a_recipe_are_its_learning_rate_and_half() -> None:
 def test_a_recipe_that_trains_for_a_fixed_time_is_refused() -> None:
     with pytest.raises(ValueError, match="demo/vqa: expected `schedule: plateau`"):
         protocol.of_recipe("demo/vqa")
+
+
+def test_a_line_of_another_recipe_is_not_taken_for_this_one(tmp_path: Path, trained: list) -> None:
+    study = trials(tmp_path / "x.jsonl", row("lora", 3.0, 0, 0.5))  # which tells no recipe
+    study.fill(["lora"], [0, 1], tmp_path / "work")
+    assert trained == [("lora", 3.0, 1)] and study.lines()[1]["recipe"] == "lora as today"
+    study = trials(tmp_path / "x.jsonl", row("lora", 3.0, 0, 0.5) | {"recipe": "lora as it was"})
+    with pytest.raises(SystemExit, match=r"lora at 3 with seed 0 was trained by another recipe: take the line away"):
+        study.fill(["lora"], [0], tmp_path / "work")
+
+
+def test_what_decides_a_training_is_told_by_its_hash() -> None:
+    def asked(*changes: str) -> str:
+        return protocol.print_of(protocol.read("compose/vqa", ["variants=[lora]", "seeds=[0]", *changes])[0])
+
+    assert asked() == asked("seeds=[1]") == asked("title=other") != asked("training.patience=9")
+    assert len({asked(), asked("data.test=500"), asked("backbone.name=tiny-clip"), asked("methods.0.rank=8")}) == 4
+
+
+def test_other_test_rows_are_not_paired() -> None:
+    one, other = row("full", 1.0, 0, 0.5, (0, 0)), row("lora", 3.0, 0, 0.5, (100, 50))
+    assert protocol.apart({0: other | {"table": "a"}}, {0: one | {"table": "a"}}).startswith("+75.0")
+    assert protocol.apart({0: other | {"table": "a"}}, {0: one}).startswith("+75.0")  # an older line tells none
+    assert protocol.apart({0: other | {"table": "a"}}, {0: one | {"table": "b"}}) == "-"
