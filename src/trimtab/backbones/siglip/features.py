@@ -27,9 +27,13 @@ class SiglipBackbone(ClipBackbone):
         if self.tokenizer is None:
             return super().texts(sentences)  # which says what is missing
         cut = self.tokenizer(list(sentences), truncation=True, max_length=self.max_text)["input_ids"]
-        found = self.tokenizer.pad({"input_ids": cut}, padding="max_length", max_length=self.positions,
-                                   return_tensors="pt")  # fmt: skip
-        return {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"]}
+        ids = torch.full((len(cut), self.positions), self.tokenizer.pad_token_id or 0)
+        mask = torch.zeros_like(ids)
+        for row, words in enumerate(cut):
+            first = self.positions - len(words) if self.tokenizer.padding_side == "left" else 0
+            ids[row, first : first + len(words)] = torch.tensor(words, dtype=torch.long)
+            mask[row, first : first + len(words)] = 1
+        return {"input_ids": ids, "attention_mask": mask}
 
     @property
     def positions(self) -> int:
