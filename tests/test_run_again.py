@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests import small_run
 from tests.written_runs import write_run
 from trimtab.experiments import folder as folder_of_runs
 from trimtab.experiments.recipe import RecipeError, expand, read
-from trimtab.experiments.run import run
+from trimtab.experiments.run import _made_of, run
 from trimtab.report.page import find_runs
 from trimtab.report.runs import group_runs
 from trimtab.report.tables import markdown_table
@@ -104,3 +106,16 @@ def test_seeds_of_another_recipe_have_no_mean_together(tmp_path):
     assert not omitted
     assert {v: len(r) for v, r in group_runs(runs)[0].methods.items()} == {"full": 2, "full (recipe 2)": 1}
     assert "| full (recipe 2) |" in markdown_table(runs)
+
+
+def test_a_checkpoint_belongs_to_the_masks_that_were_read():
+    """Their file may have been written anew since."""
+    (recipe,) = expand({**RAW, "methods": [{"name": "omp", "masks": "m"}, "full"]}, "x")
+
+    def made_of(bits: int) -> object:
+        read = SimpleNamespace(name="omp", settings=SimpleNamespace(masks="m"), state={},
+                               tensors={"a": torch.tensor([bits])})  # fmt: skip
+        full = SimpleNamespace(name="full", settings=None, state={}, tensors={})
+        return _made_of(recipe, SimpleNamespace(fit=SimpleNamespace(base={}), methods=[read, full]))
+
+    assert made_of(3) == made_of(3) != made_of(5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 
@@ -16,6 +17,7 @@ from trimtab.data.formats.cc3m import CC3M, WebDataset
 from trimtab.data.images import ImageError, decode, encoded
 from trimtab.data.reading import DataError
 from trimtab.experiments import training
+from trimtab.experiments.collation import table_print
 from trimtab.experiments.schema import TrainingSpec
 from trimtab.tasks import TASKS, TaskModel
 
@@ -97,3 +99,47 @@ def test_a_buffer_mixes_blocks_of_neighbours():
     assert len(first) == 16, "whole blocks of ten"
     assert order[:160] != sorted(order[:160]) and len({i // 10 for i in order[:20]}) > 8, "mixed among each other"
     assert draws.order(10, 0, 0, buffer=10) == draws.order(10, 0, 0) and sorted(draws.order(3, 0, 0, 1)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("damage", ["bit", "hole", "second archive", "between members"])
+def test_a_shard_that_does_not_end_where_it_should_is_refused(root, damage, packed):
+    """tarfile takes all of these for the end, and says nothing of the samples behind."""
+    shard = root / "00000.tar"
+    with tarfile.open(shard) as archive:
+        head = archive.getmembers()[9].offset
+    whole = bytearray(shard.read_bytes())
+    if damage == "bit":
+        whole[head + 10] ^= 1
+    elif damage == "hole":
+        whole[head : head + 512] = bytes(512)
+    elif damage == "second archive":
+        whole = bytearray(2 * bytes(whole))
+    else:
+        whole = whole[:head]
+    shard.write_bytes(gzip.compress(whole) if packed else whole)
+    for stream in (False,) if packed else (False, True):
+        with pytest.raises(DataError, match=r"00000\.tar: cannot be read .* byte \d+"):
+            loaded(root, stream=stream)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_keys_may_begin_anew_in_each_shard(root, stream):
+    (root / "00001.tar").unlink()
+    official.shard(root / "00001.tar", {
+        f"{i:05d}": {"txt": f"another {i}".encode(), "jpg": jpeg(5 * i + 3)} for i in range(6)
+    })  # fmt: skip
+    table = loaded(root, stream=stream)
+    assert len(table) == 10 and len(set(table["image_id"][:])) == 10  # the two held out are two other pictures
+
+
+def test_other_pictures_of_the_same_size_are_other_data(root):
+    before = table_print(loaded(root, stream=True))
+    assert before == table_print(loaded(root, stream=True))
+    shard = root / "00000.tar"
+    content = bytearray(shard.read_bytes())
+    with tarfile.open(shard) as archive:
+        picture = next(m for m in archive.getmembers() if m.name == "00003.jpg")
+    content[picture.offset_data + picture.size - 3] ^= 1
+    shard.write_bytes(content)
+    assert table_print(loaded(root, stream=True)) != before

@@ -19,6 +19,7 @@ from trimtab.data.images import ImageError, decode, encoded
 from trimtab.data.reading import DataError
 from trimtab.data.streams import Part, Streamed, numbered
 from trimtab.experiments import many, training
+from trimtab.experiments.collation import table_print
 from trimtab.experiments.schema import TrainingSpec
 from trimtab.tasks import TASKS, TaskModel
 
@@ -191,3 +192,23 @@ def test_faults_of_rows_and_files_are_named(root, tmp_path):
 def test_the_window_is_what_is_held(root):
     assert streams.numbered(parquet(root, stream=True), 7).window == 7
     assert streams.numbered(parquet(root, stream=True)).window == streams.WINDOW
+
+
+def test_words_that_look_like_dates_stay_words(root):
+    rows = [{"image": f"{i}.png", "text": [text]} for i, text in enumerate(("2001-01-01", "2002-02-02 10:00:00"))]
+    (root / "dates.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert lines(root, "dates.jsonl", stream=True)["captions"] == [row["text"] for row in rows]
+    (root / "list.jsonl").write_text("[1, 2]\n")
+    with pytest.raises(DataError, match=r"list\.jsonl: cannot be read .* expected a JSON object a line"):
+        lines(root, "list.jsonl", stream=True)[0]
+
+
+def test_other_pictures_beside_the_same_lines_are_other_data(root):
+    before = table_print(lines(root, stream=True))
+    assert before == table_print(lines(root, stream=True))
+    picture = (root / "4.png").read_bytes()
+    try:
+        (root / "4.png").write_bytes(png(5))
+        assert table_print(lines(root, stream=True)) != before
+    finally:
+        (root / "4.png").write_bytes(picture)

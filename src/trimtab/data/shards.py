@@ -14,6 +14,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tarfile import EOFHeaderError, HeaderError, ReadError  # type: ignore[attr-defined]
 from typing import Any
 
 from trimtab.data.reading import DataError, Entry
@@ -74,7 +75,8 @@ def _sample(path: Path, key: str, parts: dict[str, Any]) -> Entry:
 def _members(path: Path, in_place: bool = False) -> Iterator[tuple[str, Any]]:
     """Name and content of each file; with `in_place` of pictures where they lie."""
     try:
-        with tarfile.open(path, "r:" if in_place else "r|*") as archive:  # type: ignore[call-overload]
+        mode = "r:" if in_place else "r|*"
+        with tarfile.open(path, mode, tarinfo=_Whole) as archive:  # type: ignore[call-overload]
             for member in archive:
                 content = archive.extractfile(member) if member.isfile() else None
                 if in_place and content is not None and member.name.lower().endswith(PICTURES):
@@ -87,21 +89,30 @@ def _members(path: Path, in_place: bool = False) -> Iterator[tuple[str, Any]]:
                         raise DataError(f"{path}: cut off in {member.name!r}")
                     yield member.name, data
                 archive.members = []  # type: ignore[attr-defined]  # otherwise it remembers every member of the shard
-        if not _ended(path):
-            raise DataError(f"{path}: cut off, it lacks the empty blocks with which a tar file ends")
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such shard") from error
     except (tarfile.TarError, EOFError, OSError) as error:
         raise DataError(f"{path}: cannot be read as a tar file, it seems damaged or cut ({error})") from error
 
 
-def _ended(path: Path) -> bool:
-    """Whether a tar file has its end: tarfile passes over a head that is cut off. Packed ones say so themselves."""
-    with path.open("rb") as file:
-        if file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")):
-            return True
-        file.seek(max(0, path.stat().st_size - 1024))
-        return file.read() == bytes(1024)
+class _Whole(tarfile.TarInfo):
+    """A member's head. Where tarfile takes one that it cannot read, or none, for the end of the archive, and so leaves
+    out in silence what follows, this raises: only empty blocks are an end, and only if nothing stands behind them."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: Any) -> Any:
+        try:
+            return super().fromtarfile(tarfile)
+        except EOFHeaderError:
+            while rest := tarfile.fileobj.read(1 << 20):
+                if rest.count(0) != len(rest):
+                    what = "an overwritten head, or a second archive (`tar -A` joins two)"
+                    raise ReadError(f"{what} follows the empty block at byte {tarfile.offset}") from None
+            raise
+        except HeaderError as error:
+            if tarfile.offset == 0:
+                raise
+            raise ReadError(f"no head of a member, and no end, at byte {tarfile.offset}: {error}") from error
 
 
 def picture(entry: Entry) -> dict[str, Any]:
@@ -116,6 +127,15 @@ def picture(entry: Entry) -> dict[str, Any]:
         if suffix in entry:
             return {"path": None, "bytes": entry.get(suffix, bytes)}
     raise entry.error(f"expected a picture ({', '.join(PICTURES)}), found {_suffixes(entry)}")
+
+
+def stamp(value: Any) -> str:
+    """A value of a row as text; of the path of a file, or of what lies in a shard, with the file's size and time."""
+    if not isinstance(value, str) or len(value) >= 1024 or "\0" in value:
+        return str(value)
+    part = _PART.fullmatch(value)
+    file = Path(part[1] if part else value)
+    return f"{value} {file.stat().st_size} {file.stat().st_mtime_ns}" if file.is_file() else value
 
 
 def opened(path: Any) -> Any:

@@ -11,14 +11,17 @@ same rows as one process that was never interrupted; each of them reads the whol
 from __future__ import annotations
 
 import bisect
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from trimtab.data import draws
 from trimtab.data.entry import DataError, Entry
+from trimtab.data.shards import stamp
 
 WINDOW = 1000  # rows that are held and mixed
 AT_ONCE = 100  # rows that are turned into Python objects together
@@ -157,7 +160,7 @@ def files(paths: Sequence[Path], columns: dict[str, str], folder: Path, typed: s
     Raises:
         DataError: if a file is of another kind, or cannot be read, also later with the row.
     """
-    from datasets import load_dataset
+    from datasets import IterableDataset, load_dataset
 
     from trimtab.data import tables
 
@@ -168,14 +171,42 @@ def files(paths: Sequence[Path], columns: dict[str, str], folder: Path, typed: s
     for path in paths:
         if path.suffix not in SUFFIXES:
             raise DataError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)} for `stream: true`")
-        kind = "parquet" if path.suffix == ".parquet" else "json"
         try:
-            rows = load_dataset(kind, data_files=str(path), split="train", streaming=True)
+            if path.suffix == ".parquet":
+                rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+            else:  # `datasets` makes times of words that look like dates
+                rows = IterableDataset.from_generator(_lines, gen_kwargs={"path": str(path)})
             parts.append(Part(_undecoded(rows), _count(path), str(path)))
         except Exception as error:
             raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
         told.append(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}")
+        if path.suffix != ".parquet":
+            told += _pictures(make, path)
     return Streamed(parts, make, told=f"{told} {sorted(columns.items())}")
+
+
+def _pictures(make: Callable[[dict[str, Any], str, int], dict[str, Any]], path: Path) -> list[str]:
+    """Sizes and times of the files that the first rows of JSON lines name, a window of them: they may be other pictures
+    than before. What is wrong with a row is told when it is read."""
+    found = []
+    with suppress(ValueError, OSError):
+        for number, row in enumerate(islice(_lines(str(path)), WINDOW)):
+            cells = make(row, str(path), number)
+            found += [stamp(c["path"]) for c in (cells.get("image"), *(cells.get("images") or ()))
+                      if isinstance(c, dict) and c.get("path")]  # fmt: skip
+            found += [stamp(cells["video"])] if "video" in cells else []
+    return found
+
+
+def _lines(path: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file of JSON lines, as they are written."""
+    with Path(path).open(encoding="utf-8-sig") as file:
+        for line in file:
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"expected a JSON object a line, found {line.strip()[:40]!r}")
+                yield row
 
 
 def _each(rows: Any) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn.functional import pad
 from trimtab.data import draws
 from trimtab.data.augment import Augmentation
 from trimtab.data.images import blanked, encoded
+from trimtab.data.shards import stamp
 from trimtab.data.streams import WINDOW, Streamed
 from trimtab.tasks.base import TaskModel
 
@@ -247,8 +247,9 @@ def longer(value: Tensor, axis: int, length: int, with_: float) -> Tensor:
 
 
 def table_print(table: Any) -> str:
-    """A hash of a table's columns and all its rows; of a picture or video in a file its path, size and time. Of a
-    stream the files with their sizes and times, or where it does not come from files the rows of its first window."""
+    """A hash of a table's columns and all its rows; of a picture or video in a file or a shard its path, size and time.
+    Of a stream its files with their sizes and times, or where it does not come from files the rows of its first
+    window."""
     streamed = isinstance(table, Streamed)
     if streamed and table.told:
         return hashlib.sha256(f"{len(table)} {table.told}".encode()).hexdigest()[:16]
@@ -258,15 +259,8 @@ def table_print(table: Any) -> str:
         for name in sorted(row):
             for value in row[name] if name == "images" else [row[name]]:
                 raw = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
-                digest.update(raw if isinstance(raw, bytes) else _told(raw).encode())
+                digest.update(raw if isinstance(raw, bytes) else stamp(raw).encode())
     return digest.hexdigest()[:16]
-
-
-def _told(value: Any) -> str:
-    if isinstance(value, str) and len(value) < 1024 and "\0" not in value and Path(value).is_file():
-        found = Path(value).stat()
-        return f"{value} {found.st_size} {found.st_mtime_ns}"
-    return str(value)
 
 
 def tensors_print(tensors: Sequence[tuple[str, Tensor]]) -> str:

@@ -27,7 +27,7 @@ from trimtab.data.streams import Streamed
 from trimtab.experiments import cached, estimate, failures, many, sharded, training
 from trimtab.experiments import folder as files
 from trimtab.experiments.assembly import Assembly, assemble, tables
-from trimtab.experiments.collation import table_print
+from trimtab.experiments.collation import table_print, tensors_print
 from trimtab.experiments.folder import write, write_json
 from trimtab.experiments.plateau import Judge
 from trimtab.experiments.schema import Recipe, RecipeError, TrainingSpec
@@ -180,9 +180,13 @@ def _train(parts: Assembly, train: Any, recipe: Recipe, label: str, folder: Path
 
 
 def _made_of(recipe: Recipe, parts: Assembly) -> dict[str, Any]:
-    """Of a recipe what decides which function is trained, for checkpoints."""
+    """Of a recipe what decides which function is trained, for checkpoints; of masks and plans that it names what is in
+    their files today."""
     told = recipe.to_dict()
-    return {"base": parts.fit.base, **{k: told.get(k) for k in ("backbone", "task", "data", "methods", "policy")}}
+    given = [(m.name, m.state.get("skip"), tensors_print(sorted(m.tensors.items()))) for m in parts.methods
+             if any(getattr(getattr(m, "settings", None), k, None) is not None for k in ("masks", "plan"))]  # fmt: skip
+    kept = ("backbone", "task", "data", "methods", "policy")
+    return {"base": parts.fit.base, "given": given, **{k: told.get(k) for k in kept}}
 
 
 def _judge(parts: Assembly, validation: Any, spec: TrainingSpec) -> Judge | None:

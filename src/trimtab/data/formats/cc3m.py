@@ -18,7 +18,7 @@ from trimtab.files import cache_dir, replace_file
 if TYPE_CHECKING:
     from datasets import Dataset
 
-VERSION = 1  # of what is kept of shards
+VERSION = 2  # of what is kept of shards
 
 
 def tsv(path: Path, kept: Kept) -> Iterator[tuple[str, str]]:
@@ -115,12 +115,15 @@ class _Streamed(HeldOut):
         return self.rows is not None and len(kept) >= self.rows
 
     def _read_shards(self, kept: Kept) -> None:
-        for entry in shards.samples(self._shards(), self.stream):
+        files = self._shards()
+        places = {path: number for number, path in enumerate(files)}  # keys may begin anew in each shard
+        for entry in shards.samples(files, self.stream):
             with kept.row():
                 image = shards.picture(entry)
                 if kept.on_error == "skip":
                     _check(entry, image)
-                kept.add(image=image, captions=[shards.caption(entry)], image_id=entry.text("__key__"))
+                number = places[entry.file]
+                kept.add(image=image, captions=[shards.caption(entry)], image_id=f"{number}/{entry.text('__key__')}")
             if self._full(kept):
                 return
 
