@@ -100,9 +100,10 @@ class Trials:
     def train(self, way: str, rate: float, seed: int, work: Path) -> None:
         """One training, and its line; nothing if the line is there, or another process is at it."""
         recipe, folder, began = self.recipe(way, rate, seed), work / f"{way}-{rate:g}-{seed}", processor()
+        asked = self.print_of(recipe)
         for line in self.lines():
             if (line["way"], line["rate"], line["seed"]) == (way, rate, seed):
-                if line.get("recipe", asked := self.print_of(recipe)) != asked:
+                if line.get("recipe", asked) != asked:
                     raise SystemExit(f"{self.results}: {way} at {rate:g} with seed {seed} was trained by another "
                                      "recipe: take the line away, or give the new way a name of its own")  # fmt: skip
                 return
@@ -111,7 +112,7 @@ class Trials:
         except BusyError as error:
             print(f"left out: {error}", flush=True)
             return
-        row = self.row(way, rate, seed, folder, processor() - began) | {"recipe": self.print_of(recipe)}
+        row = self.row(way, rate, seed, folder, processor() - began) | {"recipe": asked}
         self.results.parent.mkdir(parents=True, exist_ok=True)
         with self.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

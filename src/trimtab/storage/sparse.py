@@ -125,13 +125,12 @@ def is_sparse(folder: str | Path) -> bool:
     """Whether a folder has weights in the sparse layout, finished or not.
 
     Raises:
-        ValueError: if it has dense ones too: the two may be of different models, and nobody knows which is meant.
+        ValueError: if it has dense ones too, which may be of another model.
     """
     mine = sorted(Path(folder).glob(f"model*{SUFFIX}*"))
     dense = sorted(p for p in Path(folder).glob(f"model*{DENSE}*") if p not in mine)
     if mine and dense:
-        raise ValueError(f"{folder}: has weights in two layouts, {mine[0].name} and {dense[0].name}: delete those that "
-                         "are not meant")  # fmt: skip
+        raise ValueError(f"{folder}: has weights in two layouts, {mine[0].name} and {dense[0].name}: delete the older")
     return bool(mine)
 
 
