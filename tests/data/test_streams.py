@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -203,12 +204,21 @@ def test_words_that_look_like_dates_stay_words(root):
         lines(root, "list.jsonl", stream=True)[0]
 
 
-def test_other_pictures_beside_the_same_lines_are_other_data(root):
-    before = table_print(lines(root, stream=True))
-    assert before == table_print(lines(root, stream=True))
+def beside(root, **settings):
+    """Rows of a Parquet file whose pictures are files beside it."""
+    rows = {"image": [f"{i}.png" for i in range(9)], "text": [[f"picture {i}"] for i in range(9)]}
+    Dataset.from_dict(rows).to_parquet(root / "beside.parquet")
+    os.utime(root / "beside.parquet", (1, 1))
+    return lines(root, "beside.parquet", **settings)
+
+
+@pytest.mark.parametrize("load", [lines, beside])
+def test_other_pictures_beside_the_same_rows_are_other_data(root, load):
+    before = table_print(load(root, stream=True))
+    assert before == table_print(load(root, stream=True))
     picture = (root / "4.png").read_bytes()
     try:
         (root / "4.png").write_bytes(png(5))
-        assert table_print(lines(root, stream=True)) != before
+        assert table_print(load(root, stream=True)) != before
     finally:
         (root / "4.png").write_bytes(picture)

@@ -176,25 +176,27 @@ def files(paths: Sequence[Path], columns: dict[str, str], folder: Path, typed: s
                 rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
             else:  # `datasets` makes times of words that look like dates
                 rows = IterableDataset.from_generator(_lines, gen_kwargs={"path": str(path)})
-            parts.append(Part(_undecoded(rows), _count(path), str(path)))
+            rows = _undecoded(rows)
+            parts.append(Part(rows, _count(path), str(path)))
         except Exception as error:
             raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
-        told.append(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}")
-        if path.suffix != ".parquet":
-            told += _pictures(make, path)
+        told += [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}", *_pictures(make, rows, path)]
     return Streamed(parts, make, told=f"{told} {sorted(columns.items())}")
 
 
-def _pictures(make: Callable[[dict[str, Any], str, int], dict[str, Any]], path: Path) -> list[str]:
-    """Sizes and times of the files that the first rows of JSON lines name, a window of them: they may be other pictures
-    than before. What is wrong with a row is told when it is read."""
-    found = []
+def _pictures(make: Callable[[dict[str, Any], str, int], dict[str, Any]], rows: Any, path: Path) -> list[str]:
+    """Sizes and times of the files that the first rows name, a window of them, up to a row that names none (its
+    pictures are bytes): they may be other pictures than before. What is wrong with a row is told when it is read."""
+    found: list[str] = []
     with suppress(ValueError, OSError):
-        for number, row in enumerate(islice(_lines(str(path)), WINDOW)):
+        for number, row in enumerate(islice(rows, WINDOW)):
             cells = make(row, str(path), number)
-            found += [stamp(c["path"]) for c in (cells.get("image"), *(cells.get("images") or ()))
-                      if isinstance(c, dict) and c.get("path")]  # fmt: skip
-            found += [stamp(cells["video"])] if "video" in cells else []
+            paths = [c["path"] for c in (cells.get("image"), *(cells.get("images") or ()))
+                     if isinstance(c, dict) and not c.get("bytes") and c.get("path")]  # fmt: skip
+            paths += [cells["video"]] if "video" in cells else []
+            if not paths:
+                break
+            found += [stamp(p) for p in paths]
     return found
 
 
