@@ -337,9 +337,14 @@ def test_a_function_or_a_trainer_trains_instead(tmp_path):
     assert float((session.with_task.out.bias - copied.out.bias).detach()) == pytest.approx(-0.3, abs=1e-4)
 
     class Odd(Mine):
-        def __init__(self, odd, *args, **kwargs):
+        def __init__(self, *args, odd=1, **kwargs):
             super().__init__(*args, **kwargs)
 
-    odd = regression(rows, collate=collate, trainer=Odd(1, Regression(), args, train_dataset=rows))
-    with pytest.raises(ValueError, match="a Odd cannot be made again for another model.*pass a function"):
-        odd.fit(copied, 1, [])
+    class Narrow(Mine):
+        def __init__(self, model, args):
+            super().__init__(model, args, train_dataset=rows)
+
+    for made, why in ((Odd(Regression(), args, train_dataset=rows, odd=2), "to Odd as `odd` is not known: keep it"),
+                      (Narrow(Regression(), args), "a Narrow cannot be made again for another model")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{why}.*pass a function"):
+            regression(rows, collate=collate, trainer=made).fit(copied, 1, [])

@@ -107,18 +107,29 @@ class Loop:
         return {"loss": number, "learning_rate": rate, "grad_norm": norm}
 
 
-def _own_arguments(trainer: Any) -> list[str]:
-    """Arguments by name that its class has and `transformers.Trainer` has not, and that it keeps as attributes."""
+def _own_arguments(trainer: Any) -> dict[str, Any]:
+    """Arguments by name that its class has and `transformers.Trainer` has not, each as the attribute of its name.
+
+    Raises:
+        ValueError: if the trainer has no attribute of that name: what was given is not known.
+    """
     from transformers import Trainer
 
-    own = inspect.signature(type(trainer)).parameters.keys() - inspect.signature(Trainer).parameters.keys()
-    return [name for name in own if hasattr(trainer, name)]
+    usual = inspect.signature(Trainer).parameters
+    own = [p.name for p in inspect.signature(type(trainer)).parameters.values()
+           if p.name not in usual and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # fmt: skip
+    if unknown := [name for name in own if not hasattr(trainer, name)]:
+        raise ValueError(
+            f"trainer: what was given to {type(trainer).__name__} as `{unknown[0]}` is not known: keep it as "
+            f"`self.{unknown[0]}`, or pass a function `trainer(with_task, steps, callbacks)` that makes one and trains"
+        )
+    return {name: getattr(trainer, name) for name in own}
 
 
 def again(trainer: Any, with_task: Any, steps: int, callbacks: list[TrainerCallback]) -> list[dict[str, float]]:
     """Train another model as a `transformers.Trainer` would train its own; nothing is saved or reported.
 
-    A subclass is made again with what its own arguments are as attributes of the trainer, and else by default."""
+    A subclass is made again with its own arguments, which it keeps as attributes of their names."""
     from transformers.trainer_callback import PrinterCallback
 
     if not hasattr(trainer, "train_dataset") or not hasattr(trainer, "args"):
@@ -132,11 +143,11 @@ def again(trainer: Any, with_task: Any, steps: int, callbacks: list[TrainerCallb
                    "load_best_model_at_end": False, "report_to": [], "push_to_hub": False}  # fmt: skip
         for name, value in changes.items():
             setattr(args, name, value)
-        names = ("data_collator", "processing_class", "compute_loss_func", *_own_arguments(trainer))
-        kept = {n: getattr(trainer, n, None) for n in names}
+        usual = {n: getattr(trainer, n, None) for n in ("data_collator", "processing_class", "compute_loss_func")}
+        kept = {n: v for n, v in usual.items() if v is not None} | _own_arguments(trainer)
         try:
             other = type(trainer)(model=with_task, args=args, train_dataset=trainer.train_dataset, callbacks=callbacks,
-                                  **{n: v for n, v in kept.items() if v is not None})  # fmt: skip
+                                  **kept)  # fmt: skip
         except TypeError as error:
             raise ValueError(
                 f"trainer: a {type(trainer).__name__} cannot be made again for another model ({error}); pass a "
