@@ -258,7 +258,7 @@ def training_peak(function: Callable[[], Tensor], model: nn.Module) -> int:
     return training_step(function, model).peak
 
 
-_SAFETENSORS = {
+SAFETENSORS = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
     torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
 }  # fmt: skip
@@ -267,11 +267,11 @@ _SAFETENSORS = {
 def safetensors_size(tensors: dict[str, Tensor]) -> int:
     """Bytes of a safetensors file with these tensors, without writing it."""
     header, offset = {}, 0
-    order = list(_SAFETENSORS)
+    order = list(SAFETENSORS)
     # The library writes types from last to first of its own list, and within a type by name.
     for name, t in sorted(tensors.items(), key=lambda item: (-order.index(item[1].dtype), item[0])):
         end = offset + t.numel() * t.element_size()
-        header[name] = {"dtype": _SAFETENSORS[t.dtype], "shape": list(t.shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": SAFETENSORS[t.dtype], "shape": list(t.shape), "data_offsets": [offset, end]}
         offset = end
     length = len(json.dumps(header, separators=(",", ":")).encode())
     return 8 + length + -length % 8 + offset

@@ -231,7 +231,7 @@ class TableCache(ActivationCache):
         """Of the texts of some samples."""
         per_view, size = -(-self.rows // cache.SHARD_ROWS), cache.SHARD_ROWS
         places = (divmod(int(i), self.rows) for i in indices)
-        return max(int(self.shards[view * per_view + row // size][LENGTHS][row % size]) for view, row in places)
+        return max(int(self.shards[view * per_view + row // size].tensors[LENGTHS][row % size]) for view, row in places)
 
 
 def _covers(plan: Plan, path: str) -> bool:

@@ -3,6 +3,7 @@
     samples --> frozen model --> leaves (`frozen.py`) --> shards on disk     (once, for each view)
     numbers --> shards (memory-mapped) --> the rest of the model --> loss    (every training step)
 
+A cache may be larger than memory: a batch first asks for just the rows that it will read (`storage/mapped.py`).
 Random choices in the preparation of inputs are fixed in a view; several views are cached and taken in turn. Shards are
 written whole or not at all, so that an interrupted fill goes on where it stopped, and several processes may fill one
 folder: each begins with shards of its own, and writes what is then still missing. A folder belongs to what its
@@ -22,11 +23,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab.files import replace_file
 from trimtab.progress import progress
+from trimtab.storage.mapped import Mapped
 
 Precision = Literal["fp32", "fp16", "int8"]
 SHARD_ROWS = 512
@@ -82,7 +84,7 @@ class ActivationCache:
         self.key = {"format": FORMAT, **key}
         self.columns, self.compute, self.precision = dict(columns), compute, precision
         self._check_key()
-        self.shards: list[dict[str, Tensor]] = []
+        self.shards: list[Mapped] = []
 
     def __len__(self) -> int:
         return self.rows
@@ -197,11 +199,10 @@ class ActivationCache:
             raise OSError(f"{file}: not written ({error}). The {there} shards that are there stay usable: free "
                           f"{_size(self._missing())} on that disk and start again") from error  # fmt: skip
 
-    def _opened(self, file: Path) -> dict[str, Tensor]:
-        """A shard's tensors, mapped: read when they are looked at."""
+    def _opened(self, file: Path) -> Mapped:
         try:
-            return load_file(file)
-        except (OSError, SafetensorError) as error:
+            return Mapped(file)
+        except (OSError, ValueError) as error:
             raise ValueError(f"{file}: damaged ({error}): delete it, it is written again") from error
 
     def batch(self, indices: Sequence[int], length: int | None = None) -> dict[str, Tensor]:
@@ -216,16 +217,20 @@ class ActivationCache:
             rows, orders = places.setdefault(view * per_view + row // SHARD_ROWS, ([], []))
             rows.append(row % SHARD_ROWS)
             orders.append(order)
+        for name, one in self.columns.items():
+            for shard, (rows, _) in places.items():
+                mapped = self.shards[shard if one.drawn else shard % per_view]
+                mapped.ask_for(cut(mapped.tensors[name], one, length), rows)
         out: dict[str, Tensor] = {}
         for name, one in self.columns.items():
             found = {s if one.drawn else s % per_view: s for s in places}
             if len(places) == 1:
                 (shard,) = found
-                out[name] = unpack(self.shards[shard], name, torch.tensor(places[found[shard]][0]), one, length)
+                out[name] = unpack(self.shards[shard].tensors, name, torch.tensor(places[found[shard]][0]), one, length)
                 continue
             for shard in places:
                 rows, orders = places[shard]
-                from_ = self.shards[shard if one.drawn else shard % per_view]
+                from_ = self.shards[shard if one.drawn else shard % per_view].tensors
                 part = unpack(from_, name, torch.tensor(rows), one, length)
                 if name not in out:
                     out[name] = part.new_empty(len(indices), *part.shape[1:])
@@ -269,13 +274,14 @@ def pack(name: str, maps: Tensor, precision: Precision) -> dict[str, Tensor]:
 
 def unpack(shard: Mapping[str, Tensor], name: str, rows: Tensor, one: Column, length: int | None = None) -> Tensor:
     """Rows of a column; maps in int8 become float32."""
-
-    def cut(value: Tensor) -> Tensor:
-        axis = None if one.axis is None or length is None else one.axis + 1
-        end = one.before + (length or 0)
-        return value if axis is None or value.shape[axis] <= end else value.narrow(axis, 0, end)
-
-    value = cut(shard[name]).index_select(0, rows)
+    value = cut(shard[name], one, length).index_select(0, rows)
     if (scale := shard.get(f"{name}.scale")) is None:
         return value
-    return value * (scale if len(scale) == 1 else cut(scale)[rows])
+    return value * (scale if len(scale) == 1 else cut(scale, one, length)[rows])
+
+
+def cut(value: Tensor, one: Column, length: int | None) -> Tensor:
+    """A column's rows with texts of at most `length` tokens."""
+    axis = None if one.axis is None or length is None else one.axis + 1
+    end = one.before + (length or 0)
+    return value if axis is None or value.shape[axis] <= end else value.narrow(axis, 0, end)
