@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import os
 import random
 import statistics
@@ -33,10 +32,6 @@ COLUMNS |= {"grid": Column((1280, 3, 3), torch.float16, packed=True)}
 
 class AsMapped(Mapped):
     """Reads what the system reads of mapped files."""
-
-    def __init__(self, file: Path):
-        super().__init__(file)
-        self._memory.madvise(mmap.MADV_NORMAL)
 
     def ask_for(self, *args: object) -> None:
         pass

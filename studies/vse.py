@@ -9,9 +9,9 @@ EfficientNet-Lite0 (96 pixels) and MiniLM, VSE-infinity's pooling and triplets, 
 320 for validation, 1,000 with their 5,000 captions to test on; rSum, the six recalls in percent added. By the rules of
 README.md: batches of 128, a constant learning rate until validation rSum, looked at every fifth epoch, has not risen
 for two looks, then a linear fall over a quarter of the steps so far, 100 epochs at most. Each way is trained at three
-learning rates with seed 0; the rate with the best validation rSum at the end is taken for the other seeds. What LST's
-start gives, and what UniPT's parts and width give, is asked at one, that of LST and of UniPT; `--rates` adds some where
-the best is the highest or lowest.
+learning rates with seed 0; the rate with the best validation rSum at the end is taken for the other seeds. Full tuning
+is tried at one; what LST's start gives, and what UniPT's parts and width give, is asked at that of LST and of UniPT.
+`--rates` adds some where the best is the highest or lowest.
 
 Frozen towers are computed once, on ten crops of each photograph with a caption drawn for each: five whole ones are
 soon learned by heart (the ways `..., whole`). The draws are the same for all seeds: the spread over seeds leaves out
@@ -105,7 +105,7 @@ WAYS = {
     "lora-text": _way("lora", **TEXT),
     "lora-text-all-16": _way("lora", rank=16, alpha=32, targets="all-linear", **TEXT),  # of UniPT's size
     "adapter-text": _way("adapter", **TEXT),
-    "full": _way("full", MOVED, 10.0),
+    "full": _way("full", (1e-4,), 10.0),  # the middle of those: a training takes two hours
     "unipt-text, of means": _way("unipt-of-means", LIKE_UNIPT, form="token", **TEXT),
     "unipt-text, no attention": _way("unipt-without-attention", LIKE_UNIPT, form="token", **TEXT),
     "linear-probe, whole": replace(_way("linear-probe"), fresh=False),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import mmap
+import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,30 +40,25 @@ def test_tensors_are_those_that_the_library_reads(file):
     assert load_file(file)["lengths"][0] == 0  # the file stays as it was
 
 
-class Memory:
-    """Writes down what is asked for."""
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot be asked")
+def test_what_is_asked_for_are_the_rows_and_nothing_else(file, monkeypatch):
+    mapped, raw, asked = Mapped(file), file.read_bytes(), []
+    maps, lengths = mapped.tensors["maps"], mapped.tensors["lengths"]
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *which: asked.append(which))
+    mapped.ask_for([maps, maps[:, :2], lengths], [11, 39, 0])
+    wanted = [value[row] for value in (maps, maps[:, :2], lengths) for row in (11, 39, 0)]
+    assert {advice for *_, advice in asked} == {os.POSIX_FADV_WILLNEED}
+    assert [raw[start : start + size] for start, size, _ in asked] == [w.numpy().tobytes() for w in wanted]
+    mapped.ask_for([], [11])
+    assert len(asked) == 9
 
-    def __init__(self):
-        self.asked = []
 
-    def madvise(self, advice, start, length):
-        assert advice == mmap.MADV_WILLNEED and start % mmap.PAGESIZE == 0
-        self.asked.append((start, length))
-
-
-@pytest.mark.skipif(not hasattr(mmap, "MADV_WILLNEED"), reason="this system cannot be asked")
-def test_what_is_asked_for_holds_the_rows_and_little_else(file):
-    mapped, raw, memory = Mapped(file), file.read_bytes(), Memory()
-    mapped._memory = memory
-    for value, row in ((mapped.tensors["maps"], 11), (mapped.tensors["maps"][:, :2], 39), (mapped.tensors["maps"], 0)):
-        mapped.ask_for(value, [row])
-        start, length = memory.asked.pop()
-        wanted = value[row].numpy().tobytes()
-        assert raw[start : start + length].endswith(wanted) and length - len(wanted) < mmap.PAGESIZE
-    mapped.ask_for(mapped.tensors["lengths"], [3, 5, 4])
-    assert len(memory.asked) == 3
-    start, length = memory.asked[1]
-    assert raw[start : start + length].endswith((5).to_bytes(8, "little"))
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are not listed here")
+def test_a_mapped_file_is_not_open(file):
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    several = [Mapped(file) for _ in range(5)]
+    several[0].ask_for([several[0].tensors["maps"]], [3])
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_what_is_no_whole_file_is_refused(file, tmp_path):

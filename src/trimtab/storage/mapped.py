@@ -8,7 +8,7 @@ larger than memory.
 from __future__ import annotations
 
 import json
-import mmap
+import os
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -47,10 +47,8 @@ class Mapped:
             end = start + max((last for *_, last in entries.values()), default=0)
             if found != end:
                 raise ValueError(f"expected {end} bytes by its header, found {found}")
-            self._memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-        if hasattr(mmap, "MADV_RANDOM"):
-            self._memory.madvise(mmap.MADV_RANDOM)
-        self._whole = torch.frombuffer(self._memory, dtype=torch.uint8)
+        # An `mmap` of Python's would keep the file open, of which a process may have a thousand.
+        self._whole = torch.from_file(str(file), shared=False, size=end, dtype=torch.uint8)
         self.tensors = {}
         for name, (dtype, shape, first, last) in entries.items():
             wanted = prod(shape) * dtype.itemsize
@@ -63,20 +61,19 @@ class Mapped:
         """To another process, which maps the file itself."""
         return Mapped, (self.file,)
 
-    def ask_for(self, value: Tensor, rows: Sequence[int]) -> None:
+    def ask_for(self, values: Sequence[Tensor], rows: Sequence[int]) -> None:
         """Let the system read these rows, all at once and nothing else; what is in memory stays there.
 
         Args:
-            value: one of `tensors`, or a part of one that has all its rows.
+            values: of `tensors`, or parts that have all rows.
             rows: places on the first axis.
         """
-        if not hasattr(mmap, "MADV_WILLNEED"):
+        if not hasattr(os, "posix_fadvise") or not values:
             return
-        first = value[0]
-        stride = value.stride(0) * value.itemsize
-        size = value.itemsize * (1 + sum((n - 1) * s for n, s in zip(first.shape, first.stride(), strict=True)))
-        start = value.data_ptr() - self._whole.data_ptr()
-        for row in rows:
-            begin = start + row * stride
-            early = begin % mmap.PAGESIZE
-            self._memory.madvise(mmap.MADV_WILLNEED, begin - early, size + early)
+        with self.file.open("rb") as opened:
+            for value in values:
+                first = value[0]
+                start, stride = value.data_ptr() - self._whole.data_ptr(), value.stride(0) * value.itemsize
+                size = value.itemsize * (1 + sum((n - 1) * s for n, s in zip(first.shape, first.stride(), strict=True)))
+                for row in rows:
+                    os.posix_fadvise(opened.fileno(), start + row * stride, size, os.POSIX_FADV_WILLNEED)

@@ -217,10 +217,10 @@ class ActivationCache:
             rows, orders = places.setdefault(view * per_view + row // SHARD_ROWS, ([], []))
             rows.append(row % SHARD_ROWS)
             orders.append(order)
-        for name, one in self.columns.items():
-            for shard, (rows, _) in places.items():
-                mapped = self.shards[shard if one.drawn else shard % per_view]
-                mapped.ask_for(cut(mapped.tensors[name], one, length), rows)
+        for shard, (rows, _) in places.items():
+            for mapped, drawn in ((self.shards[shard], True), (self.shards[shard % per_view], False)):
+                mapped.ask_for([cut(mapped.tensors[name], one, length) for name, one in self.columns.items()
+                                if one.drawn == drawn], rows)  # fmt: skip
         out: dict[str, Tensor] = {}
         for name, one in self.columns.items():
             found = {s if one.drawn else s % per_view: s for s in places}
