@@ -231,6 +231,19 @@ def test_views_draw_other_crops_and_the_same_captions_as_without(filled, clip, t
         TableCache(clip[0].model, clip[0].methods, clip[1], tmp_path / "cache", "fp32", 2)
 
 
+def test_methods_that_read_the_same_share_a_cache(clip, tiny_raw, tmp_path):
+    cached(*assembled(tiny_raw, method="lst"), tmp_path / "lst", "fp32", 2)
+    parts, table = assembled(tiny_raw, form="token")
+    shared = TableCache(parts.model, parts.methods, table, tmp_path / "lst", "fp32", 2)
+    assert shared.fill() == 0
+    own = cached(parts, table, tmp_path / "own", "fp32", 2)
+    one, two = (CachedModel(cache).eval()(**cache.batch([3, 60, 100])) for cache in (shared, own))
+    assert torch.equal(one["loss"], two["loss"])
+    for other in (clip, assembled(tiny_raw, method="side-tuning")):  # UniPT's vectors stand elsewhere; one map is read
+        with pytest.raises(ValueError, match="a cache of another layers"):
+            TableCache(other[0].model, other[0].methods, other[1], tmp_path / "lst", "fp32", 2)
+
+
 def test_a_stale_cache_is_refused(clip, filled, tiny_raw, tmp_path):
     parts, table = clip
 

@@ -40,8 +40,11 @@ LENGTHS = "batch.lengths"
 
 
 def listeners_of(methods: Sequence[Any]) -> dict[str, Listener]:
-    """The listeners of all side networks, by method and tower."""
-    return {f"{m.name}.{tower}": x for m in methods for tower, x in getattr(m, "listeners", {}).items()}
+    """The listeners of all side networks, by tower: methods that read the same of it share a cache. Where several
+    listen to one tower, by method and tower."""
+    found = [(m.name, tower, x) for m in methods for tower, x in getattr(m, "listeners", {}).items()]
+    alone = len({tower for _, tower, _ in found}) == len(found)
+    return {tower if alone else f"{name}.{tower}": x for name, tower, x in found}
 
 
 class TableCache(ActivationCache):
@@ -88,7 +91,7 @@ class TableCache(ActivationCache):
         self.prints: dict[int, dict[str, str]] = {}  # of what should be the same in all views, by its first row
         key = {
             "precision": precision, "views": views, "seed": seed, "draws": draws.VERSION, "rows": len(table),
-            "layers": {n: list(x.maps) for n, x in self.listeners.items()}, "task": model.task.name,
+            "layers": {n: [list(x.maps), str(x.place)] for n, x in self.listeners.items()}, "task": model.task.name,
             "table": table_print(self.collation.table), "augmentation": str(augmentation) if augmentation else None,
             "forward": str(autocast) if autocast else None, "backbone": self._frozen_print(),
             "leaves": self.plan.told(), "inputs": tensors_print(sorted(self.example.items())),
