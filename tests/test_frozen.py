@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -155,6 +156,27 @@ def test_narrow_caches_are_off_by_their_rounding(backbone, task, method, precisi
     assert loss == pytest.approx(wanted, rel=tolerance, abs=tolerance)
     a, b = (torch.cat([g[n].flatten() for n in exact]) for g in (grads, exact))
     assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 1 - tolerance
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_frozen_side_network_is_a_part_of_what_a_cache_belongs_to(precision, table, tmp_path):
+    keys = []
+    for method, settings in (("unipt", {**SMALL, "form": "token"}), ("lst", SMALL), ("lst", {"reduction": 4})):
+        for frozen in (False, True):
+            model, found = tuned("clip", RETRIEVAL, method, settings)
+            found.listeners["vision"].side.requires_grad_(not frozen)
+            cache = TableCache(model, [found], table("retrieval"), tmp_path / "none", precision)
+            keys.append(json.dumps(cache.key, sort_keys=True))
+    assert keys[0] == keys[2] == keys[4], "what they read is the same"
+    assert len({*keys[1::2], keys[0]}) == 4, "what is recorded depends on the frozen one"
+
+
+def test_a_frozen_side_network_that_another_reads_is_refused(table, tmp_path):
+    model, found = tuned("blip pairs", PAIRS, "unipt", SMALL)
+    read = next(x.memory for x in found.listeners.values() if x.memory is not None)
+    read.side.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"cache: the side network of 'vision', whose result .* is frozen"):
+        TableCache(model, [found], table("pairs"), tmp_path / "cache")
 
 
 # --- what is not what it seems ----------------------------------------------------------------------------------------

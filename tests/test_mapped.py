@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from trimtab.methods.tune.cache import ActivationCache, Column
 from trimtab.storage.mapped import Mapped
 
 TENSORS = {
@@ -49,8 +50,43 @@ def test_what_is_asked_for_are_the_rows_and_nothing_else(file, monkeypatch):
     wanted = [value[row] for value in (maps, maps[:, :2], lengths) for row in (11, 39, 0)]
     assert {advice for *_, advice in asked} == {os.POSIX_FADV_WILLNEED}
     assert [raw[start : start + size] for start, size, _ in asked] == [w.numpy().tobytes() for w in wanted]
-    mapped.ask_for([], [11])
+    mapped.ask_for([mapped.tensors["none"]], [0])
     assert len(asked) == 9
+    monkeypatch.setattr("trimtab.storage.mapped.PIECE", 1000)  # a row of the maps has 6,144 bytes
+    asked.clear()
+    mapped.ask_for([maps], [7])
+    assert [size for _, size, _ in asked] == [1000] * 6 + [144]
+    assert b"".join(raw[start : start + size] for start, size, _ in asked) == maps[7].numpy().tobytes()
+
+
+def test_advice_stops_nothing(file, monkeypatch):
+    mapped = Mapped(file)
+    file.unlink()
+    mapped.ask_for([mapped.tensors["maps"]], [3])
+    assert torch.equal(mapped.tensors["maps"][3], TENSORS["maps"][3])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_batch_asks_for_all_that_it_reads_of_rows(precision, tmp_path, monkeypatch):
+    columns = {"grids": Column((8, 3, 3), torch.float32, packed=True, drawn=False),
+               "maps": Column((5, 16), torch.float32, packed=True, axis=0), "same": Column((), torch.long)}  # fmt: skip
+
+    def compute(view, start, stop):
+        made = {n: torch.rand(stop - start, *c.shape).to(c.dtype) for n, c in columns.items()}
+        return {n: t for n, t in made.items() if columns[n].drawn or not view}
+
+    cache = ActivationCache(tmp_path, {"of": "a test"}, 12, 2, columns, compute, precision)
+    cache.fill()
+    for view, file in enumerate(sorted(tmp_path.glob("view-*"))):
+        found = sum(t.nbytes for t in load_file(file).values() if len(t) == 12)
+        assert found == 12 * cache.bytes_of(view), "what is told is what is written, but for a shard's own scales"
+    asked = []
+    monkeypatch.setattr(Mapped, "ask_for", lambda self, values, rows: asked.append((self.file.name, values, rows)))
+    cache.batch([14, 23], length=3)
+    assert [(name[:6], rows) for name, _, rows in asked] == [("view-0", [2, 11]), ("view-1", [2, 11])]
+    shapes = [[tuple(v.shape) for v in values] for _, values, _ in asked]
+    scales = [(12, 8, 1, 1)] if precision == "int8" else []
+    assert shapes == [[(12, 8, 3, 3), *scales], [(12, 3, 16), (12,)]]
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are not listed here")

@@ -6,6 +6,7 @@ import io
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,7 +137,8 @@ def test_a_stream_of_ones_own_is_trained_on(root, whole):
     names = [str(root / "parquet" / f"train-{i}.parquet") for i in range(2)]
     own = load_dataset("parquet", data_files=names, split="train", streaming=True).rename_column("text", "captions")
     assert len(numbered(own)) == ROWS
-    assert fitted(own)[0] == fitted(Streamed([Part(own.cast_column("image", Image(decode=False)), ROWS, "own")]))[0]
+    undecoded = own.cast_column("image", Image(decode=False))
+    assert fitted(own)[0] == fitted(Streamed([Part(lambda: undecoded, ROWS, "own")]))[0]
     with pytest.raises(TypeError, match=r"expected a table of `datasets` .* found generator"):
         fitted(row for row in own)
 
@@ -212,7 +214,34 @@ def beside(root, **settings):
     return lines(root, "beside.parquet", **settings)
 
 
-@pytest.mark.parametrize("load", [lines, beside])
+def with_words_alone(root, stream):
+    """Lines of which only the fifth has a picture."""
+    rows = [{"statement": f"row {i}", "images": ["4.png"] * (i == 4)} for i in range(9)]
+    (root / "some.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    os.utime(root / "some.jsonl", (1, 1))
+    return streams.files([root / "some.jsonl"], {}, root, {"images"})
+
+
+def test_files_are_not_kept_open(root):
+    def count():
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    one = streams.files([root / "parquet" / "train-0.parquet"], {"captions": "text"}, root, set())
+    before = count()
+    several = streams.files([root / "parquet" / f"train-{i}.parquet" for i in (0, 1, 0, 1, 0)], {"captions": "text"},
+                            root, set())  # fmt: skip
+    assert count() == before and len(several) == 57 and len(one) == 13
+
+
+def test_pictures_in_a_parquet_file_are_not_read_to_see_whether_they_are_files(root, monkeypatch):
+    assert streams._holds_bytes(root / "parquet" / "train-0.parquet")
+    beside(root, stream=True)
+    assert not streams._holds_bytes(root / "beside.parquet")
+    monkeypatch.setattr(streams, "_pictures", lambda *_: pytest.fail("rows were read"))
+    parquet(root, stream=True)
+
+
+@pytest.mark.parametrize("load", [lines, beside, with_words_alone])
 def test_other_pictures_beside_the_same_rows_are_other_data(root, load):
     before = table_print(load(root, stream=True))
     assert before == table_print(load(root, stream=True))

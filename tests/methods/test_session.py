@@ -336,15 +336,45 @@ def test_a_function_or_a_trainer_trains_instead(tmp_path):
     session.fit(copied, 3, [])
     assert float((session.with_task.out.bias - copied.out.bias).detach()) == pytest.approx(-0.3, abs=1e-4)
 
+    class Twice(Weighted):  # its argument goes to the class above
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    heavy = Twice(Regression(), args, train_dataset=rows, data_collator=collate, weight=-0.5,
+                  optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}))  # fmt: skip
+    copied = copy.deepcopy(session.with_task)
+    regression(rows, collate=collate, trainer=heavy).fit(copied, 3, [])
+    assert float((session.with_task.out.bias - copied.out.bias).detach()) == pytest.approx(-0.15, abs=1e-4)
+
     class Odd(Mine):
         def __init__(self, *args, odd=1, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    class Log(Mine):  # an attribute of that name is there, and is another thing
+        def __init__(self, *args, log=True, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    class Tenfold(Mine):
+        def __init__(self, *args, weight=1.0, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.weight = 10 * weight
+
+    class Hidden(Mine):
+        def __init__(self, *args, **kwargs):
+            self.weight = kwargs.pop("weight", 1.0)
             super().__init__(*args, **kwargs)
 
     class Narrow(Mine):
         def __init__(self, model, args):
             super().__init__(model, args, train_dataset=rows)
 
-    for made, why in ((Odd(Regression(), args, train_dataset=rows, odd=2), "to Odd as `odd` is not known: keep it"),
-                      (Narrow(Regression(), args), "a Narrow cannot be made again for another model")):  # fmt: skip
+    given = (Regression(), args)
+    sgd = torch.optim.SGD(given[0].parameters(), lr=0.1)
+    for made, why in ((Odd(*given, train_dataset=rows, odd=2), "to Odd as `odd` is not known: keep it"),
+                      (Log(*given, train_dataset=rows), "to Log as `log` is not known: keep it"),
+                      (Tenfold(*given, train_dataset=rows), "has weight 100.0, the first has 10.0"),
+                      (Hidden(*given, train_dataset=rows, weight=2.0), "has weight 1.0, the first has 2.0"),
+                      (Mine(*given, train_dataset=rows, optimizers=(sgd, None)), "it has an optimizer"),
+                      (Narrow(*given), "a Narrow cannot be made again for another model")):  # fmt: skip
         with pytest.raises(ValueError, match=f"{why}.*pass a function"):
             regression(rows, collate=collate, trainer=made).fit(copied, 1, [])

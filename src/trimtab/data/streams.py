@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,12 +33,13 @@ class Part(NamedTuple):
     """A stream that begins anew whenever it is asked for, such as a file.
 
     Attributes:
-        rows: an `IterableDataset`, whose pictures are not decoded.
+        open: gives its rows from the first on, an `IterableDataset` whose pictures are not decoded. It is made when the
+            part is read, since it holds an open file.
         length: how many rows it has.
         name: of the file, for messages.
     """
 
-    rows: Any
+    open: Callable[[], Any]
     length: int
     name: str
 
@@ -94,11 +96,12 @@ class Streamed:
         return dict(row) if self.make is None else self.make(row, self.parts[part].name, own)
 
     def _read(self, part: int, start: int) -> list[dict[str, Any]]:
-        rows, count, name = self.parts[part]
+        opened, count, name = self.parts[part]
         wanted = min(self.window, count - start)
         try:
             # A file that was opened before a worker was forked is shared with it, with its position.
             if self._at != (os.getpid(), part, start):
+                rows = opened()
                 self._rows = _each(rows.skip(start) if start else rows)
             found = list(islice(self._rows, wanted))
         except Exception as error:  # pyarrow and datasets have many kinds of errors for damaged files
@@ -139,13 +142,17 @@ def numbered(table: Any, buffer: int | None = None) -> Any:
 
     if isinstance(table, IterableDataset):
         rows = _undecoded(table)
-        table = Streamed([Part(rows, sum(1 for _ in _each(rows)), "stream")])
+        table = Streamed([Part(partial(_same, rows), sum(1 for _ in _each(rows)), "stream")])
     elif not hasattr(table, "__len__") or not hasattr(table, "__getitem__"):
         raise TypeError(
             f"expected a table of `datasets` (Dataset or IterableDataset), found {type(table).__name__}: training "
             "takes its rows by number"
         )
     return table.with_window(buffer) if isinstance(table, Streamed) and buffer else table
+
+
+def _same(rows: Any) -> Any:
+    return rows
 
 
 def files(paths: Sequence[Path], columns: dict[str, str], folder: Path, typed: set[str]) -> Streamed:
@@ -160,8 +167,6 @@ def files(paths: Sequence[Path], columns: dict[str, str], folder: Path, typed: s
     Raises:
         DataError: if a file is of another kind, or cannot be read, also later with the row.
     """
-    from datasets import IterableDataset, load_dataset
-
     from trimtab.data import tables
 
     def make(row: dict[str, Any], name: str, number: int) -> dict[str, Any]:
@@ -172,32 +177,48 @@ def files(paths: Sequence[Path], columns: dict[str, str], folder: Path, typed: s
         if path.suffix not in SUFFIXES:
             raise DataError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)} for `stream: true`")
         try:
-            if path.suffix == ".parquet":
-                rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-            else:  # `datasets` makes times of words that look like dates
-                rows = IterableDataset.from_generator(_lines, gen_kwargs={"path": str(path)})
-            rows = _undecoded(rows)
-            parts.append(Part(rows, _count(path), str(path)))
+            rows = _opened(path)
+            parts.append(Part(partial(_opened, path), _count(path), str(path)))
         except Exception as error:
             raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
-        told += [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}", *_pictures(make, rows, path)]
+        told.append(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}")
+        if path.suffix != ".parquet" or not _holds_bytes(path):
+            told += _pictures(make, rows, path)
     return Streamed(parts, make, told=f"{told} {sorted(columns.items())}")
 
 
+def _opened(path: Path) -> Any:
+    """The rows of a file."""
+    from datasets import IterableDataset, load_dataset
+
+    if path.suffix == ".parquet":
+        return _undecoded(load_dataset("parquet", data_files=str(path), split="train", streaming=True))
+    # `datasets` makes times of words that look like dates
+    return IterableDataset.from_generator(_lines, gen_kwargs={"path": str(path)})
+
+
 def _pictures(make: Callable[[dict[str, Any], str, int], dict[str, Any]], rows: Any, path: Path) -> list[str]:
-    """Sizes and times of the files that the first rows name, a window of them, up to a row that names none (its
-    pictures are bytes): they may be other pictures than before. What is wrong with a row is told when it is read."""
-    found: list[str] = []
+    """Sizes and times of the files that the first rows name, a window of them: they may be other pictures than before.
+    What is wrong with a row is told when it is read."""
+    found = []
     with suppress(ValueError, OSError):
         for number, row in enumerate(islice(rows, WINDOW)):
             cells = make(row, str(path), number)
-            paths = [c["path"] for c in (cells.get("image"), *(cells.get("images") or ()))
-                     if isinstance(c, dict) and not c.get("bytes") and c.get("path")]  # fmt: skip
-            paths += [cells["video"]] if "video" in cells else []
-            if not paths:
-                break
-            found += [stamp(p) for p in paths]
+            found += [stamp(c["path"]) for c in (cells.get("image"), *(cells.get("images") or ()))
+                      if isinstance(c, dict) and not c.get("bytes") and c.get("path")]  # fmt: skip
+            found += [stamp(cells["video"])] if "video" in cells else []
     return found
+
+
+def _holds_bytes(path: Path) -> bool:
+    """Whether a Parquet file holds pictures or other bytes, by its metadata: to see its rows is to read them all."""
+    from pyarrow import parquet
+
+    told = parquet.read_metadata(path)
+    columns = [c for c in range(told.num_columns) if (kind := told.schema.column(c)).physical_type == "BYTE_ARRAY"
+               and kind.logical_type.type == "NONE"]  # fmt: skip
+    parts = [told.row_group(g).column(c) for g in range(told.num_row_groups) for c in columns]
+    return any(not p.statistics or p.statistics.null_count != p.num_values for p in parts)
 
 
 def _lines(path: str) -> Iterator[dict[str, Any]]:

@@ -84,6 +84,12 @@ class TableCache(ActivationCache):
                 "use `backbone.pictures: squash`"
             )
         self.model, self.listeners = model, listeners_of(methods)
+        for x in self.listeners.values():
+            if x.memory is not None and not any(p.requires_grad for p in x.memory.side.parameters()):
+                raise ValueError(
+                    f"cache: the side network of {x.memory.tower.name!r}, whose result that of {x.tower.name!r} reads, "
+                    "is frozen: what it makes is not recorded; train it too, or train without `training.cache`"
+                )
         self.collation = Collation(model, table, views, seed, augmentation)
         self.device = next(model.parameters()).device
         self.around = _around(self.device, autocast)
@@ -163,9 +169,9 @@ class TableCache(ActivationCache):
     def _frozen_print(self) -> str:
         """A hash of all that is frozen, which training does not change; of heads and side networks that which has been
         recorded, for what starts random in them differs from seed to seed."""
-        beside = {id(m) for x in self.listeners.values() for m in x.side.modules()} | {
-            id(m) for m in self.model.head.modules()
-        }
+        # A side network of which nothing is trained is a part of what is frozen: what is recorded may depend on it.
+        sides = [x.side for x in self.listeners.values() if any(p.requires_grad for p in x.side.parameters())]
+        beside = {id(m) for part in (*sides, self.model.head) for m in part.modules()}
         found = []
         for path, module in self.model.named_modules():
             if id(module) in beside and not _covers(self.plan, path):

@@ -107,29 +107,61 @@ class Loop:
         return {"loss": number, "learning_rate": rate, "grad_norm": norm}
 
 
+WAY_OUT = "pass a function `trainer(with_task, steps, callbacks)` that makes one and trains"
+
+
 def _own_arguments(trainer: Any) -> dict[str, Any]:
-    """Arguments by name that its class has and `transformers.Trainer` has not, each as the attribute of its name.
+    """Arguments by name that its class and the classes to which it hands `**kwargs` have and `transformers.Trainer` has
+    not, each as the attribute of its name.
 
     Raises:
-        ValueError: if the trainer has no attribute of that name: what was given is not known.
+        ValueError: if the trainer has no attribute of that name, or of one of `Trainer`'s own: what was given is not
+            known.
     """
     from transformers import Trainer
 
-    usual = inspect.signature(Trainer).parameters
-    own = [p.name for p in inspect.signature(type(trainer)).parameters.values()
-           if p.name not in usual and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # fmt: skip
-    if unknown := [name for name in own if not hasattr(trainer, name)]:
+    usual, own = inspect.signature(Trainer).parameters, []
+    for cls in type(trainer).__mro__[: type(trainer).__mro__.index(Trainer)]:
+        if "__init__" in vars(cls):
+            named = inspect.signature(cls).parameters.values()
+            own += [p.name for p in named if p.name not in usual and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+            if not any(p.kind == p.VAR_KEYWORD for p in named):
+                break
+    if unknown := [n for n in own if n not in vars(trainer) or hasattr(Trainer, n) or n in _set_by(Trainer)]:
         raise ValueError(
-            f"trainer: what was given to {type(trainer).__name__} as `{unknown[0]}` is not known: keep it as "
-            f"`self.{unknown[0]}`, or pass a function `trainer(with_task, steps, callbacks)` that makes one and trains"
+            f"trainer: what was given to {type(trainer).__name__} as `{unknown[0]}` is not known: keep it as an "
+            f"attribute of that name, which is none of Trainer's own, or {WAY_OUT}"
         )
-    return {name: getattr(trainer, name) for name in own}
+    return {name: vars(trainer)[name] for name in own}
+
+
+def _set_by(cls: type) -> tuple[str, ...]:
+    """Names of what its `__init__` reads and sets."""
+    return cls.__init__.__code__.co_names  # type: ignore[misc]
+
+
+def _check_same(other: Any, trainer: Any) -> None:
+    """ValueError unless a trainer that was made again has the numbers, words and switches of the first."""
+    from transformers import Trainer
+
+    for name, was in vars(trainer).items():
+        now = vars(other).get(name)
+        plain = isinstance(was, (int, float, str)) and not name.startswith("_") and name not in _set_by(Trainer)
+        if plain and now != was:
+            raise ValueError(
+                f"trainer: a {type(trainer).__name__} that is made again has {name} {now!r}, the first has {was!r}: "
+                f"{WAY_OUT}"
+            )
 
 
 def again(trainer: Any, with_task: Any, steps: int, callbacks: list[TrainerCallback]) -> list[dict[str, float]]:
     """Train another model as a `transformers.Trainer` would train its own; nothing is saved or reported.
 
-    A subclass is made again with its own arguments, which it keeps as attributes of their names."""
+    A subclass is made again with its own arguments, which it keeps as attributes of their names.
+
+    Raises:
+        ValueError: if it is no trainer, or it is not known how to make one like it.
+    """
     from transformers.trainer_callback import PrinterCallback
 
     if not hasattr(trainer, "train_dataset") or not hasattr(trainer, "args"):
@@ -137,22 +169,26 @@ def again(trainer: Any, with_task: Any, steps: int, callbacks: list[TrainerCallb
             f"trainer: expected a function `trainer(with_task, steps, callbacks)` or a transformers.Trainer, found "
             f"{type(trainer).__name__}"
         )
+    if trainer.optimizer is not None:
+        raise ValueError("trainer: it has an optimizer, which moves its own model's weights: give it "
+                         f"`optimizer_cls_and_kwargs` in place of `optimizers`, or {WAY_OUT}")  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         args = copy.copy(trainer.args)
         changes = {"output_dir": scratch, "max_steps": steps, "save_strategy": "no", "eval_strategy": "no",
                    "load_best_model_at_end": False, "report_to": [], "push_to_hub": False}  # fmt: skip
         for name, value in changes.items():
             setattr(args, name, value)
-        usual = {n: getattr(trainer, n, None) for n in ("data_collator", "processing_class", "compute_loss_func")}
+        names = ("data_collator", "processing_class", "compute_loss_func", "optimizer_cls_and_kwargs")
+        usual = {n: getattr(trainer, n, None) for n in names}
         kept = {n: v for n, v in usual.items() if v is not None} | _own_arguments(trainer)
         try:
             other = type(trainer)(model=with_task, args=args, train_dataset=trainer.train_dataset, callbacks=callbacks,
                                   **kept)  # fmt: skip
         except TypeError as error:
             raise ValueError(
-                f"trainer: a {type(trainer).__name__} cannot be made again for another model ({error}); pass a "
-                "function `trainer(with_task, steps, callbacks)` that makes one and trains"
+                f"trainer: a {type(trainer).__name__} cannot be made again for another model ({error}); {WAY_OUT}"
             ) from error
+        _check_same(other, trainer)
         other.remove_callback(PrinterCallback)  # it prints every log
         other.train()
     with_task.zero_grad(set_to_none=True)

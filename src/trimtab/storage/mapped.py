@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from torch import Tensor
 from trimtab.counting import SAFETENSORS
 
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS.items()}
+_DTYPES |= {"C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+_DTYPES |= {"U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64}
+PIECE = 128 * 1024  # bytes; of a larger one Linux reads as much as it reads ahead, and drops the rest
 
 
 class Mapped:
@@ -33,7 +37,7 @@ class Mapped:
     """
 
     def __init__(self, file: Path):
-        self.file = file
+        self.file = file.resolve()
         with file.open("rb") as opened:
             size = int.from_bytes(opened.read(8), "little")
             try:
@@ -68,12 +72,14 @@ class Mapped:
             values: of `tensors`, or parts that have all rows.
             rows: places on the first axis.
         """
-        if not hasattr(os, "posix_fadvise") or not values:
+        if not hasattr(os, "posix_fadvise"):
             return
-        with self.file.open("rb") as opened:
-            for value in values:
+        with suppress(OSError), self.file.open("rb") as opened:  # advice, without which it works too
+            for value in (v for v in values if v.numel()):
                 first = value[0]
                 start, stride = value.data_ptr() - self._whole.data_ptr(), value.stride(0) * value.itemsize
                 size = value.itemsize * (1 + sum((n - 1) * s for n, s in zip(first.shape, first.stride(), strict=True)))
                 for row in rows:
-                    os.posix_fadvise(opened.fileno(), start + row * stride, size, os.POSIX_FADV_WILLNEED)
+                    for at in range(0, size, PIECE):
+                        begin, length = start + row * stride + at, min(PIECE, size - at)
+                        os.posix_fadvise(opened.fileno(), begin, length, os.POSIX_FADV_WILLNEED)

@@ -56,10 +56,11 @@ class Column(NamedTuple):
     before: int = 0
 
     def bytes(self, precision: Precision) -> int:
-        """On disk, of one sample; scales, which are few, are left out."""
+        """On disk, of one sample; the few scales that all samples of a shard share are left out."""
         size = self.dtype.itemsize
         size = min(size, _SIZE[precision]) if self.packed else size
-        return int(torch.Size(self.shape).numel()) * size
+        scales = self.shape[0] * 4 if self.packed and precision == "int8" and len(self.shape) == 3 else 0
+        return int(torch.Size(self.shape).numel()) * size + scales
 
 
 class ActivationCache:
@@ -218,9 +219,7 @@ class ActivationCache:
             rows.append(row % SHARD_ROWS)
             orders.append(order)
         for shard, (rows, _) in places.items():
-            for mapped, drawn in ((self.shards[shard], True), (self.shards[shard % per_view], False)):
-                mapped.ask_for([cut(mapped.tensors[name], one, length) for name, one in self.columns.items()
-                                if one.drawn == drawn], rows)  # fmt: skip
+            self._ask_for(shard, rows, length)
         out: dict[str, Tensor] = {}
         for name, one in self.columns.items():
             found = {s if one.drawn else s % per_view: s for s in places}
@@ -236,6 +235,16 @@ class ActivationCache:
                     out[name] = part.new_empty(len(indices), *part.shape[1:])
                 out[name][torch.tensor(orders)] = part
         return out
+
+    def _ask_for(self, shard: int, rows: Sequence[int], length: int | None) -> None:
+        """Let the system read rows of a shard, and of the first view's what is the same in all views."""
+        wanted: dict[int, list[Tensor]] = {}
+        for name, one in self.columns.items():
+            at = shard if one.drawn else shard % -(-self.rows // SHARD_ROWS)
+            found = [self.shards[at].tensors.get(n) for n in (name, f"{name}.scale")]
+            wanted.setdefault(at, []).extend(cut(t, one, length) for t in found if t is not None and len(t) > 1)
+        for at, values in wanted.items():
+            self.shards[at].ask_for(values, rows)
 
 
 def _shown(found: Any, wanted: Any) -> str:
