@@ -152,6 +152,18 @@ class Trials:
         best = {way: self.chosen(way) for way in done}
         return {way: {r["seed"]: r for r in rows if (r["way"], r["rate"]) == (way, best[way])} for way in done}
 
+    def at(self, name: str) -> dict[int, Row]:
+        """The runs of `WAY@RATE` by seed; SystemExit if there is none."""
+        way, _, rate = name.partition("@")
+        try:
+            found = {r["seed"]: r for r in self.lines() if (r["way"], r["rate"]) == (way, float(rate))}
+        except ValueError as error:
+            raise SystemExit(f"{name}: expected WAY@RATE, such as unipt-text@5e-4") from error
+        if not found:
+            tried = sorted({r["rate"] for r in self.lines() if r["way"] == way})
+            raise SystemExit(f"{self.results}: no training of {name}, but at {', '.join(map(str, tried)) or 'no rate'}")
+        return found
+
     @property
     def alone(self) -> Path:
         """What `alone.py` measured of a training step, {way: {peak_memory_bytes, step_seconds}}."""

@@ -3,7 +3,7 @@
     python studies/vse.py --root flickr8k [--ways linear-probe unipt-text] [--seeds 0 1 2 3 4]     train what is missing
     python studies/vse.py --root flickr8k --ways lst-text --seeds 0 --rates 4e-3       at one learning rate more
     python studies/vse.py --tables [--summary] [--plot docs/images/flickr8k-vse.png]
-    python studies/vse.py --compare partial-1 unipt-text
+    python studies/vse.py --compare partial-1 unipt-text@5e-4                     that at a rate that was not chosen
 
 EfficientNet-Lite0 (96 pixels) and MiniLM, VSE-infinity's pooling and triplets, Flickr8K: 6,000 photographs to train on,
 320 for validation, 1,000 with their 5,000 captions to test on; rSum, the six recalls in percent added. By the rules of
@@ -211,10 +211,14 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="print what was measured")
     parser.add_argument("--summary", action="store_true", help="print scores and costs in one table")
     parser.add_argument("--plot", type=Path, help="draw what was measured into this PNG file")
-    parser.add_argument("--compare", nargs=2, choices=list(WAYS), help="how far the first is from the second")
+    parser.add_argument("--compare", nargs=2, metavar="WAY[@RATE]", help="how far the first is from the second")
     options = parser.parse_args()
     if options.compare:
-        print(compared(trials().measured(), *options.compare))
+        if unknown := [name for name in options.compare if name.partition("@")[0] not in WAYS]:
+            parser.error(f"--compare: {unknown[0]!r} is none of {', '.join(WAYS)}")
+        study = trials()
+        at = {name: study.at(name) for name in options.compare if "@" in name}
+        print(compared(study.measured() | at, *options.compare))
         return
     if options.tables:
         print("\n".join(tables()))

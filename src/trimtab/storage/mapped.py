@@ -22,7 +22,7 @@ from trimtab.counting import SAFETENSORS
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS.items()}
 _DTYPES |= {"C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _DTYPES |= {"U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64}
-PIECE = 128 * 1024  # bytes; of a larger one Linux reads as much as it reads ahead, and drops the rest
+PIECE = 128 * 1024  # bytes; of a larger piece Linux reads no more than its read-ahead, and drops the rest
 
 
 class Mapped:
