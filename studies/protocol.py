@@ -127,7 +127,7 @@ class Trials:
         curve = [[s["step"], round(s[metric], 4)] for s in told["validation"]["scores"]]
         kept = told["validation"].get("kept_step", curve[-1][0])
         return {
-            "way": way, "rate": rate, "seed": seed, "steps": told["steps"], "plateau": told["validation"]["plateau"],
+            "way": way, "rate": rate, "seed": seed, "steps": told["steps"], "plateau": told["validation"].get("plateau"),
             "seconds": round(seconds), "metric": metric, "validation": dict(curve)[kept],
             "loss": round(told["history"][-1]["loss"], 4), "curve": curve,
             "test": {k: round(v, 4) for k, v in told["test"].items() if "rank" not in k},
