@@ -9,8 +9,8 @@
 Each variant is trained with seed 0 at the learning rate that the recipe gives it and at half of that, and at those that
 `--rates` adds; the rate with the best validation score at the end is taken for the other seeds. One line a training in
 `studies/results`, in a file named like the recipe, with its costs and with what each test row gives to the score: what
-is there is not trained again, so a study may end and go on. Differences are paired on test rows, means over the seeds
-that both have.
+is there is not trained again, so a study may end and go on. Differences are of means over all seeds, paired on test
+rows, with intervals over rows and seeds.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -33,7 +34,7 @@ from tables import cell
 from trimtab.experiments.folder import BusyError
 from trimtab.experiments.recipe import read
 from trimtab.experiments.run import run
-from trimtab.metrics.intervals import interval
+from trimtab.metrics.intervals import over_seeds
 from trimtab.report.canvas import assign_styles
 from trimtab.report.plots import Panel, Point, pareto_figure
 from trimtab.report.runs import BYTES, COSTS, Cost
@@ -127,8 +128,8 @@ class Trials:
         curve = [[s["step"], round(s[metric], 4)] for s in told["validation"]["scores"]]
         kept = told["validation"].get("kept_step", curve[-1][0])
         return {
-            "way": way, "rate": rate, "seed": seed, "steps": told["steps"], "plateau": told["validation"].get("plateau"),
-            "seconds": round(seconds), "metric": metric, "validation": dict(curve)[kept],
+            "way": way, "rate": rate, "seed": seed, "steps": told["steps"], "seconds": round(seconds),
+            "plateau": told["validation"].get("plateau"), "metric": metric, "validation": dict(curve)[kept],
             "loss": round(told["history"][-1]["loss"], 4), "curve": curve,
             "test": {k: round(v, 4) for k, v in told["test"].items() if "rank" not in k},
             **({"costs": {c.key: costs[c.key] for c in SHOWN if c.key in costs}} if costs else {}),
@@ -150,6 +151,9 @@ class Trials:
         tried = {r["way"] for r in rows if r["seed"] == 0}
         done = [way for way in self.rates if way in tried and not (whole and self.untried(way))]
         best = {way: self.chosen(way) for way in done}
+        lines = Counter((r["way"], r["rate"], r["seed"]) for r in rows)
+        if twice := [line for line, count in lines.items() if count > 1]:
+            raise SystemExit(f"{self.results}: two lines of {twice[0]}: take one away")
         return {way: {r["seed"]: r for r in rows if (r["way"], r["rate"]) == (way, best[way])} for way in done}
 
     def at(self, name: str) -> dict[int, Row]:
@@ -198,13 +202,15 @@ def summary(scores: dict[str, list[float]], title: str, costs: Callable[[str, st
 
 
 def apart(mine: dict[int, Row], other: dict[int, Row]) -> str:
-    """The difference on the same test rows and seeds, with a 95 % interval over rows drawn again."""
-    seeds = sorted(s for s in mine.keys() & other.keys() if same_rows(mine[s], other[s]))
-    gap = np.mean([np.subtract(mine[s]["each"], other[s]["each"]) for s in seeds], axis=0) if seeds else np.zeros(1)
-    if not gap.any():
+    """The difference of the means over all seeds, on the same test rows, with a 95 % interval over rows and seeds drawn
+    again; a star where one of the two has a single seed, so that what another would give is not in it."""
+    if not mine or not other or mine == other:
         return "-"
-    low, high = interval(gap.tolist())
-    return f"{gap.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+    one = next(iter(other.values()))
+    if not all(same_rows(row, one) for row in (*mine.values(), *other.values())):
+        return "other test rows"
+    gap, low, high = over_seeds([r["each"] for r in mine.values()], [r["each"] for r in other.values()])
+    return f"{gap:+.1f} ({low:+.1f} to {high:+.1f}){'*' if 1 in (len(mine), len(other)) else ''}"
 
 
 def same_rows(one: Row, other: Row) -> bool:
@@ -214,7 +220,7 @@ def same_rows(one: Row, other: Row) -> bool:
 
 
 def compared(found: dict[str, dict[int, Row]], one: str, other: str) -> str:
-    """How far one way is from another, as `apart` and seed by seed; "-" if they have no seed in common."""
+    """How far one way is from another, as `apart`, and seed by seed."""
     mine, theirs = found.get(one, {}), found.get(other, {})
     gaps = [np.subtract(mine[s]["each"], theirs[s]["each"]).mean() for s in sorted(mine.keys() & theirs.keys())
             if same_rows(mine[s], theirs[s])]  # fmt: skip

@@ -114,10 +114,6 @@ WAYS = {
     "unipt-text, whole": replace(_composed(UNIPT), fresh=False),
     "unipt-text-4": _way("unipt", LIKE_UNIPT, form="token", reduction=4, **TEXT),
     "unipt-text-1": _way("unipt", LIKE_UNIPT, form="token", reduction=1, **TEXT),
-    # As UniPT and VSE-infinity train: all equally long, whatever validation rows say
-    "linear-probe, 25 epochs": replace(_way("linear-probe"), epochs=25),
-    "unipt-text, 25 epochs": replace(_composed(UNIPT), epochs=25),
-    "lst-text, 25 epochs": replace(_way("lst", **TEXT), epochs=25),
     # Levers composed: MiniLM without most of its weights, two of its six layers gone, UniPT beside what is left
     "prune, linear-probe": _composed(PRUNE, {"name": "linear-probe"}),
     "prune, unipt-text": _composed(PRUNE, UNIPT),
@@ -125,6 +121,10 @@ WAYS = {
     "skip, unipt-text": _composed(SKIP, UNIPT),
     "prune, skip, unipt-text": _composed(PRUNE, SKIP, UNIPT),
 }
+# As UniPT and VSE-infinity train: all equally long, whatever validation rows say
+WAYS |= {f"{way}, 25 epochs": replace(WAYS[way], epochs=25) for way in (
+    "linear-probe", "unipt-text", "unipt", "lst-text", "sherl-text", "side-tuning", "partial-1", "partial-3",
+    "bitfit-text", "lora-text", "lora-text-all-16", "adapter-text", "full", "prune, skip, unipt-text")}  # fmt: skip
 
 
 def recipe_of(way: str, rate: float, seed: int, data: dict[str, Any]) -> Any:

@@ -6,9 +6,10 @@ import math
 import random
 from statistics import fmean
 
+import numpy as np
 import pytest
 
-from trimtab.metrics.intervals import difference, interval
+from trimtab.metrics.intervals import difference, interval, over_seeds
 
 
 @pytest.mark.parametrize(("share", "rows"), [(0.5, 400), (0.2, 1000)])
@@ -42,3 +43,24 @@ def test_a_difference_on_the_same_rows_is_narrower_than_two_intervals():
     assert difference(hard, hard) == (0, 0, 0)
     with pytest.raises(ValueError, match="the same rows, found 2 and 1"):
         difference([1.0, 0.0], [1.0])
+
+
+def test_seeds_are_drawn_again_too():
+    draw = np.random.default_rng(1)
+    rows = draw.normal(size=400)
+    seeds = [rows + shift for shift in (-3.0, 0.0, 3.0)]
+    gap, low, high = over_seeds(seeds, [rows])
+    assert gap == pytest.approx(0) and low == pytest.approx(-3.0) and high == pytest.approx(3.0)
+    one, low, high = over_seeds([rows + 1], [rows])  # the same rows for both: nothing of their spread is left
+    assert one == pytest.approx(1) and low == pytest.approx(1) and high == pytest.approx(1)
+    noise = draw.normal(size=400)
+    wanted = difference((rows + noise).tolist(), rows.tolist())
+    assert over_seeds([rows + noise], [rows]) == pytest.approx(wanted, abs=0.01)
+    many = [np.full(50, x) for x in draw.normal(size=30)]
+    _, low, high = over_seeds(many, [np.zeros(50)])
+    spread = np.std([m[0] for m in many], ddof=1) / np.sqrt(30)
+    assert (high - low) / (2 * 1.96) == pytest.approx(spread, rel=0.05)
+    with pytest.raises(ValueError, match=r"the same rows of every seed, found \[2, 3\]"):
+        over_seeds([[1.0, 2.0]], [[1.0, 2.0, 3.0]])
+    with pytest.raises(ValueError, match="finite"):
+        over_seeds([[1.0, math.nan]], [[1.0, 2.0]])
