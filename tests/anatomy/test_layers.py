@@ -9,7 +9,7 @@ from pathlib import Path
 import trimtab.anatomy
 
 FOLDER = Path(trimtab.anatomy.__file__).parent
-BELOW = {"trimtab.registry", "trimtab.files"}
+BELOW = {"trimtab.registry", "trimtab.files", "trimtab.randomness"}
 
 
 def imported(file: Path) -> set[str]:

@@ -11,6 +11,7 @@ from torch import nn
 
 import trimtab
 from trimtab.methods import METHODS
+from trimtab.methods.fitting import evaluating
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 DROPS = {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
@@ -48,6 +49,21 @@ def bart():
 
 MODELS = {"bert": bert, "vit": vit, "llama": llama, "bart": bart}
 FROZEN = [n for n, m in METHODS.items() if m.lever == "tune" and n not in ("full", "partial")]
+
+
+def test_modes_are_kept_with_the_shares_of_dropout_that_are_off():
+    """What a frozen layer drops by a share of its own stays off after a look in evaluation mode."""
+    model, batch = bart()
+    fit = trimtab.tune(model, "bitfit")
+    model.gradient_checkpointing_enable()
+    model.train()
+    with torch.no_grad():
+        before = model(**batch).last_hidden_state
+        with evaluating(model):
+            model(**batch)
+        assert torch.equal(model(**batch).last_hidden_state, before)
+        fit.cost(batch)
+        assert torch.equal(model(**batch).last_hidden_state, before) and model.training
 
 
 def attached(name, model, batch):

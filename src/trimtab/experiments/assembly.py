@@ -25,6 +25,7 @@ from trimtab.methods.adapted import Adapted, adapt
 from trimtab.methods.costs import without_gradient
 from trimtab.methods.modes import note_idle
 from trimtab.methods.stack import refusal
+from trimtab.randomness import drawn_aside
 from trimtab.registry import unknown
 from trimtab.tasks import TASKS, Task, TaskModel
 from trimtab.tasks.base import Batch
@@ -79,7 +80,7 @@ class Assembly:
         self.freeze()
         for method in self.methods:
             self.fit.pull(method, session)
-        with torch.random.fork_rng(devices=[]):  # a task draws wordings
+        with drawn_aside():  # a task draws wordings
             batch = next(session.batches("train"))
         self.settle(batch)
 
@@ -105,7 +106,7 @@ class Assembly:
             return
         was, place = self.model.training, next(self.model.parameters()).device
         self.model.train()
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with drawn_aside(), torch.enable_grad():
             inputs = self.model.example(4) if batch is None else batch
             loss = self.model(**{k: v.to(place) for k, v in inputs.items()})["loss"]
         self.leave(without_gradient(self.model, loss))

@@ -24,13 +24,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from trimtab import processes
 from trimtab.data.images import encoded
 from trimtab.experiments.schema import RecipeError, TrainingSpec
+from trimtab.randomness import drawn_aside
 
 PREFIX = "eval_"  # before the metrics of an evaluation, in a trainer's history and for services
 
@@ -108,11 +108,11 @@ def of_fixed_length(spec: TrainingSpec) -> TrainingSpec:
 
 
 @contextmanager
-def undisturbed(seed: int = 0) -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """What draws random numbers in here draws the same each time, and none of those that come after."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        set_seed(seed)
+    with drawn_aside():
+        set_seed(0)
         try:
             yield
         finally:

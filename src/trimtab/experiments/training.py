@@ -39,6 +39,7 @@ from trimtab.experiments.plateau import Judge, Judged, of_fixed_length, warmup_s
 from trimtab.experiments.resuming import Resumable
 from trimtab.experiments.schema import TrainingSpec
 from trimtab.experiments.watching import Told, tensorboard_in
+from trimtab.methods.fitting import evaluating
 from trimtab.precision import half_of
 from trimtab.tasks.base import TaskModel
 
@@ -305,21 +306,19 @@ def batches(
 @torch.inference_mode()
 def evaluate(model: TaskModel, table: Any, size: int = 64) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Metrics over a table, and one prediction record a row. Several processes divide the batches among them."""
-    was, rows, device = model.training, encoded(table), next(model.parameters()).device
-    model.eval()
+    rows, device = encoded(table), next(model.parameters()).device
     starts = range(0, len(rows), size)
     mine: list[list[dict[str, Any]]] = []
-    with progress.progress("evaluation", len(rows), "row") as job:
-        for start in (starts[number] for number in processes.shared(len(starts))):
-            some = [rows[i] for i in range(start, min(start + size, len(rows)))]
-            batch = model.task.collate(model.backbone, some, False)
-            mine.append(model.predict({k: v.to(device) for k, v in batch.items()}))
-            job.update(min(start + size, len(rows)))
-    records = [record for batch in processes.in_turn(mine, len(starts)) for record in batch]
-    records = model.task.finish(model.backbone, model.head, records)
-    metrics = model.task.score(model.backbone, model.head, records, table)
-    model.train(was)
-    return metrics, records
+    with evaluating(model):
+        with progress.progress("evaluation", len(rows), "row") as job:
+            for start in (starts[number] for number in processes.shared(len(starts))):
+                some = [rows[i] for i in range(start, min(start + size, len(rows)))]
+                batch = model.task.collate(model.backbone, some, False)
+                mine.append(model.predict({k: v.to(device) for k, v in batch.items()}))
+                job.update(min(start + size, len(rows)))
+        records = [record for batch in processes.in_turn(mine, len(starts)) for record in batch]
+        records = model.task.finish(model.backbone, model.head, records)
+        return model.task.score(model.backbone, model.head, records, table), records
 
 
 class TrainingSession:

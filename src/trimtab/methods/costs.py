@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 from trimtab.anatomy import AnatomyError
 from trimtab.anatomy.weights import left_whole
 from trimtab.counting import count_macs, safetensors_size, saved_bytes
+from trimtab.methods.modes import modes_kept
+from trimtab.randomness import drawn_aside
 
 if TYPE_CHECKING:
     from trimtab.methods.adapted import Adapted
@@ -76,11 +78,10 @@ def count(fit: Adapted, batch: dict[str, Any], loss: Callable[[Any], Tensor] | N
     model = fit.with_task
     device = next(model.parameters()).device
     batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    modes = {m: m.training for m in model.modules()}
     held = [(p, p.grad) for p in model.parameters()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]  # running statistics move in training mode
     parameters = list(model.parameters())
-    with torch.random.fork_rng(devices=[]):
+    with drawn_aside(), modes_kept(model):
         try:
             model.eval()
             macs = count_macs(lambda: model(**batch))
@@ -94,8 +95,6 @@ def count(fit: Adapted, batch: dict[str, Any], loss: Callable[[Any], Tensor] | N
             kept = saved_bytes(forward, model)
             idle = without_gradient(model, found.pop())
         finally:
-            for module, training in modes.items():
-                module.training = training
             for parameter, gradient in held:
                 parameter.grad = gradient
             with torch.no_grad():

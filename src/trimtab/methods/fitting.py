@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from trimtab.methods.session import BatchSession
 
-from trimtab.methods.modes import drop_again, frozen_in_evaluation
+from trimtab.methods.modes import drop_again, frozen_in_evaluation, modes_kept
 from trimtab.progress import progress
 
 log = logging.getLogger(__name__)
@@ -27,13 +27,9 @@ log = logging.getLogger(__name__)
 @contextmanager
 def evaluating(model: nn.Module, train: bool = False) -> Iterator[None]:
     """The model in evaluation mode (or training mode), and afterwards every module as it was."""
-    was = {m: m.training for m in model.modules()}
-    model.train(train)
-    try:
+    with modes_kept(model):
+        model.train(train)
         yield
-    finally:
-        for module, training in was.items():
-            module.training = training
 
 
 class Loop:

@@ -19,7 +19,8 @@ pass it is in evaluation mode as its parts are, which may count on the same (RF-
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -59,6 +60,20 @@ def drop_again(model: nn.Module) -> None:
         vars(module).pop(_QUIET, None)
         for name, share in vars(module).pop(_SHARES, {}).items():
             setattr(module, name, share)
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module is in the mode in which it was, with the shares of dropout that it had."""
+    was = [(m, m.training, {k: vars(m)[k] for k in (_QUIET, _SHARES) if k in vars(m)}) for m in model.modules()]
+    try:
+        yield
+    finally:
+        drop_again(model)
+        for module, training, noted in was:
+            module.training = training
+            vars(module).update(noted)
+            vars(module).update(dict.fromkeys(noted.get(_SHARES, ()), 0.0))
 
 
 def _quiet_in_passes(model: nn.Module) -> None:

@@ -31,6 +31,7 @@ from trimtab.methods.saved import Saved, identity, short
 from trimtab.methods.session import Session
 from trimtab.methods.skip.plan import Plan
 from trimtab.methods.skip.reach import Reach
+from trimtab.randomness import drawn_aside
 from trimtab.storage.learned import named_tensors
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class Stack(Learned):
         if method.lever != "skip":
             self.attach(method)
             return
-        with torch.random.fork_rng(devices=[]):  # a task draws wordings
+        with drawn_aside():  # a task draws wordings
             batch = session.example() if example is None else example
         if batch is None:
             self.attach(method)

@@ -16,6 +16,7 @@ from trimtab.anatomy.calls import signature
 from trimtab.anatomy.parts import Modality
 from trimtab.anatomy.seen.record import Example, is_binary, rows_of
 from trimtab.anatomy.structure import AnatomyError
+from trimtab.randomness import drawn_aside
 
 # transformers' names of arguments, which its processors and models agree on: what they bring.
 _KINDS: dict[str, Modality] = {
@@ -201,8 +202,7 @@ def watched(model: nn.Module) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()  # torch's fused encoder layers go around the modules in them
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
-            torch.manual_seed(0)
+        with drawn_aside(seed=0), torch.inference_mode(False):
             for module in training:
                 module.training = False
             yield

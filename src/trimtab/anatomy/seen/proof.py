@@ -17,6 +17,7 @@ from trimtab.anatomy.parts import Block, Sublayer, Tap
 from trimtab.anatomy.seen.memo import Memo
 from trimtab.anatomy.seen.provenance import Node, Trace, elements, rerun
 from trimtab.anatomy.seen.residual import Sum, ancestors
+from trimtab.randomness import begin
 
 Kind = Literal["attention", "cross-attention", "mlp"]
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution")
@@ -87,7 +88,7 @@ class Proof:
         return found
 
     def _run(self, **options: Any) -> tuple[dict[Node, Tensor], dict[Tap, Tensor], Any]:
-        torch.manual_seed(self.SEED)
+        begin(self.SEED)
         with self.memo:
             return rerun(self.model, self.block.path, self.args, self.kwargs, **options)
 

@@ -35,6 +35,7 @@ from trimtab.anatomy.seen.residual import (
     summed,
 )
 from trimtab.anatomy.structure import AnatomyError, module_at
+from trimtab.randomness import begin, drawn_aside
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def see_sublayers(
             "call model.eval() first"
         )
     block.stream_of(module, args, kwargs)
-    with torch.no_grad(), torch.random.fork_rng(devices=_devices()), _module_by_module():
+    with torch.no_grad(), drawn_aside(), _module_by_module():
         return _Watch(model, block, args, kwargs, memory, memo or Memo(module)).see()
 
 
@@ -111,10 +112,6 @@ def _module_by_module() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _devices() -> list[int]:
-    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 
 @dataclass(frozen=True)
@@ -143,7 +140,7 @@ class _Watch:
 
     def see(self) -> SeenBlock:
         first = self._alone(seed=0)  # also fills what is made once
-        torch.manual_seed(Proof.SEED)
+        begin(Proof.SEED)
         with self.memo:
             self.trace = record(self.model, self.block.path, self.args, self.kwargs)
         same = _equal(first, self.trace.output)
@@ -179,7 +176,7 @@ class _Watch:
         return ""
 
     def _alone(self, seed: int) -> object:
-        torch.manual_seed(seed)
+        begin(seed)
         try:
             with self.memo:
                 return rerun(self.model, self.block.path, self.args, self.kwargs)[2]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.backbones.family import View
+from trimtab.randomness import drawn_aside
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,7 @@ class Example:
         for package in self.needs:
             if find_spec(package) is None:
                 raise ImportError(f"needs the package '{package.replace('_', '-')}': pip install 'trimtab[real]'")
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with drawn_aside(seed):
             model = self.build()
             for parameter in model.parameters():
                 parameter.data = parameter.data + torch.randn_like(parameter) * 0.05

@@ -14,7 +14,6 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -30,6 +29,7 @@ from trimtab.methods.skip.search.journal import Journal
 from trimtab.methods.skip.search.supernet import Supernet
 from trimtab.methods.skip.shorten import close_gaps, hand_on_positions, take_out
 from trimtab.methods.skip.skipped import Handed, HandsOn, Skipped, adapters_in, spare_blank
+from trimtab.randomness import drawn_aside
 from trimtab.registry import unknown
 from trimtab.settings import within
 
@@ -188,8 +188,7 @@ class Skipping(Method):
             if (found := journal.read("found")) is not None:
                 self.state, self.trained = found, journal.tensors("found") or {}
             else:
-                with torch.random.fork_rng():
-                    torch.manual_seed(session.seed)  # the same search, whatever was drawn before
+                with drawn_aside(session.seed):  # the same search, whatever was drawn before
                     self._search(session, candidates, journal)
                 if self.trained:
                     journal.keep("found", self.trained)
@@ -303,9 +302,7 @@ class Skipping(Method):
             raise PlanError(f"{self.name}: the plan skips '{strange[0]}', which is no block that can be skipped here")
         tower_of = {b.path: t.blocks for t in anatomy.towers for b in t.blocks}
         handed = {t.blocks: Handed() for t in anatomy.towers}
-        with torch.random.fork_rng():
-            if self.drawn is not None:
-                torch.manual_seed(self.drawn)  # however the plan was found, the adapters are the same
+        with drawn_aside(self.drawn):  # however the plan was found, the adapters are the same
             for block in candidates:
                 self._put(model, block, skipped, tower_of[block.path], handed[tower_of[block.path]])
         close_gaps(model, anatomy, skipped)

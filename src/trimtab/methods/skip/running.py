@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy.calls import arguments
+from trimtab.methods.fitting import evaluating
 from trimtab.methods.skip.proof import Cut, quiet, same
+from trimtab.randomness import drawn_aside
 
 Seen = dict[str, Tensor]
 
@@ -124,16 +126,8 @@ def _came(part: Any, came: list[Tensor]) -> Any:
 @contextmanager
 def _calm(model: nn.Module) -> Iterator[None]:
     """In evaluation, without gradients, and with the same draws in every run."""
-    modes = {m: m.training for m in model.modules()}
-    device = next(model.parameters()).device
-    model.eval()
-    try:
-        with quiet(), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(0)
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model), quiet(), torch.no_grad(), drawn_aside(seed=0):
+        yield
 
 
 def run(model: nn.Module, example: Mapping[str, Any]) -> Seen:

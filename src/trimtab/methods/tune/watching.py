@@ -24,6 +24,7 @@ from trimtab.methods.tune.following import Followed
 from trimtab.methods.tune.frozen import Playing, Recording, between
 from trimtab.methods.tune.leaves import Heard, Key, Leaf, Plan, Values, key_name, leaves_heard, leaves_of
 from trimtab.methods.tune.listener import Listener, Seen
+from trimtab.randomness import begin, drawn_aside
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,7 @@ class Watcher:
         """Leave statistics, counters, modes and random numbers as they were."""
         was = self.model.training
         self.kept = [(b, b.detach().clone()) for b in self.model.buffers()]
-        devices = [b.device for b, _ in self.kept if b.device.type == "cuda"][:1]
-        with torch.random.fork_rng(devices=devices):
+        with drawn_aside():
             try:
                 yield
             finally:
@@ -122,7 +122,7 @@ class Watcher:
     def _step(self, seed: int, train: bool = True) -> Iterator[None]:
         self._restore()
         self.model.train(train)
-        torch.manual_seed(seed)
+        begin(seed)
         with torch.enable_grad(), self.around():
             yield
 
