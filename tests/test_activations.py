@@ -363,8 +363,9 @@ def test_what_half_precision_cannot_hold_is_refused():
     with pytest.raises(ValueError, match=r"x has values up to 100000, too large for fp16: use int8 or fp32"):
         pack("x", maps, "fp16")
     assert unpack(pack("x", maps, "int8"), "x", torch.tensor([0]), COLUMN) == 1e5
-    with pytest.raises(ValueError, match="x with values that are not finite"):
-        pack("x", maps * torch.nan, "fp16")
+    for precision in ("fp16", "fp32", "int8"):
+        with pytest.raises(ValueError, match="x with values that are not finite"):
+            pack("x", maps * torch.nan, precision)
 
 
 def test_grids_have_a_scale_for_each_channel_of_a_sample():

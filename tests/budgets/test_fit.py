@@ -11,7 +11,7 @@ import torch
 
 import trimtab
 from trimtab.budgets import fit, halving, measured, trial
-from trimtab.budgets.limits import BudgetError
+from trimtab.budgets.limits import BudgetError, parse
 from trimtab.budgets.space import TUNES, Candidate, Space
 from trimtab.experiments import estimate
 from trimtab.experiments.assembly import assemble
@@ -157,6 +157,16 @@ def test_a_warm_start_is_from_what_a_like_trial_learned(found, tmp_path):
     other = search(warm.folder, space=narrow, budget="nonzeros <= -20%", trials=1, warm=True)
     assert other.best.candidate.sparsity == 0.5 and [t["start"] for t in trials_of(other)] == [None, 0, None]
     assert other.paid == 9 + 3 + 9
+
+
+def test_what_was_measured_once_is_kept_when_another_base_is_wanted(tmp_path, monkeypatch):
+    counter = iter(range(100, 200))
+    monkeypatch.setattr(measured, "measure", lambda model, recipe, keys: {key: next(counter) for key in keys})
+    recipe = expand({"backbone": {"name": "tiny-clip", "pretrained": False}, "task": "retrieval", "data": DATA}, "x")[0]
+    file = tmp_path / "measured.json"
+    for budget in ("train time <= 50% of full", "train time <= 50% of full, latency <= 50% of full"):
+        known = measured.measured_bases(recipe, parse(budget), file)
+    assert known == {"full": {"training_seconds": 100, "latency_ms": 101}} == json.loads(file.read_text())
 
 
 def test_limits_on_what_is_measured_may_be_relative(tmp_path):

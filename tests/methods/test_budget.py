@@ -37,8 +37,15 @@ def test_a_budget_is_a_share_of_the_dense_model_adapters_included():
     assert goal.needed == 30 and goal.fill([0, 1, 2]) == (0,)
     assert costs.of((0,)) == 80
     assert costs.goal(0.25).fill([2, 1, 0]) == (1, 2)
-    with pytest.raises(ValueError, match=r"60% macs cannot be saved .* it is 50.0%"):
+    with pytest.raises(ValueError, match=r"60% macs cannot be saved .* it is at most 50.0%"):
         costs.goal(0.6)
+
+
+def test_a_block_whose_place_costs_more_than_it_saves_is_in_no_plan():
+    goal = Goal((10.0, 10.0, -5.0), 18.0, "params")
+    assert list(goal.sizes()) == [2] and list(goal.plans()) == [(0, 1)]
+    costs = BlockCosts("params", dense=100, total=100, blocks=(10,) * 3, kept=(10,) * 3, skipped=(0, 0, 15))
+    assert costs.goal(0.2).fill([0, 1, 2]) == (0, 1), "the third block stays, so both others may go"
 
 
 @pytest.mark.parametrize("text", ["30 macs", "130% macs", "30% flops", "0% macs", "-3% params"])

@@ -12,6 +12,7 @@ from torch import nn
 
 import trimtab
 from tests.models.four import DECODER, DUAL, SINGLE, Tiny
+from trimtab.anatomy import AnatomyError
 from trimtab.methods.saved import FitError
 
 BLOCK = "vilt.encoder.layer.1"
@@ -234,6 +235,28 @@ def test_heads_are_checked_before_anything_is_attached():
     fit.tune("lora", heads="classifier")
     with pytest.raises(ValueError, match="stands in the tower 'fusion', through which none passes"):
         trimtab.adapt(SINGLE.make()).tune("unipt", heads=[BLOCK])
+
+
+def test_a_head_of_a_model_in_training_drops_what_it_drops():
+    model = SINGLE.make()
+    model.classifier = nn.Sequential(nn.Dropout(0.5), model.classifier)
+    fit = trimtab.adapt(model.train()).tune("lora", heads=["classifier"])
+    assert fit.model.classifier.training and fit.model.classifier[0].training
+
+
+def test_a_description_that_does_not_fit_is_refused():
+    model = SINGLE.make()
+    good = trimtab.Anatomy.of(model)
+    given = replace(good, source="given")
+    for wrong, message in (
+        (replace(given, heads=("clasifier",)), "heads name 'clasifier'.* did you mean 'classifier'"),
+        (replace(given, towers=(replace(given.towers[0], scope=("vilt.encodr",)),)), "outside the scope of its tower"),
+        (replace(given, towers=(replace(given.towers[0], scope=(*given.towers[0].scope, "vilt.embedings")),)),
+         "scope of tower 'fusion' name 'vilt.embedings'"),
+    ):  # fmt: skip
+        with pytest.raises(AnatomyError, match=message):
+            trimtab.adapt(model, anatomy=wrong)
+    assert trimtab.adapt(model, anatomy=given).anatomy == good
 
 
 def test_a_model_of_which_a_part_is_adapted_is_refused():

@@ -112,6 +112,36 @@ def test_what_plans_share_is_given_back_and_changes_nothing(dropout):
             assert float(model.eval()(**batch)["loss"].detach()) == loss
 
 
+class WritesIntoItsInput(nn.Module):
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x):
+        x += self.linear(x).tanh()
+        return x
+
+
+class InPlace(Toy):
+    def __init__(self, count: int = 5):
+        super().__init__(count)
+        for switch in self.layers:
+            switch.block = WritesIntoItsInput()
+
+    def forward(self, x):
+        x = x.clone()
+        for layer in self.layers:
+            x = layer(x)
+        return {"loss": x.square().mean()}
+
+
+def test_what_a_later_block_has_written_into_is_computed_again():
+    model, batch = InPlace(), {"x": torch.randn(3, 8)}
+    plans = [p for k in (1, 2, 3) for p in combinations(range(5), k)]
+    plain, reusing = (PlanLosses(model, list(model.layers), [batch], reuse=r) for r in (False, True))
+    assert reusing(plans) == plain(plans)
+
+
 def test_plans_are_compared_under_the_same_dropout():
     model, batch = Toy(), {"x": torch.randn(3, 8)}
     common = PlanLosses(model, list(model.layers), [batch], dropout=True)

@@ -36,13 +36,15 @@ def test_one_block_must_be_left(tiny_raw):
 def test_a_validation_split_smaller_than_a_batch_is_refused(tiny_raw):
     for name in ("das", "greedy-skip", "block-influence"):
         with pytest.raises(ValueError, match=r"validation split has 32 rows, but a batch of it takes 40"):
-            prepared(tiny_raw, {"name": name, "skip": 2, **({"search_steps": 2} if name != "block-influence" else {})},
+            prepared(tiny_raw, {"name": name, "skip": 2, **({"search_steps": 12} if name != "block-influence" else {})},
                      batch_size=40)  # fmt: skip
 
 
 def test_a_search_that_updates_no_gate_is_refused(tiny_raw):
     with pytest.raises(ValueError, match="never update a gate"):
         prepared(tiny_raw, {"name": "das", "search_steps": 4, "warmup": 1.0})
+    with pytest.raises(ValueError, match="9 search_steps with a turn of 10 .* the first update comes after 10"):
+        prepared(tiny_raw, {"name": "das", "search_steps": 9})
 
 
 @pytest.mark.slow

@@ -150,8 +150,15 @@ class Anatomy:
         """
         return matrices(self, model, convolutions)
 
-    def check(self, model: nn.Module) -> None:
-        """Raise an AnatomyError unless names fit, every path exists and no repeated block is left out."""
+    def check(self, model: nn.Module, whole: bool = True) -> None:
+        """Raise an AnatomyError unless names fit, every path exists and no repeated block is left out.
+
+        Heads and scopes that a registered description names may be missing: a family has some of them in some models.
+
+        Args:
+            model: that it describes.
+            whole: False: it may describe a part of the model, so that repeated blocks may be left out.
+        """
         self._check_names()
         for path, what in self._paths():
             try:
@@ -161,8 +168,9 @@ class Anatomy:
                 raise AnatomyError(
                     f"the {what} is described at '{path}', but the model has no such module ({near.rstrip()})"
                 ) from None
+        self._check_places(model)
         described = {b.path for b in self.blocks()}
-        for path, children in repeated(model):
+        for path, children in repeated(model) if whole else ():
             if under(path, self.ignored) or under(path, self.heads):
                 continue
             missing = [c for c in children if c not in described and not any(d.startswith(c + ".") for d in described)]
@@ -194,6 +202,23 @@ class Anatomy:
                 )
             if not tower.blocks:
                 raise AnatomyError(f"tower {tower.name!r} of the anatomy ({self.source}) has no block: leave it out")
+
+    def _check_places(self, model: nn.Module) -> None:
+        """Parts of no tower are neither pruned nor counted as its: a mistyped scope would change that silently."""
+        for tower in self.towers:
+            if strange := [b.path for b in tower.blocks if not under(b.path, tower.scope)]:
+                raise AnatomyError(
+                    f"block '{strange[0]}' lies outside the scope of its tower {tower.name!r}, {list(tower.scope)}: "
+                    "name the modules that belong to the tower, those with its blocks among them"
+                )
+        if self.source != "given":
+            return
+        names = [*(n for n, _ in model.named_modules(remove_duplicate=False)), *plain_parameters(model)]
+        named = [("anatomy's heads", self.heads), *((f"scope of tower {t.name!r}", t.scope) for t in self.towers)]
+        for what, paths in named:
+            if strange := [path for path in paths if path not in names]:
+                near = nearest("path", strange[0], names).split("valid:")[0]
+                raise AnatomyError(f"the {what} name '{strange[0]}', but the model has no such part ({near.rstrip()})")
 
     def _paths(self) -> Iterator[tuple[str, str]]:
         yield from ((tap.path, what) for tap, what in every_tap(self))

@@ -32,7 +32,6 @@ from trimtab.backbones.pictures import CLIP_MEAN, CLIP_STD, Pictures  # noqa: F4
 from trimtab.backbones.processed import read_pictures  # noqa: F401
 from trimtab.files import replace_folder
 from trimtab.storage.checkpoints import load_weights, new_folder, write_pretrained
-from trimtab.storage.shards import open_safetensors
 
 
 class Unsupported(NotImplementedError, ValueError):
@@ -386,8 +385,3 @@ def find_tokenizer(folder: Path) -> Any:
 
     there = any(any(folder.glob(name)) for name in ("tokenizer.json", "vocab.txt", "vocab.json", "*.model"))
     return AutoTokenizer.from_pretrained(folder) if there else None
-
-
-def check_safetensors(path: Path) -> None:
-    """Raise a ValueError that names the file unless it is a whole safetensors file."""
-    open_safetensors(path)

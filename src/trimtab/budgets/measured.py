@@ -75,7 +75,7 @@ def measured_bases(recipe: Recipe, limits: Sequence[Limit], file: Path) -> dict[
         parts = assemble(replace(recipe, methods=methods))
         parts.attach()
         parts.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        known[base] = measure(parts.model, recipe, keys)
+        known[base] = known.get(base, {}) | measure(parts.model, recipe, keys - known.get(base, {}).keys())
     if wanted:
         with replace_file(file) as partial:
             partial.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")

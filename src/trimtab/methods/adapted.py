@@ -31,6 +31,7 @@ from trimtab.methods.saved import CONFIG, WEIGHTS, FitError, Saved, check_base, 
 from trimtab.methods.session import Batch, BatchSession, path_in
 from trimtab.methods.skip.plan import Plan
 from trimtab.methods.stack import Stack, detached, differing, is_fake
+from trimtab.randomness import drawn_aside
 from trimtab.registry import unknown
 
 
@@ -50,7 +51,7 @@ def adapt(model: nn.Module, folder: str | Path | None = None, *, example: Batch 
         with_task: what is called with batches, if it is not the model itself: a module that holds it.
 
     Raises:
-        AnatomyError: if no anatomy is given and none can be found.
+        AnatomyError: if no anatomy is given and none can be found, or the one given does not fit the model.
         FileNotFoundError, FitError: if the folder lacks a file, is damaged, of another version or of another base; the
             message says what differs.
         ValueError: if the model is adapted already, has no values, is spread over several devices, is no part of
@@ -76,7 +77,10 @@ def adapt(model: nn.Module, folder: str | Path | None = None, *, example: Batch 
     check_in_one_place(plain)
     if anatomy is None and example is None and folder is not None:
         anatomy = seen_before(Path(folder), plain)
-    anatomy = anatomy or Anatomy.of(plain, example)
+    if anatomy is None:
+        anatomy = Anatomy.of(plain, example)
+    else:
+        anatomy.check(plain, whole=False)
     fit = Adapted(plain, anatomy, with_task or plain)
     fit.example = example if with_task is None else None
     try:
@@ -103,7 +107,7 @@ def restore(fit: Adapted, folder: Path) -> None:
             f"{folder}: holds a task's head too ('{heads[0]}', ...): load it with `trimtab.load_run`, or name the "
             "module that holds model and head (`with_task=`)"
         )
-    with torch.random.fork_rng(devices=[]):  # first weights are drawn, and then replaced
+    with drawn_aside():  # first weights are drawn, and then replaced
         for entry, tensors in zip(saved.methods, saved.tensors, strict=True):
             method = METHODS.make(entry["name"], **entry["settings"])
             method.load_state(entry["state"], tensors)
@@ -267,25 +271,31 @@ class Adapted(Stack):
         for path in () if isinstance(heads, bool) else heads:
             part(self.model, path)  # named before anything is changed
         detaching = detached(self.anatomy, made.detaches(self.anatomy))
+        for path in () if isinstance(heads, bool) else heads:
+            if (owner := self.anatomy.owner(path)) is not None and owner.name in detaching:
+                raise ValueError(
+                    f"{made.name}: the head '{path}' gets no gradient: it stands in the tower {owner.name!r}, "
+                    "through which none passes"
+                )
         self.attach(made)
-        self._train_heads(made, heads, detaching)
+        self._train_heads(made, heads)
         self.active = name
         return self
 
-    def _train_heads(self, method: Method, heads: bool | Sequence[str], detaching: set[str]) -> None:
+    def _train_heads(self, method: Method, heads: bool | Sequence[str]) -> None:
         replaced = method.replaces()
         if heads is True:
             names = {n for n, _ in (*self.model.named_modules(), *self.model.named_parameters())}
             heads = [p for p in self.anatomy.heads if p in names and not under(p, replaced)]
         for path in heads or ():
             if under(path, replaced):
-                raise ValueError(f"{method.name}: the head '{path}' gets no gradient: the side network takes its place")
-            if (owner := self.anatomy.owner(path)) is not None and owner.name in detaching:
                 raise ValueError(
-                    f"{method.name}: the head '{path}' gets no gradient: it stands in the tower {owner.name!r}, "
-                    "through which none passes"
+                    f"{method.name}: the head '{path}' gets no gradient: the side network takes its place (the model "
+                    "was changed: load it again, and leave that head out)"
                 )
             part(self.model, path).requires_grad_(True)
+        if heads:
+            self._take_over()  # a head that is trained drops what it drops
 
     @property
     def prunable(self) -> int:

@@ -154,13 +154,17 @@ class Across:
 
     def __init__(self, adapter: nn.Module):
         self.adapter = adapter
-        self.seen: list[Tensor] = []  # the part's input, from its read until its write in the same pass
+        self.seen: Tensor | None = None  # the part's input, from its read until its write in the same pass
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "seen": None}
 
     def read(self, x: Tensor) -> None:
-        self.seen.append(x)
+        self.seen = x
 
     def write(self, out: Tensor) -> Tensor:
-        return out + self.adapter(self.seen.pop())
+        seen, self.seen = self.seen, None
+        return out + self.adapter(seen)
 
 
 def add_adapters(model: nn.Module, block: Block, bottleneck: int, form: Form = "parallel") -> None:

@@ -69,8 +69,8 @@ class Goal:
         return tuple(sorted(taken))
 
     def sizes(self) -> range:
-        """How many blocks a plan may have."""
-        dear = sorted(self.savings, reverse=True)
+        """How many blocks a plan may have. A block that saves nothing is in no minimal plan."""
+        dear = sorted((s for s in self.savings if s > 0), reverse=True)
         most = next(k for k in range(len(dear) + 1) if sum(dear[-k:] if k else ()) >= self.needed - 1e-9)
         least = next(k for k in range(len(dear) + 1) if sum(dear[:k]) >= self.needed - 1e-9)
         return range(least, most + 1)
@@ -136,12 +136,13 @@ class BlockCosts:
             ValueError: if that cannot be reached while one candidate stays.
         """
         needed = self.total - (1 - share) * self.dense
-        most = sum(self.savings) - min(self.savings)
+        useful = [s for s in self.savings if s > 0]
+        most = sum(useful) - (min(self.savings) if len(useful) == len(self.savings) else 0)
         if needed > most:
             possible = 1 - (self.total - most) / self.dense
             raise ValueError(
-                f"budget: {100 * share:g}% {self.unit} cannot be saved by skipping: with all but one of "
-                f"{len(self.kept)} blocks skipped it is {100 * possible:.1f}%"
+                f"budget: {100 * share:g}% {self.unit} cannot be saved by skipping: while one of "
+                f"{len(self.kept)} blocks stays it is at most {100 * possible:.1f}%"
             )
         return Goal(self.savings, needed, self.unit)
 

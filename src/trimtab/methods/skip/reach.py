@@ -38,10 +38,12 @@ class Reach:
         first = {t.name: next((b for b in t.blocks if b.path not in skipped), None) for t in anatomy.towers}
         self.first: dict[str, Block] = {name: block for name, block in first.items() if block is not None}
         self.before: set[str] = set()
+        self.runs = False
         try:
             self.before = self._moving(run(with_task, batch)) if skipped else set()
-        except Exception:  # an example that does not run with it says nothing about what comes
+        except Exception:  # a batch that the model does not run on says nothing about what comes
             return
+        self.runs = True
 
     def check(self, name: str) -> None:
         """A ValueError unless the model runs without its skipped blocks, and returns something of each tower still.
@@ -49,6 +51,8 @@ class Reach:
         Args:
             name: of the method, for the message.
         """
+        if not self.runs:
+            return
         gone = ", ".join(sorted(self.skipped))
         another = "load it again, and skip other blocks (`plan=`, `towers=`)"
         try:

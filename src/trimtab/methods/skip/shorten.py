@@ -237,7 +237,7 @@ class Shortening:
                 f"shorten: the shortened {type(self.model).__name__} does not compute what the model does with "
                 f"{self._what()} passed by: {tried}; nothing was changed. Skip with adapters, and keep the run"
             )
-        self._check_loaded(changes, search)
+        self._check_loaded()
 
     def _what(self) -> str:
         return ", ".join(map(repr, [*self.gone, *self.empty]))
@@ -318,7 +318,7 @@ class Shortening:
                 f"{why}; nothing was changed"
             )
 
-    def _check_loaded(self, changes: dict[Setting, Any], search: Search) -> None:
+    def _check_loaded(self) -> None:
         """Load the model again from what would be written, and compare what it computes."""
         if not has_values(self.model):
             return

@@ -266,13 +266,13 @@ def _size(count: float) -> str:
 def pack(name: str, maps: Tensor, precision: Precision) -> dict[str, Tensor]:
     """Hidden maps (B, L, D) or (B, C, H, W) as they are stored; `int8` with a scale for each channel of the shard, of
     grids for each channel of a sample. What is bfloat16 stays so, unless it is to be int8."""
+    if not bool(maps.isfinite().all()):
+        raise ValueError(f"cache: the frozen model gives {name} with values that are not finite")
     if precision != "int8":
         half = maps.dtype == torch.bfloat16
         narrow = maps.dtype if half else torch.float16 if precision == "fp16" else torch.float32
         stored = maps.to(narrow).contiguous()
         if not bool(stored.isfinite().all()):
-            if not bool(maps.isfinite().all()):
-                raise ValueError(f"cache: the frozen model gives {name} with values that are not finite")
             largest = float(maps.abs().max())
             raise ValueError(f"cache: {name} has values up to {largest:g}, too large for {precision}: use int8 or fp32")
         return {name: stored}

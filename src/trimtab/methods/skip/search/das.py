@@ -128,8 +128,11 @@ class DAS(Skipping):
         gates = Gates(len(candidates), goal, s.gate_rate, generator)
         gates.subsets(s.subsets)  # complains now, not after the warm-up
         generator.manual_seed(session.seed)
-        if s.search_steps * (1 - s.warmup) < 1:
-            raise ValueError(f"das: {s.search_steps} search_steps with a warm-up of {s.warmup:g} never update a gate")
+        if s.search_steps < (first := max(s.turn, int(s.warmup * s.search_steps) + 1)):
+            raise ValueError(
+                f"das: {s.search_steps} search_steps with a turn of {s.turn} and a warm-up of {s.warmup:g} never "
+                f"update a gate: the first update comes after {first}"
+            )
         search = _Search(supernet, gates, s, session, journal)
         session.fit(supernet.with_task, s.search_steps, [search.callback()])
         evaluations = sum(len(u["subsets"]) for u in search.trace)

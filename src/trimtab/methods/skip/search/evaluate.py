@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from trimtab.divided import divided
 from trimtab.methods.fitting import evaluating
@@ -28,6 +29,7 @@ from trimtab.methods.skip.budget import Indices
 from trimtab.methods.skip.search.journal import Journal
 from trimtab.methods.skip.skipped import Switch
 from trimtab.progress import progress
+from trimtab.randomness import drawn_aside
 
 
 class SearchError(ValueError):
@@ -116,18 +118,18 @@ class PlanLosses:
             memory.start()
         if not (self.dropout and self.common):
             return float(self.loss(batch))
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
+        with drawn_aside(seed=0):
             return float(self.loss(batch))
 
 
 class _Memory:
-    """The last output of every switch, given back while no decision up to it has changed since."""
+    """The last output of every switch, given back while no decision up to it has changed since, and no later block
+    has written into it."""
 
     def __init__(self, switches: Sequence[Switch]):
         self.switches = switches
         self.order: list[int] = []
-        self.known: dict[int, tuple[tuple[bool, ...], Any]] = {}
+        self.known: dict[int, tuple[tuple[bool, ...], Any, list[int]]] = {}
         self.decisions: list[bool] = []
         self.computed = 0
         for i, switch in enumerate(switches):
@@ -142,11 +144,11 @@ class _Memory:
         if len(self.order) < len(self.switches) and i not in self.order:
             self.order.append(i)
         self.decisions.append(self.switches[i].skip)
-        key, out = self.known.get(i, (None, None))
-        return out if key == tuple(self.decisions) else None
+        key, out, versions = self.known.get(i, (None, None, []))
+        return out if key == tuple(self.decisions) and versions == _versions(out) else None
 
     def _after(self, i: int, out: Any) -> None:
-        self.known[i] = (tuple(self.decisions), out)
+        self.known[i] = (tuple(self.decisions), out, _versions(out))
         self.computed += 1
 
     def close(self) -> None:
@@ -154,6 +156,11 @@ class _Memory:
             switch.before = switch.after = None
         self.known.clear()
         self.order += [i for i in range(len(self.switches)) if i not in self.order]
+
+
+def _versions(out: Any) -> list[int]:
+    """How often each tensor was written into."""
+    return [leaf._version for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
 
 
 class Evaluator:

@@ -72,7 +72,7 @@ class InfluenceSettings(SkipSettings):
     """Settings of skipping by block influence."""
 
     rows: int | None = None
-    """Validation rows on which influence is measured; None takes a training batch."""
+    """Validation rows on which influence is measured; None: as many as a training batch has."""
 
 
 @METHODS.register("block-influence")

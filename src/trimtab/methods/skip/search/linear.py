@@ -22,7 +22,7 @@ from torch import Tensor
 from trimtab.methods.base import METHODS
 from trimtab.methods.skip.budget import Goal, Indices
 from trimtab.methods.skip.search.influence import block_influence, costs_at_first
-from trimtab.methods.skip.search.searched import Found, Losses, Searched, SearchedSettings, validation_batch
+from trimtab.methods.skip.search.searched import Found, Losses, Searched, SearchedSettings
 from trimtab.settings import within
 
 
@@ -135,6 +135,6 @@ class LinearSkip(Searched):
     settings: LinearSettings
 
     def compare(self, losses, goal, session, candidates, generator) -> Found:
-        batch = validation_batch(session, self.settings.rows, self.name)
+        batch = next(session.batches("validation", self.settings.rows))
         influence = block_influence(session.with_task, session.plain, candidates, batch)
         return linear(losses, goal, generator, self.settings, influence)

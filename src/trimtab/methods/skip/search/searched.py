@@ -33,7 +33,7 @@ class SearchedSettings(SkipSettings):
     search_steps: int = 100
     """Training steps before plans are compared, in which plans drawn evenly are skipped (DAS's warm-up)."""
     rows: int | None = None
-    """Validation rows on which plans are compared; None takes a training batch."""
+    """Validation rows on which plans are compared; None: as many as a training batch has."""
 
 
 @dataclass
@@ -65,22 +65,13 @@ class Searched(Skipping):
 
     def search(self, session: Session, candidates: list[Block], supernet: Supernet, goal: Goal, journal: Journal
                ) -> tuple[Indices, list[float] | None, int, dict[str, Any]]:  # fmt: skip
-        batch = validation_batch(session, self.settings.rows, self.name)
+        batch = next(session.batches("validation", self.settings.rows))
         train_evenly(self, session, supernet, goal, journal)
         losses = PlanLosses(supernet.with_task, supernet.switches, [batch], loss=supernet.loss)
         evaluator = Evaluator(losses, [b.path for b in candidates], journal, _print(supernet))
         found = self.compare(evaluator, goal, session, candidates, torch.Generator().manual_seed(session.seed))
         compared = [{"plan": list(p), "loss": evaluator.known[p]} for p in evaluator.asked]
         return found.plan, found.scores, evaluator.evaluations, {"updates": found.trace, "compared": compared}
-
-
-def validation_batch(session: Session, rows: int | None, name: str) -> dict[str, torch.Tensor]:
-    """The one batch on which plans are compared.
-
-    Raises:
-        ValueError: if the validation split has fewer rows than a batch.
-    """
-    return next(session.batches("validation", rows))
 
 
 def train_evenly(method: Searched, session: Session, supernet: Supernet, goal: Goal,
