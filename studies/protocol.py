@@ -204,12 +204,14 @@ def summary(scores: dict[str, list[float]], title: str, costs: Callable[[str, st
 def apart(mine: dict[int, Row], other: dict[int, Row]) -> str:
     """The difference of the means over all seeds, on the same test rows, with a 95 % interval over rows and seeds drawn
     again; a star where one of the two has a single seed, so that what another would give is not in it."""
-    if not mine or not other or mine == other:
+    if not mine or not other:
         return "-"
     one = next(iter(other.values()))
     if not all(same_rows(row, one) for row in (*mine.values(), *other.values())):
         return "other test rows"
     gap, low, high = over_seeds([r["each"] for r in mine.values()], [r["each"] for r in other.values()])
+    if low == high:
+        return "-"
     return f"{gap:+.1f} ({low:+.1f} to {high:+.1f}){'*' if 1 in (len(mine), len(other)) else ''}"
 
 

@@ -122,7 +122,9 @@ WAYS = {
     "prune, skip, unipt-text": _composed(PRUNE, SKIP, UNIPT),
 }
 # As UniPT and VSE-infinity train: all equally long, whatever validation rows say
-WAYS |= {f"{way}, 25 epochs": replace(WAYS[way], epochs=25) for way in (
+LENGTH = ", 25 epochs"
+WAYS |= {f"linear-probe, {n} epochs": replace(WAYS["linear-probe"], epochs=n, rates=(2e-3,)) for n in (10, 50, 100)}
+WAYS |= {way + LENGTH: replace(WAYS[way], epochs=25) for way in (
     "linear-probe", "unipt-text", "unipt", "lst-text", "sherl-text", "side-tuning", "partial-1", "partial-3",
     "bitfit-text", "lora-text", "lora-text-all-16", "adapter-text", "full", "prune, skip, unipt-text")}  # fmt: skip
 
@@ -177,26 +179,23 @@ STORED = [*SHOWN, *(c for c in COSTS if c.key == "checkpoint_bytes")]
 
 
 def tables() -> Iterator[str]:
-    """Two: rSum of each way, and how far it is from that of the heads alone, paired, with a 95 % interval; and costs,
-    also of ways that no training was carried out with: what is trained, what autograd keeps for a batch of 128, what is
-    left of the model, what is stored, and what a step takes without a cache on a machine that does nothing else
-    (`alone.py`)."""
-    found, chosen = trials().measured(), trials().chosen
-    heads = found.get("linear-probe", {})
-    yield "| | seeds | rate | steps | rSum | beside heads alone (95 %) | R@1 of texts, pictures (%) |"
-    yield "|---|" + "---:|" * 6
-    for way, mine in found.items():
-        firsts = [fmean(100 * r["test"][f"{d} recall@1"] for r in mine.values())
-                  for d in ("image to text", "text to image")]  # fmt: skip
-        steps = round(fmean(r["steps"] for r in mine.values()))
-        yield (f"| {way} | {len(mine)} | {chosen(way):g} | {steps} | "
-               f"{cell([r['test']['rsum'] for r in mine.values()])} | {apart(mine, heads)} | "
-               f"{firsts[0]:.1f}, {firsts[1]:.1f} |")  # fmt: skip
+    """Three: rSum of each way after 25 epochs, and how far it is from that of the heads alone, with a 95 % interval;
+    the same of trainings to the plateau; and costs, also of ways that no training was carried out with: what is
+    trained, what autograd keeps for a batch of 128, what is left of the model, what is stored, and what a step takes
+    without a cache on a machine that does nothing else (`alone.py`)."""
+    found = trials().measured()
+    for title, equally in (("25 epochs", True), ("to the plateau", False)):
+        some = {way: mine for way, mine in found.items() if bool(WAYS[way].epochs) == equally}
+        heads = found.get("linear-probe" + (LENGTH if equally else ""), {})
+        shown = ("seeds", "rate", "steps", "loss", "rSum", "beside heads alone (95 %)", "R@1 of texts, pictures (%)")
+        yield f"| {title} | {' | '.join(shown)} |"
+        yield "|---|" + "---:|" * 7
+        yield from (row_of(way, mine, heads) for way, mine in some.items())
+        yield ""
     alone = trials().steps_alone()
-    yield ""
     yield "| | " + " | ".join([*(c.title for c in STORED), *ALONE]) + " |"
     yield "|---|" + "---:|" * (len(STORED) + 2)
-    for way in (w for w in WAYS if w in alone or w in found):
+    for way in (w for w in WAYS if w in alone or (w in found and not WAYS[w].epochs)):
         costs = costs_of(way)
         cells = [amount(costs[c.key], c.units) for c in STORED]
         yield f"| {way} | {' | '.join([*cells, *alone_cells(alone.get(way))])} |"
@@ -204,10 +203,25 @@ def tables() -> Iterator[str]:
     yield trials().effort()
 
 
+def plain(way: str) -> str:
+    """The way, however long it trains."""
+    return way.removesuffix(LENGTH)
+
+
+def row_of(way: str, mine: dict[int, Any], heads: dict[int, Any]) -> str:
+    """Means over seeds: steps, the training loss of the last epoch, rSum and first recalls on test rows."""
+    steps, loss = round(fmean(r["steps"] for r in mine.values())), fmean(r["loss"] for r in mine.values())
+    firsts = [fmean(100 * r["test"][f"{d} recall@1"] for r in mine.values())
+              for d in ("image to text", "text to image")]  # fmt: skip
+    return (f"| {plain(way)} | {len(mine)} | {trials().chosen(way):g} | {steps} | {loss:.1f} | "
+            f"{cell([r['test']['rsum'] for r in mine.values()])} | {apart(mine, heads)} | "
+            f"{firsts[0]:.1f}, {firsts[1]:.1f} |")  # fmt: skip
+
+
 def scores() -> dict[str, list[float]]:
-    """rSum of all ways that see ten crops and train to the plateau; UniPT's variants stand in the table alone."""
-    return {way: [r["test"]["rsum"] for r in mine.values()] for way, mine in trials().measured().items()
-            if WAYS[way].fresh and not WAYS[way].epochs and WAYS[way].rates != LIKE_UNIPT}  # fmt: skip
+    """rSum of all ways after 25 epochs."""
+    return {plain(way): [r["test"]["rsum"] for r in mine.values()] for way, mine in trials().measured().items()
+            if way.endswith(LENGTH)}  # fmt: skip
 
 
 def main() -> None:
