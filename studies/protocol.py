@@ -204,7 +204,7 @@ def summary(scores: dict[str, list[float]], title: str, costs: Callable[[str, st
 def apart(mine: dict[int, Row], other: dict[int, Row]) -> str:
     """The difference of the means over all seeds, on the same test rows, with a 95 % interval over rows and seeds drawn
     again; a star where one of the two has a single seed, so that what another would give is not in it."""
-    if not mine or not other:
+    if not mine or not other or mine == other:
         return "-"
     one = next(iter(other.values()))
     if not all(same_rows(row, one) for row in (*mine.values(), *other.values())):

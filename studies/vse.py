@@ -2,7 +2,7 @@
 
     python studies/vse.py --root flickr8k [--ways linear-probe unipt-text] [--seeds 0 1 2 3 4]     train what is missing
     python studies/vse.py --root flickr8k --ways lst-text --seeds 0 --rates 4e-3       at one learning rate more
-    python studies/vse.py --tables [--summary] [--plot docs/images/flickr8k-vse.png]
+    python studies/vse.py --tables [--summary] [--plot FILE.png]
     python studies/vse.py --compare partial-1 unipt-text@5e-4                     that at a rate that was not chosen
 
 EfficientNet-Lite0 (96 pixels) and MiniLM, VSE-infinity's pooling and triplets, Flickr8K: 6,000 photographs to train on,

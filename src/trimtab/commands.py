@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 
 from trimtab import listing
@@ -120,24 +121,27 @@ def _carry_out(recipes: list[str], overrides: list[str], out: Path, redo: bool) 
                 print(f"{label}: failed: {why}", file=sys.stderr, flush=True)
             continue
         done[folder] = r.name
-        result, info = (json.loads((folder / f).read_text()) for f in ("metrics.json", "run.json"))
-        value = result["test"][result["primary"]]
-        score = f"{result['primary']} {100 * value:.1f} %" if 0 <= value <= 1 else f"{result['primary']} {value:.3g}"
-        told = f", {info['seconds']:.0f} s" if fresh else ", kept"
-        if not fresh and (file := runs.newer(folder, r)) is not None:
-            told += f" (it is older than {file}: --redo runs it again)"
-        console.print(f"{label}: {score}{told}", highlight=False)
+        console.print(f"{label}: {_outcome(folder, None if fresh else runs.newer(folder, r), fresh)}", highlight=False)
     for name in dict.fromkeys(done.values()):
         console.print(summary_table(load_runs(p for p, other in done.items() if other == name)))
     if failed and many.is_first():
-        print(f"{len(failed)} of {len(todo)} runs failed:", file=sys.stderr)
-        for label, why in failed.items():
-            print(f"  {label}: {why}", file=sys.stderr)
+        _list(f"{len(failed)} of {len(todo)} runs failed:", [f"{label}: {why}" for label, why in failed.items()])
     if busy:
-        print(f"{len(busy)} of {len(todo)} runs are another process's work, and not finished:", file=sys.stderr)
-        for label in busy.values():
-            print(f"  {label}", file=sys.stderr)
+        _list(f"{len(busy)} of {len(todo)} runs are another process's work, and not finished:", busy.values())
     return list(done), bool(failed or busy)
+
+
+def _outcome(folder: Path, newer: Path | None, fresh: bool) -> str:
+    """A finished run in a line: its score, its seconds, and whether what it was made from has changed since."""
+    result, info = (json.loads((folder / f).read_text()) for f in ("metrics.json", "run.json"))
+    value = result["test"][result["primary"]]
+    score = f"{result['primary']} {100 * value:.1f} %" if 0 <= value <= 1 else f"{result['primary']} {value:.3g}"
+    told = f", {info['seconds']:.0f} s" if fresh else ", kept"
+    return score + told + (f" (it is older than {newer}: --redo runs it again)" if newer is not None else "")
+
+
+def _list(title: str, lines: Iterable[str]) -> None:
+    print(title, *(f"  {line}" for line in lines), sep="\n", file=sys.stderr)
 
 
 def _reason(error: Exception) -> str:
