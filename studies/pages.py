@@ -5,7 +5,7 @@
 A page names the command above the table, or above the picture that the command draws, as a comment:
 
     <!-- python studies/vse.py --tables -->
-    <!-- python studies/vse.py --plot docs/images/flickr8k-vse.png -->
+    <!-- python studies/protocol.py compose/vqa --plot docs/images/compose-vqa.png -->
 
 A table keeps its rows and columns and their order: a page may leave some out, and a line `| unipt |` with nothing but
 the name takes that row in. `| heads alone <!-- linear-probe --> |` shows a row under another name. Rows that are
