@@ -83,6 +83,8 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     ways = options.ways or [w for w in trials.rates if w in {r["way"] for r in trials.lines()}]
+    if options.study == "vse" and not options.ways:
+        ways = [w for w in ways if not vse.WAYS[w].epochs]  # a step is the same however long a way trains
     if unknown := set(ways) - trials.rates.keys():
         parser.error(f"{options.study} has no way {min(unknown)!r}: it has {', '.join(trials.rates)}")
     for way in ways:

@@ -210,7 +210,7 @@ def apart(mine: dict[int, Row], other: dict[int, Row]) -> str:
     if not all(same_rows(row, one) for row in (*mine.values(), *other.values())):
         return "other test rows"
     gap, low, high = over_seeds([r["each"] for r in mine.values()], [r["each"] for r in other.values()])
-    if low == high:
+    if gap == low == high == 0:
         return "-"
     return f"{gap:+.1f} ({low:+.1f} to {high:+.1f}){'*' if 1 in (len(mine), len(other)) else ''}"
 

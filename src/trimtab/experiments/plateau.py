@@ -24,7 +24,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from trimtab import processes
@@ -111,8 +111,9 @@ def of_fixed_length(spec: TrainingSpec) -> TrainingSpec:
 def undisturbed() -> Iterator[None]:
     """What draws random numbers in here draws the same each time, and none of those that come after."""
     python, numpy = random.getstate(), np.random.get_state()
-    with drawn_aside():
-        set_seed(0)
+    with drawn_aside(seed=0):
+        random.seed(0)
+        np.random.seed(0)
         try:
             yield
         finally:
