@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from trimtab.memory import give_back
+from trimtab.storage.types import NAMES, shape_of
 
 
 def count_macs(function: Callable[[], Any]) -> int:
@@ -258,20 +259,13 @@ def training_peak(function: Callable[[], Tensor], model: nn.Module) -> int:
     return training_step(function, model).peak
 
 
-SAFETENSORS = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
-    torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
-}  # fmt: skip
-
-
 def safetensors_size(tensors: dict[str, Tensor]) -> int:
     """Bytes of a safetensors file with these tensors, without writing it."""
     header, offset = {}, 0
-    order = list(SAFETENSORS)
-    # The library writes types from last to first of its own list, and within a type by name.
-    for name, t in sorted(tensors.items(), key=lambda item: (-order.index(item[1].dtype), item[0])):
+    order = list(NAMES)
+    for name, t in sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
         end = offset + t.numel() * t.element_size()
-        header[name] = {"dtype": SAFETENSORS[t.dtype], "shape": list(t.shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": NAMES[t.dtype], "shape": shape_of(t), "data_offsets": [offset, end]}
         offset = end
     length = len(json.dumps(header, separators=(",", ":")).encode())
     return 8 + length + -length % 8 + offset

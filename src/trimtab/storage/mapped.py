@@ -17,11 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trimtab.counting import SAFETENSORS
+from trimtab.storage.types import NAMES
 
-_DTYPES = {name: dtype for dtype, name in SAFETENSORS.items()}
-_DTYPES |= {"C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-_DTYPES |= {"U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64}
+_DTYPES = {name: dtype for dtype, name in NAMES.items() if name != "F4"}  # of which torch's elements hold two
 PIECE = 128 * 1024  # bytes; of a larger piece Linux reads no more than its read-ahead, and drops the rest
 
 

@@ -22,19 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab.files import replace_file, system_error
+from trimtab.storage.types import NAMES
 
 DENSE = ".safetensors"
 SHARD_SIZE = "2GB"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_DTYPES = {
-    getattr(torch, name)
-    for name in (
-        "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16",
-        "uint8", "bool", "complex64", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
-        "float8_e8m0fnu", "float4_e2m1fn_x2",
-    )
-    if hasattr(torch, name)
-}  # fmt: skip
 
 
 def parse_size(size: int | str) -> int:
@@ -112,7 +104,7 @@ def storable(name: str, tensor: Tensor) -> Tensor:
     Raises:
         ValueError: if safetensors stores no tensors of its kind; the message has the name.
     """
-    if tensor.layout != torch.strided or tensor.dtype not in _DTYPES or tensor.is_meta:
+    if tensor.layout != torch.strided or tensor.dtype not in NAMES or tensor.is_meta:
         raise ValueError(f"'{name}': safetensors stores no {tensor.dtype} {tensor.layout} tensor on {tensor.device}")
     return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
