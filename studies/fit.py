@@ -37,7 +37,7 @@ from typing import Any
 
 from photographs import files
 
-from trimtab.budgets.fit import _recipe, _searched
+from trimtab.budgets.asking import recipe_of, searched
 from trimtab.budgets.halving import Search
 from trimtab.budgets.limits import Budget, parse
 from trimtab.budgets.prices import Prices
@@ -64,7 +64,7 @@ class Setting:
     budgets: tuple[str, ...]
 
     def recipe(self, seed: int, data: dict[str, Any]) -> Recipe:
-        return _recipe(self.model, self.task, data, None, None, [*self.training, f"seed={seed}"])
+        return recipe_of(self.model, self.task, data, None, None, [*self.training, f"seed={seed}"])
 
 
 def _space(*tunes: str, **more: Any) -> Space:
@@ -146,7 +146,7 @@ class Table:
         prices = Prices(recipe, space, work / "prices.json", exports=False)
         prices.count_all()
         goal = Budget.of(parse(budget), prices.bases) if budget else Budget((), {})
-        shared = Shared(recipe, space, work / f"seed{self.seed}" / "shared", _searched(space, recipe))
+        shared = Shared(recipe, space, work / f"seed{self.seed}" / "shared", searched(space, recipe))
         shared.find(set(space.sparsities), set(space.skips))
         folder.mkdir(parents=True, exist_ok=True)
         search = make(recipe, space, goal, prices, shared, folder, tell=lambda line: None)

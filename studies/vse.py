@@ -47,6 +47,7 @@ EPOCH = 47
 TEXT = {"towers": ["text"]}
 NEW = (5e-4, 1e-3, 2e-3)  # learning rates of what starts random
 MOVED = (5e-5, 1e-4, 2e-4)  # and of pretrained weights
+PRUNED_RATE = (2e-4,)  # the highest of those
 LIKE_UNIPT = (2.5e-4,)  # the rate that UniPT's trials chose: nothing differs but what is left out, or the width
 
 
@@ -127,6 +128,14 @@ WAYS |= {f"linear-probe, {n} epochs": replace(WAYS["linear-probe"], epochs=n, ra
 WAYS |= {way + LENGTH: replace(WAYS[way], epochs=25) for way in (
     "linear-probe", "unipt-text", "unipt", "lst-text", "sherl-text", "side-tuning", "partial-1", "partial-3",
     "bitfit-text", "lora-text", "lora-text-all-16", "adapter-text", "full", "prune, skip, unipt-text")}  # fmt: skip
+# Nine tenths of MiniLM's matrices go, and all six layers are trained, pictures' tower frozen: pruners, at one rate each
+PRUNERS: dict[str, dict[str, Any]] = {"multiflow": {}, "multiflow-uniform": {"allocation": "uniform"}} | {
+    name: {} for name in ("omp", "wanda", "sparsegpt", "random-pruning")}  # fmt: skip
+LAYERS = {"name": "partial", "blocks": 6, **TEXT}
+WAYS["partial-6" + LENGTH] = Way((LAYERS,), PRUNED_RATE, 10.0, epochs=25)
+WAYS |= {f"{pruner}-0.9, partial-6{LENGTH}": Way(
+    ({"name": pruner.removesuffix("-uniform"), "sparsity": 0.9, **settings}, LAYERS), PRUNED_RATE, 10.0, epochs=25)
+    for pruner, settings in PRUNERS.items()}  # fmt: skip
 
 
 def recipe_of(way: str, rate: float, seed: int, data: dict[str, Any]) -> Any:

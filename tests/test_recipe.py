@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from trimtab.backbones import BACKBONES
@@ -284,17 +287,27 @@ def test_every_shipped_recipe_can_be_run_and_written_down(name, tmp_path):
         if r.data["name"] == "easy-vqa":
             pytest.importorskip("easy_vqa")
         assembly.check(r)
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(r.to_dict(), sort_keys=False))
+        (tmp_path / "recipe.yaml").write_text(r.to_yaml())
         assert folder_of_runs.load_recipe(tmp_path) == r
 
 
 def test_a_resolved_recipe_survives_its_file(raw, tmp_path):
     raw |= {"title": "T", "seeds": [4], "variants": {"odd: label": {"task": {"name": "vqa", "answers": ["yes", "no"]}}}}
     (first,) = expand(raw, "folder/name")
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(first.to_dict(), sort_keys=False))
+    (tmp_path / "recipe.yaml").write_text(first.to_yaml())
     again = folder_of_runs.load_recipe(tmp_path)
     assert again == first
     assert (again.name, again.variant, again.seed, again.title) == ("folder/name", "odd: label", 4, "T")
+
+
+def test_values_of_python_are_written_plainly_and_others_are_told(raw):
+    (first,) = expand(raw, "folder/name")
+    rate, folder = np.logspace(-4, -3, 2)[0], Path("a") / "b"
+    odd = replace(first, training=replace(first.training, learning_rate=rate), data={**first.data, "train": folder})
+    told = yaml.safe_load(odd.to_yaml())
+    assert told["training"]["learning_rate"] == 1e-4 and told["data"]["train"] == str(folder)
+    with pytest.raises(RecipeError, match=r"expected numbers, text, lists and mappings, found .*\(dtype\)"):
+        replace(first, task={"name": "vqa", "as": torch.float16}).to_yaml()
 
 
 def test_shipped_names_are_paths_below_the_recipe_folder():

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import trimtab
-from trimtab.budgets import fit, halving, measured, trial
-from trimtab.budgets.limits import BudgetError, parse
+from trimtab.budgets import halving, measured, page, trial
+from trimtab.budgets.limits import Budget, BudgetError, parse
 from trimtab.budgets.space import TUNES, Candidate, Space
 from trimtab.experiments import estimate
 from trimtab.experiments.assembly import assemble
@@ -111,6 +111,54 @@ def test_a_trial_that_fails_is_kept_with_its_reason(found, monkeypatch):
     again.done = [failing]
     with pytest.raises(BudgetError, match="none of 1 trials came to its end; 1 because: the loss is not finite"):
         again._check()
+
+
+def test_a_trial_that_goes_on_behind_its_last_step_is_scored(tmp_path, monkeypatch):
+    only = {"space": replace(SPACE, sparsities=(), skips=(), tunes={"lora-2": TUNES["lora-2"]}), "trials": 1,
+            "budget": "disk <= 2 MB", "overrides": [*QUICK, "training.save_every=3"]}  # fmt: skip
+    evaluate = trial.training.evaluate
+
+    def dies(model, rows, batch):
+        if len(rows) == DATA["test"]:
+            raise KeyboardInterrupt
+        return evaluate(model, rows, batch)
+
+    monkeypatch.setattr(trial.training, "evaluate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path / "found", **only)
+    monkeypatch.setattr(trial.training, "evaluate", evaluate)
+    again = search(tmp_path / "found", **only)
+    assert list(again.best.scores) == [9] and again.best.steps == again.paid == 9
+
+
+def test_what_was_not_measured_is_not_said_to_keep_the_budget():
+    budget = Budget.of(
+        parse("train time <= -50%, macs <= -10%"), {"full": {"training_seconds": 100.0}, "dense": {"macs": 100}}
+    )
+    assert budget.kept({"macs": 80, "training_seconds": 40.0}) is True
+    assert budget.kept({"macs": 80}) is None and budget.kept({"macs": 95}) is False
+    full = trial.Trial(-1, Candidate(0.0, 0, "full"), {"macs": 90}, "whole", test=0.6)
+    best = trial.Trial(0, Candidate(0.0, 2, "lora-8"), {"macs": 80, "training_seconds": 40.0}, "whole", test=0.5)
+    rows = page._levers(SimpleNamespace(best=best, without={}, full=full, budget=budget))
+    assert [row["fits"] for row in rows] == ["yes", "—"]
+
+
+def test_full_tuning_is_measured_too_where_the_budget_names_time(tmp_path):
+    found = search(tmp_path / "found", budget="train time <= 1h", reference=True, trials=1)
+    assert found.full.costs["training_seconds"] > 0
+    assert (
+        search(tmp_path / "found", budget="train time <= 1h", reference=True, trials=1).full.costs == found.full.costs
+    )
+
+
+def test_a_cold_trial_that_was_cut_off_is_made_when_there_is_time(found, monkeypatch):
+    again, tried = replace_search(found), []
+    warm = replace(found.best, number=len(again.done), scores={9: 2.0}, start=0, budget=again._asked,
+                   candidate=replace(found.best.candidate, multiple=1.5))  # fmt: skip
+    again.done += [warm, replace(warm, number=warm.number + 1, status="cut", scores={}, start=None)]
+    monkeypatch.setattr(again, "carry_out", lambda trial, judge: tried.append(trial.candidate))
+    again._confirm()
+    assert tried == [warm.candidate]
 
 
 def test_the_first_of_each_way_to_tune_goes_on_to_the_second_rung(found, monkeypatch):
@@ -230,23 +278,6 @@ def test_time_for_less_than_one_trial_is_an_error_that_says_what_one_takes(found
     again = search(tmp_path / "short", space=narrow, **{**given, "time": None, "reference": False})
     assert [t["status"] for t in trials_of(again)] == ["cut", "whole"]  # what was cut is tried again
     assert again.paid == 1 + 9
-
-
-def test_own_rows_without_a_file_for_validation_are_held_out(tmp_path):
-    from trimtab.budgets.fit import _data
-
-    (tmp_path / "a.jsonl").write_text("{}\n")
-    given = _data(tmp_path / "a.jsonl", tmp_path / "b.jsonl", None)
-    assert given["held_out"] == 0.1 and "validation" not in given
-    with pytest.raises(ValueError, match="name those to report on"):
-        _data(tmp_path / "a.jsonl", None, None)
-    with pytest.raises(ValueError, match="no file or folder, nor a source"):
-        _data("nothing", None, None)
-
-
-@pytest.mark.parametrize(("time", "seconds"), [("20m", 1200), ("90s", 90), (".5h", 1800), (" 2 min ", 120), (2.5, 2.5)])
-def test_times_are_read(time, seconds):
-    assert fit._seconds(time) == seconds
 
 
 @pytest.mark.parametrize("time", ["0m", 0, -5, "xx", "1.2.3"])

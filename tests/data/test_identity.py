@@ -68,8 +68,10 @@ def test_no_picture_of_easy_vqa_is_on_both_sides(train):
 
 def test_validation_rows_that_are_the_test_rows_are_told_of(by_caption, tmp_path):
     table = files(by_caption).load("retrieval", "test")
-    with pytest.warns(UserWarning, match="validation and test are the same 50 rows"):
-        identity.warn_if_same(table, table.select(range(50)))
+    with pytest.warns(UserWarning, match="validation and test rows are the same 50"):
+        identity.warn_if_same(table, table.select(range(50)), "test")
+    with pytest.warns(UserWarning, match="validation and training rows are the same 50: .* learned by heart"):
+        identity.warn_if_same(table, table.select(range(50)), "training")
     (tmp_path / "sets").mkdir()
     for split in ("train", "validation"):
         table.select(range(5 if split == "train" else 6)).to_parquet(tmp_path / "sets" / f"{split}.parquet")

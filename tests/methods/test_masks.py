@@ -172,3 +172,13 @@ def test_masks_without_some_blocks_are_of_what_is_left(model, tmp_path):
     assert len(masks.without("blocks.1")) == 4
     with pytest.raises(ValueError, match="no mask stands at or below 'blocks.1x'; the first is that of 'blocks.0"):
         masks.without(["blocks.1x"])
+
+
+def test_masks_are_equal_if_they_keep_the_same_weights_at_the_same_values():
+    kept = torch.tensor([[True, False], [True, True]])
+    one = Masks({"w": kept})
+    assert one == Masks({"w": kept.clone()}) and one != Masks({"w": ~kept}) and one != Masks({"v": kept})
+    assert one != Masks({"w": kept.flatten()}) and one != {"w": kept}
+    values = {"w": torch.tensor([[1.0, 0.0], [2.0, 3.0]])}
+    assert Masks({"w": kept}, values) == Masks({"w": kept}, {"w": values["w"].clone()}) != one
+    assert Masks({"w": kept}, values) != Masks({"w": kept}, {"w": 2 * values["w"]})

@@ -6,7 +6,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from trimtab.budgets.fit import Found, OtherSearch, fit
+from trimtab.budgets.asking import SEARCHED, OtherSearch
+from trimtab.budgets.fit import Found, fit
 from trimtab.budgets.space import TUNES, Space
 from trimtab.experiments.recipe import read
 
@@ -25,13 +26,17 @@ def search(out: Path, overrides: Sequence[str] = (), redo: bool = False) -> Foun
 
     Args:
         out: folder of the search; what was tried there with the same settings is kept, any other search is removed.
-        overrides: changes to the recipe of all trials; those that choose variants or seeds say nothing here.
+        overrides: changes to the recipe of all trials; those that choose variants or seeds, or say what the search
+            decides, say nothing here.
         redo: search anew.
 
     Raises:
         BudgetError, ValueError: as `fit` does.
     """
-    own = [o for o in overrides if o.partition("=")[0].split(".")[0] not in ("variants", "seeds")]
+    keys = [o.partition("=")[0].strip() for o in overrides]
+    decided = {f"training.{key}" for key in SEARCHED}
+    own = [o for o, key in zip(overrides, keys, strict=True)
+           if key.split(".")[0] not in ("variants", "seeds", "methods") and key not in decided]  # fmt: skip
     recipe = read(RECIPE)[-1]
     t = recipe.training
     steps = [f"training.steps={STEPS}", f"training.batch_size={t.batch_size}", f"training.log_every={t.log_every}"]

@@ -121,8 +121,7 @@ class Search:
         return trial.status != "cut" and (trial.budget == self._asked or self._kept(trial))
 
     def _kept(self, trial: Trial) -> bool:
-        known = all(axis.key in trial.costs for axis in self.budget.axes)
-        return trial.status == "whole" and known and not self.budget.over(trial.costs)
+        return trial.status == "whole" and self.budget.kept(trial.costs) is True
 
     def _next(self, study: Any) -> tuple[Any, Candidate | None]:
         """The next candidate that fits the budget and was not tried: the sampler's, or one drawn."""
@@ -225,7 +224,7 @@ class Search:
             recipe = replace(cold, training=replace(cold.training, steps=rungs[-1]))
 
         def watch(model: TaskModel, validation: Any) -> TrainerCallback:
-            trial.costs |= self._measured(model, cold, trial.costs)
+            trial.costs |= self.measured(model, cold, trial.costs)
             if over := self.budget.over(trial.costs):
                 raise Over(_excess(over))
             if trial.start is not None and not warmed(model, self.folder_of(self.done[trial.start])):
@@ -269,7 +268,7 @@ class Search:
         if (
             best is None
             or best.start is None
-            or any(t.candidate == best.candidate and t.start is None for t in self.done)
+            or any(t.candidate == best.candidate and t.start is None and self.tried(t) for t in self.done)
         ):
             return
         trial = Trial(len(self.done), best.candidate, self.prices(best.candidate) or {}, budget=self._asked)
@@ -279,7 +278,7 @@ class Search:
             f"{best.candidate}, from a cold start: {trial.status} after {trial.steps} steps, {100 * trial.score:.1f} %"
         )
 
-    def _measured(self, model: TaskModel, recipe: Recipe, counted: Costs) -> Costs:
+    def measured(self, model: TaskModel, recipe: Recipe, counted: Costs) -> Costs:
         """What only the assembled model can tell: how many of its numbers the masks leave, and what the budget wants
         measured on this device."""
         found = measure(model, recipe, {axis.key for axis in self.budget.axes if axis.measured})

@@ -229,6 +229,12 @@ class Budget:
                 found[axis.name] = excess
         return found
 
+    def kept(self, costs: Mapping[str, Any]) -> bool | None:
+        """Whether costs keep to all limits; None if they exceed none, and some are not known."""
+        if self.over(costs):
+            return False
+        return True if all(axis.key in costs for axis in self.axes) else None
+
     def told(self, costs: Mapping[str, Any]) -> str:
         """The budgeted costs of a model in words: 'macs 105 M (-30 %), train memory 1.4 GB'; beside those whose limit
         is relative, how far they are from what it is relative to."""

@@ -94,11 +94,12 @@ def _levers(found: Found) -> list[dict[str, Any]]:
     rows = [("found", found.best), *((words[k], t) for k, t in found.without.items())]
     rows += [("full tuning", found.full)] if found.full is not None else []
     best = found.best.test
+    fits = {True: "yes", False: "no", None: "—"}
     return [
         {
             "what": what, "name": str(t.candidate), "test": _score(t.test),
             "difference": "" if t is found.best or t.test is None or best is None else f"{100 * (t.test - best):+.1f}",
-            "costs": _costs(found.budget.axes, t.costs), "fits": not found.budget.over(t.costs),
+            "costs": _costs(found.budget.axes, t.costs), "fits": fits[found.budget.kept(t.costs)],
         }
         for what, t in rows
     ]  # fmt: skip

@@ -117,15 +117,22 @@ class Watch(Clock):
         self.model, self.rows, self.batch = model, rows, batch
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.trial.steps = max(self.trial.steps, state.global_step)
-        if state.global_step in self.rungs and state.global_step not in self.trial.scores:
-            begun = time.monotonic()
-            metrics, _ = training.evaluate(self.model, self.rows, self.batch)
-            self.judging.append(time.monotonic() - begun)
-            score = self.trial.scores[state.global_step] = float(metrics[self.model.task.primary])
-            if self.judge(state.global_step, score) and state.global_step < self.rungs[-1]:
-                raise Stopped
+        self._look(state.global_step)
         super().on_step_end(args, state, control, **kwargs)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._look(state.global_step)  # of a training that went on from its last checkpoint, without a step
+
+    def _look(self, step: int) -> None:
+        self.trial.steps = max(self.trial.steps, step)
+        if step not in self.rungs or step in self.trial.scores:
+            return
+        begun = time.monotonic()
+        metrics, _ = training.evaluate(self.model, self.rows, self.batch)
+        self.judging.append(time.monotonic() - begun)
+        score = self.trial.scores[step] = float(metrics[self.model.task.primary])
+        if self.judge(step, score) and step < self.rungs[-1]:
+            raise Stopped
 
 
 def tested(folder: Path) -> float:

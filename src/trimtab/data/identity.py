@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from trimtab.data.images import encoded
 
@@ -63,15 +63,22 @@ def repeated(table: Dataset) -> tuple[int, int, str] | None:
     return None
 
 
-def warn_if_same(validation: Dataset, test: Dataset) -> None:
-    """Warn if what is chosen on validation rows is chosen on the test rows."""
-    shown = identities(validation) if hasattr(validation, "data") and len(validation) == len(test) else []
-    if shown and None not in shown and shown == identities(test):
+def warn_if_same(validation: Dataset, other: Dataset, name: Literal["training", "test"]) -> None:
+    """Warn if what is chosen on validation rows is chosen on those of training, or of the test."""
+    if same(validation, other):
+        why = "makes the test score too good" if name == "test" else "is chosen by what was learned by heart"
         warnings.warn(
-            f"validation and test are the same {len(test)} rows: what is chosen on them (when a training ends, its "
-            "best weights, a candidate) makes the test score too good: give other rows (data.validation, held_out)",
+            f"validation and {name} rows are the same {len(other)}: what is chosen on them (when a training ends, its "
+            f"best weights, a candidate) {why}: give other rows (data.validation, held_out)",
             stacklevel=3,
         )
+
+
+def same(one: Dataset, other: Dataset) -> bool:
+    """Whether two tables are known to show the same in all their rows; nothing is known of a stream."""
+    told = all(hasattr(table, "data") for table in (one, other)) and len(one) == len(other)
+    shown = identities(one) if told else []
+    return bool(shown) and None not in shown and shown == identities(other)
 
 
 def check_grouped(table: Dataset, task: str) -> None:

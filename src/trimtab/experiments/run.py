@@ -17,7 +17,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import yaml
 from transformers import TrainerCallback, set_seed
 
 from trimtab import progress
@@ -61,6 +60,7 @@ def run(recipe: Recipe, folder: Path, measure_costs: bool = True, watch: Watch |
         ImportError: if a service of `training.report_to` is not installed.
         RunError: if it is one of several processes that did not meet; BusyError if another process is at this run.
     """
+    recipe.to_yaml()  # what cannot be written is told before training
     many.join()
     check_services(recipe.training.report_to)
     if recipe.training.steps:
@@ -83,7 +83,8 @@ def _run(recipe: Recipe, folder: Path, measure_costs: bool, watch: Watch | None)
     parts.task.check_test(test)
     judge = _judge(parts, validation, recipe.training)
     if judge is not None and (recipe.training.schedule == "plateau" or recipe.training.load_best_model_at_end):
-        warn_if_same(validation, test)
+        warn_if_same(validation, train, "training")
+        warn_if_same(validation, test, "test")
     if watch is not None:
         parts.task.check_scored(validation)  # by whose score a search chooses
     progress.tell({"event": "start", "name": recipe.name, "variant": recipe.variant, "seed": recipe.seed})
@@ -151,7 +152,7 @@ def _write(recipe: Recipe, parts: Assembly, folder: Path, result: dict[str, Any]
     for name in ("run.json", "costs.json", "policy.json", "rows.json"):  # of a run before
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "samples", ignore_errors=True)
-    write(folder / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    write(folder / "recipe.yaml", recipe.to_yaml())
     parts.fit.write(folder)
     if parts.resolved is not None:
         write_json(folder / "policy.json", parts.resolved.to_json())

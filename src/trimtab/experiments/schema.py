@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 from trimtab.settings import within
@@ -205,7 +206,29 @@ class Recipe:
     variant: str = "default"
 
     def to_dict(self) -> dict[str, Any]:
+        """All of it, in plain values: paths as text, numpy's numbers as Python's."""
         out = dataclasses.asdict(self)
         out["methods"] = [dict(m) for m in self.methods]
         out["policy"] = [dict(r) for r in self.policy]
-        return out
+        return _plain(out)
+
+    def to_yaml(self) -> str:
+        """A recipe file that says the same; RecipeError with the value that no file can hold."""
+        import yaml
+
+        try:
+            return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        except yaml.representer.RepresenterError as error:
+            value = error.args[-1]
+            raise RecipeError(f"recipe {self.name}: expected numbers, text, lists and mappings, found {value!r} "
+                              f"({type(value).__name__}), which no recipe file can hold") from error  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value)) if isinstance(value, tuple) else list(map(_plain, value))
+    if isinstance(value, PurePath):
+        return str(value)
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value

@@ -70,6 +70,17 @@ class Masks(Mapping[str, Tensor]):
     def __contains__(self, path: object) -> bool:
         return path in self.bits
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the same weights are kept, and become the same values."""
+        if not isinstance(other, Masks):
+            return NotImplemented
+        return (
+            self.shapes == other.shapes
+            and self.weights.keys() == other.weights.keys()
+            and all(torch.equal(bits.packed, other.bits[path].packed) for path, bits in self.bits.items())
+            and all(torch.equal(weight, other.weights[path]) for path, weight in self.weights.items())
+        )
+
     def __repr__(self) -> str:
         by = f", {self.found_by}" if self.found_by else ""
         return f"Masks({len(self)} weights, sparsity {self.sparsity:.4f}{by})"
