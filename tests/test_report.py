@@ -273,7 +273,7 @@ def test_a_section_without_costs_has_no_columns_or_panels_for_them(tmp_path: Pat
 
 def test_missing_extra_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ImportError, match=re.escape("pip install 'trimtab[report]'")):
+    with pytest.raises(ImportError, match=re.escape("pip install -e '.[report]'")):
         report.write_report([tmp_path], tmp_path / "out")
 
 

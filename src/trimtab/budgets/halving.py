@@ -88,7 +88,9 @@ class Search:
             from optuna.storages import JournalStorage
             from optuna.storages.journal import JournalFileBackend
         except ImportError as error:
-            raise ImportError("the search of `trimtab fit` needs optuna: pip install 'trimtab[fit]'") from error
+            raise ImportError(
+                "the search of `trimtab fit` needs optuna: pip install -e '.[fit]' in trimtab's folder"
+            ) from error
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(

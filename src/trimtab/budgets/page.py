@@ -28,7 +28,9 @@ def write_page(search: Search, found: Found) -> Path:
         import jinja2
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError("the page of a search needs matplotlib and jinja2: pip install 'trimtab[report]'") from error
+        raise ImportError(
+            "the page of a search needs matplotlib and jinja2: pip install -e '.[report]' in trimtab's folder"
+        ) from error
     out = search.folder / "report"
     out.mkdir(parents=True, exist_ok=True)
     figures = [

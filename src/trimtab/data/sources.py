@@ -165,5 +165,7 @@ def _easy_vqa():
     try:
         import easy_vqa
     except ImportError as error:
-        raise ImportError("the easy-VQA data need their package: pip install 'trimtab[world]'") from error
+        raise ImportError(
+            "the easy-VQA data need their package: pip install -e '.[world]' in trimtab's folder"
+        ) from error
     return easy_vqa

@@ -176,7 +176,7 @@ class _opened:
         try:
             import av
         except ImportError as error:
-            raise ImportError("reading videos needs PyAV: pip install 'trimtab[video]'") from error
+            raise ImportError("reading videos needs PyAV: pip install -e '.[video]' in trimtab's folder") from error
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path}: there is no such video")
         try:

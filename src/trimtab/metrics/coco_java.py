@@ -1,6 +1,6 @@
 """What of the COCO caption evaluation needs Java: its tokeniser, METEOR 1.5 and SPICE, through `pycocoevalcap`.
 
-Installed by `pip install 'trimtab[captions]'` and a Java runtime (8 or later). Each function refuses, with the way out,
+Installed by `pip install -e '.[captions]'` and a Java runtime (8 or later). Each function refuses, with the way out,
 where one of them is missing.
 """
 
@@ -19,7 +19,7 @@ Words = Sequence[str]
 def missing() -> str | None:
     """What is not installed and how to get it, or None."""
     if importlib.util.find_spec("pycocoevalcap") is None:
-        return "the package pycocoevalcap is not installed: pip install 'trimtab[captions]'"
+        return "the package pycocoevalcap is not installed: pip install -e '.[captions]' in trimtab's folder"
     if shutil.which("java") is None:
         return "no Java runtime is installed: expected a program `java` on the path"
     return None

