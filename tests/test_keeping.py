@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,12 @@ def test_weights_that_a_checkpoint_counts_on_are_not_deleted_before_it(place, tm
     (tmp_path / "run" / "checkpoints" / files[0]).unlink()
     with pytest.raises(RecipeError, match="best-2.safetensors: the weights with the best score so far are missing"):
         run(recipe(place, ["full"], **settings), tmp_path / "run")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("methods", "settings"), METHODS, ids=["pruned", "cached"])
+def test_the_last_look_and_the_test_score_the_same_rows_alike(methods, settings, precision, place, tmp_path):
+    made = recipe(place, methods, steps=6, evaluate_every=3, learning_rate=1e-2, precision=precision, **settings)
+    made = replace(made, data={**made.data, "validation": made.data["test"]})
+    found = told(run(made, tmp_path / "run"))
+    assert {k: found["validation"]["scores"][-1][k] for k in found["test"]} == found["test"]
