@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from trimtab.budgets.fit import _recipe, _space
+from trimtab.budgets.asking import recipe_of, usual_space
 from trimtab.budgets.prices import Prices
 
 
@@ -24,10 +24,10 @@ def main() -> None:
     parser.add_argument("task", nargs="?", default="retrieval")
     options = parser.parse_args()
     data = {"name": "pictograms", "style": "openmoji", "train": 400, "test": 100, "validation": 64}
-    recipe = _recipe(options.model, options.task, data, None, None, ["training.batch_size=32", "training.cache=fp16"])
+    recipe = recipe_of(options.model, options.task, data, None, None, ["training.batch_size=32", "training.cache=fp16"])
     with tempfile.TemporaryDirectory() as folder:
         began, processor = time.perf_counter(), time.process_time()
-        space = _space(recipe)
+        space = usual_space(recipe)
         prices = Prices(recipe, space, Path(folder) / "prices.json", exports=True)
         prices.count_all()
         allowed = sum(prices(candidate) is not None for candidate in space)

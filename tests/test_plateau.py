@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 
 from tests.small_run import PRUNE, made_in, recipe, same_weights, told
-from trimtab.budgets import fit as budget
+from trimtab.budgets import asking
 from trimtab.experiments import run as carry
 from trimtab.experiments import training
 from trimtab.experiments.plateau import Cooldown, cooldown, of_fixed_length, undisturbed, warmup_steps
@@ -107,10 +107,10 @@ def test_searches_and_budgets_have_steps_of_their_own():
     assert of_fixed_length(replace(SPEC, patience_share=0.5, load_best_model_at_end=True)) == of_fixed_length(SPEC)
     settings = [f"training.{name}={value}" for name, value in PLATEAU.items()]
     with pytest.raises(ValueError, match=r"training.schedule: plateau: trials are compared after the same steps"):
-        budget._recipe("tiny-clip", "retrieval", "pictograms", None, None, settings)
+        asking.recipe_of("tiny-clip", "retrieval", "pictograms", None, None, settings)
     with pytest.raises(ValueError, match=r"training.load_best_model_at_end: trials are compared by the weights"):
         settings = ["training.load_best_model_at_end=true", "training.evaluate_every=2"]
-        budget._recipe("tiny-clip", "retrieval", "pictograms", None, None, settings)
+        asking.recipe_of("tiny-clip", "retrieval", "pictograms", None, None, settings)
 
 
 def test_random_numbers_are_those_that_would_have_come():
