@@ -300,12 +300,16 @@ def test_a_resolved_recipe_survives_its_file(raw, tmp_path):
     assert (again.name, again.variant, again.seed, again.title) == ("folder/name", "odd: label", 4, "T")
 
 
-def test_values_of_python_are_written_plainly_and_others_are_told(raw):
+def test_values_of_python_are_written_plainly_and_others_are_told(raw, tmp_path):
     (first,) = expand(raw, "folder/name")
     rate, folder = np.logspace(-4, -3, 2)[0], Path("a") / "b"
     odd = replace(first, training=replace(first.training, learning_rate=rate), data={**first.data, "train": folder})
     told = yaml.safe_load(odd.to_yaml())
     assert told["training"]["learning_rate"] == 1e-4 and told["data"]["train"] == str(folder)
+    (tmp_path / "recipe.yaml").write_text(odd.to_yaml())
+    (tmp_path / "run.json").write_text('{"status": "finished"}')
+    assert folder_of_runs.is_finished(tmp_path, odd)  # and is not carried out again
+    assert not folder_of_runs.is_finished(tmp_path, first)
     with pytest.raises(RecipeError, match=r"expected numbers, text, lists and mappings, found .*\(dtype\)"):
         replace(first, task={"name": "vqa", "as": torch.float16}).to_yaml()
 

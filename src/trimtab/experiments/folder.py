@@ -76,7 +76,7 @@ def is_finished(folder: Path, recipe: Recipe | None = None) -> bool:
     """Whether a folder holds a whole run (of that recipe, if one is given)."""
     try:
         done = json.loads((folder / "run.json").read_text())["status"] == "finished"
-        return done and (recipe is None or load_recipe(folder) == recipe)
+        return done and (recipe is None or load_recipe(folder).to_dict() == recipe.to_dict())
     except (OSError, ValueError, KeyError):
         return False
 

@@ -206,7 +206,7 @@ class Recipe:
     variant: str = "default"
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, in plain values: paths as text, numpy's numbers as Python's."""
+        """All of it, in plain values, as a file gives them: lists, paths as text, numpy's numbers as Python's."""
         out = dataclasses.asdict(self)
         out["methods"] = [dict(m) for m in self.methods]
         out["policy"] = [dict(r) for r in self.policy]
@@ -228,7 +228,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return tuple(map(_plain, value)) if isinstance(value, tuple) else list(map(_plain, value))
+        return [_plain(v) for v in value]
     if isinstance(value, PurePath):
         return str(value)
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
