@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from PIL import Image
 
 from tests.data import official
 from trimtab.budgets.asking import OtherSearch, data_of, recipe_of, seconds_of, take
 from trimtab.budgets.space import Space
-from trimtab.data.sources import SOURCES
 from trimtab.experiments.assembly import assemble, tables
 
 SMALL = ["backbone.pretrained=false"]
@@ -79,8 +79,18 @@ def test_a_folder_without_rows_to_report_on_is_told(sets):
 def test_a_published_set_is_read_from_its_folder(tmp_path):
     root = official.refer(tmp_path / "data", [official.ref(1, "train", ["the dog"])], {101: [5, 5, 20, 10]})
     assert data_of(root, None, None) == {"name": "refcoco", "root": str(root), "form": "refer"}
-    with pytest.raises(ValueError, match="validation: .* is the set 'refcoco', whose rows for it are named inside"):
+    with pytest.raises(ValueError, match="validation: .* is read by the source 'refcoco', whose rows for it are named"):
         data_of(root, None, "rows.jsonl")
+
+
+def test_splits_in_several_files_are_read_whole(tmp_path):
+    for split, parts in (("train", 2), ("validation", 1), ("test", 1)):
+        for i in range(parts):
+            rows = [{"question": f"{split} {i} {n}?", "answer": "yes"} for n in range(3)]
+            Dataset.from_list(rows).to_parquet(tmp_path / f"{split}-{i:05d}-of-{parts:05d}.parquet")
+    assert data_of(tmp_path, None, None) == {"name": "datasets", "root": str(tmp_path)}
+    with pytest.raises(ValueError, match="validation: .* is read by the source 'datasets', whose rows for it"):
+        data_of(tmp_path, None, "rows.jsonl")
 
 
 def test_validation_rows_that_are_the_training_rows_are_refused(sets, tmp_path):
@@ -123,10 +133,9 @@ def test_what_the_search_decides_is_not_taken_from_the_recipe(change, said):
         recipe_for({"name": "pictograms"}, overrides=[change])
 
 
-def test_other_changes_are(tmp_path):
+def test_other_changes_are():
     recipe = recipe_for("pictograms", overrides=["training.steps=7", "seed=3", "data.train=64"])
     assert (recipe.training.steps, recipe.seed, recipe.data["train"]) == (7, 3, 64)
-    assert "pictograms" in SOURCES
 
 
 @pytest.mark.parametrize(("time", "seconds"), [("20m", 1200), ("90s", 90), (".5h", 1800), (" 2 min ", 120), (2.5, 2.5)])

@@ -115,17 +115,17 @@ def _folder(path: Path, validation: Any) -> dict[str, Any]:
         names = ", ".join(f.source for f in found) or "none"
         raise ValueError(f"data: {path}: expected one data set, found {names}: name it, data={{name: ..., root: ...}}")
     source, settings = found[0].source, found[0].settings
-    if source not in ("files", "imagefolder", "datasets"):
-        if validation is not None:
-            raise ValueError(f"validation: {path} is the set {source!r}, whose rows for it are named inside `data`: "
-                             f"data={{name: {source}, root: {path}, ...}}")  # fmt: skip
-        return {"name": source, "root": str(path), **settings}
-    splits = user_tables.splits(path)
-    if not {"train", "test"} <= splits.keys():
+    own_rows = source in ("files", "imagefolder", "datasets")
+    splits = user_tables.splits(path) if own_rows else {}
+    if own_rows and not {"train", "test"} <= splits.keys():
         raise ValueError(f"data: {path}: expected files or folders for train and test, found "
                          f"{', '.join(splits) or 'neither'}: name the rows to report on with `test`")  # fmt: skip
-    if any(len(paths) > 1 for paths in splits.values()):
-        return {"name": "datasets", "root": str(path), **settings}
+    if not own_rows or any(len(paths) > 1 for paths in splits.values()):  # a split in several files has no one path
+        source = "datasets" if own_rows else source
+        if validation is not None:
+            raise ValueError(f"validation: {path} is read by the source {source!r}, whose rows for it are named inside "
+                             f"`data`: data={{name: {source}, root: {path}, ...}}")  # fmt: skip
+        return {"name": source, "root": str(path), **settings}
     own = validation if validation is not None else next(iter(splits.get("validation", ())), None)
     return _files(splits["train"][0], splits["test"][0], own) | settings
 
