@@ -109,7 +109,7 @@ def test_easy_vqa_takes_the_first_of_a_fixed_order(easy):
 
 def test_easy_vqa_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "easy_vqa", None)
-    with pytest.raises(ImportError, match=r"pip install 'trimtab\[world\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[world\]'"):
         SOURCES["easy-vqa"]().load("vqa", "train")
 
 

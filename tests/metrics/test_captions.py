@@ -83,7 +83,7 @@ def test_java_is_refused_with_the_way_out_where_it_is_missing(monkeypatch):
     with pytest.raises(RuntimeError, match="the official tokeniser needs Java .* no Java runtime is installed"):
         captions.evaluate({1: "a"}, {1: ["a"]}, java=True)
     monkeypatch.setattr(coco_java.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match=r"METEOR needs .* pip install 'trimtab\[captions\]'"):
+    with pytest.raises(RuntimeError, match=r"METEOR needs .* pip install -e '\.\[captions\]'"):
         coco_java.meteor([["a"]], [[["a"]]])
 
 
