@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from trimtab.metrics.intervals import interval
 from trimtab.report.runs import NO_SHARES, Section, find_runs, group_runs
 
 
@@ -111,9 +110,8 @@ def against(section: Section, references: list[str]) -> str:
         steps = round(fmean(run.metrics["steps"] for run in runs))
         cells = [f"{len(runs)}", cell(section.scores(label)), f"{steps}"]
         for reference in references:
-            gaps = section.gaps(label, reference)
-            low, high = interval(gaps) if any(gaps) else (0.0, 0.0)
-            cells.append(f"{fmean(gaps):+.1f} ({low:+.1f} to {high:+.1f})" if any(gaps) else "-")
+            gap, low, high = section.beside(label, reference) or (0.0, 0.0, 0.0)
+            cells.append(f"{gap:+.1f} ({low:+.1f} to {high:+.1f})" if low or high else "-")
         lines.append(f"| {label} | {' | '.join(cells)} | {amount(section.costs(label, 'macs'), 1e6)} |")
     return "\n".join(lines)
 

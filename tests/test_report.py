@@ -254,12 +254,28 @@ def test_scores_have_intervals_over_rows_and_stand_beside_full_tuning(tmp_path: 
     assert [o.reason for o in omitted] == ["rows.json should give a list as 'credits'"] and len(runs) == 3
 
 
-def test_differences_are_means_over_the_seeds_that_both_have(tmp_path: Path) -> None:
-    for variant, seed, credits in (("full", 0, [0, 1]), ("full", 1, [0, 0]), ("lora", 0, [1, 1]), ("lora", 2, [1, 1])):
+def test_differences_are_of_the_means_over_all_seeds_with_intervals_over_rows_and_seeds(tmp_path: Path) -> None:
+    rows = {("full", 0): [0, 1] * 50, ("full", 1): [0, 0] * 50, ("lora", 0): [1, 1] * 50, ("lora", 2): [1, 1] * 50}
+    for (variant, seed), credits in rows.items():
         folder = write_run(tmp_path, "demo/retrieval", variant, seed)
         write_json(folder / "rows.json", {"metric": "recall@1", "table": "t", "credits": credits})
     (section,) = group_runs(report.load_runs([tmp_path]))
-    assert section.gaps("lora") == [100, 0] and section.gaps("full") == []
+    gap, low, high = section.beside("lora")
+    assert gap == 75 and low < 50 and high == 100  # the seeds of full tuning are 50 and 100 away
+    assert section.beside("full") is None and not section.are_paired("full")
+
+
+def test_rows_with_one_picture_are_drawn_together(tmp_path: Path) -> None:
+    widths = []
+    for name, more in (("apart", {}), ("together", {"pictures": [5 * (i // 5) for i in range(500)]})):
+        for variant, credits in (("full", [0] * 500), ("lora", [i // 5 % 2 for i in range(500)])):
+            folder = write_run(tmp_path / name, "demo/retrieval", variant, 0)
+            write_json(folder / "rows.json", {"metric": "recall@1", "table": "t", "credits": credits, **more})
+        (section,) = group_runs(report.load_runs([tmp_path / name]))
+        gap, low, high = section.beside("lora")
+        assert gap == 50
+        widths.append(high - low)
+    assert widths[1] == pytest.approx(widths[0] * 5**0.5, rel=0.1)
 
 
 def test_a_section_without_costs_has_no_columns_or_panels_for_them(tmp_path: Path) -> None:

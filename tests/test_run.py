@@ -13,10 +13,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import trimtab
+from tests.small_run import made_in
+from tests.small_run import recipe as small_recipe
 from trimtab import commands
 from trimtab.experiments import assembly, recipe, run, training
 from trimtab.experiments import folder as folder_of_runs
 from trimtab.methods import saved
+from trimtab.metrics.intervals import interval
 from trimtab.storage.bits import unpack
 
 
@@ -284,6 +287,17 @@ def test_rows_that_do_not_add_up_to_the_metric_lose_no_run():
     for credit in (0.2, float("nan")):
         with pytest.warns(UserWarning, match="there is no interval"):
             assert run._credits([{"credit": credit}], 0.5) == []
+
+
+def test_questions_about_one_picture_are_known_as_such(tmp_path):
+    place = made_in(tmp_path)
+    rows = [json.loads(line) for line in (place / "test.jsonl").read_text().splitlines()]
+    (place / "test.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows[:2], rows[0], rows[3], rows[1]]))
+    folder = run.run(small_recipe(place, ["linear-probe"], steps=1), tmp_path / "run")
+    credited = json.loads((folder / "rows.json").read_text())
+    assert credited["pictures"] == [0, 1, 0, 3, 1] and len(credited["credits"]) == 5
+    told = json.loads((folder / "metrics.json").read_text())
+    assert told["interval"] == list(interval(credited["credits"], credited["pictures"]))
 
 
 @pytest.fixture

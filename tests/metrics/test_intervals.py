@@ -64,3 +64,19 @@ def test_seeds_are_drawn_again_too():
         over_seeds([[1.0, 2.0]], [[1.0, 2.0, 3.0]])
     with pytest.raises(ValueError, match="finite"):
         over_seeds([[1.0, math.nan]], [[1.0, 2.0]])
+
+
+def test_groups_are_drawn_whole():
+    draw = np.random.default_rng(2)
+    pictures = (draw.random(300) < 0.4).astype(float)
+    rows, groups = np.repeat(pictures, 4).tolist(), [f"picture {i // 4}" for i in range(1200)]
+    assert interval(rows, groups) == interval(pictures.tolist())
+    assert difference(rows, [0.0] * 1200, groups)[1:] == interval(pictures.tolist())
+    wanted = over_seeds([pictures], [np.zeros(300)])
+    assert over_seeds([rows], [[0.0] * 1200], groups) == pytest.approx(wanted, abs=1e-6)
+    assert interval(rows, list(range(1200))) == interval(rows)
+    assert interval([0.0, 1.0], ["one", "one"]) == (0.5, 0.5)
+    uneven = interval([1.0] * 9 + [0.0], ["a"] * 9 + ["b"])  # a mean of rows, not of groups
+    assert uneven == (0.0, 1.0)
+    with pytest.raises(ValueError, match="a group of each of 1200 rows, found 3"):
+        interval(rows, groups[:3])

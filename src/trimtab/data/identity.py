@@ -54,6 +54,12 @@ def _joined(paths: Sequence[str | None]) -> str | None:
     return " ".join(map(str, paths)) if paths and all(paths) else None
 
 
+def firsts(table: Dataset) -> list[int]:
+    """Of each row the first row that shows the same; of one of which nothing is known that row itself."""
+    first: dict[str, int] = {}
+    return [first.setdefault(name, i) if name is not None else i for i, name in enumerate(identities(table))]
+
+
 def repeated(table: Dataset) -> tuple[int, int, str] | None:
     """The numbers of two rows that show the same, and what; None if no two do."""
     first: dict[str, int] = {}
@@ -101,10 +107,8 @@ def grouped(table: Dataset) -> Dataset:
     if "captions" not in table.column_names:
         raise ValueError(f"group: joins the captions of a picture, and there is no column 'captions' among "
                          f"{', '.join(table.column_names)}")  # fmt: skip
-    first: dict[str, int] = {}
-    rows = [first.setdefault(name, i) if name is not None else i for i, name in enumerate(identities(table))]
     told: dict[int, list[str]] = {}
-    for row, captions in zip(rows, table["captions"], strict=True):
+    for row, captions in zip(firsts(table), table["captions"], strict=True):
         told.setdefault(row, []).extend(captions)
     kept = table.select(list(told))
     place, kind = kept.column_names, kept.features["captions"]

@@ -20,7 +20,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from trimtab import progress
-from trimtab.data.identity import warn_if_same
+from trimtab.data.identity import firsts, warn_if_same
 from trimtab.data.images import encoded
 from trimtab.data.streams import Streamed
 from trimtab.experiments import cached, estimate, failures, many, sharded, training
@@ -112,9 +112,12 @@ def _run(recipe: Recipe, folder: Path, measure_costs: bool, watch: Watch | None)
               "steps": recipe.training.steps if judge is None else judge.steps, "history": history,
               **({} if judge is None else {"validation": judge.told()})}  # fmt: skip
     credits = _credits(records, metrics[parts.task.primary])
-    if given := [credit for credit in credits if credit is not None]:
-        result["interval"] = interval(given)
     told = {"metric": parts.task.primary, "table": table_print(encoded(test)), "credits": credits}
+    pictures = _pictures(test, credits)
+    if len(set(pictures)) < len(pictures):
+        told["pictures"] = pictures
+    if given := [(credit, place) for credit, place in zip(credits, pictures, strict=True) if credit is not None]:
+        result["interval"] = interval(*zip(*given, strict=True))
     if many.is_first():
         _write(recipe, parts, folder, result, measure_costs)
         write_json(folder / "rows.json", told)
@@ -139,6 +142,11 @@ def _credits(records: list[dict[str, Any]], score: float) -> list[float | None]:
                       "is no interval", stacklevel=2)  # fmt: skip
         return []
     return credits
+
+
+def _pictures(test: Any, credits: list[float | None]) -> list[int]:
+    """Of each test row the first one with the same picture: intervals draw them together. Itself where nobody tells."""
+    return firsts(test) if hasattr(test, "data") and len(test) == len(credits) else list(range(len(credits)))
 
 
 def _settled(parts: Assembly) -> dict[str, Any]:

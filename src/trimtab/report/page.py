@@ -190,7 +190,7 @@ def _caption(section: Section) -> str:
     chance = ", ".join(texts)
     told = ""
     if compared([section]) or any(section.interval(variant) for variant in section.methods):
-        told = "in brackets 95 % intervals over test rows (of one seed: another may differ more); "
+        told = "in brackets 95 % intervals over test rows, and seeds (of one seed: another may differ more); "
     level = f"chance level {chance}; " if chance else ""
     return f"Test {section.primary}, {seeds}; {told}{level}the best is bold."
 

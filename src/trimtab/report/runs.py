@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from trimtab.files import replace_file
-from trimtab.metrics.intervals import interval
+from trimtab.metrics.intervals import DRAWS, difference, over_seeds
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ STEPS = "steps"  # told by the training itself; shown where methods took differe
 @dataclass(frozen=True)
 class RunRecord:
     """One finished run, as its folder describes it; `rows` has the `credits` of the test rows, what each gives to the
-    `metric`, and a hash of their `table`."""
+    `metric`, a hash of their `table`, and where rows share pictures the first row with the `pictures` of each."""
 
     path: Path
     info: dict[str, Any]
@@ -124,24 +124,28 @@ class Section:
         scale = 100 if self.is_fraction else 1
         return scale * found[0], scale * found[1]
 
-    def gaps(self, variant: str, reference: str = REFERENCE) -> list[float]:
-        """How much more each test row gives to a variant than to another one, mean over the seeds that both have, in
-        the units of ``metric_title``; nothing where that is not known."""
-        others = {run.info["seed"]: run.rows for run in self.methods.get(reference, ()) if variant != reference}
-        pairs = [(run.rows, others[run.info["seed"]]) for run in self.methods[variant] if run.info["seed"] in others]
+    def are_paired(self, variant: str, reference: str = REFERENCE) -> bool:
+        """Whether two variants are known to have been scored on the same test rows, with all seeds."""
+        sides = [[run.rows for run in self.methods.get(name, ())] for name in (variant, reference)]
         asked = {(rows.get("metric"), rows.get("table"), tuple(c is not None for c in rows.get("credits", ())))
-                 for pair in pairs for rows in pair}  # fmt: skip
-        if len(asked) != 1 or next(iter(asked))[:2] == (None, None):  # not the same rows, or nobody tells
-            return []
-        scale = 100 if self.is_fraction else 1
-        gaps = [[scale * (a - b) for a, b in zip(mine["credits"], other["credits"], strict=True) if a is not None]
-                for mine, other in pairs]  # fmt: skip
-        return [fmean(row) for row in zip(*gaps, strict=True)]
+                 for side in sides for rows in side}  # fmt: skip
+        known = len(asked) == 1 and next(iter(asked))[:2] != (None, None)
+        return known and all(sides) and variant != reference and any(next(iter(asked))[2])
 
-    def beside(self, variant: str) -> tuple[float, float, float] | None:
-        """The mean of `gaps` to full tuning, and its 95 % interval over test rows."""
-        gaps = self.gaps(variant)
-        return (fmean(gaps), *interval(gaps)) if gaps else None
+    def beside(self, variant: str, reference: str = REFERENCE) -> tuple[float, float, float] | None:
+        """The mean of a variant less that of another one, over all seeds, and its 95 % interval over test rows and
+        seeds, in the units of ``metric_title``; None where they are not known to be of the same rows."""
+        if not self.are_paired(variant, reference):
+            return None
+        scale = 100 if self.is_fraction else 1
+        mine, others = ([[scale * credit for credit in run.rows["credits"] if credit is not None]
+                         for run in self.methods[name]] for name in (variant, reference))  # fmt: skip
+        rows = self.methods[variant][0].rows
+        shared = rows.get("pictures")
+        groups = shared and [g for g, credit in zip(shared, rows["credits"], strict=True) if credit is not None]
+        if len(mine) == len(others) == 1:
+            return difference(mine[0], others[0], groups)
+        return over_seeds(mine, others, groups, draws=DRAWS)
 
     def costs(self, variant: str, key: str) -> list[float]:
         """Return one cost of a variant's seeds, leaving out the seeds that lack it."""
@@ -256,8 +260,9 @@ def _read_run(folder: Path) -> RunRecord:
 def _rows(file: Path) -> dict[str, Any]:
     """What each test row gave to the primary metric; nothing where a run does not tell, as of earlier versions."""
     told = _read_json(file, dict) if file.exists() else {}
-    if not isinstance(told.get("credits", []), list):
-        raise ValueError(f"{file.name} should give a list as 'credits'")
+    for name in ("credits", "pictures"):
+        if not isinstance(told.get(name, []), list):
+            raise ValueError(f"{file.name} should give a list as {name!r}")
     return {**told, "credits": [number(value) for value in told.get("credits", [])]} if told else {}
 
 

@@ -89,7 +89,7 @@ def measured(sections: Sequence[Section]) -> tuple[Cost, ...]:
 
 def compared(sections: Sequence[Section]) -> bool:
     """Whether some method is compared with full tuning on the same test rows."""
-    return any(section.gaps(variant) for section in sections for variant in section.methods)
+    return any(section.are_paired(variant) for section in sections for variant in section.methods)
 
 
 def column_titles(sections: Sequence[Section], shown: Sequence[Cost]) -> list[str]:
