@@ -157,7 +157,7 @@ def raw_of(way: str, rate: float, seed: int, data: dict[str, Any]) -> dict[str, 
         "costs": False,
         "seed": seed,
     }  # fmt: skip
-    if WAYS[way].methods[-1]["name"] in ("lora", "adapter", "bitfit", "full"):
+    if WAYS[way].methods[-1]["name"] in ("lora", "adapter", "bitfit", "full") or WAYS[way].methods[-1] == LAYERS:
         raw["backbone"]["attention"] = "eager"  # on a CPU in bfloat16 its backward pass is several times as fast
     if WAYS[way].fresh:
         raw["task"]["drop"], raw["training"]["crop"] = 0.2, 0.5
@@ -187,19 +187,35 @@ SHOWN = [c for c in COSTS if c.key in ("trainable_params", "saved_activation_byt
 STORED = [*SHOWN, *(c for c in COSTS if c.key == "checkpoint_bytes")]
 
 
+ALL_LAYERS = "partial-6" + LENGTH
+HEADS = "beside heads alone (95 %)"
+TABLES = {  # what stands beside each way of a table, by the title of its column
+    "25 epochs": {HEADS: "linear-probe" + LENGTH},
+    "to the plateau": {HEADS: "linear-probe"},
+    "90 % pruned": {
+        "beside nothing pruned (95 %)": ALL_LAYERS, "beside MULTIFLOW (95 %)": f"multiflow-0.9, {ALL_LAYERS}",
+        "beside random (95 %)": f"random-pruning-0.9, {ALL_LAYERS}"},
+}  # fmt: skip
+
+
+def is_in(table: str, way: str) -> bool:
+    if table == "90 % pruned":
+        return way.endswith(ALL_LAYERS)
+    return "-0.9" not in way and bool(WAYS[way].epochs) == (table == "25 epochs")
+
+
 def tables() -> Iterator[str]:
-    """Three: rSum of each way after 25 epochs, and how far it is from that of the heads alone, with a 95 % interval;
-    the same of trainings to the plateau; and costs, also of ways that no training was carried out with: what is
-    trained, what autograd keeps for a batch of 128, what is left of the model, what is stored, and what a step takes
-    without a cache on a machine that does nothing else (`alone.py`)."""
+    """Four: rSum of each way after 25 epochs, and how far it is from that of the heads alone, with a 95 % interval;
+    the same of trainings to the plateau; pruned towers, all layers tuned; and costs, also of ways that no training was
+    carried out with: what is trained, what autograd keeps for a batch of 128, what is left of the model, what is
+    stored, and what a step takes without a cache on a machine that does nothing else (`alone.py`)."""
     found = trials().measured()
-    for title, equally in (("25 epochs", True), ("to the plateau", False)):
-        some = {way: mine for way, mine in found.items() if bool(WAYS[way].epochs) == equally}
-        heads = found.get("linear-probe" + (LENGTH if equally else ""), {})
-        shown = ("seeds", "rate", "steps", "loss", "rSum", "beside heads alone (95 %)", "R@1 of texts, pictures (%)")
+    for title, beside in TABLES.items():
+        shown = ("seeds", "rate", "steps", "loss", "rSum", *beside, "R@1 of texts, pictures (%)")
         yield f"| {title} | {' | '.join(shown)} |"
-        yield "|---|" + "---:|" * 7
-        yield from (row_of(way, mine, heads) for way, mine in some.items())
+        yield "|---|" + "---:|" * len(shown)
+        bases = [found.get(way, {}) for way in beside.values()]
+        yield from (row_of(way, mine, bases) for way, mine in found.items() if is_in(title, way))
         yield ""
     alone = trials().steps_alone()
     yield "| | " + " | ".join([*(c.title for c in STORED), *ALONE]) + " |"
@@ -217,20 +233,20 @@ def plain(way: str) -> str:
     return way.removesuffix(LENGTH)
 
 
-def row_of(way: str, mine: dict[int, Any], heads: dict[int, Any]) -> str:
+def row_of(way: str, mine: dict[int, Any], bases: list[dict[int, Any]]) -> str:
     """Means over seeds: steps, the training loss of the last epoch, rSum and first recalls on test rows."""
     steps, loss = round(fmean(r["steps"] for r in mine.values())), fmean(r["loss"] for r in mine.values())
     firsts = [fmean(100 * r["test"][f"{d} recall@1"] for r in mine.values())
               for d in ("image to text", "text to image")]  # fmt: skip
     return (f"| {plain(way)} | {len(mine)} | {trials().chosen(way):g} | {steps} | {loss:.1f} | "
-            f"{cell([r['test']['rsum'] for r in mine.values()])} | {apart(mine, heads)} | "
+            f"{cell([r['test']['rsum'] for r in mine.values()])} | {' | '.join(apart(mine, b) for b in bases)} | "
             f"{firsts[0]:.1f}, {firsts[1]:.1f} |")  # fmt: skip
 
 
 def scores() -> dict[str, list[float]]:
     """rSum of all ways after 25 epochs."""
     return {plain(way): [r["test"]["rsum"] for r in mine.values()] for way, mine in trials().measured().items()
-            if way.endswith(LENGTH)}  # fmt: skip
+            if way.endswith(LENGTH) and is_in("25 epochs", way)}  # fmt: skip
 
 
 def main() -> None:
