@@ -145,6 +145,12 @@ class Trials:
         tried = {r["rate"]: r["validation"] for r in self.lines() if r["way"] == way and r["seed"] == 0}
         return max(tried, key=lambda rate: tried[rate])
 
+    def told_rate(self, way: str) -> str:
+        """The chosen rate, which of how many it is by size: `0.001 (2 of 3)` lies between others."""
+        tried = sorted({r["rate"] for r in self.lines() if (r["way"], r["seed"]) == (way, 0)})
+        rate = self.chosen(way)
+        return f"{rate:g} ({tried.index(rate) + 1} of {len(tried)})"
+
     def measured(self, whole: bool = True) -> dict[str, dict[int, Row]]:
         """Each way that is trained at all its rates (or, not `whole`, at one): its runs at the chosen one by seed."""
         rows = self.lines()
@@ -287,11 +293,11 @@ def tables(trials: Trials, references: list[str]) -> Iterator[str]:
     machine that does nothing else (`alone.py`)."""
     found = trials.measured()
     beside = " | ".join(f"beside {r} (95 %)" for r in references)
-    yield f"| | seeds | rate | {metric_of(found)} | steps | {beside} |"
+    yield f"| | seeds | rate (of those tried) | {metric_of(found)} | steps | {beside} |"
     yield "|---|" + "---:|" * (4 + len(references))
     for way, mine in found.items():
         gaps = [apart(mine, found.get(r, {})) if way != r else "-" for r in references]
-        yield (f"| {way} | {len(mine)} | {trials.chosen(way):g} | {cell(scores_of(mine))} | "
+        yield (f"| {way} | {len(mine)} | {trials.told_rate(way)} | {cell(scores_of(mine))} | "
                f"{fmean(r['steps'] for r in mine.values()):.0f} | {' | '.join(gaps)} |")  # fmt: skip
     yield ""
     yield "| | " + " | ".join([*(c.title for c in SHOWN), *ALONE]) + " |"

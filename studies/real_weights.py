@@ -45,7 +45,7 @@ from torch import Tensor, nn
 import trimtab
 from trimtab.methods import METHODS
 from trimtab.methods.prune.masks import Masks
-from trimtab.metrics.intervals import interval
+from trimtab.metrics.intervals import over_seeds
 
 RESULTS = Path(__file__).parent / "results" / "real_weights.jsonl"
 LEVELS = (0.5, 0.63, 0.75, 0.9)
@@ -198,7 +198,8 @@ def setting(text: str) -> tuple[str, float]:
 
 
 def tables() -> Iterator[str]:
-    """Score of each pruner at each sparsity, and how far it is from MULTIFLOW's, paired, with a 95 % interval."""
+    """Score of each pruner at each sparsity, and how far it is from MULTIFLOW's, with a 95 % interval over
+    photographs and draws of the calibration data."""
     rows = lines()
     dense = next(r for r in rows if r["pruner"] == DENSE)
     for what in ("text", "vision"):
@@ -236,35 +237,38 @@ def grid(rows: list[dict[str, Any]], what: str, levels: list[float]) -> Iterator
 
 
 def cell(mine: dict[int, np.ndarray], reference: dict[int, np.ndarray]) -> str:
-    """Mean over seeds and photographs; the difference to the reference, over photographs drawn again."""
+    """Mean over draws of the calibration data and photographs; the difference to the reference, over both."""
     if not mine:
         return "-"
     text = f"{100 * np.mean([v.mean() for v in mine.values()]):.1f}"
-    seeds = sorted(mine.keys() & reference.keys())
-    if not seeds or all(mine[s] is reference[s] for s in seeds):
+    if not mine.keys() & reference.keys() or mine is reference:
         return text
-    gap = 100 * np.mean([mine[s] - reference[s] for s in seeds], axis=0)
-    if not gap.any():
-        return text + " (the same)"
-    low, high = interval(gap.tolist())
-    return f"{text} ({low:+.1f} to {high:+.1f})"
+    gap, low, high = apart(mine, reference)
+    return f"{text} (the same)" if gap == low == high == 0 else f"{text} ({low:+.1f} to {high:+.1f})"
+
+
+def apart(mine: dict[int, np.ndarray], reference: dict[int, np.ndarray]) -> tuple[float, float, float]:
+    """The difference in points on the draws of the calibration data that both have, and its 95 % interval, over
+    photographs and draws; of one draw over photographs alone."""
+    draws = mine.keys() & reference.keys()
+    one, other = ([(100 * side[draw]).tolist() for draw in sorted(draws)] for side in (mine, reference))
+    return over_seeds(one, other)
 
 
 def compared(one: str, other: str) -> Iterator[str]:
-    """How far one pruner, such as `wanda` or `wanda, uniform shares`, is from another on the draws that both have."""
+    """How far one pruner, such as `wanda` or `wanda, uniform shares`, is from another."""
     known = {named(r) for r in lines()}
     if unknown := {one, other} - known:
         raise SystemExit(f"--compare: {min(unknown)!r} is not measured; known: {'; '.join(sorted(known))}")
     for what in ("text", "vision"):
         each: dict[tuple[str, float], dict[int, np.ndarray]] = defaultdict(dict)
         for r in lines():
-            each[named(r), r["sparsity"]][r["seed"]] = 100 * np.array(r[what]["each"])
+            each[named(r), r["sparsity"]][r["seed"]] = np.array(r[what]["each"])
         for level in sorted({level for name, level in each if name == one}):
             mine, reference = each[one, level], each[other, level]
-            seeds = sorted(mine.keys() & reference.keys())
-            gap = np.mean([mine[s] - reference[s] for s in seeds], axis=0)
-            low, high = interval(gap.tolist())
-            yield f"{what} {100 * level:g} %: {gap.mean():+.1f} ({low:+.1f} to {high:+.1f}), {len(seeds)} draws"
+            gap, low, high = apart(mine, reference)
+            draws = len(mine.keys() & reference.keys())
+            yield f"{what} {100 * level:g} %: {gap:+.1f} ({low:+.1f} to {high:+.1f}), {draws} draws"
 
 
 def main() -> None:

@@ -23,6 +23,8 @@ the training loss of its last epoch; what is there is not trained again, and an 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -173,7 +175,13 @@ def trials(data: dict[str, Any] | None = None) -> Trials:
     """Of these photographs; of none to see what was measured."""
     data = data or {"name": "files", "train": "none", "test": "none"}
     return Trials(RESULTS, {way: WAYS[way].rates for way in WAYS}, partial(recipe_of, data=data),
-                  lambda folder: RetrievalEach.each)  # fmt: skip
+                  lambda folder: RetrievalEach.each, table=lambda folder: captions_of(data))  # fmt: skip
+
+
+def captions_of(data: dict[str, Any]) -> str | None:
+    """A hash of the test rows' captions: wherever photographs lie."""
+    rows = [json.loads(line)["captions"] for line in Path(data["test"]).read_text(encoding="utf-8").splitlines()]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -211,7 +219,7 @@ def tables() -> Iterator[str]:
     stored, and what a step takes without a cache on a machine that does nothing else (`alone.py`)."""
     found = trials().measured()
     for title, beside in TABLES.items():
-        shown = ("seeds", "rate", "steps", "loss", "rSum", *beside, "R@1 of texts, pictures (%)")
+        shown = ("seeds", "rate (of those tried)", "steps", "loss", "rSum", *beside, "R@1 of texts, pictures (%)")
         yield f"| {title} | {' | '.join(shown)} |"
         yield "|---|" + "---:|" * len(shown)
         bases = [found.get(way, {}) for way in beside.values()]
@@ -238,7 +246,7 @@ def row_of(way: str, mine: dict[int, Any], bases: list[dict[int, Any]]) -> str:
     steps, loss = round(fmean(r["steps"] for r in mine.values())), fmean(r["loss"] for r in mine.values())
     firsts = [fmean(100 * r["test"][f"{d} recall@1"] for r in mine.values())
               for d in ("image to text", "text to image")]  # fmt: skip
-    return (f"| {plain(way)} | {len(mine)} | {trials().chosen(way):g} | {steps} | {loss:.1f} | "
+    return (f"| {plain(way)} | {len(mine)} | {trials().told_rate(way)} | {steps} | {loss:.1f} | "
             f"{cell([r['test']['rsum'] for r in mine.values()])} | {' | '.join(apart(mine, b) for b in bases)} | "
             f"{firsts[0]:.1f}, {firsts[1]:.1f} |")  # fmt: skip
 
