@@ -113,7 +113,11 @@ def over_seeds(
         raise ValueError("expected finite numbers, one a row")
     draw, means = np.random.default_rng(0), []
     for side in sides:
-        seeds = _drawn_means(*_pooled(side, groups), draws)  # (draws, seeds)
+        sums, sizes = _pooled(side, groups)
+        shares = _drawn(sizes.size, draws)
+        seeds = shares @ sums.T  # (draws, seeds)
+        if groups is not None:
+            seeds /= (shares @ sizes)[:, None]
         if len(side) > 1:
             some = draw.integers(len(side), size=(draws, len(side) - 1))
             seeds = np.take_along_axis(seeds, some, axis=1)
@@ -122,14 +126,8 @@ def over_seeds(
     return float(sides[0].mean() - sides[1].mean()), float(low), float(high)
 
 
-def _drawn_means(sums: np.ndarray, sizes: np.ndarray, draws: int) -> np.ndarray:
-    """The mean of the rows in each draw, (draws, seeds)."""
-    counts = _drawn(sizes.size, draws)
-    return counts @ sums.T / (counts @ sizes)[:, None]
-
-
 @lru_cache(maxsize=2)
 def _drawn(many: int, draws: int) -> np.ndarray:
-    """How often each of so many rows or groups is in each draw, (draws, rows): the same for both sides."""
-    draw = np.random.default_rng(0)
-    return draw.multinomial(many, np.full(many, 1 / many), size=draws).astype(np.float32)
+    """Shares of so many rows or groups in each draw, (draws, rows): the same for both sides."""
+    counts = np.random.default_rng(0).multinomial(many, np.full(many, 1 / many), size=draws)
+    return (counts / many).astype(np.float32)
