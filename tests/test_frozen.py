@@ -23,6 +23,8 @@ from trimtab.experiments import collation
 from trimtab.experiments.cached import CachedModel, TableCache
 from trimtab.methods import METHODS
 from trimtab.methods.tune import cache as stored
+from trimtab.methods.tune.frozen import Playing, Recording
+from trimtab.methods.tune.watching import Example, Watcher
 from trimtab.tasks import TASKS, TaskModel
 
 ROWS = 12
@@ -244,3 +246,40 @@ def test_what_only_seems_frozen_is_told_from_what_is(between, message, tmp_path,
         return
     with pytest.raises(ValueError, match=f"cache: .*{message}"):
         TableCache(Model(between), [], ROWS_OF, tmp_path / "cache", "fp32")
+
+
+class Told(nn.Module):
+    """A frozen block that hands on features, and something about the batch."""
+
+    def __init__(self, what: Callable[[Tensor], Any]):
+        super().__init__()
+        self.inner, self.what = nn.Linear(4, 4), what
+
+    def forward(self, x: Tensor, ids: Tensor) -> Any:
+        return self.inner(x), self.what(ids > 0)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        lambda real: int(real.sum(dim=1).max()), lambda real: real.sum(dim=1).max().float(),
+        lambda real: bool(real.all()), lambda real: None if real.all() else real.sum(),
+    ],
+    ids=["number", "tensor", "flag", "none"],
+)  # fmt: skip
+def test_what_was_the_same_for_all_rows_of_the_first_step_must_stay_so(what):
+    def between(model: Model, batch: dict[str, Tensor]) -> Tensor:
+        found, told = model.block(batch["x"], batch["ids"])
+        return found * (1 if told is None else 1 + told)
+
+    model = Model(between)
+    model.block = Told(what).requires_grad_(False)
+    x, ids = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), torch.ones(5, 6, dtype=torch.long)
+    plan = Watcher(model, {}, Example({"x": x, "ids": ids}, torch.tensor((4, 1, 2)))).find()
+    recording, playing = Recording(model, {}, plan), Playing(model, {}, plan)
+    whole = {"x": -x, "ids": 2 * ids}
+    played = playing.run(recording.run(whole), 5)["loss"]
+    assert torch.allclose(played, model(**whole)["loss"])
+    padded = torch.nn.functional.pad(ids[:, :4], (0, 2))
+    with pytest.raises(ValueError, match="cache: what 'block' hands on beside its rows .* depends on the batch"):
+        recording.run({"x": x, "ids": padded})

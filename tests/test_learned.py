@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+import trimtab
 from tests.methods.small import Stack
 from trimtab.anatomy.structure import mark_added
 from trimtab.methods.tune.lora import LoRA
 from trimtab.sizes import sizes_only
-from trimtab.storage.learned import fingerprint, learned_part, precision
+from trimtab.storage.learned import fingerprint, learned_part, precision, trace
 
 
 @pytest.fixture
@@ -42,6 +43,16 @@ def test_every_type_is_read_as_it_is_stored(dtype):
     assert fingerprint(copy.deepcopy(model)) == before
     model.table[4, 2] = 1
     assert fingerprint(model) != before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_every_change_of_a_few_numbers_is_seen(size, dtype):
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(500):
+        before, after = (torch.rand(size, generator=draw).to(dtype) + 2 for _ in range(2))
+        assert trace(before).left(after) != torch.equal(before, after)
+        assert size == 1 or torch.equal(before, before.flip(0)) or trace(before).left(before.flip(0))
 
 
 def test_shapes_names_types_and_ties_count(model):
@@ -103,3 +114,24 @@ def test_buffers_that_training_moves_are_learned():
         model[name](torch.randn(8, 4))
     other.load_state_dict({**other.state_dict(), **learned_part(model)})
     assert all(torch.equal(t, other.state_dict()[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["what is learned", "the model"])
+def test_what_was_trained_in_single_precision_is_loaded_so_on_a_base_in_half(whole, tmp_path):
+    def base() -> Stack:
+        torch.manual_seed(0)
+        return Stack().bfloat16()
+
+    fit = trimtab.adapt(base(), anatomy=Stack().anatomy()).tune("lora", rank=2, targets="all-linear")
+    if whole:
+        fit.model.float()
+    with torch.no_grad():
+        for parameter in fit.parameters():
+            parameter.data = torch.randn(parameter.shape)
+    fit.save(tmp_path / "fit")
+    again = trimtab.adapt(base(), tmp_path / "fit", anatomy=Stack().anatomy())
+    assert all(torch.equal(a, b) for a, b in zip(fit.parameters(), again.parameters(), strict=True))
+    if whole:
+        again.model.float()
+    x = torch.randn(4, 16).to(torch.float32 if whole else torch.bfloat16)
+    assert torch.equal(fit.model(x), again.model(x))

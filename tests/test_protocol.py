@@ -76,8 +76,8 @@ def test_tables_show_the_chosen_rate_and_differences_of_the_means_over_all_seeds
         row("lora", 3.0, 0, 0.5, (100, 50)), row("lora", 3.0, 1, 0.5, (0, 0)),
     )  # fmt: skip
     told = list(protocol.tables(study, ["full"]))
-    assert told[2].startswith("| full | 1 | 1 | 0.0 | 100 | - |")
-    assert told[3].startswith("| lora | 2 | 3 | 37.5 ± 53.0 | 100 | +37.5 (+0.0 to +100.0)* |")
+    assert told[2].startswith("| full | 1 | 1 (1 of 2) | 0.0 | 100 | - |")
+    assert told[3].startswith("| lora | 2 | 3 (1 of 1) | 37.5 ± 53.0 | 100 | +37.5 (+0.0 to +100.0)* |")
     assert told[-1] == "4 trainings, 2.0 hours of one processor"
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -25,6 +24,7 @@ from trimtab.settings import build
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+    from trimtab.methods.prune.masks import Masks
     from trimtab.methods.session import Session
 
 _NOUNS = {"prune": "pruner", "skip": "search", "tune": "tuning method"}
@@ -132,7 +132,7 @@ class Method(ABC):
         """Names of the towers through which no gradient passes once this is attached."""
         return ()
 
-    def follow(self, masks: Mapping[str, Tensor], model: nn.Module) -> None:  # noqa: B027 (few add to weights)
+    def follow(self, masks: Masks, model: nn.Module) -> None:  # noqa: B027 (few add to weights)
         """Let what it adds to weights keep the zeros of a pruner's masks, which are named by plain paths."""
 
     def replaces(self) -> tuple[str, ...]:

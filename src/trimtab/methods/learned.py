@@ -109,12 +109,22 @@ class Learned:
         own = named_tensors(self.model, self.with_task)
         return {n for n, (t, _) in own.items() if n in self._carried or (n in self._noted and self._noted[n].left(t))}
 
-    def copy(self, tensors: dict[str, Tensor], where: str) -> None:
-        """Copy tensors into the model; ValueError unless they are exactly what is learned here."""
+    def copy(self, tensors: dict[str, Tensor], where: str, as_stored: bool = False) -> None:
+        """Copy tensors into the model; ValueError unless they are exactly what is learned here.
+
+        Args:
+            tensors: by name.
+            where: they come from, for errors.
+            as_stored: a parameter of a coarser type than its tensor (bfloat16, where float32 was trained) takes the
+                tensor's type over, so that no value is rounded.
+        """
         own = self._fitting(tensors, where)
         with torch.no_grad():
             for key, tensor in tensors.items():
-                own[_place(key)].copy_(tensor)
+                mine = own[_place(key)]
+                if as_stored and torch.promote_types(mine.dtype, tensor.dtype) != mine.dtype:
+                    mine.data = mine.data.to(tensor.dtype)
+                mine.copy_(tensor)
 
     def _fitting(self, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
         own = {_place(k): v for k, v in self.current().items()}

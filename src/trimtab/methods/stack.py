@@ -176,7 +176,7 @@ class Stack(Learned):
                 other.follow(self.masks, self.model)
         if gone := blocks - {b.path for b in self.anatomy.blocks()}:
             for pruner in self.levers("prune"):
-                pruner.forget(gone, self.anatomy)
+                pruner.forget(gone, self.anatomy, self.model)
         if real:
             self.note()
         self._take_over()
@@ -299,7 +299,7 @@ class Stack(Learned):
                 learned.requires_grad_(True)
         note_idle(self.model, [p for p in before if not p.requires_grad])
         self._carried |= saved.learned.keys() & named_tensors(self.model, self.with_task).keys()
-        self.copy(saved.learned, where)
+        self.copy(saved.learned, where, as_stored=True)
         self.carry()
         self.note()
         self._take_over()

@@ -147,10 +147,11 @@ def _sum_of_bits(tensor: Tensor) -> int | None:
     if not plain or tensor.is_meta or tensor.is_quantized:
         return None
     bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    whole = bits.numel() // 8 * 8
-    if bits.storage_offset() % 8:
+    if rest := -bits.numel() % 8:
+        bits = nn.functional.pad(bits, (0, rest))
+    elif bits.storage_offset() % 8:
         bits = bits.clone()
-    words, total = bits[:whole].view(torch.int64), int(bits[whole:].sum(dtype=torch.int64))
+    words, total = bits.view(torch.int64), 0
     weights = 2 * torch.arange(min(len(words), _PIECE), device=bits.device) + 1
     for piece in words.split(_PIECE):  # stays in a core's cache
         total = (total * _STEP + int((piece * weights[: len(piece)]).sum())) % 2**64

@@ -325,16 +325,19 @@ class Pruner(Method):
     def callbacks(self) -> list[TrainerCallback]:
         return [keep_zeros(self.attached)]
 
-    def forget(self, paths: Collection[str], anatomy: Anatomy) -> None:
+    def forget(self, paths: Collection[str], anatomy: Anatomy, model: nn.Module) -> None:
         """Let the masks of blocks go that were taken out; what is told of the sparsity is of what is left.
+
+        A mask stays where a block that is left shares the weight.
 
         Args:
             paths: of the blocks.
             anatomy: of what is left.
+            model: what is left.
         """
         share = self.state["kept"] / max(1, self.state["prunable"])
-        held = [p for p in paths if any(under(path, [p]) for path in self.attached)]
-        self.attached = self.attached.without(held)
+        left = self.attached.noted_on(model)
+        self.attached = self.attached.without([p for p in self.attached if under(p, paths) and p not in left])
         self.tensors = self.attached.packed()
         shapes = {path: list(shape) for path, shape in self.attached.shapes.items()}
         if self.attached.originals:

@@ -168,7 +168,7 @@ class Masks(Mapping[str, Tensor]):
         for path, several in places.found.items():
             for module, name in several if path in self.weights else ():
                 module.get_parameter(name).copy_(self.weights[path])
-        note(places, self._mark)
+        note(model, places, self._mark)
         self.enforce(model)
 
     @torch.no_grad()
@@ -243,6 +243,15 @@ class Masks(Mapping[str, Tensor]):
         """Zero the pruned weights that the optimiser may have changed."""
         for _, parameter, gone in self._pruned(model, trained=True):
             parameter.masked_fill_(gone, 0)
+
+    def noted_on(self, model: nn.Module) -> set[str]:
+        """Paths of the masks that were applied to a weight that still stands in the model, whatever its path is now."""
+        return set(find(model, self.shapes, self._mark, paths=False).found)
+
+    def by_parameter(self, model: nn.Module) -> dict[int, str]:
+        """Path of the mask of each pruned parameter, by its id."""
+        found = self._places(model).found
+        return {id(module._parameters[name]): path for path, several in found.items() for module, name in several}
 
     def _places(self, model: nn.Module) -> Places:
         places = find(model, self.shapes, self._mark)

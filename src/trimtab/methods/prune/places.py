@@ -40,15 +40,18 @@ class Places:
     root: nn.Module | None = None
 
 
-def note(places: Places, mark: str) -> None:
-    """Write on each module which of its parameters has which mask."""
-    for path, several in places.found.items():
-        for module, name in several:
-            vars(module).setdefault(_NOTES, {})[mark, name] = path
+def note(model: nn.Module, places: Places, mark: str) -> None:
+    """Write on each module which of its parameters has which mask; on modules that share the parameter too, so that its
+    mask is known when the block that gave its path is taken out."""
+    paths = {id(module._parameters[name]): path for path, several in places.found.items() for module, name in several}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in paths:
+                vars(module).setdefault(_NOTES, {})[mark, name] = paths[id(parameter)]
 
 
-def find(model: nn.Module, shapes: Mapping[str, torch.Size], mark: str) -> Places:
-    """Find weights by the notes that `note` wrote, and those without one by their paths.
+def find(model: nn.Module, shapes: Mapping[str, torch.Size], mark: str, paths: bool = True) -> Places:
+    """Find weights by the notes that `note` wrote, and if `paths` those without one by their paths.
 
     Raises:
         ValueError: if a weight has another shape, or more than one module inside the model has these paths.
@@ -59,7 +62,7 @@ def find(model: nn.Module, shapes: Mapping[str, torch.Size], mark: str) -> Place
             if owner == mark and path in shapes and module._parameters.get(name) is not None:
                 places.found.setdefault(path, []).append((module, name))
     places.noted = bool(places.found)
-    rest = [path for path in shapes if path not in places.found]
+    rest = [path for path in shapes if path not in places.found] if paths else []
     if rest:
         places.root = _holder(model, {path: shapes[path] for path in rest})
         for path in rest:

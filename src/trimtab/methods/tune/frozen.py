@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from trimtab.methods.tune.leaves import Key, Leaf, Plan, Values
+from trimtab.methods.tune.entries import print_of
+from trimtab.methods.tune.leaves import Call, Key, Leaf, Plan, Values
 from trimtab.methods.tune.listener import Listener, Seen
 from trimtab.methods.tune.results import Result, joined
 
@@ -136,7 +137,8 @@ class Recording(_Counted):
                 return tree_unflatten([blank(x) if isinstance(x, Leaf) else x for x in idle.leaves], idle.spec)
             result = forward(*args, **kwargs)
             if call := self.plan.calls.get(key):
-                for leaf, value in zip(call.leaves, tree_flatten(result)[0], strict=True):
+                values = _as_watched(call, result)
+                for leaf, value in zip(call.leaves, values, strict=True):
                     if isinstance(leaf, Leaf):
                         keep(leaf, value)
             return result
@@ -164,6 +166,26 @@ class Recording(_Counted):
             raise ValueError(f"cache: '{missing[0]}' was seen in a first step and not in a later one: the model takes "
                              "another way through its modules; train it without `training.cache`")  # fmt: skip
         return out
+
+
+def _as_watched(call: Call, result: Any) -> list[Any]:
+    """The parts of a result.
+
+    Raises:
+        ValueError: if they are others than in the first step, or if one is another value that is played back as it was
+            there: a number, or a tensor that all its rows shared.
+    """
+    values, spec = tree_flatten(result)
+    same = spec == call.spec and all(
+        (isinstance(value, Tensor) and (leaf.fixed is None or print_of(value) == print_of(leaf.fixed)))
+        if isinstance(leaf, Leaf) else repr(leaf) == repr(value)
+        for leaf, value in zip(call.leaves, values, strict=True)
+    )  # fmt: skip
+    if not same:
+        raise ValueError(f"cache: what '{call.key[0]}' hands on beside its rows (a number, None, a tensor of the whole "
+                         "batch) is not what it was in the first step: it depends on the batch, and cannot be played "
+                         "back row by row; train it without `training.cache`")  # fmt: skip
+    return values
 
 
 class Playing(_Counted):

@@ -6,9 +6,9 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from trimtab.anatomy import Anatomy, Tower
 from trimtab.anatomy.structure import is_linear, is_wrapped, module_at, plain_modules, replace_module, under
@@ -17,6 +17,9 @@ from trimtab.methods.tune.fused import FUSED, is_fused, transparent
 from trimtab.methods.tune.roles import queries_and_values, silent_attentions, wrappers
 from trimtab.registry import unknown
 from trimtab.settings import within
+
+if TYPE_CHECKING:
+    from trimtab.methods.prune.masks import Masks
 
 
 @dataclass(frozen=True)
@@ -179,14 +182,16 @@ class LoRA(Method):
                     "merged model, or name other layers in `targets`"
                 )
 
-    def follow(self, masks: Mapping[str, Tensor], model: nn.Module) -> None:
+    def follow(self, masks: Masks, model: nn.Module) -> None:
         """Multiply updates of pruned weights by their masks, so that what is trained is what can be merged."""
         from trimtab.methods.tune.masked_lora import follow
 
-        for path, mask in masks.items():
-            layer, _, name = path.rpartition(".")
-            if layer in self.wrapped and name in ("weight", FUSED):
-                follow(module_at(model, layer), path, mask)
+        paths = masks.by_parameter(model)
+        for layer in self.wrapped:  # a layer may share its weight with the one that the mask names
+            wrapped: Any = module_at(model, layer)
+            weight = getattr(wrapped.get_base_layer(), getattr(wrapped, "parameter_name", "weight"))
+            if (path := paths.get(id(weight))) is not None:
+                follow(wrapped, path, masks[path])
 
     def fold(self, model: nn.Module) -> None:
         """W + (alpha / r) B A in the place of W; the updates are gone as modules of their own."""
