@@ -49,6 +49,7 @@ def recipe_of(study: str, way: str, root: Path, work: Path) -> Any:
     """A short training of a way; at which of its learning rates is no matter here."""
     if study == "vse":
         raw = vse.raw_of(way, vse.WAYS[way].rates[0], 0, few(files(root, work), work))
+        raw["training"].pop("drops", None)  # of 25 epochs
         return expand(raw, "alone", CHANGES)[0]
     rows = [f"data.{split}={count}" for split, count in ROWS.items()]
     return read(study, [f"variants=[{way}]", "seeds=[0]", *CHANGES, *rows])[0]
@@ -84,16 +85,17 @@ def main() -> None:
         parser.error(str(error))
     ways = options.ways or [w for w in trials.rates if w in {r["way"] for r in trials.lines()}]
     if options.study == "vse" and not options.ways:
-        ways = [w for w in ways if not vse.WAYS[w].epochs]  # a step is the same however long a way trains
+        ways = list({vse.plain(w): w for w in ways}.values())  # a step is the same however long a way trains
     if unknown := set(ways) - trials.rates.keys():
         parser.error(f"{options.study} has no way {min(unknown)!r}: it has {', '.join(trials.rates)}")
     for way in ways:
         command = [sys.executable, "-W", "ignore", __file__, options.study, "--root", str(options.root)]
         told = subprocess.run([*command, "--work", str(options.work), "--one", way], check=True, text=True,
                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE).stdout  # fmt: skip
-        found = {**trials.steps_alone(), way: json.loads(told.splitlines()[-1])}
+        name = vse.plain(way) if options.study == "vse" else way
+        found = {**trials.steps_alone(), name: json.loads(told.splitlines()[-1])}
         trials.alone.write_text(json.dumps(found, indent=1) + "\n")
-        print(way, found[way], flush=True)
+        print(name, found[name], flush=True)
 
 
 if __name__ == "__main__":

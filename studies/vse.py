@@ -188,6 +188,8 @@ def captions_of(data: dict[str, Any]) -> str | None:
 
 
 def costs_of(way: str) -> dict[str, Any]:
+    """However long it trains; named with its length or without."""
+    way = way if way in WAYS else way + LENGTH
     return estimate(recipe_of(way, WAYS[way].rates[0], 0, {"name": "files", "train": "none", "test": "none"}))
 
 
@@ -228,10 +230,11 @@ def tables() -> Iterator[str]:
     alone = trials().steps_alone()
     yield "| | " + " | ".join([*(c.title for c in STORED), *ALONE]) + " |"
     yield "|---|" + "---:|" * (len(STORED) + 2)
-    for way in (w for w in WAYS if w in alone or (w in found and not WAYS[w].epochs)):
-        costs = costs_of(way)
+    once = {plain(way): way for way in (*found, *alone) if way in WAYS or way + LENGTH in WAYS}
+    for name in sorted(once, key=[plain(way) for way in WAYS].index):
+        costs = costs_of(name)
         cells = [amount(costs[c.key], c.units) for c in STORED]
-        yield f"| {way} | {' | '.join([*cells, *alone_cells(alone.get(way))])} |"
+        yield f"| {name} | {' | '.join([*cells, *alone_cells(alone.get(name))])} |"
     yield ""
     yield trials().effort()
 
