@@ -85,7 +85,7 @@ def main() -> None:
         parser.error(str(error))
     ways = options.ways or [w for w in trials.rates if w in {r["way"] for r in trials.lines()}]
     if options.study == "vse" and not options.ways:
-        ways = list({vse.plain(w): w for w in ways}.values())  # a step is the same however long a way trains
+        ways = list(vse.once(ways).values())
     if unknown := set(ways) - trials.rates.keys():
         parser.error(f"{options.study} has no way {min(unknown)!r}: it has {', '.join(trials.rates)}")
     for way in ways:

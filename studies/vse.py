@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -178,7 +178,7 @@ def trials(data: dict[str, Any] | None = None) -> Trials:
                   lambda folder: RetrievalEach.each, table=lambda folder: captions_of(data))  # fmt: skip
 
 
-def captions_of(data: dict[str, Any]) -> str | None:
+def captions_of(data: dict[str, Any]) -> str:
     """A hash of the test rows' captions: wherever photographs lie."""
     rows = [json.loads(line)["captions"] for line in Path(data["test"]).read_text(encoding="utf-8").splitlines()]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
@@ -230,8 +230,7 @@ def tables() -> Iterator[str]:
     alone = trials().steps_alone()
     yield "| | " + " | ".join([*(c.title for c in STORED), *ALONE]) + " |"
     yield "|---|" + "---:|" * (len(STORED) + 2)
-    once = {plain(way): way for way in (*found, *alone) if way in WAYS or way + LENGTH in WAYS}
-    for name in sorted(once, key=[plain(way) for way in WAYS].index):
+    for name in sorted({*once(found), *alone}, key=list(once(WAYS)).index):
         costs = costs_of(name)
         cells = [amount(costs[c.key], c.units) for c in STORED]
         yield f"| {name} | {' | '.join([*cells, *alone_cells(alone.get(name))])} |"
@@ -242,6 +241,11 @@ def tables() -> Iterator[str]:
 def plain(way: str) -> str:
     """The way, however long it trains."""
     return way.removesuffix(LENGTH)
+
+
+def once(ways: Iterable[str]) -> dict[str, str]:
+    """Ways by their names without a length; not heads alone at other lengths, since their steps are the same."""
+    return {plain(way): way for way in ways if plain(way) != way or not WAYS[way].epochs}
 
 
 def row_of(way: str, mine: dict[int, Any], bases: list[dict[int, Any]]) -> str:

@@ -252,6 +252,9 @@ def test_scores_have_intervals_over_rows_and_stand_beside_full_tuning(tmp_path: 
     write_json(tmp_path / "demo/retrieval/lora/seed-0/rows.json", {"credits": 3})
     runs, omitted = report.find_runs([tmp_path])
     assert [o.reason for o in omitted] == ["rows.json should give a list as 'credits'"] and len(runs) == 3
+    write_json(tmp_path / "demo/retrieval/lora/seed-0/rows.json", other | {"pictures": [0, 0]})
+    (short,) = report.find_runs([tmp_path])[1]
+    assert short.reason == "rows.json should give as many 'pictures' as 'credits', found 2 and 200"
 
 
 def test_differences_are_of_the_means_over_all_seeds_with_intervals_over_rows_and_seeds(tmp_path: Path) -> None:

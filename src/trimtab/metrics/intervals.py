@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
-from itertools import count
 
 import numpy as np
 
@@ -63,9 +62,8 @@ def _pooled(rows: np.ndarray, groups: Groups | None) -> tuple[np.ndarray, np.nda
         return rows, np.ones(rows.shape[1])
     if len(groups) != rows.shape[1]:
         raise ValueError(f"expected a group of each of {rows.shape[1]} rows, found {len(groups)}")
-    number = count()
     numbers: dict[Hashable, int] = {}
-    place = np.array([numbers[g] if g in numbers else numbers.setdefault(g, next(number)) for g in groups])
+    place = np.array([numbers.setdefault(group, len(numbers)) for group in groups])
     sums = np.stack([np.bincount(place, weights=row) for row in rows])
     return sums, np.bincount(place).astype(float)
 

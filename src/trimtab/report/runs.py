@@ -263,6 +263,9 @@ def _rows(file: Path) -> dict[str, Any]:
     for name in ("credits", "pictures"):
         if not isinstance(told.get(name, []), list):
             raise ValueError(f"{file.name} should give a list as {name!r}")
+    if "pictures" in told and len(told["pictures"]) != len(told.get("credits", [])):
+        raise ValueError(f"{file.name} should give as many 'pictures' as 'credits', found {len(told['pictures'])} and "
+                         f"{len(told.get('credits', []))}")  # fmt: skip
     return {**told, "credits": [number(value) for value in told.get("credits", [])]} if told else {}
 
 
