@@ -3,7 +3,7 @@
     python studies/tables.py docs/prune/study.jsonl [--seconds] [--number 0.63 0.75]
     python studies/tables.py docs/tune/study.jsonl
     python studies/tables.py docs/skip/study.jsonl
-    python studies/tables.py docs/flickr8k/study.jsonl --metrics rsum "image to text recall@1" cider
+    python studies/tables.py studies/results/worth.jsonl --metrics recall@1 "image to text recall@5"
     python studies/tables.py runs/prune/find_tiny-blip/multiflow-0.75-seed0    # what it left of which matrix
 
 One table a recipe: the primary metric, mean ± standard deviation over seeds. Where labels end in a number (`omp-0.63`,
