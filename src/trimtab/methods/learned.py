@@ -98,7 +98,8 @@ class Learned:
 
     def note(self) -> None:
         """Remember every tensor as it is now, after a method: what differs later was trained, or changed by hand."""
-        self._noted = {name: trace(t) for name, (t, _) in named_tensors(self.model, self.with_task).items()}
+        own = named_tensors(self.model, self.with_task)
+        self._noted = {name: trace(t, self._noted.get(name)) for name, (t, _) in own.items()}
 
     def carry(self) -> None:
         """Before a method: what was changed since the last one is stored from here on, also when it is frozen."""

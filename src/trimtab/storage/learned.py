@@ -131,12 +131,21 @@ class Trace:
         return now != self.sums[tensor.dtype] if tensor.dtype in self.sums else self.trained
 
 
-def trace(tensor: Tensor) -> Trace:
-    """What to remember of a tensor."""
-    sums = {tensor.dtype: _sum_of_bits(tensor)}
-    if tensor.dtype == torch.float32 and sums[tensor.dtype] is not None:
-        sums |= {kind: _sum_of_bits(tensor.detach().to(kind)) for kind in (torch.bfloat16, torch.float16)}
-    return Trace({kind: n for kind, n in sums.items() if n is not None}, tensor.requires_grad)
+def trace(tensor: Tensor, before: Trace | None = None) -> Trace:
+    """What to remember of a tensor.
+
+    Args:
+        tensor: any.
+        before: what was remembered of it; if it has the same type and values still, nothing is cast again.
+    """
+    own, kind = _sum_of_bits(tensor), tensor.dtype
+    if own is None:
+        return Trace({}, tensor.requires_grad)
+    foreseen = (torch.bfloat16, torch.float16) if kind == torch.float32 else ()
+    if before is not None and before.sums.keys() == {kind, *foreseen} and before.sums[kind] == own:
+        return Trace(before.sums, tensor.requires_grad)
+    cast = {other: _sum_of_bits(tensor.detach().to(other)) for other in foreseen}
+    return Trace({kind: own} | {k: n for k, n in cast.items() if n is not None}, tensor.requires_grad)
 
 
 @torch.no_grad()
