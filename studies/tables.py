@@ -3,14 +3,12 @@
     python studies/tables.py docs/prune/study.jsonl [--seconds] [--number 0.63 0.75]
     python studies/tables.py docs/tune/study.jsonl
     python studies/tables.py docs/skip/study.jsonl
-    python studies/tables.py studies/results/worth.jsonl --metrics recall@1 "image to text recall@5"
     python studies/tables.py runs/prune/find_tiny-blip/multiflow-0.75-seed0    # what it left of which matrix
 
 One table a recipe: the primary metric, mean ± standard deviation over seeds. Where labels end in a number (`omp-0.63`,
 `das-2`), the rows are what stands before it and the columns are the numbers. Other labels follow, with their costs.
 `--against LABELS`: instead, how far every label is from these on the test rows and seeds that both have, with 95 %
 intervals over test rows.
-`--metrics`: other metrics than the primary one, of recipes that have them, with the seeds of each row.
 `--seconds`: how long each pruner took to find its masks, mean over sparsities and backbones' recipes apart.
 """
 
@@ -26,7 +24,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from trimtab.report.runs import NO_SHARES, Section, find_runs, group_runs
+from trimtab.report.runs import Section, find_runs, group_runs
 
 
 def cell(scores: list[float], decimals: int = 1) -> str:
@@ -85,22 +83,6 @@ def listed(section: Section, labels: list[str]) -> str:
     return "\n".join(lines)
 
 
-def measured(section: Section, metrics: list[str]) -> str:
-    """Rows: labels with their seeds; columns: the metrics that the recipe's runs have, shares in percent."""
-    have = [m for m in metrics if any(run.score(m) is not None for run in section.runs)]
-    values = {m: [v for run in section.runs if (v := run.score(m)) is not None] for m in have}
-    # Ranks and sums of percents go beyond 1.
-    scale = {m: 100 if max(values[m]) <= 1 and m not in NO_SHARES else 1 for m in have}
-    lines = [f"| | seeds | {' | '.join(m + (', %' if scale[m] == 100 else '') for m in have)} |",
-             "|---|---|" + "---:|" * len(have)]  # fmt: skip
-    for label, runs in section.methods.items():
-        seeds = ", ".join(str(seed) for seed in sorted(run.info["seed"] for run in runs))
-        found = {m: [scale[m] * v for run in runs if (v := run.score(m)) is not None] for m in have}
-        cells = [cell(found[m], 3 if m == "cider" else 1) for m in have]
-        lines.append(f"| {label} | {seeds} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def against(section: Section, references: list[str]) -> str:
     """Rows: labels; columns: score, steps to the plateau, and paired differences to each of the references."""
     beside = " | ".join(f"beside {r}" for r in references)
@@ -144,7 +126,7 @@ def shares(run: Path, count: int = 4) -> str:
     return f"{run}: {100 * (1 - state['sparsity']):.1f} % of all\n" + "\n".join(rows)
 
 
-def main(files: list[Path], with_seconds: bool, numbers: list[str], metrics: list[str], references: list[str]) -> None:
+def main(files: list[Path], with_seconds: bool, numbers: list[str], references: list[str]) -> None:
     for run in (f for f in files if (f / "fit.json").exists()):
         print(shares(run))
         return
@@ -164,9 +146,6 @@ def main(files: list[Path], with_seconds: bool, numbers: list[str], metrics: lis
         if references:
             print(against(section, references) + "\n")
             continue
-        if metrics:
-            print(measured(section, metrics) + "\n")
-            continue
         plain = [label for label in section.methods if not split(label)]
         if any(split(label) for label in section.methods):
             print(swept(section) + "\n")
@@ -184,7 +163,6 @@ if __name__ == "__main__":
     parser.add_argument(
         "--number", nargs="*", default=[], metavar="N", help="recipes side by side, for labels ending so"
     )
-    parser.add_argument("--metrics", nargs="*", default=[], metavar="NAME", help="instead of the primary one")
     parser.add_argument("--against", nargs="*", default=[], metavar="LABEL", help="paired differences to these")
     options = parser.parse_args()
-    main(options.files, options.seconds, options.number, options.metrics, options.against)
+    main(options.files, options.seconds, options.number, options.against)
