@@ -55,6 +55,16 @@ def test_every_change_of_a_few_numbers_is_seen(size, dtype):
         assert size == 1 or torch.equal(before, before.flip(0)) or trace(before).left(before.flip(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_remembered_is_kept_only_of_what_is_the_same(dtype):
+    first = torch.randn(33, dtype=dtype)
+    before = trace(first)
+    for now in (first.clone(), first + 1, first.to(torch.bfloat16), first.to(torch.float64), first.to("meta")):
+        assert trace(now, before) == trace(now)
+    assert trace(first, before).sums is before.sums
+    assert trace(first.requires_grad_(), before).trained
+
+
 def test_shapes_names_types_and_ties_count(model):
     found = {fingerprint(model)}
     other = copy.deepcopy(model)
