@@ -183,9 +183,9 @@ class Trials:
         """What stands there, by way."""
         return json.loads(self.alone.read_text()) if self.alone.exists() else {}
 
-    def effort(self) -> str:
-        """How many trainings there are, and what they took of one processor."""
-        rows = self.lines()
+    def effort(self, ways: list[str] | None = None) -> str:
+        """How many trainings there are, of some ways or of all, and what they took of one processor."""
+        rows = [r for r in self.lines() if ways is None or r["way"] in ways]
         return f"{len(rows)} trainings, {sum(r['seconds'] for r in rows) / 3600:.1f} hours of one processor"
 
 

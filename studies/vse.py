@@ -82,6 +82,7 @@ class Way:
     head: float = 1.0
     fresh: bool = True  # ten crops of a photograph, and tokens left out of the pooling; False: five whole ones
     epochs: int | None = None  # so many, the rate a tenth after three fifths of them; None: to the plateau
+    best: bool = False  # weights of the look with the highest validation rSum; False: of the last step
 
 
 def _way(name: str, *more: Any, **settings: Any) -> Way:
@@ -124,6 +125,8 @@ WAYS = {
     "skip, unipt-text": _composed(SKIP, UNIPT),
     "prune, skip, unipt-text": _composed(PRUNE, SKIP, UNIPT),
 }
+WAYS |= {f"{way}, best look": replace(WAYS[way], best=True, rates=(rate,))  # at the rates that their trials chose
+         for way, rate in {"linear-probe": 2e-3, "unipt-text": 2.5e-4}.items()}  # fmt: skip
 # As UniPT and VSE-infinity train: all equally long, whatever validation rows say
 LENGTH = ", 25 epochs"
 WAYS |= {f"linear-probe, {n} epochs": replace(WAYS["linear-probe"], epochs=n, rates=(2e-3,)) for n in (10, 50, 100)}
@@ -134,6 +137,11 @@ WAYS |= {way + LENGTH: replace(WAYS[way], epochs=25) for way in (
 PRUNERS: dict[str, dict[str, Any]] = {"multiflow": {}, "multiflow-uniform": {"allocation": "uniform"}} | {
     name: {} for name in ("omp", "wanda", "sparsegpt", "random-pruning")}  # fmt: skip
 LAYERS = {"name": "partial", "blocks": 6, **TEXT}
+REST = {"name": "partial", "blocks": 4, **TEXT}  # what SKIP leaves
+WAYS |= {way + LENGTH: Way(methods, PRUNED_RATE, 10.0, epochs=25) for way, methods in {
+    "prune, partial-6": (PRUNE, LAYERS), "skip, partial-4": (SKIP, REST), "prune, skip, partial-4": (PRUNE, SKIP, REST),
+    "random-skip, partial-4": ({"name": "random-skip", "skip": 2, "adapters": "none", **TEXT}, REST),
+}.items()}  # fmt: skip
 WAYS["partial-6" + LENGTH] = Way((LAYERS,), PRUNED_RATE, 10.0, epochs=25)
 WAYS |= {f"{pruner}-0.9, partial-6{LENGTH}": Way(
     ({"name": pruner.removesuffix("-uniform"), "sparsity": 0.9, **settings}, LAYERS), PRUNED_RATE, 10.0, epochs=25)
@@ -159,15 +167,18 @@ def raw_of(way: str, rate: float, seed: int, data: dict[str, Any]) -> dict[str, 
         "costs": False,
         "seed": seed,
     }  # fmt: skip
-    if WAYS[way].methods[-1]["name"] in ("lora", "adapter", "bitfit", "full") or WAYS[way].methods[-1] == LAYERS:
+    last = WAYS[way].methods[-1]
+    if last["name"] in ("lora", "adapter", "bitfit", "full") or last in (LAYERS, REST):
         raw["backbone"]["attention"] = "eager"  # on a CPU in bfloat16 its backward pass is several times as fast
     if WAYS[way].fresh:
         raw["task"]["drop"], raw["training"]["crop"] = 0.2, 0.5
     if epochs := WAYS[way].epochs:
         raw["training"] |= {"schedule": "step", "steps": epochs * EPOCH, "drops": [0.6], "warmup": 0}
         del raw["training"]["patience"]
-    if WAYS[way].methods[-1]["name"] != "full":
+    if last["name"] != "full":
         raw["training"] |= {"cache": "fp16", "cache_views": 10 if WAYS[way].fresh else 5}
+    if WAYS[way].best:
+        raw["training"]["load_best_model_at_end"] = True
     return raw
 
 
@@ -198,9 +209,10 @@ STORED = [*SHOWN, *(c for c in COSTS if c.key == "checkpoint_bytes")]
 
 
 ALL_LAYERS = "partial-6" + LENGTH
-HEADS = "beside heads alone (95 %)"
+HEADS, TUNED = "beside heads alone (95 %)", "beside MiniLM tuned (95 %)"
 TABLES = {  # what stands beside each way of a table, by the title of its column
     "25 epochs": {HEADS: "linear-probe" + LENGTH},
+    "levers together": {TUNED: ALL_LAYERS, HEADS: "linear-probe" + LENGTH},
     "to the plateau": {HEADS: "linear-probe"},
     "90 % pruned": {
         "beside nothing pruned (95 %)": ALL_LAYERS, "beside MULTIFLOW (95 %)": f"multiflow-0.9, {ALL_LAYERS}",
@@ -208,17 +220,26 @@ TABLES = {  # what stands beside each way of a table, by the title of its column
 }  # fmt: skip
 
 
+def lever_of(way: str) -> str:
+    """Which question a way answers: what tuning alone reaches, pruned towers that are tuned, or levers together."""
+    if "-0.9" in way:
+        return "90 % pruned"
+    return "tuned" if METHODS[WAYS[way].methods[0]["name"]].lever == "tune" else "levers together"
+
+
 def is_in(table: str, way: str) -> bool:
-    if table == "90 % pruned":
-        return way.endswith(ALL_LAYERS)
-    return "-0.9" not in way and bool(WAYS[way].epochs) == (table == "25 epochs")
+    if table == "to the plateau":
+        return not WAYS[way].epochs
+    alone = "tuned" if table == "25 epochs" else table
+    return bool(WAYS[way].epochs) and (lever_of(way) == alone or way == ALL_LAYERS)
 
 
 def tables() -> Iterator[str]:
-    """Four: rSum of each way after 25 epochs, and how far it is from that of the heads alone, with a 95 % interval;
-    the same of trainings to the plateau; pruned towers, all layers tuned; and costs, also of ways that no training was
-    carried out with: what is trained, what autograd keeps for a batch of 128, what is left of the model, what is
-    stored, and what a step takes without a cache on a machine that does nothing else (`alone.py`)."""
+    """Five: rSum of each way after 25 epochs, and how far it is from that of the heads alone, with a 95 % interval; of
+    levers together; of trainings to the plateau; pruned towers, all layers tuned; and costs, also of ways that no
+    training was carried out with: what is trained, what autograd keeps for a batch of 128, what is left of the model,
+    what is stored, and what a step takes without a cache on a machine that does nothing else (`alone.py`). And what
+    each question took."""
     found = trials().measured()
     for title, beside in TABLES.items():
         shown = ("seeds", "rate (of those tried)", "steps", "loss", "rSum", *beside, "R@1 of texts, pictures (%)")
@@ -235,7 +256,8 @@ def tables() -> Iterator[str]:
         cells = [amount(costs[c.key], c.units) for c in STORED]
         yield f"| {name} | {' | '.join([*cells, *alone_cells(alone.get(name))])} |"
     yield ""
-    yield trials().effort()
+    for lever in ("tuned", "levers together", "90 % pruned"):
+        yield f"{lever}: {trials().effort([way for way in WAYS if lever_of(way) == lever])}"
 
 
 def plain(way: str) -> str:
@@ -261,7 +283,7 @@ def row_of(way: str, mine: dict[int, Any], bases: list[dict[int, Any]]) -> str:
 def scores() -> dict[str, list[float]]:
     """rSum of all ways after 25 epochs."""
     return {plain(way): [r["test"]["rsum"] for r in mine.values()] for way, mine in trials().measured().items()
-            if way.endswith(LENGTH) and is_in("25 epochs", way)}  # fmt: skip
+            if way.endswith(LENGTH) and lever_of(way) != "90 % pruned"}  # fmt: skip
 
 
 def main() -> None:
