@@ -11,7 +11,8 @@ README.md: batches of 128, a constant learning rate until validation rSum, looke
 for two looks, then a linear fall over a quarter of the steps so far, 100 epochs at most (the ways `..., 25 epochs` as
 UniPT and VSE-infinity train: 25 epochs, a tenth of the rate after 15). Each way is trained at three
 learning rates with seed 0; the rate with the best validation rSum at the end is taken for the other seeds. Full tuning
-is tried at one; what LST's start gives, and what UniPT's parts and width give, is asked at that of LST and of UniPT.
+is tried at one, and so are all layers of MiniLM, whole, pruned or shortened; what LST's start gives, and what UniPT's
+parts and width give, is asked at that of LST and of UniPT.
 `--rates` adds some where the best is the highest or lowest.
 
 Frozen towers are computed once, on ten crops of each photograph with a caption drawn for each: five whole ones are
@@ -49,7 +50,7 @@ EPOCH = 47
 TEXT = {"towers": ["text"]}
 NEW = (5e-4, 1e-3, 2e-3)  # learning rates of what starts random
 MOVED = (5e-5, 1e-4, 2e-4)  # and of pretrained weights
-PRUNED_RATE = (2e-4,)  # the highest of those
+LAYERS_RATE = (2e-4,)  # of all layers, whole, pruned or shortened: the highest of those
 LIKE_UNIPT = (2.5e-4,)  # the rate that UniPT's trials chose: nothing differs but what is left out, or the width
 
 
@@ -137,15 +138,16 @@ WAYS |= {way + LENGTH: replace(WAYS[way], epochs=25) for way in (
 PRUNERS: dict[str, dict[str, Any]] = {"multiflow": {}, "multiflow-uniform": {"allocation": "uniform"}} | {
     name: {} for name in ("omp", "wanda", "sparsegpt", "random-pruning")}  # fmt: skip
 LAYERS = {"name": "partial", "blocks": 6, **TEXT}
+WAYS["partial-6" + LENGTH] = Way((LAYERS,), LAYERS_RATE, 10.0, epochs=25)
+WAYS |= {f"{pruner}-0.9, partial-6{LENGTH}": Way(
+    ({"name": pruner.removesuffix("-uniform"), "sparsity": 0.9, **settings}, LAYERS), LAYERS_RATE, 10.0, epochs=25)
+    for pruner, settings in PRUNERS.items()}  # fmt: skip
+# Levers composed again, with all layers that are left trained in UniPT's place
 REST = {"name": "partial", "blocks": 4, **TEXT}  # what SKIP leaves
-WAYS |= {way + LENGTH: Way(methods, PRUNED_RATE, 10.0, epochs=25) for way, methods in {
+WAYS |= {way + LENGTH: Way(methods, LAYERS_RATE, 10.0, epochs=25) for way, methods in {
     "prune, partial-6": (PRUNE, LAYERS), "skip, partial-4": (SKIP, REST), "prune, skip, partial-4": (PRUNE, SKIP, REST),
     "random-skip, partial-4": ({"name": "random-skip", "skip": 2, "adapters": "none", **TEXT}, REST),
 }.items()}  # fmt: skip
-WAYS["partial-6" + LENGTH] = Way((LAYERS,), PRUNED_RATE, 10.0, epochs=25)
-WAYS |= {f"{pruner}-0.9, partial-6{LENGTH}": Way(
-    ({"name": pruner.removesuffix("-uniform"), "sparsity": 0.9, **settings}, LAYERS), PRUNED_RATE, 10.0, epochs=25)
-    for pruner, settings in PRUNERS.items()}  # fmt: skip
 
 
 def recipe_of(way: str, rate: float, seed: int, data: dict[str, Any]) -> Any:
@@ -220,7 +222,7 @@ TABLES = {  # what stands beside each way of a table, by the title of its column
 }  # fmt: skip
 
 
-def lever_of(way: str) -> str:
+def question_of(way: str) -> str:
     """Which question a way answers: what tuning alone reaches, pruned towers that are tuned, or levers together."""
     if "-0.9" in way:
         return "90 % pruned"
@@ -230,8 +232,8 @@ def lever_of(way: str) -> str:
 def is_in(table: str, way: str) -> bool:
     if table == "to the plateau":
         return not WAYS[way].epochs
-    alone = "tuned" if table == "25 epochs" else table
-    return bool(WAYS[way].epochs) and (lever_of(way) == alone or way == ALL_LAYERS)
+    question = "tuned" if table == "25 epochs" else table
+    return bool(WAYS[way].epochs) and (question_of(way) == question or way == ALL_LAYERS)
 
 
 def tables() -> Iterator[str]:
@@ -257,7 +259,7 @@ def tables() -> Iterator[str]:
         yield f"| {name} | {' | '.join([*cells, *alone_cells(alone.get(name))])} |"
     yield ""
     for lever in ("tuned", "levers together", "90 % pruned"):
-        yield f"{lever}: {trials().effort([way for way in WAYS if lever_of(way) == lever])}"
+        yield f"{lever}: {trials().effort([way for way in WAYS if question_of(way) == lever])}"
 
 
 def plain(way: str) -> str:
@@ -281,9 +283,9 @@ def row_of(way: str, mine: dict[int, Any], bases: list[dict[int, Any]]) -> str:
 
 
 def scores() -> dict[str, list[float]]:
-    """rSum of all ways after 25 epochs."""
+    """rSum of ways after 25 epochs, but for those without nine tenths of the matrices."""
     return {plain(way): [r["test"]["rsum"] for r in mine.values()] for way, mine in trials().measured().items()
-            if way.endswith(LENGTH) and lever_of(way) != "90 % pruned"}  # fmt: skip
+            if way.endswith(LENGTH) and question_of(way) != "90 % pruned"}  # fmt: skip
 
 
 def main() -> None:
