@@ -52,6 +52,13 @@ def table_of(folder: Path) -> str | None:
     return json.loads((folder / "rows.json").read_text())["table"]
 
 
+def skipped_in(folder: Path) -> list[str]:
+    """The blocks that a run left out, by a search, by chance or by a plan."""
+    file = folder / "fit.json"
+    methods = json.loads(file.read_text())["methods"] if file.exists() else []
+    return [path for method in methods if method["lever"] == "skip" for path in method["state"]["skip"]]
+
+
 def processor() -> float:
     """Seconds of the processor so far, those of processes that read rows among them."""
     return sum(os.times()[:4])
@@ -133,6 +140,7 @@ class Trials:
             "loss": round(told["history"][-1]["loss"], 4), "curve": curve,
             "test": {k: round(v, 4) for k, v in told["test"].items() if "rank" not in k},
             **({"costs": {c.key: costs[c.key] for c in SHOWN if c.key in costs}} if costs else {}),
+            **({"skipped": skipped} if (skipped := skipped_in(folder)) else {}),
             "table": self.table(folder), "each": self.each(folder),
         }  # fmt: skip
 

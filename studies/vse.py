@@ -96,6 +96,7 @@ def _composed(*methods: dict[str, Any]) -> Way:
 
 UNIPT = {"name": "unipt", "form": "token", **TEXT}
 PRUNE = {"name": "multiflow", "sparsity": 0.63}
+SPARSEGPT = {"name": "sparsegpt", "sparsity": 0.63}
 SKIP = {"name": "das", "skip": 2, "search_steps": 60, "adapters": "none", **TEXT}
 
 WAYS = {
@@ -147,7 +148,10 @@ REST = {"name": "partial", "blocks": 4, **TEXT}  # what SKIP leaves
 WAYS |= {way + LENGTH: Way(methods, LAYERS_RATE, 10.0, epochs=25) for way, methods in {
     "prune, partial-6": (PRUNE, LAYERS), "skip, partial-4": (SKIP, REST), "prune, skip, partial-4": (PRUNE, SKIP, REST),
     "random-skip, partial-4": ({"name": "random-skip", "skip": 2, "adapters": "none", **TEXT}, REST),
+    "skip, prune, partial-4": (SKIP, PRUNE, REST), "sparsegpt, skip, partial-4": (SPARSEGPT, SKIP, REST),
 }.items()}  # fmt: skip
+WAYS |= {f"{way}, 50 epochs": replace(WAYS[way + LENGTH], epochs=50)
+         for way in ("partial-6", "skip, partial-4", "prune, skip, partial-4")}  # fmt: skip
 
 
 def recipe_of(way: str, rate: float, seed: int, data: dict[str, Any]) -> Any:

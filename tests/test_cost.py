@@ -118,6 +118,11 @@ def test_safetensors_size_is_the_size_of_the_file(types, tmp_path):
         }
 
 
+def test_a_type_that_no_file_holds_is_named():
+    with pytest.raises(ValueError, match=r"b: a safetensors file holds no torch\.complex128: cast it"):
+        counting.safetensors_size({"a": torch.ones(1), "b": torch.ones(1, dtype=torch.complex128)})
+
+
 def test_latency_gives_ordered_percentiles_in_milliseconds():
     calls = []
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import trimtab
+
 STUDIES = Path(__file__).parent.parent / "studies"
 sys.path.insert(0, str(STUDIES))
 
@@ -94,6 +96,15 @@ def test_what_was_measured_alone_stands_beside_what_is_counted(tmp_path: Path) -
     assert study.alone == tmp_path / "x_alone.json"
     told = list(protocol.tables(study, ["full"]))
     assert [line.split(" | ")[-2:] for line in told[-4:-2]] == [["-", "- |"], ["2.00 MB", "0.085 s |"]]
+
+
+def test_the_blocks_that_a_run_left_out_are_told(tmp_path: Path) -> None:
+    fit = trimtab.adapt(trimtab.load("tiny-vilt").model)
+    fit.prune("omp", sparsity=0.5)
+    fit.skip("random-skip", skip=2, adapters="none")
+    fit.save(tmp_path / "run")
+    assert len(fit.plan.skipped) == 2 and protocol.skipped_in(tmp_path / "run") == fit.plan.skipped
+    assert protocol.skipped_in(tmp_path) == []
 
 
 def test_a_training_alone_is_short_and_without_a_cache() -> None:

@@ -260,8 +260,15 @@ def training_peak(function: Callable[[], Tensor], model: nn.Module) -> int:
 
 
 def safetensors_size(tensors: dict[str, Tensor]) -> int:
-    """Bytes of a safetensors file with these tensors, without writing it."""
+    """Bytes of a safetensors file with these tensors, without writing it.
+
+    Raises:
+        ValueError: if such a file cannot hold the type of one of them.
+    """
     header, offset = {}, 0
+    if unknown := next((name for name, t in tensors.items() if t.dtype not in NAMES), None):
+        raise ValueError(f"{unknown}: a safetensors file holds no {tensors[unknown].dtype}: cast it to one of "
+                         f"{', '.join(str(t).removeprefix('torch.') for t in NAMES)}")  # fmt: skip
     order = list(NAMES)
     for name, t in sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
         end = offset + t.numel() * t.element_size()
