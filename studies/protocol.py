@@ -149,9 +149,9 @@ class Trials:
         return set(self.rates[way]) - {r["rate"] for r in self.lines() if (r["way"], r["seed"]) == (way, 0)}
 
     def chosen(self, way: str) -> float:
-        """The rate with the best validation score of seed 0."""
+        """The rate with the best validation score of seed 0; of equal ones the highest."""
         tried = {r["rate"]: r["validation"] for r in self.lines() if r["way"] == way and r["seed"] == 0}
-        return max(tried, key=lambda rate: tried[rate])
+        return max(tried, key=lambda rate: (tried[rate], rate))
 
     def told_rate(self, way: str) -> str:
         """The chosen rate, which of how many it is by size: `0.001 (2 of 3)` lies between others."""

@@ -51,6 +51,7 @@ TEXT = {"towers": ["text"]}
 NEW = (5e-4, 1e-3, 2e-3)  # learning rates of what starts random
 MOVED = (5e-5, 1e-4, 2e-4)  # and of pretrained weights
 LAYERS_RATE = (2e-4,)  # of all layers, whole, pruned or shortened: the highest of those
+MIDDLE = (1e-3,)  # of NEW
 LIKE_UNIPT = (2.5e-4,)  # the rate that UniPT's trials chose: nothing differs but what is left out, or the width
 
 
@@ -135,6 +136,11 @@ WAYS |= {f"linear-probe, {n} epochs": replace(WAYS["linear-probe"], epochs=n, ra
 WAYS |= {way + LENGTH: replace(WAYS[way], epochs=25) for way in (
     "linear-probe", "unipt-text", "unipt", "lst-text", "sherl-text", "side-tuning", "partial-1", "partial-3",
     "bitfit-text", "lora-text", "lora-text-all-16", "adapter-text", "full", "prune, skip, unipt-text")}  # fmt: skip
+# What has no time for three rates
+WAYS |= {way + LENGTH: replace(WAYS[way + LENGTH], rates=rates) for way, rates in {
+    **dict.fromkeys(("sherl-text", "bitfit-text", "lora-text", "adapter-text"), MIDDLE),
+    **dict.fromkeys(("partial-1", "partial-3"), LAYERS_RATE), "lora-text-all-16": (5e-4, 1e-3),
+}.items()}  # fmt: skip
 # Nine tenths of MiniLM's matrices go, and all six layers are trained, pictures' tower frozen: pruners, at one rate each
 PRUNERS: dict[str, dict[str, Any]] = {"multiflow": {}, "multiflow-uniform": {"allocation": "uniform"}} | {
     name: {} for name in ("omp", "wanda", "sparsegpt", "random-pruning")}  # fmt: skip
@@ -226,18 +232,17 @@ TABLES = {  # what stands beside each way of a table, by the title of its column
 }  # fmt: skip
 
 
-def question_of(way: str) -> str:
-    """Which question a way answers: what tuning alone reaches, pruned towers that are tuned, or levers together."""
+def title_of(way: str) -> str:
+    """The table of a way: each answers a question of its own."""
+    if not WAYS[way].epochs:
+        return "to the plateau"
     if "-0.9" in way:
         return "90 % pruned"
-    return "tuned" if METHODS[WAYS[way].methods[0]["name"]].lever == "tune" else "levers together"
+    return "25 epochs" if METHODS[WAYS[way].methods[0]["name"]].lever == "tune" else "levers together"
 
 
 def is_in(table: str, way: str) -> bool:
-    if table == "to the plateau":
-        return not WAYS[way].epochs
-    question = "tuned" if table == "25 epochs" else table
-    return bool(WAYS[way].epochs) and (question_of(way) == question or way == ALL_LAYERS)
+    return title_of(way) == table or (way == ALL_LAYERS and table != "to the plateau")
 
 
 def tables() -> Iterator[str]:
@@ -245,7 +250,7 @@ def tables() -> Iterator[str]:
     levers together; of trainings to the plateau; pruned towers, all layers tuned; and costs, also of ways that no
     training was carried out with: what is trained, what autograd keeps for a batch of 128, what is left of the model,
     what is stored, and what a step takes without a cache on a machine that does nothing else (`alone.py`). And what
-    each question took."""
+    the trainings of each took."""
     found = trials().measured()
     for title, beside in TABLES.items():
         shown = ("seeds", "rate (of those tried)", "steps", "loss", "rSum", *beside, "R@1 of texts, pictures (%)")
@@ -262,8 +267,8 @@ def tables() -> Iterator[str]:
         cells = [amount(costs[c.key], c.units) for c in STORED]
         yield f"| {name} | {' | '.join([*cells, *alone_cells(alone.get(name))])} |"
     yield ""
-    for lever in ("tuned", "levers together", "90 % pruned"):
-        yield f"{lever}: {trials().effort([way for way in WAYS if question_of(way) == lever])}"
+    for title in TABLES:
+        yield f"{title}: {trials().effort([way for way in WAYS if title_of(way) == title])}"
 
 
 def plain(way: str) -> str:
@@ -289,7 +294,7 @@ def row_of(way: str, mine: dict[int, Any], bases: list[dict[int, Any]]) -> str:
 def scores() -> dict[str, list[float]]:
     """rSum of ways after 25 epochs, but for those without nine tenths of the matrices."""
     return {plain(way): [r["test"]["rsum"] for r in mine.values()] for way, mine in trials().measured().items()
-            if way.endswith(LENGTH) and question_of(way) != "90 % pruned"}  # fmt: skip
+            if way.endswith(LENGTH) and title_of(way) != "90 % pruned"}  # fmt: skip
 
 
 def main() -> None:

@@ -63,6 +63,12 @@ def test_a_rate_more_is_tried_with_seed_0_and_taken_if_it_is_the_best(tmp_path: 
     assert trained == [("full", 4.0, 0), ("full", 4.0, 1)]
 
 
+def test_of_rates_with_equal_scores_the_highest_is_taken(tmp_path: Path) -> None:
+    for rows in ((1.0, 2.0), (2.0, 1.0)):
+        study = trials(tmp_path / "x.jsonl", *(row("full", rate, 0, 0.5) for rate in rows))
+        assert study.chosen("full") == 2.0
+
+
 def test_other_seeds_wait_for_all_rates_of_seed_0(tmp_path: Path, trained: list, capsys: pytest.CaptureFixture) -> None:
     study = trials(tmp_path / "x.jsonl", row("full", 1.0, 0, 0.5))
     study.fill(["full"], [1], tmp_path / "work")
