@@ -11,8 +11,9 @@ README.md: batches of 128, a constant learning rate until validation rSum, looke
 for two looks, then a linear fall over a quarter of the steps so far, 100 epochs at most (the ways `..., 25 epochs` as
 UniPT and VSE-infinity train: 25 epochs, a tenth of the rate after 15). Each way is trained at three
 learning rates with seed 0; the rate with the best validation rSum at the end is taken for the other seeds. Full tuning
-is tried at one, and so are all layers of MiniLM, whole, pruned or shortened; what LST's start gives, and what UniPT's
-parts and width give, is asked at that of LST and of UniPT.
+is tried at one, and so are all layers of MiniLM, whole, pruned or shortened, and for 25 epochs SHERL, small LoRA,
+adapters and BitFit (the middle one); what LST's start gives, and what UniPT's parts and width give, is asked at that of
+LST and of UniPT.
 `--rates` adds some where the best is the highest or lowest.
 
 Frozen towers are computed once, on ten crops of each photograph with a caption drawn for each: five whole ones are
