@@ -137,7 +137,7 @@ WAYS |= {f"linear-probe, {n} epochs": replace(WAYS["linear-probe"], epochs=n, ra
 WAYS |= {way + LENGTH: replace(WAYS[way], epochs=25) for way in (
     "linear-probe", "unipt-text", "unipt", "lst-text", "sherl-text", "side-tuning", "partial-1", "partial-3",
     "bitfit-text", "lora-text", "lora-text-all-16", "adapter-text", "full", "prune, skip, unipt-text")}  # fmt: skip
-# What has no time for three rates
+# Less than three rates, for want of time
 WAYS |= {way + LENGTH: replace(WAYS[way + LENGTH], rates=rates) for way, rates in {
     **dict.fromkeys(("sherl-text", "bitfit-text", "lora-text", "adapter-text"), MIDDLE),
     **dict.fromkeys(("partial-1", "partial-3"), LAYERS_RATE), "lora-text-all-16": (5e-4, 1e-3),

@@ -266,9 +266,10 @@ def safetensors_size(tensors: dict[str, Tensor]) -> int:
         ValueError: if such a file cannot hold the type of one of them.
     """
     header, offset = {}, 0
-    if unknown := next((name for name, t in tensors.items() if t.dtype not in NAMES), None):
-        raise ValueError(f"{unknown}: a safetensors file holds no {tensors[unknown].dtype}: cast it to one of "
-                         f"{', '.join(str(t).removeprefix('torch.') for t in NAMES)}")  # fmt: skip
+    for name, t in tensors.items():
+        if t.dtype not in NAMES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in NAMES)
+            raise ValueError(f"{name}: a safetensors file holds no {t.dtype}: cast it to one of {known}")
     order = list(NAMES)
     for name, t in sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
         end = offset + t.numel() * t.element_size()
